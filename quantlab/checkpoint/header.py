@@ -1,0 +1,110 @@
+"""The header of a safetensors file, read and checked without touching a tensor.
+
+A safetensors file is eight bytes (the header's length, little endian), the header (JSON: tensor name -> dtype, shape and
+byte range) and the bytes of the tensors, which must follow each other without gap or overlap. Everything in the header
+comes from outside, so everything is checked before an offset is trusted.
+Source: the format's description in the safetensors documentation.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import CheckpointError
+
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+_LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies.
+
+    Attributes:
+        name: the tensor's name.
+        dtype: the format's word, for example "BF16" or "F8_E4M3".
+        shape: its dimensions.
+        file: the file that holds it.
+        offset: its first byte, counted from the start of the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * DTYPE_BITS[self.dtype] // 8
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one file, in the order of their bytes.
+
+    Raises:
+        CheckpointError: no such file, or no well-formed safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > size - 8 or length > _LONGEST_HEADER:
+                raise _damaged(path, "its header is longer than the file", f"a header of {length} bytes in a file of {size}")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError("a shard cannot be read", where=str(path), found=error.strerror, fix="download the shard again") from error
+    try:
+        content = json.loads(raw)
+    except ValueError as error:
+        raise _damaged(path, "its header is not JSON", str(error)) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "its header is not a JSON object", type(content).__name__)
+    content.pop("__metadata__", None)
+    entries = [_entry(path, name, fields, data_start=8 + length) for name, fields in content.items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    _check_layout(path, entries, data_start=8 + length, size=size)
+    return {entry.name: entry for entry in entries}
+
+
+def _entry(path: Path, name: str, fields: Any, *, data_start: int) -> TensorEntry:
+    try:
+        dtype, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+        integers = all(isinstance(number, int) and number >= 0 for number in (*shape, start, end))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"the entry of {name} is malformed", repr(fields)[:200]) from error
+    if not integers:
+        raise _damaged(path, f"the entry of {name} is malformed", repr(fields)[:200])
+    if dtype not in DTYPE_BITS:
+        raise CheckpointError("a tensor has an unknown dtype", where=f"{path}, {name}", found=repr(dtype), fix="known: " + ", ".join(DTYPE_BITS))
+    entry = TensorEntry(name, dtype, shape, path, data_start + start)
+    if entry.nbytes != end - start:
+        raise _damaged(path, f"the byte range of {name} does not fit its shape", f"{dtype} {list(shape)} in {end - start} bytes")
+    return entry
+
+
+def _check_layout(path: Path, entries: list[TensorEntry], *, data_start: int, size: int) -> None:
+    position = data_start
+    for entry in entries:
+        if entry.offset != position:
+            problem = "overlaps the tensor before it" if entry.offset < position else "leaves a gap before it"
+            raise _damaged(path, f"{entry.name} {problem}", f"starts at byte {entry.offset}, expected {position}")
+        position += entry.nbytes
+    if position > size:
+        raise CheckpointError("a shard is truncated", where=str(path), found=f"{size} bytes, the header describes {position}", fix="download the shard again")
+    if position < size:
+        raise _damaged(path, "bytes follow the last tensor", f"{size - position} bytes too many")
+
+
+def _damaged(path: Path, what: str, found: str) -> CheckpointError:
+    return CheckpointError(f"a shard is damaged: {what}", where=str(path), found=found, fix="download the shard again")

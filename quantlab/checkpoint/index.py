@@ -1,0 +1,114 @@
+"""A checkpoint directory as one table of tensors, from headers alone."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantlab.checkpoint.header import TensorEntry, read_header
+from quantlab.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory of safetensors with its config.json.
+
+    Attributes:
+        directory: where it lies.
+        config: config.json as it stands.
+        tensors: every tensor by name.
+    """
+
+    directory: Path
+    config: Mapping[str, Any] = field(repr=False)
+    tensors: Mapping[str, TensorEntry] = field(repr=False)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(sorted({entry.file for entry in self.tensors.values()}))
+
+    def fingerprint(self) -> str:
+        """sha256 over config.json and every tensor's name, dtype, shape and place.
+
+        It names the checkpoint without reading its weights; it does not notice weights edited in place.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            entry = self.tensors[name]
+            digest.update(f"{name} {entry.dtype} {entry.shape} {entry.file.name} {entry.offset}\n".encode())
+        return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read", where=str(path), found=error.strerror, fix="give the directory of a Hugging Face checkpoint") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} is not JSON", where=str(path), found=str(error), fix="download the file again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object", where=str(path), found=type(content).__name__, fix="download the file again")
+    return content
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read the config and every header of a checkpoint.
+
+    Raises:
+        CheckpointError: no directory, no safetensors, or an index and shards that contradict each other.
+    """
+    if not directory.is_dir():
+        raise CheckpointError("there is no such checkpoint directory", where=str(directory), found="nothing" if not directory.exists() else "a file", fix="give the path of a directory with config.json and *.safetensors")
+    config = read_json(directory / "config.json")
+    if (directory / INDEX_NAME).is_file():
+        return Checkpoint(directory, config, _indexed_tensors(directory))
+    if (directory / SINGLE_NAME).is_file():
+        return Checkpoint(directory, config, read_header(directory / SINGLE_NAME))
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            "only safetensors is read: a pickle can run code when it is loaded",
+            where=str(directory),
+            found=", ".join(pickles[:3]),
+            fix="convert once, on a machine you trust with it: python -c \"import transformers as t; "
+            f"t.AutoModelForCausalLM.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\"",
+        )
+    raise CheckpointError("the directory holds no safetensors", where=str(directory), found="neither " + INDEX_NAME + " nor " + SINGLE_NAME, fix="download the weights of the checkpoint")
+
+
+def _indexed_tensors(directory: Path) -> dict[str, TensorEntry]:
+    weight_map = read_json(directory / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError("the index has no usable weight_map", where=str(directory / INDEX_NAME), found=type(weight_map).__name__, fix="download the index again")
+    headers = {file: read_header(_shard_path(directory, file)) for file in sorted(set(weight_map.values()))}
+    tensors: dict[str, TensorEntry] = {}
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise CheckpointError("a tensor of the index is missing from its shard", where=f"{directory / file}", found=f"no {name}", fix="download the shard again")
+        tensors[name] = headers[file][name]
+    for file, header in headers.items():
+        for name in header:
+            if name not in weight_map:
+                raise CheckpointError("a shard holds a tensor the index does not know", where=str(directory / file), found=name, fix="download the index and the shards of one release")
+    return tensors
+
+
+def _shard_path(directory: Path, file: str) -> Path:
+    """The path of a shard named by the index, which must be a plain file name of this directory."""
+    if Path(file).name != file or file in {"", ".", ".."}:
+        raise CheckpointError("the index names a file outside the checkpoint", where=str(directory / INDEX_NAME), found=repr(file), fix="shards lie beside the index; download it from the original release")
+    path = directory / file
+    if not path.is_file():
+        raise CheckpointError("a shard is missing", where=str(path), found="no such file", fix="download the shard")
+    return path

@@ -1,0 +1,132 @@
+"""Safetensors written as a stream: the header first, then each tensor's bytes as soon as they exist.
+
+The plan knows name, dtype and shape of everything a shard will hold, so the header can be written before any weight has
+been read, and no more than one tensor is ever in memory. A shard is written under a temporary name and renamed when its
+last byte is on disk.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from quantlab.checkpoint.header import DTYPE_BITS
+from quantlab.checkpoint.reader import DTYPE_NAMES
+from quantlab.errors import ArtifactError
+
+
+def shard_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """The bytes before the first tensor.
+
+    Args:
+        tensors: name, dtype word and shape of each tensor, in the order of their bytes.
+    """
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape in tensors:
+        elements = 1
+        for size in shape:
+            elements *= size
+        end = position + elements * DTYPE_BITS[dtype] // 8
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class ShardWriter:
+    """Writes one shard; use it as a context manager.
+
+    Leaving the block without an exception syncs the file and renames it into place; leaving it with one removes it.
+    """
+
+    def __init__(self, path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+        self.path = path
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._expected = list(tensors)
+        self._position = 0
+        self._digest = hashlib.sha256()
+        self.nbytes = 0
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the bytes written so far."""
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        try:
+            self._file = self._temporary.open("wb", buffering=0)
+        except OSError as error:
+            raise _write_error(self._temporary, error) from error
+        self._write(memoryview(shard_header(self._expected)))
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor, which must be the one the header announced at this place.
+
+        Raises:
+            ArtifactError: the disk does not take the bytes.
+        """
+        announced = self._expected[self._position]
+        assert announced == (name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)), f"{announced} announced, {name} {tensor.dtype} {tuple(tensor.shape)} written"
+        self._position += 1
+        if tensor.numel():
+            self._write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+
+    def _write(self, data: memoryview) -> None:
+        self._digest.update(data)
+        self.nbytes += len(data)
+        try:
+            while data:
+                data = data[self._file.write(data) or 0 :]
+        except OSError as error:
+            self._discard()
+            raise _write_error(self.path, error) from error
+
+    def _discard(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        assert self._position == len(self._expected), f"{self.path.name}: {self._position} of {len(self._expected)} tensors written"
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path)
+        except OSError as problem:
+            self._discard()
+            raise _write_error(self.path, problem) from problem
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all.
+
+    Raises:
+        ArtifactError: the disk does not take the bytes.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _write_error(path, error) from error
+
+
+def _write_error(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        "a file cannot be written", where=str(path), found=error.strerror, fix="free space or choose another --out, then run the same command again: what is complete is kept"
+    )

@@ -1,0 +1,194 @@
+"""Strict YAML: a document is read into a pydantic model, and every complaint names file, line and path.
+
+PyYAML alone gets three things wrong for people who write recipes: a repeated key silently wins over the first,
+`on`/`off`/`yes`/`no` become booleans, and `1e-2` becomes a string. All three are handled here (the scalars follow the
+core schema of YAML 1.2). A key or word that does not exist is answered with the nearest one that does.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from quantlab.errors import RecipeError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_TYPE_NAMES = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2's core schema."""
+
+
+_CoreLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+):
+    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first) + ([""] if _tag == "null" else []))
+
+
+def load_document(path: Path, model: type[Model], *, kind: str) -> tuple[Model, bytes]:
+    """Read the YAML file at `path` into `model`.
+
+    Args:
+        path: the file.
+        model: a pydantic model that forbids unknown keys.
+        kind: what the document is, for messages: "recipe", "suite".
+
+    Returns:
+        The validated model and the bytes of the file.
+
+    Raises:
+        RecipeError: the file is missing, no YAML, repeats a key, or does not fit the model.
+    """
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise RecipeError(f"the {kind} cannot be read", where=str(path), found=error.strerror, fix=f"give the path of a {kind} (YAML)") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the {kind} is not UTF-8 text", where=str(path), found=str(error), fix="save the file as UTF-8") from error
+    try:
+        root = yaml.compose(text, Loader=_CoreLoader)
+        _refuse_repeated_keys(root, path)
+        content = yaml.load(text, Loader=_CoreLoader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"the {kind} is not valid YAML", where=f"{path}:{line}", found=error.problem, fix="correct the syntax on or just above this line") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"the {kind} is not a mapping", where=f"{path}:1", found=type(content).__name__, fix=f"start with `{next(iter(model.model_fields))}: …`")
+    try:
+        return model.model_validate(content), data
+    except ValidationError as error:
+        raise _explain(error, root, path=path, model=model, kind=kind) from error
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """` (did you mean X?)` when a known word is close, else the list of them."""
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean `{matches[0]}`?" if matches else "use one of: " + ", ".join(known)
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
+    for child in _children(node):
+        _refuse_repeated_keys(child, path)
+    if isinstance(node, yaml.MappingNode):
+        first_lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in first_lines:
+                raise RecipeError("a key is given twice", where=f"{path}:{line}", found=f"`{key.value}` again, first on line {first_lines[key.value]}", fix="keep one of the two")
+            first_lines[key.value] = line
+
+
+def _children(node: yaml.Node | None) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        yield from (value for _, value in node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        yield from node.value
+
+
+def _locate(root: yaml.Node, location: tuple[int | str, ...]) -> tuple[int, list[str]]:
+    """The line of a pydantic error location and the YAML path that leads there.
+
+    Tags that pydantic adds for the member of a union stand in no document; they are skipped.
+    """
+    node, line, path = root, root.start_mark.line + 1, []
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    node, line = value, key.start_mark.line + 1
+                    path.append(str(part))
+                    break
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+            path.append(f"[{part}]")
+    return line, path
+
+
+def _explain(error: ValidationError, root: yaml.Node | None, *, path: Path, model: type[BaseModel], kind: str) -> RecipeError:
+    """The first complaint of pydantic as a RecipeError."""
+    complaints = error.errors(include_url=False)
+    first = min(complaints, key=lambda complaint: complaint["type"] != "extra_forbidden")  # a typo also makes a key missing
+    assert root is not None, "validated content came from a document"
+    location = first["loc"]
+    line, yaml_path = _locate(root, location)
+    where = f"{path}:{line}, {'.'.join(yaml_path).replace('.[', '[') or 'top level'}"
+    found, last = _shortened(repr(first["input"])), str(location[-1]) if location else kind
+    match first["type"]:
+        case "extra_forbidden":
+            known = _keys_at(model, location[:-1])
+            return RecipeError("unknown key", where=where, found=f"`{last}`", fix=nearest(last, known))
+        case "missing":
+            return RecipeError(f"`{last}` is missing", where=where, found="no such key", fix=f"add `{last}: …`")
+        case "literal_error":
+            known = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+            return RecipeError("unknown word", where=where, found=found, fix=nearest(str(first["input"]), known))
+        case "too_short":
+            return RecipeError(f"`{last}` is empty", where=where, found=found, fix="give at least one entry")
+        case "value_error" | "pass_verb":
+            raised = first.get("ctx", {}).get("error")
+            what, _, fix = str(raised or first["msg"]).partition("; ")
+            return RecipeError(what, where=where, found=found, fix=fix or "see `quantlab run --help`")
+        case kind_of_error if kind_of_error in _TYPE_NAMES:
+            return RecipeError("wrong type", where=where, found=f"{found} ({type(first['input']).__name__})", fix=f"`{last}` takes {_TYPE_NAMES[kind_of_error]}")
+        case _:
+            return RecipeError("a value out of range", where=where, found=found, fix=first["msg"])
+
+
+def _shortened(text: str, *, longest: int = 120) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed in the mapping at `location`, found by walking the model's JSON schema."""
+    schema = model.model_json_schema()
+    definitions = schema.get("$defs", {})
+    candidates = [schema]
+    for part in location:
+        following = []
+        for candidate in _resolved(candidates, definitions):
+            if isinstance(part, int):
+                following.append(candidate.get("items", {}))
+            elif part in candidate.get("properties", {}):
+                following.append(candidate["properties"][part])
+            elif "patternProperties" in candidate:
+                following.extend(candidate["patternProperties"].values())
+            elif isinstance(candidate.get("additionalProperties"), dict):
+                following.append(candidate["additionalProperties"])
+            elif candidate.get("title") == part:
+                following.append(candidate)
+        candidates = following or candidates
+    return [key for candidate in _resolved(candidates, definitions) for key in candidate.get("properties", {})]
+
+
+def _resolved(schemas: list[dict], definitions: dict) -> list[dict]:  # type: ignore[type-arg]
+    """Follow references and unions until only plain schemas are left."""
+    plain = []
+    for schema in schemas:
+        members = [definitions[schema["$ref"].rsplit("/", 1)[-1]]] if "$ref" in schema else schema.get("anyOf", schema.get("oneOf"))
+        plain.extend(_resolved(members, definitions) if members else [schema])
+    return plain

@@ -1,0 +1,28 @@
+"""Small integers packed into int32 words, as compressed-tensors' `pack-quantized` format stores them.
+
+Value j of a word occupies bits [j*b, (j+1)*b), lowest first, as the unsigned number ``q + 2^(b-1)``. Rows are packed
+along K; K is a multiple of 32/b in every layout quantlab writes.
+"""
+
+import torch
+from torch import Tensor
+
+
+def pack_int32(q: Tensor, *, bits: int) -> Tensor:
+    """[N, K] int8 with values in [-2^(b-1), 2^(b-1)) -> [N, K*b/32] int32."""
+    rows, columns = q.shape
+    per_word = 32 // bits
+    assert columns % per_word == 0, f"{columns} columns do not fill words of {per_word} values"
+    unsigned = q.view(rows, columns // per_word, per_word)
+    words = torch.zeros(rows, columns // per_word, dtype=torch.int32)
+    for position in range(per_word):
+        words |= (unsigned[:, :, position].to(torch.int32) + (1 << (bits - 1))) << (position * bits)
+    return words
+
+
+def unpack_int32(words: Tensor, *, bits: int, columns: int) -> Tensor:
+    """[N, ceil(K*b/32)] int32 -> [N, K] int8, the inverse of `pack_int32`; values past `columns` are padding."""
+    per_word = 32 // bits
+    mask = (1 << bits) - 1
+    parts = [((words >> (position * bits)) & mask).to(torch.int16) - (1 << (bits - 1)) for position in range(per_word)]
+    return torch.stack(parts, dim=-1).view(words.shape[0], -1)[:, :columns].to(torch.int8)

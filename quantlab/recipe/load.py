@@ -1,0 +1,62 @@
+"""A recipe file in, a recipe with its places resolved out."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantlab.documents import load_document, nearest
+from quantlab.errors import RecipeError
+from quantlab.recipe.schema import Recipe
+
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe with where it came from.
+
+    Attributes:
+        path: the file.
+        content: the file's bytes, which go into every artifact.
+        recipe: what they say.
+    """
+
+    path: Path
+    content: bytes
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    def resolve(self, place: str) -> Path:
+        """A path of the recipe, which is relative to the recipe's own directory."""
+        return (self.path.parent / place).resolve()
+
+    @property
+    def hub_id(self) -> tuple[str, str | None] | None:
+        """Hugging Face id and revision of the model, when it is no local directory."""
+        model = self.recipe.model
+        if self.resolve(model).exists() or not _HUB_ID.match(model):
+            return None
+        name, _, revision = model.partition("@")
+        return name, revision or None
+
+
+def load_recipe(path: Path) -> LoadedRecipe:
+    """Read and check a recipe.
+
+    Raises:
+        RecipeError: the file cannot be read, is no YAML, or says something a recipe cannot say.
+    """
+    recipe, content = load_document(path, Recipe, kind="recipe")
+    if recipe.evaluate is not None:
+        baselines = ["source", *recipe.variants]
+        if recipe.evaluate.baseline not in baselines:
+            raise RecipeError("the baseline is no variant", where=f"{path}, evaluate.baseline", found=repr(recipe.evaluate.baseline), fix=nearest(recipe.evaluate.baseline, baselines))
+    return LoadedRecipe(path, content, recipe)
