@@ -42,10 +42,16 @@ _CoreLoader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
     ("null", r"~|null|Null|NULL|", "~nN\0"),
 ):
-    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first) + ([""] if _tag == "null" else []))
+    _CoreLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first) + ([""] if _tag == "null" else [])
+    )
 
 
 def load_document(path: Path, model: type[Model], *, kind: str) -> tuple[Model, bytes]:
@@ -66,18 +72,32 @@ def load_document(path: Path, model: type[Model], *, kind: str) -> tuple[Model, 
         data = path.read_bytes()
         text = data.decode("utf-8")
     except OSError as error:
-        raise RecipeError(f"the {kind} cannot be read", where=str(path), found=error.strerror, fix=f"give the path of a {kind} (YAML)") from error
+        raise RecipeError(
+            f"the {kind} cannot be read", where=str(path), found=error.strerror, fix=f"give the path of a {kind} (YAML)"
+        ) from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"the {kind} is not UTF-8 text", where=str(path), found=str(error), fix="save the file as UTF-8") from error
+        raise RecipeError(
+            f"the {kind} is not UTF-8 text", where=str(path), found=str(error), fix="save the file as UTF-8"
+        ) from error
     try:
         root = yaml.compose(text, Loader=_CoreLoader)
         _refuse_repeated_keys(root, path)
         content = yaml.load(text, Loader=_CoreLoader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"the {kind} is not valid YAML", where=f"{path}:{line}", found=error.problem, fix="correct the syntax on or just above this line") from error
+        raise RecipeError(
+            f"the {kind} is not valid YAML",
+            where=f"{path}:{line}",
+            found=error.problem,
+            fix="correct the syntax on or just above this line",
+        ) from error
     if not isinstance(content, dict):
-        raise RecipeError(f"the {kind} is not a mapping", where=f"{path}:1", found=type(content).__name__, fix=f"start with `{next(iter(model.model_fields))}: …`")
+        raise RecipeError(
+            f"the {kind} is not a mapping",
+            where=f"{path}:1",
+            found=type(content).__name__,
+            fix=f"start with `{next(iter(model.model_fields))}: …`",
+        )
     try:
         return model.model_validate(content), data
     except ValidationError as error:
@@ -98,7 +118,12 @@ def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if key.value in first_lines:
-                raise RecipeError("a key is given twice", where=f"{path}:{line}", found=f"`{key.value}` again, first on line {first_lines[key.value]}", fix="keep one of the two")
+                raise RecipeError(
+                    "a key is given twice",
+                    where=f"{path}:{line}",
+                    found=f"`{key.value}` again, first on line {first_lines[key.value]}",
+                    fix="keep one of the two",
+                )
             first_lines[key.value] = line
 
 
@@ -129,10 +154,14 @@ def _locate(root: yaml.Node, location: tuple[int | str, ...]) -> tuple[int, list
     return line, path
 
 
-def _explain(error: ValidationError, root: yaml.Node | None, *, path: Path, model: type[BaseModel], kind: str) -> RecipeError:
+def _explain(
+    error: ValidationError, root: yaml.Node | None, *, path: Path, model: type[BaseModel], kind: str
+) -> RecipeError:
     """The first complaint of pydantic as a RecipeError."""
     complaints = error.errors(include_url=False)
-    first = min(complaints, key=lambda complaint: complaint["type"] != "extra_forbidden")  # a typo also makes a key missing
+    first = min(
+        complaints, key=lambda complaint: complaint["type"] != "extra_forbidden"
+    )  # a typo also makes a key missing
     assert root is not None, "validated content came from a document"
     location = first["loc"]
     line, yaml_path = _locate(root, location)
@@ -154,7 +183,12 @@ def _explain(error: ValidationError, root: yaml.Node | None, *, path: Path, mode
             what, _, fix = str(raised or first["msg"]).partition("; ")
             return RecipeError(what, where=where, found=found, fix=fix or "see `quantlab run --help`")
         case kind_of_error if kind_of_error in _TYPE_NAMES:
-            return RecipeError("wrong type", where=where, found=f"{found} ({type(first['input']).__name__})", fix=f"`{last}` takes {_TYPE_NAMES[kind_of_error]}")
+            return RecipeError(
+                "wrong type",
+                where=where,
+                found=f"{found} ({type(first['input']).__name__})",
+                fix=f"`{last}` takes {_TYPE_NAMES[kind_of_error]}",
+            )
         case _:
             return RecipeError("a value out of range", where=where, found=found, fix=first["msg"])
 
@@ -189,6 +223,10 @@ def _resolved(schemas: list[dict], definitions: dict) -> list[dict]:  # type: ig
     """Follow references and unions until only plain schemas are left."""
     plain = []
     for schema in schemas:
-        members = [definitions[schema["$ref"].rsplit("/", 1)[-1]]] if "$ref" in schema else schema.get("anyOf", schema.get("oneOf"))
+        members = (
+            [definitions[schema["$ref"].rsplit("/", 1)[-1]]]
+            if "$ref" in schema
+            else schema.get("anyOf", schema.get("oneOf"))
+        )
         plain.extend(_resolved(members, definitions) if members else [schema])
     return plain

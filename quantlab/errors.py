@@ -14,7 +14,9 @@ class QuantlabError(Exception):
         fix: what to do about it.
     """
 
-    def __init__(self, what: str, *, where: str | None = None, found: str | None = None, fix: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, where: str | None = None, found: str | None = None, fix: str | None = None
+    ) -> None:
         self.what, self.where, self.found, self.fix = what, where, found, fix
         details = (("where", where), ("found", found), ("fix", fix))
         super().__init__("\n".join([what, *(f"  {label}: {text}" for label, text in details if text)]))

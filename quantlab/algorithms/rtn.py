@@ -35,7 +35,16 @@ def grid_scale(grouped: Tensor, *, bits: int, grid: Grid) -> Tensor:
             return torch.where(largest > -smallest, largest, smallest) / -(1 << (bits - 1))
 
 
-def rtn(W: Tensor, *, bits: int, group_size: int | None, scale_dtype: torch.dtype, grid: Grid, clip_steps: int = 0, clip_floor: float = 0.5) -> QuantizedMatrix:
+def rtn(
+    W: Tensor,
+    *,
+    bits: int,
+    group_size: int | None,
+    scale_dtype: torch.dtype,
+    grid: Grid,
+    clip_steps: int = 0,
+    clip_floor: float = 0.5,
+) -> QuantizedMatrix:
     """Quantize a matrix by rounding to nearest.
 
     Args:

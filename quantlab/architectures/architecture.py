@@ -6,7 +6,7 @@ experts is written anywhere; they are derived from the names of the checkpoint. 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -14,9 +14,22 @@ from typing import Any, Literal, get_args
 from quantlab.errors import CheckpointError
 
 Role = Literal[
-    "routed_experts", "shared_experts", "dense_mlp", "attention", "kv_b", "router", "norm", "embeddings", "lm_head", "mtp", "other"
+    "routed_experts",
+    "shared_experts",
+    "dense_mlp",
+    "attention",
+    "kv_b",
+    "router",
+    "norm",
+    "embeddings",
+    "lm_head",
+    "mtp",
+    "other",
 ]
 QuantizableRole = Literal["routed_experts", "shared_experts", "dense_mlp", "attention", "kv_b"]
+Config = Mapping[str, Any]
+Dimensions = Mapping[str, int]
+
 QUANTIZABLE_ROLES: tuple[QuantizableRole, ...] = get_args(QuantizableRole)
 DEFAULT_TARGETS: tuple[QuantizableRole, ...] = ("routed_experts", "shared_experts", "dense_mlp", "attention")
 
@@ -28,23 +41,32 @@ class TensorRule:
     Attributes:
         pattern: its name, with `{layer}` and `{expert}` for numbers.
         role: what it is for.
+        shape: the names of its dimensions, see `Architecture.dimensions`.
+        layers: which layers have it: "every" hidden layer, the "dense" or the "moe" ones, the "mtp" ones; "none" for
+            tensors outside the layers.
+        needs: a dimension without which the tensor does not exist; with a leading "!" one that excludes it.
         linear: whether it is the weight [out_features, in_features] of a linear layer.
         site: the input site: linears with the same site in the same layer (and expert) read the same activations.
         fused: the group that serving engines fuse into one matrix; its members share one scheme.
         splits: the dimension tensor parallelism divides: "rows" (outputs), "columns" (inputs), or None.
+        exact: whether it keeps its dtype in every variant because engines compute with it in float32.
     """
 
     pattern: str
     role: Role
+    shape: tuple[str, ...]
+    layers: Literal["none", "every", "dense", "moe", "mtp"] = "none"
+    needs: str = ""
     linear: bool = False
     site: str | None = None
     fused: str | None = None
     splits: Literal["rows", "columns"] | None = None
+    exact: bool = False
 
     @cached_property
     def regex(self) -> re.Pattern[str]:
-        escaped = re.escape(self.pattern).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)")
-        return re.compile(escaped)
+        escaped = re.escape(self.pattern)
+        return re.compile(escaped.replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)"))
 
 
 @dataclass(frozen=True)
@@ -80,12 +102,14 @@ class Architecture:
         name: the `model_type` of config.json.
         class_name: the entry of `architectures` in config.json.
         rules: what its tensors are; the first rule that matches claims.
+        dimensions: reads the named sizes out of a config.json; a size that is 0 stands for something the model lacks.
         mtp: whether layers past `num_hidden_layers` are multi-token-prediction layers.
     """
 
     name: str
     class_name: str
     rules: tuple[TensorRule, ...]
+    dimensions: Callable[[Config], Dimensions]
     mtp: bool = False
 
     def claim(self, name: str, *, hidden_layers: int) -> Claim:
@@ -100,14 +124,57 @@ class Architecture:
         layer_of_unknown = re.match(r"model\.layers\.(\d+)\.", name)
         return Claim(name, "other", None, int(layer_of_unknown[1]) if layer_of_unknown else None, None)
 
+    def expected(self, config: Config, *, with_mtp: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor a checkpoint of this config must have.
 
-def hidden_layers(config: Mapping[str, Any]) -> int:
-    """`num_hidden_layers` of a config.json.
+        Args:
+            config: config.json.
+            with_mtp: whether the multi-token-prediction layers are there; releases exist with and without.
+
+        Raises:
+            CheckpointError: the config lacks a field.
+        """
+        sizes = self.dimensions(config)
+        for rule in self.rules:
+            if rule.needs and bool(sizes[rule.needs.lstrip("!")]) == rule.needs.startswith("!"):
+                continue
+            shape = tuple(sizes[word] for word in rule.shape)
+            experts = range(sizes["experts"]) if "{expert}" in rule.pattern else (0,)
+            for layer in self._layers_of(rule, sizes, with_mtp=with_mtp):
+                for expert in experts:
+                    yield rule.pattern.format(layer=layer, expert=expert), shape
+
+    def _layers_of(self, rule: TensorRule, sizes: Dimensions, *, with_mtp: bool) -> Iterable[int]:
+        hidden, past = range(sizes["layers"]), range(sizes["layers"], sizes["layers"] + sizes.get("mtp_layers", 0))
+        extra = past if with_mtp and self.mtp else range(0)
+        dense = {layer for layer in hidden if layer < sizes["first_moe"] or layer % sizes["moe_every"]}
+        match rule.layers:
+            case "none":
+                return (0,)
+            case "every":
+                return (*hidden, *extra)
+            case "dense":
+                return sorted(dense)
+            case "moe":
+                return (*sorted(set(hidden) - dense), *extra)
+            case "mtp":
+                return extra
+
+
+def size_of(config: Config, field: str, *, default: int | None = None) -> int:
+    """A size of config.json.
 
     Raises:
-        CheckpointError: the field is missing or no positive whole number.
+        CheckpointError: the field is missing and has no default, or is no whole number.
     """
-    value = config.get("num_hidden_layers")
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError("config.json has no usable num_hidden_layers", where="config.json", found=repr(value), fix="use the config.json of the original release")
+    value = config.get(field)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise CheckpointError(
+            f"config.json has no usable {field}",
+            where="config.json",
+            found=repr(value),
+            fix="use the config.json of the original release",
+        )
     return value

@@ -1,81 +1,185 @@
 """The DeepSeek families as data. Sources: README_WEIGHTS of DeepSeek-V3's release and the checkpoints' own indices."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
-from quantlab.architectures.architecture import Architecture, Role, TensorRule
+from quantlab.architectures.architecture import Architecture, Config, Dimensions, Role, TensorRule, size_of
 from quantlab.errors import CheckpointError
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
+Layers = Literal["every", "dense", "moe"]
 
 
-def _linear(pattern: str, role: Role, site: str, *, fused: str | None = None, columns: bool = False, bias: bool = False) -> tuple[TensorRule, ...]:
-    splits = "columns" if columns else "rows"
-    weight = TensorRule(pattern + ".weight", role, linear=True, site=site, fused=fused, splits=splits)  # type: ignore[arg-type]
-    return (weight, TensorRule(pattern + ".bias", role)) if bias else (weight,)
+def _norm(pattern: str, size: str, *, needs: str = "") -> TensorRule:
+    return TensorRule(pattern + ".weight", "norm", (size,), layers="every", needs=needs)
 
 
-def _mlp(prefix: str, role: Role) -> tuple[TensorRule, ...]:
+def _attention(
+    name: str, shape: tuple[str, str], site: str, *, role: Role = "attention", fused: str | None = None, needs: str = ""
+) -> TensorRule:
+    splits: Literal["rows", "columns"] = "columns" if name == "o_proj" else "rows"
+    pattern = f"{_ATTENTION}{name}.weight"
+    return TensorRule(
+        pattern, role, shape, layers="every", needs=needs, linear=True, site=site, fused=fused, splits=splits
+    )
+
+
+def _bias(name: str, size: str, *, needs: str) -> TensorRule:
+    return TensorRule(f"{_ATTENTION}{name}.bias", "attention", (size,), layers="every", needs=needs)
+
+
+def _mlp(prefix: str, role: Role, width: str, layers: Layers) -> tuple[TensorRule, ...]:
+    def rule(
+        name: str, shape: tuple[str, str], site: str, fused: str | None, splits: Literal["rows", "columns"]
+    ) -> TensorRule:
+        pattern = f"{_LAYER}mlp.{prefix}{name}.weight"
+        return TensorRule(pattern, role, shape, layers=layers, linear=True, site=site, fused=fused, splits=splits)
+
     return (
-        *_linear(prefix + "gate_proj", role, "mlp", fused="gate+up"),
-        *_linear(prefix + "up_proj", role, "mlp", fused="gate+up"),
-        *_linear(prefix + "down_proj", role, "down", columns=True),
+        rule("gate_proj", (width, "hidden"), "mlp", "gate+up", "rows"),
+        rule("up_proj", (width, "hidden"), "mlp", "gate+up", "rows"),
+        rule("down_proj", ("hidden", width), "down", None, "columns"),
     )
 
 
 _OUTSIDE_THE_LAYERS = (
-    TensorRule("model.embed_tokens.weight", "embeddings"),
-    TensorRule("model.norm.weight", "norm"),
-    TensorRule("lm_head.weight", "lm_head"),
+    TensorRule("model.embed_tokens.weight", "embeddings", ("vocabulary", "hidden")),
+    TensorRule("model.norm.weight", "norm", ("hidden",)),
+    TensorRule("lm_head.weight", "lm_head", ("vocabulary", "hidden"), needs="!tied"),
 )
-_LAYER_NORMS = (
-    TensorRule(_LAYER + "input_layernorm.weight", "norm"),
-    TensorRule(_LAYER + "post_attention_layernorm.weight", "norm"),
-)
+_LAYER_NORMS = (_norm(_LAYER + "input_layernorm", "hidden"), _norm(_LAYER + "post_attention_layernorm", "hidden"))
 
 _LLAMA = (
     *_OUTSIDE_THE_LAYERS,
     *_LAYER_NORMS,
-    *_linear(_ATTENTION + "q_proj", "attention", "attention", fused="q+k+v", bias=True),
-    *_linear(_ATTENTION + "k_proj", "attention", "attention", fused="q+k+v", bias=True),
-    *_linear(_ATTENTION + "v_proj", "attention", "attention", fused="q+k+v", bias=True),
-    *_linear(_ATTENTION + "o_proj", "attention", "o", columns=True, bias=True),
-    *_mlp(_LAYER + "mlp.", "dense_mlp"),
+    _attention("q_proj", ("queries", "hidden"), "attention", fused="q+k+v"),
+    _attention("k_proj", ("keys", "hidden"), "attention", fused="q+k+v"),
+    _attention("v_proj", ("keys", "hidden"), "attention", fused="q+k+v"),
+    _attention("o_proj", ("hidden", "queries"), "o"),
+    _bias("q_proj", "queries", needs="qkv_bias"),
+    _bias("k_proj", "keys", needs="qkv_bias"),
+    _bias("v_proj", "keys", needs="qkv_bias"),
+    _bias("o_proj", "hidden", needs="o_bias"),
+    *_mlp("", "dense_mlp", "intermediate", "dense"),
 )
 
 _DEEPSEEK = (
     *_OUTSIDE_THE_LAYERS,
     *_LAYER_NORMS,
-    *_linear(_ATTENTION + "q_proj", "attention", "attention"),
-    *_linear(_ATTENTION + "q_a_proj", "attention", "attention", fused="q_a+kv_a", bias=True),
-    *_linear(_ATTENTION + "kv_a_proj_with_mqa", "attention", "attention", fused="q_a+kv_a", bias=True),
-    *_linear(_ATTENTION + "q_b_proj", "attention", "q_latent"),
-    *_linear(_ATTENTION + "kv_b_proj", "kv_b", "kv_latent"),
-    *_linear(_ATTENTION + "o_proj", "attention", "o", columns=True, bias=True),
-    TensorRule(_ATTENTION + "q_a_layernorm.weight", "norm"),
-    TensorRule(_ATTENTION + "kv_a_layernorm.weight", "norm"),
-    TensorRule(_LAYER + "mlp.gate.weight", "router"),
-    TensorRule(_LAYER + "mlp.gate.e_score_correction_bias", "router"),
-    *_mlp(_LAYER + "mlp.experts.{expert}.", "routed_experts"),
-    *_mlp(_LAYER + "mlp.shared_experts.", "shared_experts"),
-    *_mlp(_LAYER + "mlp.", "dense_mlp"),
+    _attention("q_proj", ("queries", "hidden"), "attention", needs="!q_lora"),
+    _attention("q_a_proj", ("q_lora", "hidden"), "attention", fused="q_a+kv_a", needs="q_lora"),
+    _attention("kv_a_proj_with_mqa", ("kv_a", "hidden"), "attention", fused="q_a+kv_a"),
+    _attention("q_b_proj", ("queries", "q_lora"), "q_latent", needs="q_lora"),
+    _attention("kv_b_proj", ("kv_b", "kv_lora"), "kv_latent", role="kv_b"),
+    _attention("o_proj", ("hidden", "values"), "o"),
+    _bias("q_a_proj", "q_lora", needs="qkv_bias"),
+    _bias("kv_a_proj_with_mqa", "kv_a", needs="qkv_bias"),
+    _bias("o_proj", "hidden", needs="qkv_bias"),
+    _norm(_ATTENTION + "q_a_layernorm", "q_lora", needs="q_lora"),
+    _norm(_ATTENTION + "kv_a_layernorm", "kv_lora"),
+    TensorRule(_LAYER + "mlp.gate.weight", "router", ("experts", "hidden"), layers="moe"),
+    TensorRule(
+        _LAYER + "mlp.gate.e_score_correction_bias",
+        "router",
+        ("experts",),
+        layers="moe",
+        needs="bias_corrected",
+        exact=True,
+    ),
+    *_mlp("experts.{expert}.", "routed_experts", "moe_intermediate", "moe"),
+    *_mlp("shared_experts.", "shared_experts", "shared_intermediate", "moe"),
+    *_mlp("", "dense_mlp", "intermediate", "dense"),
 )
 
 _MTP = tuple(
-    TensorRule(_LAYER + name, "mtp")
-    for name in ("embed_tokens.weight", "enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight", "shared_head.head.weight")
+    TensorRule(f"{_LAYER}{name}.weight", "mtp", shape, layers="mtp")
+    for name, shape in (
+        ("embed_tokens", ("vocabulary", "hidden")),
+        ("enorm", ("hidden",)),
+        ("hnorm", ("hidden",)),
+        ("eh_proj", ("hidden", "two_hidden")),
+        ("shared_head.norm", ("hidden",)),
+        ("shared_head.head", ("vocabulary", "hidden")),
+    )
 )
+
+
+def _llama_dimensions(config: Config) -> Dimensions:
+    hidden, heads, layers = (
+        size_of(config, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
+    head = size_of(config, "head_dim", default=hidden // max(heads, 1))
+    bias = config.get("model_type") == "qwen2" or bool(config.get("attention_bias"))
+    return {
+        "vocabulary": size_of(config, "vocab_size"),
+        "hidden": hidden,
+        "layers": layers,
+        "first_moe": layers,
+        "moe_every": 1,
+        "experts": 0,
+        "queries": heads * head,
+        "keys": size_of(config, "num_key_value_heads", default=heads) * head,
+        "intermediate": size_of(config, "intermediate_size"),
+        "tied": int(bool(config.get("tie_word_embeddings"))),
+        "qkv_bias": int(bias),
+        "o_bias": int(bool(config.get("attention_bias"))),
+    }
+
+
+def _deepseek_dimensions(config: Config) -> Dimensions:
+    hidden, heads, layers = (
+        size_of(config, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
+    nope, rope, value, kv_lora = (
+        size_of(config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+    )
+    experts, moe = (size_of(config, name, default=0) for name in ("n_routed_experts", "moe_intermediate_size"))
+    return {
+        "vocabulary": size_of(config, "vocab_size"),
+        "hidden": hidden,
+        "two_hidden": 2 * hidden,
+        "layers": layers,
+        "mtp_layers": size_of(config, "num_nextn_predict_layers", default=0),
+        "first_moe": size_of(config, "first_k_dense_replace", default=0) if experts else layers,
+        "moe_every": size_of(config, "moe_layer_freq", default=1),
+        "experts": experts,
+        "queries": heads * (nope + rope),
+        "q_lora": size_of(config, "q_lora_rank", default=0),
+        "kv_lora": kv_lora,
+        "kv_a": kv_lora + rope,
+        "kv_b": heads * (nope + value),
+        "values": heads * value,
+        "intermediate": size_of(config, "intermediate_size"),
+        "moe_intermediate": moe,
+        "shared_intermediate": moe * size_of(config, "n_shared_experts", default=0),
+        "tied": int(bool(config.get("tie_word_embeddings"))),
+        "qkv_bias": int(bool(config.get("attention_bias"))),
+        "bias_corrected": int(
+            config.get("topk_method", "noaux_tc") == "noaux_tc" and config.get("model_type") == "deepseek_v3"
+        ),
+    }
+
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture("deepseek_v2", "DeepseekV2ForCausalLM", _DEEPSEEK),
-    Architecture("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK + _MTP, mtp=True),
-    Architecture("llama", "LlamaForCausalLM", _LLAMA),
-    Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA),
+    Architecture("deepseek_v2", "DeepseekV2ForCausalLM", _DEEPSEEK, _deepseek_dimensions),
+    Architecture("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK + _MTP, _deepseek_dimensions, mtp=True),
+    Architecture("llama", "LlamaForCausalLM", _LLAMA, _llama_dimensions),
+    Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA, _llama_dimensions),
 )
 
+MODULE_PATTERNS: dict[Role, str] = {
+    "routed_experts": r"re:.*mlp\.experts.*",
+    "shared_experts": r"re:.*mlp\.shared_experts\..*",
+    "dense_mlp": r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    "attention": r"re:.*self_attn\.(?!kv_b_proj).*",
+    "kv_b": r"re:.*self_attn\.kv_b_proj.*",
+    "router": r"re:.*mlp\.gate$",
+    "lm_head": "lm_head",
+}
+"""The linears of a role as engines address them, fused names (gate_up_proj, fused_qkv_a_proj) included."""
 
-def detect(config: Mapping[str, Any]) -> Architecture:
+
+def detect(config: Config) -> Architecture:
     """The family of a config.json.
 
     Raises:

@@ -60,10 +60,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > size - 8 or length > _LONGEST_HEADER:
-                raise _damaged(path, "its header is longer than the file", f"a header of {length} bytes in a file of {size}")
+                raise _damaged(
+                    path, "its header is longer than the file", f"a header of {length} bytes in a file of {size}"
+                )
             raw = file.read(length)
     except OSError as error:
-        raise CheckpointError("a shard cannot be read", where=str(path), found=error.strerror, fix="download the shard again") from error
+        raise CheckpointError(
+            "a shard cannot be read", where=str(path), found=error.strerror, fix="download the shard again"
+        ) from error
     try:
         content = json.loads(raw)
     except ValueError as error:
@@ -77,7 +81,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return {entry.name: entry for entry in entries}
 
 
-def _entry(path: Path, name: str, fields: Any, *, data_start: int) -> TensorEntry:
+def _entry(path: Path, name: str, fields: dict[str, Any], *, data_start: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         integers = all(isinstance(number, int) and number >= 0 for number in (*shape, start, end))
@@ -86,10 +90,17 @@ def _entry(path: Path, name: str, fields: Any, *, data_start: int) -> TensorEntr
     if not integers:
         raise _damaged(path, f"the entry of {name} is malformed", repr(fields)[:200])
     if dtype not in DTYPE_BITS:
-        raise CheckpointError("a tensor has an unknown dtype", where=f"{path}, {name}", found=repr(dtype), fix="known: " + ", ".join(DTYPE_BITS))
+        raise CheckpointError(
+            "a tensor has an unknown dtype",
+            where=f"{path}, {name}",
+            found=repr(dtype),
+            fix="known: " + ", ".join(DTYPE_BITS),
+        )
     entry = TensorEntry(name, dtype, shape, path, data_start + start)
     if entry.nbytes != end - start:
-        raise _damaged(path, f"the byte range of {name} does not fit its shape", f"{dtype} {list(shape)} in {end - start} bytes")
+        raise _damaged(
+            path, f"the byte range of {name} does not fit its shape", f"{dtype} {list(shape)} in {end - start} bytes"
+        )
     return entry
 
 
@@ -101,7 +112,12 @@ def _check_layout(path: Path, entries: list[TensorEntry], *, data_start: int, si
             raise _damaged(path, f"{entry.name} {problem}", f"starts at byte {entry.offset}, expected {position}")
         position += entry.nbytes
     if position > size:
-        raise CheckpointError("a shard is truncated", where=str(path), found=f"{size} bytes, the header describes {position}", fix="download the shard again")
+        raise CheckpointError(
+            "a shard is truncated",
+            where=str(path),
+            found=f"{size} bytes, the header describes {position}",
+            fix="download the shard again",
+        )
     if position < size:
         raise _damaged(path, "bytes follow the last tensor", f"{size - position} bytes too many")
 

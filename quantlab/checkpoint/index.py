@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from quantlab.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+FP8_SCALE_SUFFIX = "_scale_inv"
+"""The scale of FP8 weight X is the tensor X_scale_inv, in any shard."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -32,6 +35,28 @@ class Checkpoint:
     @property
     def files(self) -> tuple[Path, ...]:
         return tuple(sorted({entry.file for entry in self.tensors.values()}))
+
+    @cached_property
+    def fp8_block(self) -> tuple[int, int] | None:
+        """Rows and columns of the blocks of a DeepSeek FP8 checkpoint, None for any other.
+
+        Raises:
+            CheckpointError: the checkpoint says it is FP8 but not in which blocks.
+        """
+        quantization = self.config.get("quantization_config") or {}
+        if quantization.get("quant_method") != "fp8":
+            return None
+        block = quantization.get("weight_block_size")
+        if not (
+            isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
+        ):
+            raise CheckpointError(
+                "the FP8 checkpoint does not say its block size",
+                where=f"{self.directory / 'config.json'}, quantization_config.weight_block_size",
+                found=repr(block),
+                fix="use the config.json of the original release, which has [128, 128]",
+            )
+        return block[0], block[1]
 
     def fingerprint(self) -> str:
         """sha256 over config.json and every tensor's name, dtype, shape and place.
@@ -54,11 +79,23 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read", where=str(path), found=error.strerror, fix="give the directory of a Hugging Face checkpoint") from error
+        raise CheckpointError(
+            f"{path.name} cannot be read",
+            where=str(path),
+            found=error.strerror,
+            fix="give the directory of a Hugging Face checkpoint",
+        ) from error
     except ValueError as error:
-        raise CheckpointError(f"{path.name} is not JSON", where=str(path), found=str(error), fix="download the file again") from error
+        raise CheckpointError(
+            f"{path.name} is not JSON", where=str(path), found=str(error), fix="download the file again"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object", where=str(path), found=type(content).__name__, fix="download the file again")
+        raise CheckpointError(
+            f"{path.name} is not a JSON object",
+            where=str(path),
+            found=type(content).__name__,
+            fix="download the file again",
+        )
     return content
 
 
@@ -69,7 +106,12 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         CheckpointError: no directory, no safetensors, or an index and shards that contradict each other.
     """
     if not directory.is_dir():
-        raise CheckpointError("there is no such checkpoint directory", where=str(directory), found="nothing" if not directory.exists() else "a file", fix="give the path of a directory with config.json and *.safetensors")
+        raise CheckpointError(
+            "there is no such checkpoint directory",
+            where=str(directory),
+            found="nothing" if not directory.exists() else "a file",
+            fix="give the path of a directory with config.json and *.safetensors",
+        )
     config = read_json(directory / "config.json")
     if (directory / INDEX_NAME).is_file():
         return Checkpoint(directory, config, _indexed_tensors(directory))
@@ -81,33 +123,58 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             "only safetensors is read: a pickle can run code when it is loaded",
             where=str(directory),
             found=", ".join(pickles[:3]),
-            fix="convert once, on a machine you trust with it: python -c \"import transformers as t; "
+            fix='convert once, on a machine you trust with it: python -c "import transformers as t; '
             f"t.AutoModelForCausalLM.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\"",
         )
-    raise CheckpointError("the directory holds no safetensors", where=str(directory), found="neither " + INDEX_NAME + " nor " + SINGLE_NAME, fix="download the weights of the checkpoint")
+    raise CheckpointError(
+        "the directory holds no safetensors",
+        where=str(directory),
+        found="neither " + INDEX_NAME + " nor " + SINGLE_NAME,
+        fix="download the weights of the checkpoint",
+    )
 
 
 def _indexed_tensors(directory: Path) -> dict[str, TensorEntry]:
     weight_map = read_json(directory / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError("the index has no usable weight_map", where=str(directory / INDEX_NAME), found=type(weight_map).__name__, fix="download the index again")
+        raise CheckpointError(
+            "the index has no usable weight_map",
+            where=str(directory / INDEX_NAME),
+            found=type(weight_map).__name__,
+            fix="download the index again",
+        )
     headers = {file: read_header(_shard_path(directory, file)) for file in sorted(set(weight_map.values()))}
     tensors: dict[str, TensorEntry] = {}
     for name, file in weight_map.items():
         if name not in headers[file]:
-            raise CheckpointError("a tensor of the index is missing from its shard", where=f"{directory / file}", found=f"no {name}", fix="download the shard again")
+            raise CheckpointError(
+                "a tensor of the index is missing from its shard",
+                where=f"{directory / file}",
+                found=f"no {name}",
+                fix="download the shard again",
+            )
         tensors[name] = headers[file][name]
     for file, header in headers.items():
         for name in header:
             if name not in weight_map:
-                raise CheckpointError("a shard holds a tensor the index does not know", where=str(directory / file), found=name, fix="download the index and the shards of one release")
+                raise CheckpointError(
+                    "a shard holds a tensor the index does not know",
+                    where=str(directory / file),
+                    found=name,
+                    fix="download the index and the shards of one release",
+                )
     return tensors
 
 
 def _shard_path(directory: Path, file: str) -> Path:
     """The path of a shard named by the index, which must be a plain file name of this directory."""
     if Path(file).name != file or file in {"", ".", ".."}:
-        raise CheckpointError("the index names a file outside the checkpoint", where=str(directory / INDEX_NAME), found=repr(file), fix="shards lie beside the index; download it from the original release")
+        raise CheckpointError(
+            "the index names a file outside the checkpoint",
+            where=str(directory / INDEX_NAME),
+            found=repr(file),
+            fix="shards lie beside the index; download it from the original release",
+        )
     path = directory / file
     if not path.is_file():
         raise CheckpointError("a shard is missing", where=str(path), found="no such file", fix="download the shard")

@@ -23,14 +23,21 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _LARGEST_READ = 1 << 30
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a non-empty CPU tensor, shared with it where it is contiguous."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 def read_entry(entry: TensorEntry) -> Tensor:
     """The tensor of a header entry.
 
     Raises:
         CheckpointError: the file is gone or shorter than its header said.
     """
+    if entry.nbytes == 0:
+        return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
     buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = bytes_of(buffer)
     try:
         descriptor = os.open(entry.file, os.O_RDONLY)
         try:
@@ -38,12 +45,22 @@ def read_entry(entry: TensorEntry) -> Tensor:
             while position < entry.nbytes:
                 count = os.preadv(descriptor, [view[position : position + _LARGEST_READ]], entry.offset + position)
                 if count == 0:
-                    raise CheckpointError("a shard is truncated", where=str(entry.file), found=f"the bytes of {entry.name} end early", fix="download the shard again")
+                    raise CheckpointError(
+                        "a shard is truncated",
+                        where=str(entry.file),
+                        found=f"the bytes of {entry.name} end early",
+                        fix="download the shard again",
+                    )
                 position += count
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise CheckpointError("a shard cannot be read", where=str(entry.file), found=error.strerror, fix="check the disk and the file's permissions") from error
+        raise CheckpointError(
+            "a shard cannot be read",
+            where=str(entry.file),
+            found=error.strerror,
+            fix="check the disk and the file's permissions",
+        ) from error
     return buffer.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
 
@@ -64,5 +81,10 @@ class Reader:
         """
         entry = self.checkpoint.tensors.get(name)
         if entry is None:
-            raise CheckpointError("a tensor is missing", where=str(self.checkpoint.directory), found=f"no {name}", fix="download the complete checkpoint")
+            raise CheckpointError(
+                "a tensor is missing",
+                where=str(self.checkpoint.directory),
+                found=f"no {name}",
+                fix="download the complete checkpoint",
+            )
         return read_entry(entry)

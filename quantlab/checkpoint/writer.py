@@ -13,11 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from quantlab.checkpoint.header import DTYPE_BITS
-from quantlab.checkpoint.reader import DTYPE_NAMES
+from quantlab.checkpoint.reader import DTYPE_NAMES, bytes_of
 from quantlab.errors import ArtifactError
 
 
@@ -75,10 +74,12 @@ class ShardWriter:
             ArtifactError: the disk does not take the bytes.
         """
         announced = self._expected[self._position]
-        assert announced == (name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)), f"{announced} announced, {name} {tensor.dtype} {tuple(tensor.shape)} written"
+        assert announced == (name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)), (
+            f"{announced} announced, {name} {tensor.dtype} {tuple(tensor.shape)} written"
+        )
         self._position += 1
         if tensor.numel():
-            self._write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            self._write(bytes_of(tensor))
 
     def _write(self, data: memoryview) -> None:
         self._digest.update(data)
@@ -94,15 +95,19 @@ class ShardWriter:
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self._discard()
             return
-        assert self._position == len(self._expected), f"{self.path.name}: {self._position} of {len(self._expected)} tensors written"
+        assert self._position == len(self._expected), (
+            f"{self.path.name}: {self._position} of {len(self._expected)} tensors written"
+        )
         try:
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._temporary, self.path)
+            self._temporary.replace(self.path)
         except OSError as problem:
             self._discard()
             raise _write_error(self.path, problem) from problem
@@ -120,7 +125,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _write_error(path, error) from error
@@ -128,5 +133,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def _write_error(path: Path, error: OSError) -> ArtifactError:
     return ArtifactError(
-        "a file cannot be written", where=str(path), found=error.strerror, fix="free space or choose another --out, then run the same command again: what is complete is kept"
+        "a file cannot be written",
+        where=str(path),
+        found=error.strerror,
+        fix="free space or choose another --out, then run the same command again: what is complete is kept",
     )

@@ -120,7 +120,14 @@ def read_record(path: Path) -> Record:
     try:
         return Record.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise ArtifactError("a record cannot be read", where=str(path), found=error.strerror, fix="run `quantlab eval` again") from error
+        raise ArtifactError(
+            "a record cannot be read", where=str(path), found=error.strerror, fix="run `quantlab eval` again"
+        ) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ArtifactError("a file is no record of this version", where=f"{path}, {'.'.join(map(str, first['loc']))}", found=first["msg"], fix="run `quantlab eval` again") from error
+        raise ArtifactError(
+            "a file is no record of this version",
+            where=f"{path}, {'.'.join(map(str, first['loc']))}",
+            found=first["msg"],
+            fix="run `quantlab eval` again",
+        ) from error

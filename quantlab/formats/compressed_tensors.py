@@ -48,7 +48,9 @@ def decode(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> Quantize
     if not scheme.packed:
         return QuantizedMatrix(read(name), scale, scheme.bits)
     columns = int(read(prefix + "weight_shape")[1])
-    return QuantizedMatrix(unpack_int32(read(prefix + "weight_packed"), bits=scheme.bits, columns=columns), scale, scheme.bits)
+    return QuantizedMatrix(
+        unpack_int32(read(prefix + "weight_packed"), bits=scheme.bits, columns=columns), scale, scheme.bits
+    )
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ class QuantizationConfig:
         """The `quantization_config` of config.json."""
         formats = {scheme.format for _, scheme in self.groups}
         return {
-            "config_groups": {f"group_{index}": _group_json(targets, scheme) for index, (targets, scheme) in enumerate(self.groups)},
+            "config_groups": {
+                f"group_{index}": _group_json(targets, scheme) for index, (targets, scheme) in enumerate(self.groups)
+            },
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "global_compression_ratio": None,
             "ignore": list(self.ignore),
@@ -105,17 +109,28 @@ def parse_config(quantization_config: Mapping[str, Any], *, where: str) -> Quant
 def _scheme(group: Mapping[str, Any], layout: str | None, *, where: str) -> Scheme:
     weights, activations = group["weights"], group.get("input_activations")
     group_size = weights.get("group_size") if weights.get("strategy") == "group" else None
-    regular = weights.get("type") == "int" and weights.get("symmetric", True) and weights.get("strategy") in {"group", "channel"}
-    per_token = bool(activations) and (activations.get("num_bits"), activations.get("strategy"), bool(activations.get("dynamic"))) == (8, "token", True)
+    regular = (
+        weights.get("type") == "int"
+        and weights.get("symmetric", True)
+        and weights.get("strategy") in {"group", "channel"}
+    )
+    kind = activations and (activations.get("num_bits"), activations.get("strategy"), bool(activations.get("dynamic")))
+    per_token = kind == (8, "token", True)
     for scheme in SCHEMES.values():
         same_numbers = (scheme.bits, scheme.group_size) == (weights.get("num_bits"), group_size)
-        if regular and same_numbers and scheme.quantized_activations == bool(activations) == per_token and scheme.format == layout:
+        if (
+            regular
+            and same_numbers
+            and scheme.quantized_activations == bool(activations) == per_token
+            and scheme.format == layout
+        ):
             return scheme
     raise ArtifactError(
         "the artifact's numbers are of a kind quantlab does not read",
         where=where,
         found=f"{weights} with activations {activations} as {layout}",
-        fix="readable: symmetric integers as " + "; ".join(f"{scheme.name} ({scheme.description})" for scheme in SCHEMES.values()),
+        fix="readable: symmetric integers as "
+        + "; ".join(f"{scheme.name} ({scheme.description})" for scheme in SCHEMES.values()),
     )
 
 

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from quantlab.checkpoint.index import FP8_SCALE_SUFFIX
 from quantlab.checkpoint.reader import Reader
 from quantlab.errors import CheckpointError
 from quantlab.formats.compressed_tensors import QUANT_METHOD, decode, parse_config
-from quantlab.formats.fp8_blocks import SCALE_SUFFIX, weight_block_size
 from quantlab.numerics.fp8 import block_grid, dequantize_blocks
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import Scheme
 
-_PARTS = (".weight_packed", ".weight_scale", ".weight_shape", ".weight" + SCALE_SUFFIX)
+_PARTS = (".weight_packed", ".weight_scale", ".weight_shape", ".weight" + FP8_SCALE_SUFFIX)
 
 
 class StoredWeights:
@@ -27,11 +27,18 @@ class StoredWeights:
         self.reader = reader
         config = reader.checkpoint.config
         described = config.get("quantization_config") or {}
-        self._block = weight_block_size(config)
+        self._block = reader.checkpoint.fp8_block
         where = str(reader.checkpoint.directory / "config.json")
-        self.quantization = parse_config(described, where=where) if described.get("quant_method") == QUANT_METHOD else None
+        self.quantization = (
+            parse_config(described, where=where) if described.get("quant_method") == QUANT_METHOD else None
+        )
         if described and self._block is None and self.quantization is None:
-            raise CheckpointError("the checkpoint is quantized in a way quantlab does not read", where=where, found=str(described.get("quant_method")), fix="use the original checkpoint; readable are plain, fp8 (blocks) and compressed-tensors")
+            raise CheckpointError(
+                "the checkpoint is quantized in a way quantlab does not read",
+                where=where,
+                found=str(described.get("quant_method")),
+                fix="use the original checkpoint; readable are plain, fp8 (blocks) and compressed-tensors",
+            )
 
     def names(self) -> Iterator[str]:
         """Logical names: every tensor, with the parts of an encoded weight counted as that weight."""
@@ -61,12 +68,22 @@ class StoredWeights:
         stored = self.reader.read(name)
         if stored.dtype != torch.float8_e4m3fn:
             return stored
-        if self._block is None or name + SCALE_SUFFIX not in self.reader:
-            raise CheckpointError("an FP8 weight has no scale", where=str(self.reader.checkpoint.directory), found=f"no {name}{SCALE_SUFFIX}", fix="download the complete checkpoint")
-        scale_inv = self.reader.read(name + SCALE_SUFFIX)
+        if self._block is None or name + FP8_SCALE_SUFFIX not in self.reader:
+            raise CheckpointError(
+                "an FP8 weight has no scale",
+                where=str(self.reader.checkpoint.directory),
+                found=f"no {name}{FP8_SCALE_SUFFIX}",
+                fix="download the complete checkpoint",
+            )
+        scale_inv = self.reader.read(name + FP8_SCALE_SUFFIX)
         rows, columns = stored.shape
         if tuple(scale_inv.shape) != block_grid((rows, columns), self._block):
-            raise CheckpointError("a scale does not fit its weight", where=name + SCALE_SUFFIX, found=f"{list(scale_inv.shape)} for a weight of {[rows, columns]} in blocks of {list(self._block)}", fix="download the shard again")
+            raise CheckpointError(
+                "a scale does not fit its weight",
+                where=name + FP8_SCALE_SUFFIX,
+                found=f"{list(scale_inv.shape)} for a weight of {[rows, columns]} in blocks of {list(self._block)}",
+                fix="download the shard again",
+            )
         return dequantize_blocks(stored, scale_inv, block=self._block, dtype=torch.bfloat16)
 
     def read_dense(self, name: str, dtype: torch.dtype) -> Tensor:

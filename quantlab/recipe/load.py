@@ -58,5 +58,10 @@ def load_recipe(path: Path) -> LoadedRecipe:
     if recipe.evaluate is not None:
         baselines = ["source", *recipe.variants]
         if recipe.evaluate.baseline not in baselines:
-            raise RecipeError("the baseline is no variant", where=f"{path}, evaluate.baseline", found=repr(recipe.evaluate.baseline), fix=nearest(recipe.evaluate.baseline, baselines))
+            raise RecipeError(
+                "the baseline is no variant",
+                where=f"{path}, evaluate.baseline",
+                found=repr(recipe.evaluate.baseline),
+                fix=nearest(recipe.evaluate.baseline, baselines),
+            )
     return LoadedRecipe(path, content, recipe)

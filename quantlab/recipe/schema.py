@@ -31,11 +31,13 @@ class Magnitude(_Strict):
     name: Literal["magnitude"] = "magnitude"
 
 
-def _targets(value: Any) -> Any:
+def _targets(value: object) -> object:
     """Explain why a role that exists cannot be a target before the list of allowed ones is shown."""
     for role in value if isinstance(value, list | tuple) else ():
         if role in get_args(Role) and role not in QUANTIZABLE_ROLES:
-            raise ValueError(f"`{role}` is never quantized or pruned: serving engines expect it unchanged; use some of: {', '.join(QUANTIZABLE_ROLES)}")
+            raise ValueError(
+                f"`{role}` is never quantized or pruned: serving engines expect it unchanged; use some of: {', '.join(QUANTIZABLE_ROLES)}"
+            )
         if role not in QUANTIZABLE_ROLES:
             raise ValueError(f"unknown role `{role}`; {nearest(str(role), QUANTIZABLE_ROLES)}")
     return value
@@ -44,6 +46,9 @@ def _targets(value: Any) -> Any:
 class _Targeted(_Strict):
     targets: tuple[QuantizableRole, ...] = Field(default=DEFAULT_TARGETS, min_length=1)
     """The roles whose linears the pass changes."""
+
+    ignore: tuple[str, ...] = ()
+    """Linears to leave alone all the same: globs on their names, for example `model.layers.0.mlp.down_proj`."""
 
     check_targets = field_validator("targets", mode="before")(_targets)
 
@@ -73,7 +78,7 @@ class Prune(_Targeted):
     """How the weights to remove are chosen."""
 
 
-def _pass_kind(value: Any) -> str | None:
+def _pass_kind(value: object) -> str | None:
     """The member of the union a pass belongs to: the verb among its keys."""
     if isinstance(value, BaseModel):
         return type(value).__name__
@@ -143,5 +148,7 @@ class Recipe(_Strict):
     @classmethod
     def _check_names(cls, variants: dict[str, Any]) -> dict[str, Any]:
         if "source" in variants:
-            raise ValueError("a variant cannot be called `source`, the name of the unchanged checkpoint; choose another name")
+            raise ValueError(
+                "a variant cannot be called `source`, the name of the unchanged checkpoint; choose another name"
+            )
         return variants

@@ -51,7 +51,9 @@ class Scheme:
         """Scales per row of a matrix with `columns` columns."""
         return columns // (self.group_size or columns)
 
-    def stored_tensors(self, name: str, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    def stored_tensors(
+        self, name: str, shape: tuple[int, int], dtype: str
+    ) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """What the weight `name` [N, K] becomes on disk: name, dtype word and shape of each tensor.
 
         Args:
@@ -64,7 +66,11 @@ class Scheme:
         scale = (prefix + "weight_scale", dtype, (rows, self.groups(columns)))
         if not self.packed:
             return (name, "I8", shape), scale
-        return (prefix + "weight_packed", "I32", (rows, columns * self.bits // 32)), scale, (prefix + "weight_shape", "I64", (2,))
+        return (
+            (prefix + "weight_packed", "I32", (rows, columns * self.bits // 32)),
+            scale,
+            (prefix + "weight_shape", "I64", (2,)),
+        )
 
 
 SCHEMES: dict[SchemeName, Scheme] = {

@@ -1,0 +1,188 @@
+"""Recipe x headers x architecture -> Plan. Only headers are read; no weight is touched, no device, no torch."""
+
+import fnmatch
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+
+from quantlab.architectures.families import detect
+from quantlab.checkpoint.index import Checkpoint
+from quantlab.errors import PlanError
+from quantlab.plan.memory import peak_memory
+from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, StoredTensor, VariantPlan
+from quantlab.plan.serving import check_serving_rules, serving_notes, tensor_parallel_sizes
+from quantlab.plan.source import FLOATING, SourceWeight, survey
+from quantlab.recipe.schema import Cast, Prune, Quantize, Recipe
+from quantlab.recipe.schemes import DTYPE_WORDS, SCHEMES, FloatDtype
+
+LARGEST_SHARD = 5_000_000_000
+_LAYOUT_VERSION = 1
+_WIDE = {"F32", "F64"}
+
+AnyPass = Cast | Quantize | Prune
+
+
+def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, code_version: str) -> Plan:
+    """Plan every variant of a recipe.
+
+    Args:
+        recipe: the validated recipe.
+        checkpoint: the source, headers only.
+        code_version: version of quantlab; part of every variant's key.
+
+    Raises:
+        CheckpointError: the source is incomplete or not supported.
+        PlanError: a pass claims nothing, or no engine would serve the result.
+    """
+    architecture = detect(checkpoint.config)
+    weights = survey(checkpoint, architecture)
+    fingerprint = checkpoint.fingerprint()
+    variants = tuple(
+        _plan_variant(name, passes, weights, seed=f"{code_version} {fingerprint}")
+        for name, passes in recipe.variants.items()
+    )
+    return Plan(checkpoint, architecture, variants)
+
+
+def describe(passes: Sequence[AnyPass]) -> str:
+    """The passes in one line, for people."""
+    words: list[str] = []
+    for step in passes:
+        match step:
+            case Cast(cast=dtype):
+                words.append(dtype)
+                continue
+            case Quantize(quantize=scheme, algorithm=algorithm):
+                clip = ", mse clip" if algorithm.clip == "mse" else ""
+                word = f"{scheme} ({algorithm.name}{clip})"
+            case Prune(prune=ratio, algorithm=algorithm):
+                word = f"prune {ratio:.3g} ({algorithm.name})"
+        default = type(step).model_fields["targets"].default
+        words.append(word if step.targets == default else f"{word} of {'+'.join(step.targets)}")
+    return " → ".join(words)
+
+
+def _plan_variant(name: str, passes: Sequence[AnyPass], weights: Sequence[SourceWeight], *, seed: str) -> VariantPlan:
+    cast = next((step.cast for step in passes if isinstance(step, Cast)), None)
+    changes = [step for step in passes if not isinstance(step, Cast)]
+    steps = [_plan_step(weight, _applied(changes, weight, variant=name), cast) for weight in weights]
+    _check_claims(changes, steps, variant=name)
+    check_serving_rules(steps, variant=name)
+    what = json.dumps([step.model_dump() for step in passes], sort_keys=True)
+    return VariantPlan(
+        name=name,
+        description=describe(passes),
+        dtype=cast or _native_dtype(weights),
+        blocks=_blocks(steps),
+        key=hashlib.sha256(f"{_LAYOUT_VERSION} {LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),
+        peak_memory_bytes=peak_memory(steps),
+        tensor_parallel=tensor_parallel_sizes(steps),
+        notes=serving_notes(steps),
+    )
+
+
+def _native_dtype(weights: Sequence[SourceWeight]) -> str:
+    """The dtype most of the source's floating-point bytes have; FP8 counts as bfloat16, which it is dequantized to."""
+    bytes_of = dict.fromkeys(("F16", "BF16", "F32"), 0)
+    for weight in weights:
+        word = "BF16" if weight.entry.dtype == "F8_E4M3" else weight.entry.dtype
+        if word in bytes_of:
+            bytes_of[word] += weight.entry.nbytes
+    return {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[max(bytes_of, key=lambda word: bytes_of[word])]
+
+
+def _applied(passes: Sequence[Prune | Quantize], weight: SourceWeight, *, variant: str) -> tuple[Prune | Quantize, ...]:
+    """The passes that change a weight."""
+    claim = weight.claim
+    if claim.rule is None or not claim.rule.linear or claim.role == "mtp":
+        return ()
+    module = claim.name.removesuffix(".weight")
+    applied = tuple(
+        step
+        for step in passes
+        if claim.role in step.targets and not any(fnmatch.fnmatchcase(module, pattern) for pattern in step.ignore)
+    )
+    for kind in (Prune, Quantize):
+        same = [step for step in applied if isinstance(step, kind)]
+        if len(same) > 1:
+            raise PlanError(
+                "two passes of one kind claim the same weight",
+                where=f"variant {variant}, {claim.name}",
+                found=describe(same),
+                fix="make their targets disjoint",
+            )
+    return applied
+
+
+def _plan_step(weight: SourceWeight, passes: tuple[Prune | Quantize, ...], cast: FloatDtype | None) -> Step:
+    entry, claim = weight.entry, weight.claim
+    exact = claim.rule is not None and claim.rule.exact
+    native = "BF16" if entry.dtype == "F8_E4M3" else entry.dtype
+    dtype = DTYPE_WORDS[cast] if cast and entry.dtype in FLOATING and not exact else native
+    quantize = next((step for step in passes if isinstance(step, Quantize)), None)
+    outputs: tuple[StoredTensor, ...] = ((claim.name, dtype, entry.shape),)
+    outcome: Outcome
+    if quantize is not None:
+        dtype = "BF16" if dtype in _WIDE else dtype
+        outputs = SCHEMES[quantize.quantize].stored_tensors(claim.name, (entry.shape[0], entry.shape[1]), dtype)
+        outcome, reason = "quantized", describe(passes)
+    elif passes:
+        outcome, reason = "pruned", describe(passes)
+    elif dtype != entry.dtype:
+        outcome, reason = "cast", f"{entry.dtype} to {dtype}" + (" by its block scales" if weight.scale else "")
+    else:
+        outcome, reason = "kept", "no rule of the architecture knows it" if claim.rule is None else "no pass targets it"
+    return Step(claim, entry, weight.scale, passes, dtype, outcome, reason, outputs)
+
+
+def _check_claims(passes: Sequence[Prune | Quantize], steps: Sequence[Step], *, variant: str) -> None:
+    """A target or an ignore pattern that claims nothing is a mistake, not a wish that came true."""
+    modules = [
+        (step.claim.role, step.claim.name.removesuffix(".weight"))
+        for step in steps
+        if step.claim.rule and step.claim.rule.linear
+    ]
+    roles = sorted({role for role, _ in modules})
+    for step in passes:
+        explicit = "targets" in step.model_fields_set
+        absent = [target for target in step.targets if target not in roles]
+        if absent and (explicit or len(absent) == len(step.targets)):
+            raise PlanError(
+                "a target claims nothing",
+                where=f"variant {variant}, {describe([step])}",
+                found=f"no linear of role {', '.join(absent)} in this checkpoint",
+                fix=f"its linears have the roles {', '.join(roles)}",
+            )
+        for pattern in step.ignore:
+            if not any(role in step.targets and fnmatch.fnmatchcase(module, pattern) for role, module in modules):
+                raise PlanError(
+                    "an ignore pattern claims nothing",
+                    where=f"variant {variant}, {describe([step])}",
+                    found=f"no targeted linear is called `{pattern}`",
+                    fix="give a glob on names like "
+                    + next((module for role, module in modules if role in step.targets), "model.layers.0.*"),
+                )
+
+
+def _blocks(steps: Sequence[Step]) -> tuple[Block, ...]:
+    """Cut the steps into blocks, and the blocks into shards of at most `LARGEST_SHARD` bytes."""
+    grouped: list[tuple[str, list[list[Step]]]] = []
+    for name, members in itertools.groupby(steps, key=lambda step: step.claim.block):
+        shards: list[list[Step]] = [[]]
+        size = 0
+        for step in members:
+            if shards[-1] and size + step.output_bytes > LARGEST_SHARD:
+                shards.append([])
+                size = 0
+            shards[-1].append(step)
+            size += step.output_bytes
+        grouped.append((name, shards))
+    total = sum(len(shards) for _, shards in grouped)
+    number = itertools.count(1)
+    return tuple(
+        Block(
+            name, tuple(Shard(f"model-{next(number):05d}-of-{total:05d}.safetensors", tuple(shard)) for shard in shards)
+        )
+        for name, shards in grouped
+    )

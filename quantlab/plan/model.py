@@ -1,0 +1,153 @@
+"""A plan: every tensor of the checkpoint with its one outcome, for every variant, before a weight has been read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from quantlab.architectures.architecture import Architecture, Claim
+from quantlab.checkpoint.header import DTYPE_BITS, TensorEntry
+from quantlab.checkpoint.index import Checkpoint
+from quantlab.recipe.schema import Prune, Quantize
+
+Outcome = Literal["cast", "quantized", "pruned", "kept", "dropped"]
+StoredTensor = tuple[str, str, tuple[int, ...]]
+"""Name, dtype word and shape of a tensor on disk."""
+
+
+def stored_bytes(tensor: StoredTensor) -> int:
+    """Bytes of a tensor on disk."""
+    elements = 1
+    for size in tensor[2]:
+        elements *= size
+    return elements * DTYPE_BITS[tensor[1]] // 8
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One source tensor with its one outcome.
+
+    Attributes:
+        tensor: its name in the source.
+        role: what it is for.
+        outcome: what became of it.
+        reason: why, or by which pass.
+        stored_as: names of the tensors that hold it now.
+    """
+
+    tensor: str
+    role: str
+    outcome: Outcome
+    reason: str
+    stored_as: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One weight (with its FP8 scale, if any): what is read, what is done, what is written.
+
+    Attributes:
+        claim: the tensor's name, role, layer and expert.
+        source: where it lies.
+        scale: where its FP8 scale lies, None unless it is an FP8 weight.
+        passes: the passes that change its values, in order.
+        dtype: dtype word it is stored in, and its scales if it is quantized.
+        outcome: its entry in the ledger.
+        reason: likewise.
+        outputs: the tensors it becomes.
+    """
+
+    claim: Claim
+    source: TensorEntry
+    scale: TensorEntry | None
+    passes: tuple[Prune | Quantize, ...]
+    dtype: str
+    outcome: Outcome
+    reason: str
+    outputs: tuple[StoredTensor, ...]
+
+    @property
+    def quantize(self) -> Quantize | None:
+        """The pass that puts it on an integer grid, if one does."""
+        return next((step for step in self.passes if isinstance(step, Quantize)), None)
+
+    @property
+    def source_bytes(self) -> int:
+        return self.source.nbytes + (self.scale.nbytes if self.scale else 0)
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(map(stored_bytes, self.outputs))
+
+    def ledger(self) -> Iterator[LedgerEntry]:
+        """The ledger's entries: the weight's, and its scale's."""
+        name, role = self.claim.name, self.claim.role
+        yield LedgerEntry(name, role, self.outcome, self.reason, tuple(output[0] for output in self.outputs))
+        if self.scale is not None:
+            yield LedgerEntry(self.scale.name, role, "dropped", f"multiplied into {name}", ())
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of an artifact: the steps whose outputs it holds, in order."""
+
+    file: str
+    steps: tuple[Step, ...]
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return tuple(output for step in self.steps for output in step.outputs)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer, the embeddings or the head: the unit of streaming and of resuming."""
+
+    name: str
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class VariantPlan:
+    """Everything that will become of the checkpoint under one variant.
+
+    Attributes:
+        name: the variant's name.
+        description: its passes in one line.
+        dtype: the 16-bit dtype of its floating-point tensors, as config.json spells it.
+        blocks: what is read, done and written, in order.
+        key: hash of all that determines the artifact's bytes; a directory made under another key is not resumed.
+        peak_memory_bytes: estimate of the largest resident size while it is made.
+        tensor_parallel: sizes of tensor parallelism at which engines can split every quantized linear.
+        notes: what its reader should know.
+    """
+
+    name: str
+    description: str
+    dtype: str
+    blocks: tuple[Block, ...] = field(repr=False)
+    key: str
+    peak_memory_bytes: int
+    tensor_parallel: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def steps(self) -> Iterator[Step]:
+        return (step for block in self.blocks for shard in block.shards for step in shard.steps)
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Bytes of all tensors it will store."""
+        return sum(step.output_bytes for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe compiled against a checkpoint."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    variants: tuple[VariantPlan, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(entry.nbytes for entry in self.checkpoint.tensors.values())

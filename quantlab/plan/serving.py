@@ -1,0 +1,108 @@
+"""What serving engines demand of a quantized checkpoint, checked while it is still a plan.
+
+Each rule is one that vLLM or SGLang enforces at load time, hours after the artifact was made.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from quantlab.errors import PlanError
+from quantlab.plan.model import Step
+from quantlab.recipe.schemes import SCHEMES, Scheme
+
+_TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+
+
+def check_serving_rules(steps: Sequence[Step], *, variant: str) -> None:
+    """Check that engines can serve what the steps would make.
+
+    Raises:
+        PlanError: a group that does not divide, or matrices that engines fuse and that have different schemes.
+    """
+    for step in steps:
+        scheme = _scheme(step)
+        if scheme is not None and step.source.shape[1] % scheme.divisor:
+            raise _indivisible(step, scheme, variant)
+    _check_fused(steps, variant=variant)
+    _check_experts(steps, variant=variant)
+
+
+def tensor_parallel_sizes(steps: Iterable[Step]) -> tuple[int, ...]:
+    """Sizes of tensor parallelism at which every quantized linear can be split: whole groups in every rank's part."""
+    sizes = list(_TENSOR_PARALLEL_SIZES)
+    for step in steps:
+        scheme, rule = _scheme(step), step.claim.rule
+        if scheme is None or rule is None:
+            continue
+        length, whole = (
+            (step.source.shape[1], scheme.divisor) if rule.splits == "columns" else (step.source.shape[0], 1)
+        )
+        sizes = [size for size in sizes if length % (size * whole) == 0]
+    return tuple(sizes)
+
+
+def serving_notes(steps: Sequence[Step]) -> tuple[str, ...]:
+    """What is allowed but should be known."""
+    notes = []
+    if any(step.claim.role == "kv_b" and (scheme := _scheme(step)) is not None and scheme.packed for step in steps):
+        notes.append("kv_b is packed: SGLang reads kv_b_proj only unquantized, vLLM loads it")
+    if any(step.outcome == "pruned" or len(step.passes) > 1 for step in steps):
+        notes.append(
+            "the zeros of unstructured pruning are stored like any other weight: no engine saves memory or time by them"
+        )
+    return tuple(notes)
+
+
+def _scheme(step: Step) -> Scheme | None:
+    quantize = step.quantize
+    return SCHEMES[quantize.quantize] if quantize is not None else None
+
+
+def _indivisible(step: Step, scheme: Scheme, variant: str) -> PlanError:
+    columns = step.source.shape[1]
+    smaller = [
+        other.name
+        for other in SCHEMES.values()
+        if other.bits == scheme.bits and other.group_size and columns % other.group_size == 0
+    ]
+    module = step.claim.name.removesuffix(".weight")
+    use = f"use {smaller[0]}, or " if smaller else ""
+    return PlanError(
+        "the group does not divide a matrix",
+        where=f"variant {variant}, {step.claim.name}",
+        found=f"{columns} columns in groups of {scheme.divisor} ({scheme.name})",
+        fix=f"{use}leave it alone with `ignore: [{module}]`",
+    )
+
+
+def _check_fused(steps: Sequence[Step], *, variant: str) -> None:
+    groups: dict[str, list[Step]] = defaultdict(list)
+    for step in steps:
+        if (group := step.claim.fusion_group) is not None:
+            groups[group].append(step)
+    for group, members in groups.items():
+        _check_one_scheme(members, what=f"engines fuse these matrices into one ({group})", variant=variant)
+
+
+def _check_experts(steps: Sequence[Step], *, variant: str) -> None:
+    layers: dict[str, list[Step]] = defaultdict(list)
+    for step in steps:
+        if step.claim.role == "routed_experts" and step.claim.expert is not None:
+            layers[step.claim.block].append(step)
+    for layer, members in layers.items():
+        _check_one_scheme(
+            members, what=f"engines have one kernel for all experts of a layer ({layer})", variant=variant
+        )
+
+
+def _check_one_scheme(members: Sequence[Step], *, what: str, variant: str) -> None:
+    first = members[0]
+    for other in members[1:]:
+        if _scheme(first) != _scheme(other):
+            names = [scheme.name if (scheme := _scheme(step)) else "no scheme" for step in (first, other)]
+            raise PlanError(
+                f"{what}, but their schemes differ",
+                where=f"variant {variant}",
+                found=f"{first.claim.name}: {names[0]}; {other.claim.name}: {names[1]}",
+                fix="give them one scheme: target or ignore all of them",
+            )
