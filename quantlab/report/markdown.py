@@ -1,0 +1,92 @@
+"""matrix.md: the matrix as GitHub renders it."""
+
+import re
+
+from quantlab.report.cells import Cell, Column, cell, columns, failures, notes
+from quantlab.report.matrix import Matrix, Row
+from quantlab.report.recommend import RULES, recommend
+
+_HEADLINE_COLUMNS = 3
+
+
+def to_markdown(matrix: Matrix) -> str:
+    """The text of matrix.md."""
+    every = columns(matrix)
+    blocks = [
+        f"# {_escaped(matrix.recipe)}: accuracy loss × memory × speed",
+        "![Accuracy loss against memory, coloured by speed](matrix.svg)",
+        "\n".join(f"- **{found.goal.capitalize()}:** {_escaped(found.sentence)}" for found in recommend(matrix)),
+        _table(matrix, every[:_HEADLINE_COLUMNS], with_description=True),
+        "## Details",
+        *(_table(matrix, [column for column in every[_HEADLINE_COLUMNS:] if column.group == group]) for group in ("quality", "memory", "speed")),
+        *_domains(matrix),
+        "## How to read this",
+        "\n".join(f"- {_escaped(note)}" for note in notes(matrix)),
+        "\n".join(f"- **{_escaped(column.heading)}:** {_escaped(column.meaning)}" for column in every),
+        "\n".join(f"- **{goal.capitalize()} is recommended by this rule:** {_escaped(rule)}" for goal, rule in RULES.items()),
+    ]
+    if failures(matrix):
+        blocks += ["## Not measured", "\n".join(f"- {_escaped(line)}" for line in failures(matrix))]
+    blocks += ["## Provenance", _provenance(matrix)]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _table(matrix: Matrix, shown: tuple[Column, ...] | list[Column], *, with_description: bool = False) -> str:
+    heads = ["variant", *(column.heading for column in shown)]
+    if with_description:
+        heads.append("passes")
+        heads = ["speed × FP16 (random-weight twin)" if head == "speed × FP16" else head for head in heads]
+    lines = [_line([_escaped(head) for head in heads]), _line(["---", *("---:" for _ in shown), *(["---"] if with_description else [])])]
+    for row in matrix.rows:
+        told: set[str] = set()
+        cells = [_text(cell(matrix, row, column), column, told) for column in shown]
+        lines.append(_line([_variant(matrix, row), *cells, *([_escaped(row.description)] if with_description else [])]))
+    return "\n".join(lines)
+
+
+def _text(found: Cell, column: Column, told: set[str]) -> str:
+    """A cell; the reason of a failure stands in the first cell it cost."""
+    if found.state == "failed":
+        reason = "" if column.group in told else f": {_escaped(found.reason or '')}"
+        told.add(column.group)
+        return f"failed{reason}"
+    return f"{found.text} ({found.interval})" if found.interval else found.text
+
+
+def _variant(matrix: Matrix, row: Row) -> str:
+    name = f"`{row.variant}`"
+    return f"{name} (baseline)" if row.variant == matrix.baseline else name
+
+
+def _domains(matrix: Matrix) -> list[str]:
+    """Perplexity by the kind of text, where there is more than one."""
+    names = list(matrix.rows[0].domains)
+    if len(names) < 2:
+        return []
+    lines = [_line(["perplexity on", *(_escaped(name) for name in names)]), _line(["---", *("---:" for _ in names)])]
+    for row in matrix.rows:
+        domains = [row.domains[name] for name in names]
+        lines.append(_line([_variant(matrix, row), *(f"{domain.perplexity.value:.2f}" if domain else "–" for domain in domains)]))
+    return ["\n".join(lines)]
+
+
+def _provenance(matrix: Matrix) -> str:
+    tokens = sorted({row.perplexity.n for row in matrix.rows if row.perplexity})
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(matrix.rows[0].versions.items()))
+    entries = [
+        ("Recipe", f"{_escaped(matrix.recipe)}, sha256 `{matrix.recipe_sha256}`"),
+        ("Suite", f"{_escaped(matrix.suite)}, sha256 `{matrix.suite_sha256}`"),
+        ("Tokens", ", ".join(f"{count:,}" for count in tokens)),
+        ("Hardware", _escaped(matrix.hardware)),
+        ("Versions", _escaped(versions)),
+    ]
+    return "\n".join(f"- {label}: {text}" for label, text in entries if text)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escaped(text: str) -> str:
+    """Text that neither breaks a table nor turns into markup."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))

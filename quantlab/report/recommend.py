@@ -1,0 +1,177 @@
+"""Which row to pick: one sentence each for quality, memory and speed, and nothing the intervals do not support.
+
+An interval that reaches zero does not show that nothing was lost, only that no loss was seen; so a row counts as keeping
+the quality only if its interval also rules out a loss worth caring about, and the sentence names both ends. Rows whose
+intervals overlap are called just that. A row without quality numbers is never recommended: memory and speed of an
+artifact that may answer nonsense are worth nothing.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from quantlab.evaluation.record import Measured
+from quantlab.report.cells import interval, number
+from quantlab.report.matrix import Matrix, Row
+
+NEGLIGIBLE_PERCENT = 0.1
+"""A perplexity surely within this of the baseline's is as good as equal, even where the difference can be measured."""
+EXCLUDED_PERCENT = 1.0
+"""To keep the quality, a larger rise of perplexity must be ruled out by the interval."""
+BOUND_PERCENT = 5.0
+"""Memory and speed are worth recommending only where accuracy loss and perplexity rise surely stay below this."""
+SAME_MEMORY_POINTS = 0.5
+"""Rows this close in percent of FP16 take the same memory."""
+
+RULES = {
+    "quality": "The least memory among variants whose accuracy-loss interval reaches zero and whose perplexity is not measurably above the baseline's "
+    f"(or surely at most {NEGLIGIBLE_PERCENT:g} % above it), where the interval rules out a rise of more than {EXCLUDED_PERCENT:g} %.",
+    "memory": f"The least memory among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %.",
+    "speed": f"The fastest decode at batch size 1 among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %; "
+    "among those whose speeds overlap, the one that can have lost least.",
+}
+"""How each goal is decided, for people."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to pick for one goal."""
+
+    goal: Literal["quality", "memory", "speed"]
+    variant: str | None
+    """None where the numbers recommend no row."""
+    sentence: str
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A row with every number that its quality is judged by."""
+
+    row: Row
+    loss: Measured
+    rise: Measured
+
+    @property
+    def worst(self) -> float:
+        """Upper end of the perplexity change: what the measurement cannot rule out."""
+        return self.rise.high
+
+    @property
+    def keeps_quality(self) -> bool:
+        no_rise = self.rise.low <= 0 or self.rise.high <= NEGLIGIBLE_PERCENT
+        return self.loss.low <= 0 and no_rise and self.rise.high <= EXCLUDED_PERCENT
+
+    @property
+    def is_bounded(self) -> bool:
+        return self.loss.high <= BOUND_PERCENT and self.rise.high <= BOUND_PERCENT
+
+    @property
+    def losses(self) -> str:
+        return f"accuracy loss {_with_interval(self.loss)}, perplexity change {_with_interval(self.rise)}"
+
+
+def recommend(matrix: Matrix) -> tuple[Recommendation, Recommendation, Recommendation]:
+    """Which row to pick for quality, for memory and for speed."""
+    judged = [
+        _Judged(row=row, loss=row.accuracy_loss_percent, rise=row.perplexity_change_percent)
+        for row in matrix.rows
+        if row.variant != matrix.baseline and row.accuracy_loss_percent and row.perplexity_change_percent
+    ]
+    return _for_quality(matrix, judged), _for_memory(judged), _for_speed(judged)
+
+
+def _for_quality(matrix: Matrix, judged: Sequence[_Judged]) -> Recommendation:
+    if not judged:
+        return Recommendation("quality", None, "No variant can be recommended: the quality of none was measured against the baseline.")
+    keeping = [(found.row.memory_percent_of_fp16, found) for found in judged if found.keeps_quality]
+    weighed = [(memory, found) for memory, found in keeping if memory is not None]
+    if weighed:
+        memory, pick = _smallest(weighed)
+        saving = f"at {number(memory, 'percent')} % of FP16's weight memory" if _saves(memory) else "though it saves no memory over FP16"
+        seen = "no measurable loss" if pick.rise.low <= 0 else f"a perplexity surely within {NEGLIGIBLE_PERCENT:g} % of the baseline's"
+        return Recommendation(
+            "quality", pick.row.variant, f"{pick.row.variant} is the smallest variant with {seen} over {pick.rise.n:,} tokens: {pick.losses}, {saving}."
+        )
+    if keeping:
+        names = _listed(found.row.variant for _, found in keeping)
+        return Recommendation("quality", None, f"{names} kept the quality, but no memory was measured to choose by.")
+    best = min(judged, key=lambda found: found.rise.value)
+    rivals = [found.row.variant for found in judged if found is not best and found.rise.low <= best.rise.high]
+    overlap = f" (the interval overlaps with {_listed(rivals)})" if rivals else ""
+    return Recommendation(
+        "quality",
+        matrix.baseline,
+        f"Stay with {matrix.baseline}: no variant is shown to keep its quality; closest is {best.row.variant}{overlap} with {best.losses}.",
+    )
+
+
+def _for_memory(judged: Sequence[_Judged]) -> Recommendation:
+    weighed = [(found.row.memory_percent_of_fp16, found) for found in judged]
+    saving = [(memory, found) for memory, found in weighed if memory is not None and _saves(memory)]
+    if not saving:
+        return Recommendation("memory", None, "No variant with measured quality needs less memory for weights than FP16.")
+    bounded = [(memory, found) for memory, found in saving if found.is_bounded]
+    if not bounded:
+        memory, least = _smallest(saving)
+        return Recommendation(
+            "memory",
+            None,
+            f"No variant saves memory with its losses surely below {BOUND_PERCENT:g} %; the smallest is {least.row.variant} "
+            f"at {number(memory, 'percent')} % of FP16 with {least.losses}.",
+        )
+    memory, pick = _smallest(bounded)
+    sentence = f"{pick.row.variant} holds its weights in {number(memory, 'percent')} % of FP16's memory ({100 / memory:.1f}× less) with {pick.losses}"
+    same = [found for other, found in bounded if found is not pick and other - memory <= SAME_MEMORY_POINTS]
+    sentence += "".join(f"; {found.row.variant} takes about the same memory with a perplexity change of {_with_interval(found.rise)}" for found in same)
+    smaller = [found for other, found in saving if not found.is_bounded and other < memory - SAME_MEMORY_POINTS]
+    if smaller:
+        sentence += f"; {_listed(found.row.variant for found in smaller)} would be smaller, but a loss above {BOUND_PERCENT:g} % is not ruled out"
+    return Recommendation("memory", pick.row.variant, sentence + ".")
+
+
+def _for_speed(judged: Sequence[_Judged]) -> Recommendation:
+    timed = [(found.row.speed_over_fp16, found) for found in judged if found.is_bounded]
+    faster = [(speed, found) for speed, found in timed if speed is not None and speed.low > 1]
+    if not any(speed for speed, _ in timed):
+        return Recommendation("speed", None, f"No variant with losses surely below {BOUND_PERCENT:g} % has a measured speed.")
+    if not faster:
+        return Recommendation("speed", None, f"No variant with losses surely below {BOUND_PERCENT:g} % is measurably faster than FP16 at batch size 1.")
+    top, fastest = max(faster, key=lambda pair: pair[0].value)
+    level = [(speed, found) for speed, found in faster if speed.high >= top.low]
+    speed, pick = min(level, key=lambda pair: (pair[1].worst, -pair[0].value))
+    sentence = f"{pick.row.variant} decodes {number(speed.value, 'ratio')}× as fast as FP16 ({interval(speed, 'ratio')}) at batch size 1"
+    batch, ratio = _largest_batch(pick.row)
+    if ratio is not None:
+        sentence += f" and {number(ratio.value, 'ratio')}× ({interval(ratio, 'ratio')}) at {batch}"
+    sentence += f", with {pick.losses}"
+    if pick is not fastest:
+        sentence += f"; {fastest.row.variant} measures {number(top.value, 'ratio')}×, but the intervals overlap and more loss remains possible there"
+    level_with = [found.row.variant for _, found in level if found is not pick and found is not fastest]
+    if level_with:
+        sentence += f"; the interval of {_listed(level_with)} overlaps with the fastest's, too"
+    return Recommendation("speed", pick.row.variant, sentence + ".")
+
+
+def _smallest(weighed: Sequence[tuple[float, _Judged]]) -> tuple[float, _Judged]:
+    """The least memory; among rows of the same memory, the one that can have lost least."""
+    least = min(memory for memory, _ in weighed)
+    return min(((memory, found) for memory, found in weighed if memory - least <= SAME_MEMORY_POINTS), key=lambda pair: pair[1].worst)
+
+
+def _saves(memory: float) -> bool:
+    return memory <= 100 - SAME_MEMORY_POINTS
+
+
+def _largest_batch(row: Row) -> tuple[str, Measured | None]:
+    """The largest batch size above 1 whose decode speed was compared with FP16."""
+    measured = [(batch, ratio) for batch, ratio in row.decode_over_fp16.items() if ratio is not None and batch != "1"]
+    return measured[-1] if measured else ("", None)
+
+
+def _with_interval(measured: Measured) -> str:
+    return f"{number(measured.value, 'change')} % ({interval(measured, 'change')})"
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last

@@ -1,0 +1,111 @@
+"""The matrix in a terminal: as many columns as fit, the four that decide first."""
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from quantlab.report.cells import Cell, Column, cell, columns, failures, notes
+from quantlab.report.matrix import Matrix
+from quantlab.report.recommend import recommend
+
+_HEADLINE = ("accuracy_loss_percent", "memory_percent_of_fp16", "speed_over_fp16")
+_DETAILS = (
+    "perplexity_change_percent",
+    "kl_to_baseline",
+    "top1_agreement",
+    "artifact_bytes",
+    "decode_tokens_per_second.1",
+    "decode_tokens_per_second.8",
+    "peak_memory_bytes",
+    "load_seconds",
+    "prefill_tokens_per_second.1",
+)
+"""In the order in which they are worth a terminal's width."""
+_WITH_MARGIN = (*_HEADLINE, "perplexity_change_percent")
+_HEADS = {
+    "accuracy_loss_percent": "accuracy\nloss %",
+    "memory_percent_of_fp16": "memory\n% of FP16",
+    "speed_over_fp16": "speed\n× FP16",
+    "perplexity_change_percent": "perplexity\nchange %",
+    "kl_to_baseline": "KL\nnats",
+    "top1_agreement": "top-1\nagree %",
+    "artifact_bytes": "size\non disk",
+    "decode_tokens_per_second.1": "decode\ntok/s at 1",
+    "decode_tokens_per_second.8": "decode\ntok/s at 8",
+    "peak_memory_bytes": "peak\nmemory",
+    "load_seconds": "load\ns",
+    "prefill_tokens_per_second.1": "prefill\ntok/s at 1",
+}
+_IN_ASCII = str.maketrans({"±": "+-", "×": "x", "−": "-", "–": "-", "…": "...", "▸": ">", "\N{NO-BREAK SPACE}": " "})
+
+
+def print_matrix(matrix: Matrix, console: Console) -> None:
+    """Print the table, the recommendations and what a reader must know."""
+    console.print(Text(_in(console, f"{matrix.recipe} · {matrix.suite} · {matrix.hardware}".replace("·", "–")), style="dim"))
+    console.print(table_that_fits(matrix, console))
+    for found in recommend(matrix):
+        line = Text.assemble((f"{found.goal:<8}", "bold green" if found.variant else "bold yellow"), _in(console, found.sentence))
+        console.print(_hanging(line, console), soft_wrap=False)
+    for failure in failures(matrix):
+        console.print(_hanging(Text.assemble(("failed  ", "bold red"), _in(console, failure)), console))
+    for note in ("± is the wider side of the interval, bold a change whose interval leaves out zero.", *notes(matrix)):
+        console.print(_hanging(Text.assemble("note    ", _in(console, note), style="dim"), console))
+
+
+def table_that_fits(matrix: Matrix, console: Console) -> Table:
+    """The table with as many details as the console is wide; the first four columns stand always."""
+    known = {column.key: column for column in columns(matrix)}
+    details = [known[key] for key in _DETAILS if key in known]
+    headline = [known[key] for key in _HEADLINE]
+    fitting = list(headline)
+    for detail in details:
+        candidate = _table(matrix, [*fitting, detail], console)
+        if Measurement.get(console, console.options.update(max_width=10_000), candidate).maximum <= console.width:
+            fitting.append(detail)
+    return _table(matrix, fitting, console)
+
+
+def _table(matrix: Matrix, shown: list[Column], console: Console) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
+    table.add_column("\nvariant", overflow="fold", style="bold", ratio=None)
+    for column in shown:
+        table.add_column(_in(console, _HEADS[column.key]), justify="right", no_wrap=True, style=None if column.key in _HEADLINE else "dim")
+    for row in matrix.rows:
+        cells = [_text(cell(matrix, row, column), column, console) for column in shown]
+        table.add_row(Text(row.variant, style="italic" if row.variant == matrix.baseline else ""), *cells)
+    return table
+
+
+def _text(found: Cell, column: Column, console: Console) -> Text:
+    match found.state:
+        case "baseline":
+            return Text(_in(console, found.text), style="italic dim")
+        case "failed":
+            return Text(found.text, style="red")
+        case "missing":
+            return Text(_in(console, found.text), style="dim")
+        case "value":
+            text = Text(_in(console, found.text))
+            if column.relative and found.low is not None and found.low > 0 and column.unit == "change":
+                text.stylize("bold")
+            if found.margin and column.key in _WITH_MARGIN:
+                text.append(" " + _in(console, found.margin), style="dim not bold")
+            return text
+
+
+def _hanging(text: Text, console: Console) -> Padding:
+    """Wrapped lines stand under the text, not under its label."""
+    label, body = text[:8], text[8:]
+    lines = Table.grid(padding=0)
+    lines.add_column(width=8, no_wrap=True)
+    lines.add_column(max_width=max(20, min(console.width, 120) - 8))
+    lines.add_row(label, body)
+    return Padding(lines, (0, 0))
+
+
+def _in(console: Console, text: str) -> str:
+    """The text in what the console's encoding can hold."""
+    return text if console.encoding.lower().startswith("utf") else text.translate(_IN_ASCII)

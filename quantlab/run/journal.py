@@ -1,0 +1,116 @@
+"""What of an artifact is finished: one line per block, written when the block's shards are safely on disk.
+
+The first line names the plan's key, so that a directory begun under another recipe is never continued. A line torn by a
+crash is cut off; its block is made again, with the same bytes.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from quantlab.errors import ArtifactError
+from quantlab.passes.apply import WeightReport
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A finished file: name, sha256 of its bytes, and how many there are."""
+
+    name: str
+    sha256: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block whose shards are on disk, with the reports of the weights that were changed."""
+
+    name: str
+    files: tuple[FileRecord, ...]
+    reports: Mapping[str, WeightReport]
+
+
+class Journal:
+    """The journal of one artifact in the making.
+
+    Args:
+        path: the journal's file.
+        directory: where the shards are written.
+        key: the plan's key.
+
+    Raises:
+        ArtifactError: the journal belongs to another plan, or cannot be written.
+    """
+
+    def __init__(self, path: Path, directory: Path, *, key: str) -> None:
+        self.path = path
+        self._blocks: dict[str, FinishedBlock] = {}
+        lines = self._whole_lines()
+        if lines:
+            found = json.loads(lines[0]).get("key")
+            if found != key:
+                raise ArtifactError(
+                    "the output directory holds unfinished work of another recipe",
+                    where=str(directory),
+                    found=f"plan {str(found)[:12]}, this one is {key[:12]}",
+                    fix="choose another --out, or start over with --overwrite",
+                )
+            for line in lines[1:]:
+                block = _parse(line)
+                if all(
+                    (directory / file.name).is_file() and (directory / file.name).stat().st_size == file.nbytes
+                    for file in block.files
+                ):
+                    self._blocks[block.name] = block
+        else:
+            self._append(json.dumps({"key": key}))
+
+    def has(self, block: str) -> bool:
+        """Whether a block is finished."""
+        return block in self._blocks
+
+    def commit(self, block: FinishedBlock) -> None:
+        """Record that a block is finished.
+
+        Raises:
+            ArtifactError: the disk does not take the line.
+        """
+        self._append(json.dumps(asdict(block)))
+        self._blocks[block.name] = block
+
+    def finished(self, order: Sequence[str]) -> tuple[FinishedBlock, ...]:
+        """The finished blocks in the plan's order."""
+        return tuple(self._blocks[name] for name in order)
+
+    def _whole_lines(self) -> list[str]:
+        """The lines that end; the remains of one that does not are removed from the file."""
+        if not self.path.exists():
+            return []
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            os.truncate(self.path, len(whole))
+        return whole.decode().splitlines()
+
+    def _append(self, line: str) -> None:
+        try:
+            with self.path.open("ab") as file:
+                file.write(line.encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ArtifactError(
+                "the journal cannot be written",
+                where=str(self.path),
+                found=error.strerror,
+                fix="free space or choose another --out, then run the same command again: what is complete is kept",
+            ) from error
+
+
+def _parse(line: str) -> FinishedBlock:
+    fields = json.loads(line)
+    files = tuple(FileRecord(**file) for file in fields["files"])
+    reports = {name: WeightReport(**report) for name, report in fields["reports"].items()}
+    return FinishedBlock(fields["name"], files, reports)
