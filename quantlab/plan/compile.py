@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from quantlab.architectures.families import detect
 from quantlab.checkpoint.index import Checkpoint
@@ -19,6 +20,12 @@ from quantlab.recipe.schemes import DTYPE_WORDS, SCHEMES, FloatDtype
 LARGEST_SHARD = 5_000_000_000
 _LAYOUT_VERSION = 1
 _WIDE = {"F32", "F64"}
+
+
+def code_version() -> str:
+    """The version of quantlab, part of every plan's key: other code may make other bytes."""
+    return version("quantlab")
+
 
 AnyPass = Cast | Quantize | Prune
 

@@ -32,6 +32,12 @@ class FinishedBlock:
     reports: Mapping[str, WeightReport]
 
 
+def journal_key(path: Path) -> str | None:
+    """The key of the plan a journal belongs to, None while its first line is not whole."""
+    lines = path.read_bytes().split(b"\n")
+    return json.loads(lines[0])["key"] if len(lines) > 1 else None
+
+
 class Journal:
     """The journal of one artifact in the making.
 

@@ -4,9 +4,7 @@ An artifact is made in a hidden work directory and appears under its name by one
 journal says which blocks are done; the same command continues after them.
 """
 
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from quantlab.checkpoint.reader import TORCH_DTYPES, Reader
 from quantlab.checkpoint.writer import ShardWriter
-from quantlab.errors import ArtifactError, CheckpointError
+from quantlab.errors import CheckpointError
 from quantlab.formats.compressed_tensors import encode
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
@@ -22,60 +20,12 @@ from quantlab.passes.apply import WeightReport, apply_passes
 from quantlab.plan.model import Block, Plan, Shard, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.run.artifact import finish_artifact, manifest_key
+from quantlab.run.artifact import finish_artifact
+from quantlab.run.directory import RunDirectory, make_directory
 from quantlab.run.journal import FileRecord, FinishedBlock, Journal
 
 Progress = Callable[[int], None]
 """Told the bytes of the source that have just been dealt with."""
-
-
-@dataclass(frozen=True)
-class RunDirectory:
-    """Where a recipe's results lie."""
-
-    path: Path
-
-    def artifact(self, variant: str) -> Path:
-        return self.path / "artifacts" / variant
-
-    def work(self, variant: str) -> Path:
-        return self.path / ".work" / variant
-
-    def journal(self, variant: str) -> Path:
-        return self.path / ".work" / f"{variant}.jsonl"
-
-    def discard(self, variant: str) -> None:
-        """Remove a variant's artifact and unfinished work."""
-        for directory in (self.artifact(variant), self.work(variant)):
-            if directory.exists():
-                shutil.rmtree(directory)
-        self.journal(variant).unlink(missing_ok=True)
-
-    def clear_work(self) -> None:
-        """Remove the work directory once nothing unfinished is left in it."""
-        work = self.path / ".work"
-        if work.is_dir() and not any(path.suffix == ".jsonl" for path in work.iterdir()):
-            shutil.rmtree(work)
-
-
-def is_complete(directory: RunDirectory, variant: VariantPlan) -> bool:
-    """Whether the variant's artifact is there and was made by this plan.
-
-    Raises:
-        ArtifactError: an artifact of another recipe or model has its place.
-    """
-    artifact = directory.artifact(variant.name)
-    if not artifact.exists():
-        return False
-    found = manifest_key(artifact)
-    if found != variant.key:
-        raise ArtifactError(
-            "the output directory holds an artifact of another recipe",
-            where=str(artifact),
-            found=f"plan {found[:12]}, this one is {variant.key[:12]}",
-            fix="choose another --out, or replace it with --overwrite",
-        )
-    return True
 
 
 def run_variant(
@@ -89,7 +39,7 @@ def run_variant(
     """
     source = StoredWeights(Reader(plan.checkpoint))
     work = directory.work(variant.name)
-    _make_directory(work)
+    make_directory(work)
     journal = Journal(directory.journal(variant.name), work, key=variant.key)
     for block in variant.blocks:
         if not journal.has(block.name):
@@ -172,12 +122,3 @@ def _encode(step: Step, changed: Tensor | QuantizedMatrix) -> dict[str, Tensor]:
         return {step.claim.name: changed}
     assert step.quantize is not None, "integers come from a quantize pass"
     return encode(step.claim.name, changed, SCHEMES[step.quantize.quantize])
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError(
-            "the output directory cannot be made", where=str(path), found=error.strerror, fix="choose another --out"
-        ) from error

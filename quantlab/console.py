@@ -1,0 +1,143 @@
+"""What people see on the terminal: tables of plans and checkpoints, progress bars, errors."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from quantlab.errors import QuantlabError
+from quantlab.plan.model import Outcome, Plan, VariantPlan
+from quantlab.plan.source import SourceWeight
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000 as disks and checkpoints are sold: 31.4 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def progress_bars(console: Console, *, quiet: bool) -> Progress:
+    """Bars with elapsed and remaining time."""
+    columns = (
+        TextColumn("{task.description}", style="bold"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[detail]}", style="dim"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
+    )
+    return Progress(*columns, console=console, disable=quiet, transient=False)
+
+
+def print_error(console: Console, error: QuantlabError) -> None:
+    """An error in red, its details below."""
+    console.print(Text("error: ", style="bold red") + Text(error.what, style="bold"), soft_wrap=True)
+    for label, text in (("where", error.where), ("found", error.found), ("fix", error.fix)):
+        if text:
+            console.print(Text(f"  {label + ':':<7}", style="dim") + Text(text), soft_wrap=True)
+
+
+def checkpoint_table(weights: Iterable[SourceWeight]) -> Table:
+    """Roles, dtypes, tensors, parameters and bytes of a checkpoint."""
+    rows: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for weight in weights:
+        row = rows[weight.claim.role, weight.entry.dtype]
+        row[0] += 1
+        row[1] += weight.entry.elements
+        row[2] += weight.entry.nbytes + (weight.scale.nbytes if weight.scale else 0)
+    total = sum(row[2] for row in rows.values())
+    table = Table(title="What is in the checkpoint", title_justify="left")
+    table.add_column("role")
+    table.add_column("dtype")
+    for head in ("tensors", "parameters", "bytes", "share"):
+        table.add_column(head, justify="right")
+    for (role, dtype), (tensors, parameters, nbytes) in sorted(rows.items(), key=lambda item: -item[1][2]):
+        table.add_row(role, dtype, f"{tensors:,}", f"{parameters:,}", size(nbytes), f"{100 * nbytes / total:.1f} %")
+    table.add_section()
+    sums = [sum(row[index] for row in rows.values()) for index in range(2)]
+    table.add_row("all", "", f"{sums[0]:,}", f"{sums[1]:,}", size(total), "100 %")
+    return table
+
+
+def fp16_bytes(plan: Plan) -> int:
+    """What the checkpoint's parameters take at two bytes each, scales of FP8 weights not counted."""
+    return sum(2 * step.source.elements for step in plan.variants[0].steps)
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row per variant: what it is and what it takes."""
+    table = Table(title="The plan", title_justify="left")
+    table.add_column("variant", style="bold", no_wrap=True)
+    table.add_column("passes")
+    for head in ("artifact", "% of FP16", "memory to make it", "tensor parallel"):
+        table.add_column(head, justify="right")
+    whole = fp16_bytes(plan)
+    for variant in plan.variants:
+        table.add_row(
+            variant.name,
+            variant.description,
+            size(variant.artifact_bytes),
+            f"{100 * variant.artifact_bytes / whole:.1f}",
+            size(variant.peak_memory_bytes),
+            "/".join(map(str, variant.tensor_parallel)),
+        )
+    return table
+
+
+def outcome_table(plan: Plan) -> Table:
+    """What becomes of the source's tensors under each variant."""
+    table = Table(title="What becomes of the tensors", title_justify="left")
+    table.add_column("variant", style="bold", no_wrap=True)
+    outcomes = get_args(Outcome)
+    for outcome in outcomes:
+        table.add_column(outcome, justify="right")
+    for variant in plan.variants:
+        counts = ledger_counts(variant)
+        table.add_row(variant.name, *(f"{counts[outcome]:,}" if outcome in counts else "–" for outcome in outcomes))
+    return table
+
+
+def ledger_counts(variant: VariantPlan) -> dict[str, int]:
+    """How many source tensors have which outcome."""
+    return dict(Counter(entry.outcome for step in variant.steps for entry in step.ledger()).most_common())
+
+
+def ledger_table(variant: VariantPlan) -> Table:
+    """The whole ledger of a variant."""
+    table = Table(title=f"Ledger of {variant.name}", title_justify="left")
+    for head in ("tensor", "role", "outcome", "reason"):
+        table.add_column(head, overflow="fold")
+    for step in variant.steps:
+        for entry in step.ledger():
+            table.add_row(entry.tensor, entry.role, entry.outcome, entry.reason)
+    return table
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan for scripts."""
+    return {
+        "architecture": plan.architecture.class_name,
+        "source_bytes": plan.source_bytes,
+        "fp16_bytes": fp16_bytes(plan),
+        "variants": [
+            {
+                "variant": variant.name,
+                "description": variant.description,
+                "artifact_bytes": variant.artifact_bytes,
+                "peak_memory_bytes": variant.peak_memory_bytes,
+                "tensor_parallel": list(variant.tensor_parallel),
+                "ledger": ledger_counts(variant),
+                "shards": sum(len(block.shards) for block in variant.blocks),
+                "notes": list(variant.notes),
+            }
+            for variant in plan.variants
+        ],
+    }
