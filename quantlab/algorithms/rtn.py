@@ -5,7 +5,7 @@ What is left to choose is the grid's scale. Three conventions are in use for b b
 - `absmax`  ``s = max|w| / (2^(b-1) - 1)``: nothing is clipped, the point -2^(b-1) is never used.
 - `half`    ``s = 2 max|w| / (2^b - 1)``: the extreme lies half a step outside one end of the grid.
 - `signed`  ``s = -e / 2^(b-1)`` with e the weight of largest magnitude, sign kept: e itself lands on -2^(b-1) exactly and
-  all 2^b points are used; half of the scales are negative.
+  all 2^b points are used; half of the scales are negative. Of two extremes of equal magnitude the negative one counts.
 
 A search then shrinks the scale where that lowers the squared error: a few clipped outliers for finer steps elsewhere.
 

@@ -1,0 +1,193 @@
+"""Is an artifact what it says it is? Hashes, ledger, finite values, and whether others load it with the same result.
+
+The reference is the artifact's own weights dequantized to 16 bits, written as a plain checkpoint and loaded by
+transformers: nothing of the packed path takes part in it. Two loads are held against it: the artifact through transformers'
+compressed-tensors loader, and the artifact through our runtime, whose weights stay packed.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from quantlab.checkpoint.index import INDEX_NAME, Checkpoint, open_checkpoint, read_json
+from quantlab.checkpoint.reader import DTYPE_NAMES, Reader
+from quantlab.checkpoint.writer import ShardWriter, write_atomically
+from quantlab.errors import ArtifactError
+from quantlab.formats.stored import StoredWeights
+from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.runtime.load import load
+
+_TOKENS = (2, 48)
+_TOLERANCE = {"bitwise": 0.0, "float32": 2e-3}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question about an artifact with its answer.
+
+    Attributes:
+        name: the question.
+        verdict: "ok", "failed", or "not applicable" where it cannot be asked.
+        detail: numbers, or what is wrong.
+    """
+
+    name: str
+    verdict: Literal["ok", "failed", "not applicable"]
+    detail: str
+
+
+def verify(artifact: Path) -> Iterator[Check]:
+    """Check an artifact; yields one answer after the other, cheap ones first.
+
+    Raises:
+        ArtifactError: the directory is no artifact of quantlab.
+        CheckpointError: its files cannot be read at all.
+    """
+    manifest_path = artifact / "manifest.json"
+    if not manifest_path.is_file():
+        raise ArtifactError(
+            "the directory is no artifact of quantlab",
+            where=str(artifact),
+            found="no manifest.json",
+            fix="give a directory under runs/NAME/artifacts",
+        )
+    manifest = read_json(manifest_path)
+    hashes = _check_hashes(artifact, manifest)
+    yield hashes
+    if hashes.verdict == "failed":
+        return
+    checkpoint = open_checkpoint(artifact)
+    yield _check_ledger(checkpoint, manifest)
+    stored = StoredWeights(Reader(checkpoint))
+    yield _check_finite(stored)
+    with tempfile.TemporaryDirectory(prefix="quantlab-verify-") as directory:
+        reference = Path(directory)
+        _write_dequantized(stored, reference)
+        expected = _logits_of_transformers(reference, checkpoint, dequantize=False)
+        yield _check_transformers(stored, checkpoint, expected)
+        yield _check_runtime(artifact, reference, checkpoint, stored)
+
+
+def _check_hashes(artifact: Path, manifest: dict[str, Any]) -> Check:
+    problems, total = [], 0
+    for name, record in manifest["files"].items():
+        path = artifact / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+            continue
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != record["sha256"]:
+            problems.append(f"{name} was changed")
+        total += record["bytes"]
+    extra = sorted(
+        path.name for path in artifact.iterdir() if path.name not in manifest["files"] and path.name != "manifest.json"
+    )
+    problems += [f"{name} is not in the manifest" for name in extra]
+    if problems:
+        return Check("sha256 of every file", "failed", "; ".join(problems[:5]))
+    return Check("sha256 of every file", "ok", f"{len(manifest['files'])} files, {total:,} bytes")
+
+
+def _check_ledger(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Check:
+    """Every stored tensor comes from exactly one entry, and every entry that stored something has its tensors."""
+    name = "ledger accounts for every tensor"
+    stored_as = [tensor for entry in manifest["ledger"] for tensor in entry["stored_as"]]
+    twice = len(stored_as) - len(set(stored_as))
+    unknown = sorted(set(checkpoint.tensors) - set(stored_as))
+    missing = sorted(set(stored_as) - set(checkpoint.tensors))
+    if twice or unknown or missing:
+        return Check(
+            name, "failed", f"{twice} claimed twice; not in the ledger: {unknown[:3]}; not stored: {missing[:3]}"
+        )
+    return Check(name, "ok", f"{len(manifest['ledger'])} source tensors, {len(stored_as)} stored")
+
+
+def _check_finite(stored: StoredWeights) -> Check:
+    broken, count = [], 0
+    for tensor_name in stored.names():
+        weight = stored.read(tensor_name)
+        values = weight.scale if isinstance(weight, QuantizedMatrix) else weight
+        count += 1
+        if values.is_floating_point() and not bool(values.isfinite().all()):
+            broken.append(tensor_name)
+    if broken:
+        return Check("every value is finite", "failed", f"NaN or infinity in {', '.join(broken[:3])}")
+    return Check("every value is finite", "ok", f"{count} weights")
+
+
+def _write_dequantized(stored: StoredWeights, directory: Path) -> None:
+    """The artifact as a plain 16-bit checkpoint."""
+    config = dict(stored.reader.checkpoint.config)
+    config.pop("quantization_config", None)
+    weight_map = {}
+    for number, name in enumerate(stored.names()):
+        weight = stored.read(name)
+        tensor = weight.dequantize(weight.scale.dtype) if isinstance(weight, QuantizedMatrix) else weight
+        file = f"model-{number:06d}.safetensors"
+        with ShardWriter(directory / file, [(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))]) as writer:
+            writer.write(name, tensor)
+        weight_map[name] = file
+    write_atomically(directory / "config.json", json.dumps(config).encode())
+    write_atomically(directory / INDEX_NAME, json.dumps({"metadata": {}, "weight_map": weight_map}).encode())
+
+
+def _tokens(checkpoint: Checkpoint) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, checkpoint.config["vocab_size"], _TOKENS, generator=generator)
+
+
+def _logits_of_transformers(
+    directory: Path, checkpoint: Checkpoint, *, dequantize: bool, dtype: str | torch.dtype = "auto"
+) -> Tensor:
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    quantization = CompressedTensorsConfig(dequantize=True) if dequantize else None
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, quantization_config=quantization, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise RuntimeError(f"transformers found no weights for {sorted(info['missing_keys'])[:3]}")
+    with torch.inference_mode():
+        logits: Tensor = model(_tokens(checkpoint)).logits.float()
+    return logits
+
+
+def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected: Tensor) -> Check:
+    name = "transformers loads it, logits equal to the dequantized reference"
+    activations = any(
+        scheme.quantized_activations for _, scheme in (stored.quantization.groups if stored.quantization else ())
+    )
+    if activations and any(".mlp.experts." in tensor for tensor in checkpoint.tensors):
+        return Check(name, "not applicable", "transformers 5 cannot load int8 experts with quantized activations")
+    try:
+        logits = _logits_of_transformers(checkpoint.directory, checkpoint, dequantize=activations)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        return Check(name, "failed", str(error).splitlines()[0])
+    difference = (logits - expected).abs().max().item()
+    verdict: Literal["ok", "failed"] = "ok" if difference <= _TOLERANCE["bitwise"] else "failed"
+    return Check(name, verdict, f"largest logit difference {difference:.3g}")
+
+
+def _check_runtime(artifact: Path, reference: Path, checkpoint: Checkpoint, stored: StoredWeights) -> Check:
+    """Both in float32, where only the order of sums differs; int8 activations round, so they are reported, not judged."""
+    name = "quantlab's runtime agrees with the dequantized reference (float32)"
+    expected = _logits_of_transformers(reference, checkpoint, dequantize=False, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = load(artifact, dtype=torch.float32)(_tokens(checkpoint)).logits
+    relative = ((logits - expected).norm() / expected.norm()).item()
+    largest = (logits - expected).abs().max().item()
+    detail = f"largest logit difference {largest:.3g}, relative {relative:.2g}"
+    if any(scheme.quantized_activations for _, scheme in (stored.quantization.groups if stored.quantization else ())):
+        return Check(name, "ok", detail + " (its activations are int8, the reference's are not)")
+    return Check(name, "ok" if relative <= _TOLERANCE["float32"] else "failed", detail)

@@ -1,0 +1,179 @@
+"""Every way a checkpoint directory can be broken, and what is said about it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantlab.architectures.families import detect
+from quantlab.checkpoint.header import read_header
+from quantlab.checkpoint.index import open_checkpoint
+from quantlab.checkpoint.reader import Reader
+from quantlab.errors import CheckpointError
+from quantlab.plan.source import survey
+from tests.checkpoints import CONFIGS
+
+INDEX = "model.safetensors.index.json"
+Damage = Callable[[Path], None]
+
+
+def _first_shard(directory: Path) -> Path:
+    return sorted(directory.glob("*.safetensors"))[0]
+
+
+def _edit_json(path: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _edit_shard(directory: Path, change: Callable[[dict], None]) -> None:
+    """Change the tensors of the shard that holds a given name; the index follows."""
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors = load_file(path)
+        before = set(tensors)
+        change(tensors)
+        if tensors:
+            save_file(tensors, path)
+
+        def follow(index: dict, path: Path = path, gone: set[str] = before - set(tensors), new: set[str] = set(tensors) - before) -> None:
+            for name in gone:
+                index["weight_map"].pop(name, None)
+            index["weight_map"].update(dict.fromkeys(new, path.name))
+
+        _edit_json(directory / INDEX, follow)
+
+
+def _rewrite_header(directory: Path, change: Callable[[dict], None]) -> None:
+    path = _first_shard(directory)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def _overlap(header: dict) -> None:
+    names = sorted((n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"])
+    start, end = header[names[1]]["data_offsets"]
+    header[names[1]]["data_offsets"] = [start - 2, end - 2]
+
+
+def _shift_range(header: dict) -> None:
+    name = next(n for n in header if n != "__metadata__")
+    header[name]["data_offsets"][1] += 2
+
+
+def _unknown_dtype(header: dict) -> None:
+    header[next(n for n in header if n != "__metadata__")]["dtype"] = "F6"
+
+
+def _drop(name: str) -> Callable[[dict], None]:
+    return lambda tensors: tensors.pop(name, None)
+
+
+def _replace(name: str, shape: tuple[int, ...]) -> Callable[[dict], None]:
+    def change(tensors: dict) -> None:
+        if name in tensors:
+            tensors[name] = torch.zeros(shape, dtype=tensors[name].dtype)
+
+    return change
+
+
+def _pickle_only(directory: Path) -> None:
+    for path in (*directory.glob("*.safetensors"), directory / INDEX):
+        path.unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def _remove_weights(directory: Path) -> None:
+    for path in (*directory.glob("*.safetensors"), directory / INDEX):
+        path.unlink()
+
+
+DOWN = "model.layers.1.mlp.experts.3.down_proj.weight"
+DAMAGES: dict[str, tuple[Damage, str, str]] = {
+    "no directory": (shutil.rmtree, "there is no such checkpoint directory", "give the path"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json cannot be read", "Hugging Face checkpoint"),
+    "config no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON", "download"),
+    "no weights": (_remove_weights, "the directory holds no safetensors", "download the weights"),
+    "pickle": (_pickle_only, "only safetensors is read", "save_pretrained"),
+    "missing shard": (lambda d: _first_shard(d).unlink(), "a shard is missing", "download the shard"),
+    "truncated shard": (lambda d: _first_shard(d).write_bytes(_first_shard(d).read_bytes()[:-7]), "a shard is truncated", "download the shard again"),
+    "empty shard": (lambda d: _first_shard(d).write_bytes(b""), "its header is longer than the file", "download"),
+    "header too long": (lambda d: _first_shard(d).write_bytes((10**15).to_bytes(8, "little") + b"{}"), "its header is longer than the file", "download"),
+    "header no JSON": (lambda d: _first_shard(d).write_bytes((4).to_bytes(8, "little") + b"abcd"), "its header is not JSON", "download"),
+    "overlapping offsets": (lambda d: _rewrite_header(d, _overlap), "overlaps the tensor before it", "download"),
+    "range and shape differ": (lambda d: _rewrite_header(d, _shift_range), "does not fit its shape", "download"),
+    "unknown dtype": (lambda d: _rewrite_header(d, _unknown_dtype), "unknown dtype", "known: F64"),
+    "bytes at the end": (lambda d: _first_shard(d).write_bytes(_first_shard(d).read_bytes() + b"xx"), "bytes follow the last tensor", "download"),
+    "index outside": (lambda d: _edit_json(d / INDEX, lambda i: i["weight_map"].update({DOWN: "../evil.safetensors"})), "names a file outside the checkpoint", "beside the index"),
+    "index without map": (lambda d: (d / INDEX).write_text("{}"), "no usable weight_map", "download the index"),
+    "index names a ghost": (lambda d: _edit_json(d / INDEX, lambda i: i["weight_map"].update(ghost=_first_shard(d).name)), "missing from its shard", "download the shard"),
+    "index forgets a tensor": (lambda d: _edit_json(d / INDEX, lambda i: i["weight_map"].pop(DOWN)), "a tensor the index does not know", "one release"),
+    "tensor missing": (lambda d: _edit_shard(d, _drop("model.layers.2.input_layernorm.weight")), "a tensor is missing", "complete checkpoint"),
+    "wrong shape": (lambda d: _edit_shard(d, _replace("lm_head.weight", (384, 64))), "a tensor has the wrong shape", "one release"),
+    "scale missing": (lambda d: _edit_shard(d, _drop(DOWN + "_scale_inv")), "an FP8 weight has no scale", "complete checkpoint"),
+    "scale of wrong shape": (lambda d: _edit_shard(d, _replace(DOWN + "_scale_inv", (2, 1))), "a scale does not fit its weight", "download the shard"),
+    "scale of nothing": (lambda d: _edit_shard(d, lambda t: t.update({"lm_head.weight_scale_inv": torch.ones(3, 1)}) if "lm_head.weight" in t else None), "a scale belongs to no FP8 weight", "one release"),
+    "no block size": (lambda d: _edit_json(d / "config.json", lambda c: c["quantization_config"].pop("weight_block_size")), "does not say its block size", "[128, 128]"),
+    "unsupported architecture": (lambda d: _edit_json(d / "config.json", lambda c: c.update(architectures=["GPT2LMHeadModel"])), "the architecture is not supported", "LlamaForCausalLM"),
+    "config lacks a size": (lambda d: _edit_json(d / "config.json", lambda c: c.pop("kv_lora_rank")), "no usable kv_lora_rank", "original release"),
+    "quantized already": (lambda d: _edit_json(d / "config.json", lambda c: c["quantization_config"].update(quant_method="gptq")), "the source is quantized already", "original BF16"),
+}  # fmt: skip
+
+
+def _open(directory: Path) -> None:
+    checkpoint = open_checkpoint(directory)
+    survey(checkpoint, detect(checkpoint.config))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_located(damage: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints["deepseek_v3"], directory)
+    _open(directory)
+    inflict, what, fix = DAMAGES[damage]
+    inflict(directory)
+    with pytest.raises(CheckpointError) as caught:
+        _open(directory)
+    error = caught.value
+    assert what in error.what
+    assert fix in (error.fix or "")
+    assert error.found
+    assert error.where
+
+
+def test_reader_equals_safetensors(checkpoints: dict[str, Path]) -> None:
+    for directory in checkpoints.values():
+        reader = Reader(open_checkpoint(directory))
+        for path in directory.glob("*.safetensors"):
+            for name, tensor in load_file(path).items():
+                read = reader.read(name)
+                assert read.dtype == tensor.dtype
+                assert torch.equal(read.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_file_that_shrinks_after_its_header_was_read(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["llama"], tmp_path / "c")
+    reader = Reader(open_checkpoint(tmp_path / "c"))
+    path = tmp_path / "c" / "model.safetensors"
+    last = list(read_header(path))[-1]
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="truncated"):
+        reader.read(last)
+
+
+def test_every_family_is_claimed_completely(checkpoints: dict[str, Path]) -> None:
+    assert set(checkpoints) == set(CONFIGS)
+    for directory in checkpoints.values():
+        checkpoint = open_checkpoint(directory)
+        weights = survey(checkpoint, detect(checkpoint.config))
+        assert {weight.claim.role for weight in weights} & {"other"} == set()
+        paired = sum(weight.scale is not None for weight in weights)
+        assert len(weights) + paired == len(checkpoint.tensors)

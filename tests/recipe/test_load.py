@@ -1,0 +1,114 @@
+"""What a recipe may say, and how each mistake is answered: file, line, path, what was found, the fix."""
+
+from pathlib import Path
+
+import pytest
+
+from quantlab.errors import RecipeError
+from quantlab.recipe.load import load_recipe
+
+GOOD = """\
+model: ../model
+calibration: {corpus: c.jsonl, samples: 128, length: 512, seed: 0}
+variants:
+  fp16:           [{cast: float16}]
+  int8:           [{quantize: int8}]
+  w4a16-experts:  [{quantize: int4_g128, targets: [routed_experts]}]
+  pruned-8-w4a16: [{prune: 8e-2}, {quantize: int4_g128, algorithm: {name: rtn, clip: mse}}]
+evaluate: {suite: quick.yaml, baseline: source}
+"""
+
+MISTAKES = [
+    ("int4_g128, targets", "int4_g12, targets", "unknown word", ":6, variants.w4a16-experts[0].quantize", "did you mean `int4_g128`?"),
+    ("cast: float16", "cats: float16", "a pass has exactly one verb", ":4, variants.fp16[0]", "write one of {cast"),
+    ("cast: float16", "cast: float16, prune: 0.1", "a pass has exactly one verb", ":4, variants.fp16[0]", "write one of {cast"),
+    ("samples: 128", "sample: 128", "unknown key", ":2, calibration.sample", "did you mean `samples`?"),
+    ("clip: mse", "clp: mse", "unknown key", ":7, variants.pruned-8-w4a16[1].algorithm.clp", "did you mean `clip`?"),
+    ("clip: mse", "clip: on", "unknown word", "algorithm.clip", "did you mean `none`?"),
+    ("name: rtn", "name: rtm", "unknown word", "algorithm.name", "rtn"),
+    ("[routed_experts]", "[routed_expert]", "unknown role `routed_expert`", ":6, variants.w4a16-experts[0].targets", "did you mean `routed_experts`?"),
+    ("[routed_experts]", "[router]", "`router` is never quantized or pruned", "targets", "routed_experts, shared_experts"),
+    ("[routed_experts]", "[]", "`targets` is empty", "targets", "at least one"),
+    ("8e-2", "yes", "wrong type", "variants.pruned-8-w4a16[0].prune", "`prune` takes a number"),
+    ("8e-2", "1.5", "a value out of range", "prune", "less than 1"),
+    ("  int8:  ", "  fp16:  ", "a key is given twice", ":5", "keep one of the two"),
+    ("length: 512", "length: abc", "wrong type", ":2, calibration.length", "`length` takes a whole number"),
+    ("suite:", "suit:", "unknown key", ":8, evaluate.suit", "did you mean `suite`?"),
+    ("[{cast: float16}]", "[]", "a variant has no passes", ":4, variants.fp16", "at least one"),
+    ("[{cast: float16}]", "{cast: float16}", "wrong type", ":4, variants.fp16", "takes a list"),
+    ("[{quantize: int8}]", "[{quantize: int8}, {prune: 0.1}]", "a variant prunes after quantizing", "variants.int8", "put prune before quantize"),
+    ("[{quantize: int8}]", "[{quantize: int8}, {cast: float16}]", "a variant casts late or twice", "variants.int8", "put one cast first"),
+    ("  int8:", "  source:", "a variant cannot be called `source`", "variants", "choose another name"),
+    ("baseline: source", "baseline: fp61", "the baseline is no variant", "evaluate.baseline", "did you mean `fp16`?"),
+    ("model: ../model\n", "", "`model` is missing", "top level", "add `model: …`"),
+    ("model: ..", ": [", "the recipe is not valid YAML", ":1", "correct the syntax"),
+    ("  fp16: ", "  FP 16: ", "a value out of range", "variants", "pattern"),
+]  # fmt: skip
+
+
+def _load(tmp_path: Path, text: str) -> RecipeError:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+    return caught.value
+
+
+def test_a_good_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "good.yaml"
+    path.parent.mkdir()
+    path.write_text(GOOD)
+    (tmp_path / "model").mkdir()
+    loaded = load_recipe(path)
+    assert list(loaded.recipe.variants) == ["fp16", "int8", "w4a16-experts", "pruned-8-w4a16"]
+    assert loaded.recipe.variants["pruned-8-w4a16"][0].prune == 0.08
+    assert loaded.resolve(loaded.recipe.model) == (tmp_path / "model").resolve()
+    assert loaded.hub_id is None
+    assert loaded.content == GOOD.encode()
+
+
+@pytest.mark.parametrize(("old", "new", "what", "where", "fix"), MISTAKES, ids=[f"{case[2][:24]}-{i}" for i, case in enumerate(MISTAKES)])
+def test_a_mistake_is_explained(tmp_path: Path, old: str, new: str, what: str, where: str, fix: str) -> None:
+    assert old in GOOD
+    error = _load(tmp_path, GOOD.replace(old, new, 1))
+    assert error.what.startswith(what)
+    assert where in (error.where or "")
+    assert fix in (error.fix or "")
+    assert error.found
+
+
+def test_empty_variants(tmp_path: Path) -> None:
+    error = _load(tmp_path, "model: x\nvariants: {}\n")
+    assert (error.what, error.fix) == ("`variants` is empty", "give at least one entry")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "model\n"])
+def test_no_mapping(tmp_path: Path, text: str) -> None:
+    assert _load(tmp_path, text).what == "the recipe is not a mapping"
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"model: \xff\n")
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        load_recipe(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_python_object_is_not_made(tmp_path: Path) -> None:
+    _load(tmp_path, "model: !!python/object/apply:os.getcwd []\nvariants: {}\n")
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [("deepseek-ai/DeepSeek-V3@main", ("deepseek-ai/DeepSeek-V3", "main")), ("deepseek-ai/DeepSeek-V3", ("deepseek-ai/DeepSeek-V3", None)), ("../x/y", None)],
+)
+def test_hub_ids(tmp_path: Path, model: str, expected: tuple[str, str | None] | None) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {model}\nvariants: {{a: [{{cast: float16}}]}}\n")
+    assert load_recipe(path).hub_id == expected
