@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +14,15 @@ from quantlab import console as show
 from quantlab.architectures.families import detect
 from quantlab.checkpoint.hub import download
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
-from quantlab.errors import QuantlabError
+from quantlab.errors import QuantlabError, RecipeError
+from quantlab.evaluation.suite import load_suite
 from quantlab.plan.compile import code_version, compile_plan
 from quantlab.plan.model import Plan
 from quantlab.plan.source import survey
 from quantlab.recipe.load import LoadedRecipe, load_recipe
+from quantlab.report.files import read_records, write_report
+from quantlab.report.matrix import Matrix
+from quantlab.report.terminal import print_matrix
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,6 +94,96 @@ def inspect(
     _out.print(show.checkpoint_table(weights))
 
 
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts that another recipe made.")] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make every artifact of a recipe, measure it, and print the matrix. Interrupted, the same command goes on."""
+    started = time.monotonic()
+    loaded, compiled = _compile(recipe)
+    if loaded.recipe.evaluate is not None:
+        load_suite(loaded.resolve(loaded.recipe.evaluate.suite))  # a mistake in it is better told before the work
+    from quantlab.stages import make, measure  # imports torch, which `plan` and `--help` do without
+
+    directory = _directory(loaded, out)
+    made = make(loaded, compiled, directory, console=_err, quiet=quiet or as_json, overwrite=overwrite)
+    if not (quiet or as_json):
+        show.print_artifacts(_err, made.made, made.kept, directory)
+    if loaded.recipe.evaluate is None:
+        if as_json:
+            typer.echo(
+                json.dumps({"artifacts": [str(directory / "artifacts" / name) for name in loaded.recipe.variants]})
+            )
+        return
+    matrix = measure(loaded, compiled, directory, console=_err, quiet=quiet or as_json, reuse=True)
+    _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
+    if not (quiet or as_json):
+        _err.print(f"{time.monotonic() - started:.0f} s in all", style="dim")
+
+
+@app.command("eval")
+def evaluate_artifacts(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure everything anew; otherwise records that still hold are kept.")
+    ] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the artifacts that `run` has made, and print the matrix."""
+    loaded, compiled = _compile(recipe)
+    if loaded.recipe.evaluate is None:
+        raise RecipeError(
+            "the recipe does not say what to measure",
+            where=str(recipe),
+            found="no `evaluate`",
+            fix="add `evaluate: {suite: eval/suites/quick.yaml}`",
+        )
+    from quantlab.stages import measure  # imports torch
+
+    directory = _directory(loaded, out)
+    matrix = measure(loaded, compiled, directory, console=_err, quiet=quiet or as_json, reuse=not again)
+    _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="Output directory of a run, with its records.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Build the matrix again from the records of a run, without measuring."""
+    records = read_records(directory / "records")
+    copy = directory / "recipe.yaml"
+    if copy.is_file():
+        order = ["source", *load_recipe(copy).recipe.variants]
+        records.sort(key=lambda record: order.index(record.variant) if record.variant in order else len(order))
+    _show_matrix(write_report(records, directory), directory, quiet=False, as_json=as_json)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="A directory under runs/NAME/artifacts.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Check an artifact: hashes, ledger, finite values, and that transformers and our runtime load it with equal logits."""
+    from quantlab.evaluation.verify import verify as checks
+
+    results = []
+    for check in checks(artifact):
+        results.append(check)
+        if not as_json:
+            show.print_check(_out, check.name, check.verdict, check.detail)
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in results], indent=1))
+    if any(check.verdict == "failed" for check in results):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: errors of ours become messages and exit code 1, an interruption 130."""
     try:
@@ -110,3 +206,15 @@ def _open_source(recipe: LoadedRecipe) -> Checkpoint:
         model, revision = recipe.hub_id
         return open_checkpoint(download(model, revision=revision))
     return open_checkpoint(recipe.resolve(recipe.recipe.model))
+
+
+def _directory(recipe: LoadedRecipe, out: Path | None) -> Path:
+    return out or Path("runs") / recipe.name
+
+
+def _show_matrix(matrix: Matrix, directory: Path, *, quiet: bool, as_json: bool) -> None:
+    if as_json:
+        typer.echo(matrix.to_json())
+    elif not quiet:
+        print_matrix(matrix, _out)
+        _err.print(f"{directory}/matrix.html, .md, .csv, .json", style="dim", highlight=False)

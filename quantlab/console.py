@@ -1,11 +1,12 @@
 """What people see on the terminal: tables of plans and checkpoints, progress bars, errors."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -35,6 +36,31 @@ def progress_bars(console: Console, *, quiet: bool) -> Progress:
         TimeRemainingColumn(compact=True),
     )
     return Progress(*columns, console=console, disable=quiet, transient=False)
+
+
+class StageBars:
+    """Shows named stages as bars, one after the other: `bars(stage, done, total)`."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total or None, detail="")
+        self._bars.update(self._tasks[stage], completed=done, total=total or None)
+
+
+def print_artifacts(console: Console, made: Sequence[str], kept: Sequence[str], directory: Path) -> None:
+    """Which artifacts are new and which were there."""
+    words = [f"{len(names)} artifacts {what}" for names, what in ((made, "made"), (kept, "kept")) if names]
+    console.print(f"{', '.join(words)} in {directory}/artifacts", style="dim", highlight=False)
+
+
+def print_check(console: Console, name: str, verdict: str, detail: str) -> None:
+    """One answer of `verify`."""
+    style = {"ok": "green", "failed": "bold red"}.get(verdict, "yellow")
+    console.print(Text.assemble((f"{verdict:<15}", style), name, (f": {detail}", "dim")), soft_wrap=True)
 
 
 def print_error(console: Console, error: QuantlabError) -> None:

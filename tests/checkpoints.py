@@ -152,7 +152,7 @@ def _to_fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """FP8 where the released checkpoints have it; scales are powers of two so that nothing is lost in bfloat16."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if not name.endswith("_proj.weight") and not name.endswith("_mqa.weight") or "eh_proj" in name:
+        if (not name.endswith("_proj.weight") and not name.endswith("_mqa.weight")) or "eh_proj" in name:
             result[name] = tensor
             continue
         rows, columns = tensor.shape

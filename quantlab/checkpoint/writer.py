@@ -15,9 +15,9 @@ from typing import Self
 
 from torch import Tensor
 
+from quantlab.checkpoint.files import write_error
 from quantlab.checkpoint.header import DTYPE_BITS
 from quantlab.checkpoint.reader import DTYPE_NAMES, bytes_of
-from quantlab.errors import ArtifactError
 
 
 def shard_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
@@ -63,7 +63,7 @@ class ShardWriter:
         try:
             self._file = self._temporary.open("wb", buffering=0)
         except OSError as error:
-            raise _write_error(self._temporary, error) from error
+            raise write_error(self._temporary, error) from error
         self._write(memoryview(shard_header(self._expected)))
         return self
 
@@ -89,7 +89,7 @@ class ShardWriter:
                 data = data[self._file.write(data) or 0 :]
         except OSError as error:
             self._discard()
-            raise _write_error(self.path, error) from error
+            raise write_error(self.path, error) from error
 
     def _discard(self) -> None:
         self._file.close()
@@ -110,31 +110,4 @@ class ShardWriter:
             self._temporary.replace(self.path)
         except OSError as problem:
             self._discard()
-            raise _write_error(self.path, problem) from problem
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all.
-
-    Raises:
-        ArtifactError: the disk does not take the bytes.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _write_error(path, error) from error
-
-
-def _write_error(path: Path, error: OSError) -> ArtifactError:
-    return ArtifactError(
-        "a file cannot be written",
-        where=str(path),
-        found=error.strerror,
-        fix="free space or choose another --out, then run the same command again: what is complete is kept",
-    )
+            raise write_error(self.path, problem) from problem

@@ -13,7 +13,7 @@ from typing import Any
 from quantlab.architectures.architecture import Role
 from quantlab.architectures.families import MODULE_PATTERNS
 from quantlab.checkpoint.index import INDEX_NAME, read_json
-from quantlab.checkpoint.writer import write_atomically
+from quantlab.checkpoint.files import write_atomically
 from quantlab.errors import ArtifactError
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.passes.apply import WeightReport

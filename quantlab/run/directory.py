@@ -49,9 +49,13 @@ class RunDirectory:
                     found="its lock is held",
                     fix="wait for it, or choose another --out",
                 ) from error
-            yield
-            if not any(path.suffix == ".jsonl" for path in work.iterdir()):
-                shutil.rmtree(work)
+            try:
+                yield
+            finally:
+                if not any(path.suffix == ".jsonl" for path in work.iterdir()):
+                    shutil.rmtree(work)
+                    if not any(self.path.iterdir()):
+                        self.path.rmdir()
 
     def is_complete(self, variant: VariantPlan) -> bool:
         """Whether the variant's artifact is there and was made by this plan.

@@ -40,7 +40,12 @@ def _edit_shard(directory: Path, change: Callable[[dict], None]) -> None:
         if tensors:
             save_file(tensors, path)
 
-        def follow(index: dict, path: Path = path, gone: set[str] = before - set(tensors), new: set[str] = set(tensors) - before) -> None:
+        def follow(
+            index: dict,
+            path: Path = path,
+            gone: set[str] = before - set(tensors),
+            new: set[str] = set(tensors) - before,
+        ) -> None:
             for name in gone:
                 index["weight_map"].pop(name, None)
             index["weight_map"].update(dict.fromkeys(new, path.name))

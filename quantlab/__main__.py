@@ -1,0 +1,5 @@
+"""`python -m quantlab`: the command line."""
+
+from quantlab.cli import main
+
+main()

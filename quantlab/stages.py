@@ -1,0 +1,87 @@
+"""The stages of a recipe in order: make the artifacts, measure them, write the matrix. What the command line calls."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from quantlab import console as show
+from quantlab.checkpoint.files import write_atomically
+from quantlab.errors import ArtifactError
+from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.plan.model import Plan, VariantPlan
+from quantlab.recipe.load import LoadedRecipe
+from quantlab.report.files import write_report
+from quantlab.report.matrix import Matrix
+from quantlab.run.artifact import MANIFEST_NAME
+from quantlab.run.directory import RunDirectory
+from quantlab.run.execute import MadeArtifacts, make_artifacts
+
+
+def make(
+    recipe: LoadedRecipe, plan: Plan, out: Path, *, console: Console, quiet: bool, overwrite: bool
+) -> MadeArtifacts:
+    """Make the artifacts that are not there yet, with a progress bar each.
+
+    Raises:
+        CheckpointError, ArtifactError, PlanError: see `make_artifacts`.
+    """
+    directory = RunDirectory(out)
+    with show.progress_bars(console, quiet=quiet) as bars:
+
+        def announce(variant: VariantPlan) -> Callable[[int], None]:
+            task = bars.add_task(variant.name, total=plan.source_bytes, detail=variant.description)
+            return lambda nbytes: bars.advance(task, nbytes)
+
+        made = make_artifacts(plan, recipe, directory, announce, overwrite=overwrite)
+    write_atomically(out / "recipe.yaml", recipe.content)
+    return made
+
+
+def measure(recipe: LoadedRecipe, plan: Plan, out: Path, *, console: Console, quiet: bool, reuse: bool) -> Matrix:
+    """Measure every artifact and write records and matrix.
+
+    Args:
+        recipe: a recipe that says what to measure.
+        plan: the same recipe compiled.
+        out: the run's directory, with all artifacts made.
+        console: where progress bars go.
+        quiet: no progress bars.
+        reuse: keep records whose artifact, suite and baseline are unchanged.
+
+    Raises:
+        ArtifactError: an artifact is missing, or was made by another recipe.
+        EvaluationError: the suite's text cannot be read.
+    """
+    request = _request(recipe, plan, RunDirectory(out), reuse=reuse)
+    with show.progress_bars(console, quiet=quiet) as bars:
+        records = evaluate(request, progress=show.StageBars(bars))
+    return write_report(records, out)
+
+
+def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, *, reuse: bool) -> EvaluationRequest:
+    wanted = recipe.recipe.evaluate
+    assert wanted is not None, "asked only of recipes that evaluate"
+    source = plan.checkpoint
+    cells = [Cell("source", "the checkpoint as it is", source.directory, recipe.recipe.model, source.fingerprint())]
+    for variant in plan.variants:
+        artifact = directory.artifact(variant.name)
+        if not directory.is_complete(variant):
+            raise ArtifactError(
+                "an artifact is not there yet",
+                where=str(artifact),
+                found="no such directory",
+                fix=f"run `quantlab run {recipe.path}` first",
+            )
+        digest = hashlib.sha256((artifact / MANIFEST_NAME).read_bytes()).hexdigest()
+        cells.append(Cell(variant.name, variant.description, artifact, f"artifacts/{variant.name}", digest))
+    return EvaluationRequest(
+        directory=directory.path,
+        recipe=recipe.name,
+        recipe_sha256=recipe.sha256,
+        suite=recipe.resolve(wanted.suite),
+        baseline=wanted.baseline,
+        cells=tuple(cells),
+        reuse=reuse,
+    )

@@ -1,0 +1,78 @@
+"""Our encoding against compressed-tensors' own compressors, and the description against its own models."""
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig as TheirConfig
+from compressed_tensors.quantization import QuantizationScheme
+
+from quantlab.algorithms.rtn import rtn
+from quantlab.errors import ArtifactError
+from quantlab.formats.compressed_tensors import QuantizationConfig, decode, encode, parse_config
+from quantlab.recipe.schemes import DTYPE_WORDS, SCHEMES
+
+
+def _theirs(name: str) -> QuantizationScheme:
+    config = QuantizationConfig(((("Linear",), SCHEMES[name]),), ()).to_json()
+    return TheirConfig.model_validate(config).config_groups["group_0"]
+
+
+@pytest.mark.parametrize("grid", ["absmax", "signed"])
+@pytest.mark.parametrize("name", sorted(SCHEMES))
+def test_their_decompressor_reads_what_we_write(name: str, grid: str) -> None:
+    torch.manual_seed(0)
+    scheme = SCHEMES[name]
+    W = torch.randn(48, 256) * 0.02
+    matrix = rtn(W, bits=scheme.bits, group_size=scheme.group_size, scale_dtype=torch.bfloat16, grid=grid)
+    stored = encode("m.weight", matrix, scheme)
+    layout = [
+        (
+            key,
+            {torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.bfloat16: "BF16"}[t.dtype],
+            tuple(t.shape),
+        )
+        for key, t in stored.items()
+    ]
+    assert tuple(layout) == scheme.stored_tensors("m.weight", (48, 256), DTYPE_WORDS["bfloat16"])
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    theirs = compressor.decompress({key.removeprefix("m."): t.clone() for key, t in stored.items()}, _theirs(name))
+    assert torch.equal(theirs["weight"], matrix.dequantize(torch.bfloat16))
+    again = decode("m.weight", stored.__getitem__, scheme)
+    assert torch.equal(again.q, matrix.q)
+    assert torch.equal(again.scale, matrix.scale)
+
+
+def test_description_survives_a_round_trip() -> None:
+    config = QuantizationConfig(
+        (((r"re:.*mlp\.experts.*",), SCHEMES["int4_g128"]), ((r"re:.*self_attn\.(?!kv_b_proj).*",), SCHEMES["int8"])),
+        ("lm_head", r"re:.*mlp\.gate$"),
+    )
+    assert parse_config(config.to_json(), where="here") == config
+    assert config.to_json()["format"] == "mixed-precision"
+    expected = {
+        "model.layers.1.mlp.experts.3.up_proj": "int4_g128",
+        "model.layers.1.self_attn.q_a_proj": "int8",
+        "model.layers.1.self_attn.kv_b_proj": None,
+        "model.layers.1.mlp.gate": None,
+        "lm_head": None,
+    }
+    for module, scheme in expected.items():
+        found = config.scheme_of(module)
+        assert (found.name if found else None) == scheme
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_bits": 3},
+        {"symmetric": False},
+        {"type": "float"},
+        {"group_size": 100, "strategy": "group"},
+        {"strategy": "tensor"},
+    ],
+)
+def test_numbers_we_do_not_read_are_refused(change: dict) -> None:
+    config = QuantizationConfig(((("Linear",), SCHEMES["int8_weight"]),), ()).to_json()
+    config["config_groups"]["group_0"]["weights"].update(change)
+    with pytest.raises(ArtifactError, match="of a kind quantlab does not read"):
+        parse_config(config, where="config.json")
