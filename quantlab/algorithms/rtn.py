@@ -20,6 +20,9 @@ from torch import Tensor
 
 from quantlab.numerics.integer import QuantizedMatrix, quantize_to_grid, usable_scale
 
+_BAND_WEIGHTS = 1 << 20
+"""Weights worked on at a time: the float32 copies of a band stay in the processor's cache, whatever the matrix's size."""
+
 Grid = Literal["absmax", "half", "signed"]
 
 
@@ -61,23 +64,35 @@ def rtn(
         ``p * s`` for p = 1 ... clip_floor, never worse than without.
     """
     rows, columns = W.shape
-    grouped = W.to(torch.float32).view(rows, columns // (group_size or columns), -1)
-    first = grid_scale(grouped, bits=bits, grid=grid)
-    scale = usable_scale(first, scale_dtype)
-    q = quantize_to_grid(grouped, scale, bits=bits)
-    if clip_steps:
-        best = _squared_error(grouped, q, scale)
-        for step in range(1, clip_steps + 1):
-            candidate = usable_scale(first * (1 - (1 - clip_floor) * step / clip_steps), scale_dtype)
-            candidate_q = quantize_to_grid(grouped, candidate, bits=bits)
-            error = _squared_error(grouped, candidate_q, candidate)
-            better = error < best
-            best = torch.where(better, error, best)
-            scale = torch.where(better, candidate, scale)
-            q = torch.where(better[:, :, None], candidate_q, q)
-    return QuantizedMatrix(q.view(rows, columns).to(torch.int8), scale, bits)
+    groups = columns // (group_size or columns)
+    q = torch.empty(rows, columns, dtype=torch.int8)
+    scale = torch.empty(rows, groups, dtype=scale_dtype)
+    height = max(1, _BAND_WEIGHTS // columns)
+    for start in range(0, rows, height):
+        band = slice(start, start + height)
+        grouped = W[band].to(torch.float32).view(-1, groups, columns // groups)
+        first = grid_scale(grouped, bits=bits, grid=grid)
+        scale[band] = _clipped_scale(grouped, first, bits=bits, dtype=scale_dtype, steps=clip_steps, floor=clip_floor)
+        q[band] = quantize_to_grid(grouped, scale[band], bits=bits).view(-1, columns).to(torch.int8)
+    return QuantizedMatrix(q, scale, bits)
 
 
-def _squared_error(grouped: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """Sum of squared rounding errors per group [N, G]."""
-    return (q * scale.to(torch.float32)[:, :, None] - grouped).square_().sum(dim=2)
+def _clipped_scale(grouped: Tensor, first: Tensor, *, bits: int, dtype: torch.dtype, steps: int, floor: float) -> Tensor:
+    """Per group the stored scale of least squared error among ``p * first``, p = 1 ... floor; `first` itself if steps is 0."""
+    best = usable_scale(first, dtype)
+    if steps == 0:
+        return best
+    best_error = _squared_error(grouped, best, bits=bits)
+    for step in range(1, steps + 1):
+        candidate = usable_scale(first * (1 - (1 - floor) * step / steps), dtype)
+        error = _squared_error(grouped, candidate, bits=bits)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, candidate, best)
+    return best
+
+
+def _squared_error(grouped: Tensor, scale: Tensor, *, bits: int) -> Tensor:
+    """Sum of squared rounding errors per group [N, G] on the grid of `scale`."""
+    rounded = quantize_to_grid(grouped, scale, bits=bits)
+    return rounded.mul_(scale.to(torch.float32)[:, :, None]).sub_(grouped).square_().sum(dim=2)

@@ -43,9 +43,9 @@ class Quality(_Frozen):
     """Share of tokens whose most likely prediction was right."""
     domains: dict[str, Domain]
     perplexity_change_percent: Measured | None
-    """Relative to the baseline; None for the baseline itself, as are the next three."""
+    """Relative to the baseline; None for the baseline itself and where the baseline failed, as are the next three."""
     accuracy_loss_percent: Measured | None
-    """Next-token accuracy lost, in percent of the baseline's."""
+    """Next-token accuracy lost, in percent of the baseline's; also None where the baseline is never right."""
     kl_to_baseline: Measured | None
     """Mean KL(baseline || artifact) per token, in nats."""
     top1_agreement: Measured | None
@@ -62,9 +62,9 @@ class Memory(_Frozen):
     quantized_weights_percent_of_fp16: float | None
     """Of the tensors that were quantized only, scales included; None where none was."""
     artifact_bytes: int
-    """Size of the artifact's files on disk."""
+    """Size on disk of the artifact's shards, configuration and tokenizer."""
     peak_memory_bytes: int
-    """Largest resident size of the process that evaluated the artifact."""
+    """Largest resident size of a process that loaded the artifact at its own dtype and read one window of text."""
     load_seconds: Measured
 
 
@@ -82,7 +82,7 @@ class Speed(_Frozen):
 class Failure(_Frozen):
     """A measurement that could not be made."""
 
-    cell: Literal["quality", "speed"]
+    cell: Literal["quality", "memory", "speed"]
     reason: str
 
 
@@ -100,9 +100,13 @@ class Record(_Frozen):
     artifact_sha256: str
     """Hash of the artifact's manifest; of the checkpoint's headers for `source`."""
     baseline: str
+    """The variant that losses are relative to."""
+    baseline_sha256: str = ""
+    """Its `artifact_sha256`."""
     suite: str
     """Name and version of the suite."""
     suite_sha256: str
+    """Hash of the suite and of the text it names."""
     hardware: str
     versions: dict[str, str]
     quality: Quality | None

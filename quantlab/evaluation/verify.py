@@ -18,7 +18,8 @@ from torch import Tensor
 
 from quantlab.checkpoint.index import INDEX_NAME, Checkpoint, open_checkpoint, read_json
 from quantlab.checkpoint.reader import DTYPE_NAMES, Reader
-from quantlab.checkpoint.writer import ShardWriter, write_atomically
+from quantlab.checkpoint.files import write_atomically
+from quantlab.checkpoint.writer import ShardWriter
 from quantlab.errors import ArtifactError
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix

@@ -78,7 +78,7 @@ def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
             state="value",
             text=number(found.value, column.unit),
             interval=interval(found, column.unit),
-            margin="±" + number(max(found.high - found.value, found.value - found.low), column.unit),
+            margin=_margin(found, column.unit),
             number=found.value,
             low=found.low,
             high=found.high,
@@ -121,6 +121,15 @@ def interval(measured: Measured, unit: Unit) -> str:
     return f"{number(measured.low, unit)} to {number(measured.high, unit)}"
 
 
+def _margin(measured: Measured, unit: Unit) -> str:
+    """`±` the wider side of the interval, with the digits of the value."""
+    wider = max(measured.high - measured.value, measured.value - measured.low)
+    if unit == "rate":
+        _, _, digits = number(measured.value, unit).partition(".")
+        return f"±{wider:,.{len(digits)}f}"
+    return "±" + number(wider, unit)
+
+
 def human_bytes(value: float) -> str:
     """Bytes in powers of 1000, as disks are sold."""
     size, name = float(value), "B"
@@ -134,7 +143,11 @@ def human_bytes(value: float) -> str:
 
 def failures(matrix: Matrix) -> tuple[str, ...]:
     """Every failure as a line."""
-    return tuple(f"{row.variant}: {failure.cell} could not be measured: {failure.reason}" for row in matrix.rows for failure in row.failures)
+    return tuple(
+        f"{row.variant}: {failure.cell} could not be measured: {failure.reason}"
+        for row in matrix.rows
+        for failure in row.failures
+    )
 
 
 def notes(matrix: Matrix) -> tuple[str, ...]:
@@ -142,14 +155,19 @@ def notes(matrix: Matrix) -> tuple[str, ...]:
     found = [INTERVALS]
     twins = sorted({row.twin for row in matrix.rows if row.twin})
     if twins:
-        found.append(f"Speed does not depend on the values of the weights; it is measured on a random-weight twin ({'; '.join(twins)}), interleaved with the FP16 twin.")
+        twin = f"a random-weight twin ({'; '.join(twins)})"
+        found.append(
+            f"Speed does not depend on the values of the weights; it is measured on {twin}, interleaved with FP16's."
+        )
     if any("prune" in row.description.lower() for row in matrix.rows):
         found.append(PRUNED_NOTE)
     dtypes = sorted({row.compute_dtype for row in matrix.rows if row.compute_dtype})
     if len(dtypes) > 1:
         found.append(f"Quality was measured with different compute dtypes: {', '.join(dtypes)}.")
     if len({tuple(sorted(row.versions.items())) for row in matrix.rows}) > 1:
-        found.append("The rows were measured with different versions of the software; see the versions of each row in matrix.json.")
+        found.append(
+            "The rows were measured with different versions of the software; see the versions of each row in matrix.json."
+        )
     return tuple(found)
 
 
@@ -161,11 +179,11 @@ def _signed(text: str) -> str:
     return text if digits == text else "−" + digits
 
 
-
-
 def _batches(matrix: Matrix, phase: Literal["decode", "prefill"]) -> list[str]:
     """Batch sizes that some row has a number for."""
-    rates = [row.decode_tokens_per_second if phase == "decode" else row.prefill_tokens_per_second for row in matrix.rows]
+    rates = [
+        row.decode_tokens_per_second if phase == "decode" else row.prefill_tokens_per_second for row in matrix.rows
+    ]
     return [batch for batch in rates[0] if any(rate[batch] is not None for rate in rates)]
 
 
@@ -276,7 +294,7 @@ _DETAILS = (
     Column(
         key="artifact_bytes",
         heading="size on disk",
-        meaning="Size of the artifact's files, in powers of 1000.",
+        meaning="Size of the artifact's shards, configuration and tokenizer, in powers of 1000.",
         group="memory",
         unit="bytes",
         read=lambda row: row.artifact_bytes,
@@ -303,7 +321,7 @@ _DETAILS = (
     Column(
         key="peak_memory_bytes",
         heading="peak memory",
-        meaning="Largest resident size of the process that evaluated the artifact, interpreter and libraries included.",
+        meaning="Largest resident size of a process that loads the artifact and reads one window of text, libraries included.",
         group="memory",
         unit="bytes",
         read=lambda row: row.peak_memory_bytes,

@@ -9,21 +9,26 @@ from quantlab.report.recommend import RULES, recommend
 _HEADLINE_COLUMNS = 3
 
 
-def to_markdown(matrix: Matrix) -> str:
-    """The text of matrix.md."""
+def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
+    """The text of matrix.md; `with_plot` shows matrix.svg, which must lie beside it."""
     every = columns(matrix)
     blocks = [
         f"# {_escaped(matrix.recipe)}: accuracy loss × memory × speed",
-        "![Accuracy loss against memory, coloured by speed](matrix.svg)",
+        "![Accuracy loss against memory, coloured by speed](matrix.svg)" if with_plot else "",
         "\n".join(f"- **{found.goal.capitalize()}:** {_escaped(found.sentence)}" for found in recommend(matrix)),
         _table(matrix, every[:_HEADLINE_COLUMNS], with_description=True),
         "## Details",
-        *(_table(matrix, [column for column in every[_HEADLINE_COLUMNS:] if column.group == group]) for group in ("quality", "memory", "speed")),
+        *(
+            _table(matrix, [column for column in every[_HEADLINE_COLUMNS:] if column.group == group])
+            for group in ("quality", "memory", "speed")
+        ),
         *_domains(matrix),
         "## How to read this",
         "\n".join(f"- {_escaped(note)}" for note in notes(matrix)),
         "\n".join(f"- **{_escaped(column.heading)}:** {_escaped(column.meaning)}" for column in every),
-        "\n".join(f"- **{goal.capitalize()} is recommended by this rule:** {_escaped(rule)}" for goal, rule in RULES.items()),
+        "\n".join(
+            f"- **{goal.capitalize()} is recommended by this rule:** {_escaped(rule)}" for goal, rule in RULES.items()
+        ),
     ]
     if failures(matrix):
         blocks += ["## Not measured", "\n".join(f"- {_escaped(line)}" for line in failures(matrix))]
@@ -32,11 +37,16 @@ def to_markdown(matrix: Matrix) -> str:
 
 
 def _table(matrix: Matrix, shown: tuple[Column, ...] | list[Column], *, with_description: bool = False) -> str:
-    heads = ["variant", *(column.heading for column in shown)]
-    if with_description:
-        heads.append("passes")
-        heads = ["speed × FP16 (random-weight twin)" if head == "speed × FP16" else head for head in heads]
-    lines = [_line([_escaped(head) for head in heads]), _line(["---", *("---:" for _ in shown), *(["---"] if with_description else [])])]
+    twin = " (random-weight twin)"
+    heads = [
+        "variant",
+        *(column.heading + (twin if column.group == "speed" else "") for column in shown),
+        *(["passes"] if with_description else []),
+    ]
+    lines = [
+        _line([_escaped(head) for head in heads]),
+        _line(["---", *("---:" for _ in shown), *(["---"] if with_description else [])]),
+    ]
     for row in matrix.rows:
         told: set[str] = set()
         cells = [_text(cell(matrix, row, column), column, told) for column in shown]
@@ -66,7 +76,9 @@ def _domains(matrix: Matrix) -> list[str]:
     lines = [_line(["perplexity on", *(_escaped(name) for name in names)]), _line(["---", *("---:" for _ in names)])]
     for row in matrix.rows:
         domains = [row.domains[name] for name in names]
-        lines.append(_line([_variant(matrix, row), *(f"{domain.perplexity.value:.2f}" if domain else "–" for domain in domains)]))
+        lines.append(
+            _line([_variant(matrix, row), *(f"{domain.perplexity.value:.2f}" if domain else "–" for domain in domains)])
+        )
     return ["\n".join(lines)]
 
 

@@ -100,8 +100,13 @@ def build_matrix(records: Sequence[Record]) -> Matrix:
     _refuse_strangers(records)
     first = records[0]
     speeds = [record.speed for record in records if record.speed]
-    decode = _batch_sizes(_DECODE_BATCHES, [keys for speed in speeds for keys in (speed.decode_tokens_per_second, speed.decode_over_fp16)])
-    prefill = _batch_sizes(_PREFILL_BATCHES, [keys for speed in speeds for keys in (speed.prefill_tokens_per_second, speed.prefill_over_fp16)])
+    decode = _batch_sizes(
+        _DECODE_BATCHES, [keys for speed in speeds for keys in (speed.decode_tokens_per_second, speed.decode_over_fp16)]
+    )
+    prefill = _batch_sizes(
+        _PREFILL_BATCHES,
+        [keys for speed in speeds for keys in (speed.prefill_tokens_per_second, speed.prefill_over_fp16)],
+    )
     domains = sorted({name for record in records if record.quality for name in record.quality.domains})
     return Matrix(
         recipe=first.recipe,
@@ -120,12 +125,18 @@ def _refuse_strangers(records: Sequence[Record]) -> None:
     seen: set[str] = set()
     for record in records:
         if record.variant in seen:
-            raise ArtifactError("two records of one variant", where=record.variant, found="the variant again", fix="keep one record per variant")
+            raise ArtifactError(
+                "two records of one variant",
+                where=record.variant,
+                found="the variant again",
+                fix="keep one record per variant",
+            )
         seen.add(record.variant)
         for label, ours, theirs in (
             ("recipe", first.recipe, record.recipe),
             ("recipe_sha256", first.recipe_sha256, record.recipe_sha256),
             ("baseline", first.baseline, record.baseline),
+            ("baseline_sha256", first.baseline_sha256, record.baseline_sha256),
             ("suite", first.suite, record.suite),
             ("suite_sha256", first.suite_sha256, record.suite_sha256),
             ("hardware", first.hardware, record.hardware),
@@ -146,7 +157,11 @@ def _batch_sizes(named: Iterable[str], measured: Iterable[Mapping[str, Measured]
 
 def _row(record: Record, *, domains: Sequence[str], decode: Sequence[str], prefill: Sequence[str]) -> Row:
     failures = list(record.failures)
-    quality, memory, speed = _finite_quality(record.quality, failures), record.memory, _finite_speed(record.speed, failures)
+    quality, memory, speed = (
+        _finite_quality(record.quality, failures),
+        record.memory,
+        _finite_speed(record.speed, failures),
+    )
     decode_over_fp16 = speed.decode_over_fp16 if speed else {}
     return Row(
         variant=record.variant,
@@ -171,8 +186,12 @@ def _row(record: Record, *, domains: Sequence[str], decode: Sequence[str], prefi
         peak_memory_bytes=memory.peak_memory_bytes if memory else None,
         load_seconds=memory.load_seconds.value if memory else None,
         load_seconds_interval=memory.load_seconds if memory else None,
-        decode_tokens_per_second={batch: speed.decode_tokens_per_second.get(batch) if speed else None for batch in decode},
-        prefill_tokens_per_second={batch: speed.prefill_tokens_per_second.get(batch) if speed else None for batch in prefill},
+        decode_tokens_per_second={
+            batch: speed.decode_tokens_per_second.get(batch) if speed else None for batch in decode
+        },
+        prefill_tokens_per_second={
+            batch: speed.prefill_tokens_per_second.get(batch) if speed else None for batch in prefill
+        },
         decode_over_fp16={batch: decode_over_fp16.get(batch) for batch in decode},
         prefill_over_fp16={batch: speed.prefill_over_fp16.get(batch) if speed else None for batch in prefill},
         twin=speed.twin if speed else None,
@@ -223,7 +242,9 @@ def _finite_speed(speed: Speed | None, failures: list[Failure]) -> Speed | None:
     return speed if _all_finite(numbers, failures, cell="speed") else None
 
 
-def _all_finite(numbers: Mapping[str, Measured | None], failures: list[Failure], *, cell: Literal["quality", "speed"]) -> bool:
+def _all_finite(
+    numbers: Mapping[str, Measured | None], failures: list[Failure], *, cell: Literal["quality", "speed"]
+) -> bool:
     infinite = [name for name, measured in numbers.items() if not _is_finite(measured)]
     if infinite:
         failures.append(Failure(cell=cell, reason=f"no finite number: {', '.join(infinite)}"))

@@ -7,7 +7,7 @@ artifact that may answer nonsense are worth nothing.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from quantlab.evaluation.record import Measured
@@ -77,21 +77,49 @@ def recommend(matrix: Matrix) -> tuple[Recommendation, Recommendation, Recommend
         for row in matrix.rows
         if row.variant != matrix.baseline and row.accuracy_loss_percent and row.perplexity_change_percent
     ]
-    return _for_quality(matrix, judged), _for_memory(judged), _for_speed(judged)
+    return (
+        _with_absent(_for_quality(matrix, judged), matrix, judged=judged, need="memory"),
+        _with_absent(_for_memory(judged), matrix, judged=judged, need="memory"),
+        _with_absent(_for_speed(judged), matrix, judged=judged, need="speed"),
+    )
+
+
+def _with_absent(
+    found: Recommendation, matrix: Matrix, *, judged: Sequence[_Judged], need: Literal["memory", "speed"]
+) -> Recommendation:
+    """Name the rows that had no chance because a number of theirs is missing."""
+    present = {
+        other.row.variant
+        for other in judged
+        if (other.row.memory_percent_of_fp16 if need == "memory" else other.row.speed_over_fp16) is not None
+    } | {matrix.baseline}
+    absent = [row.variant for row in matrix.rows if row.variant not in present]
+    if not absent:
+        return found
+    return replace(found, sentence=f"{found.sentence} Not considered, for want of numbers: {_listed(absent)}.")
 
 
 def _for_quality(matrix: Matrix, judged: Sequence[_Judged]) -> Recommendation:
     if not judged:
-        return Recommendation("quality", None, "No variant can be recommended: the quality of none was measured against the baseline.")
+        return Recommendation(
+            "quality", None, "No variant can be recommended: the quality of none was measured against the baseline."
+        )
     keeping = [(found.row.memory_percent_of_fp16, found) for found in judged if found.keeps_quality]
     weighed = [(memory, found) for memory, found in keeping if memory is not None]
     if weighed:
         memory, pick = _smallest(weighed)
-        saving = f"at {number(memory, 'percent')} % of FP16's weight memory" if _saves(memory) else "though it saves no memory over FP16"
-        seen = "no measurable loss" if pick.rise.low <= 0 else f"a perplexity surely within {NEGLIGIBLE_PERCENT:g} % of the baseline's"
-        return Recommendation(
-            "quality", pick.row.variant, f"{pick.row.variant} is the smallest variant with {seen} over {pick.rise.n:,} tokens: {pick.losses}, {saving}."
+        saving = (
+            f"at {number(memory, 'percent')} % of FP16's weight memory"
+            if _saves(memory)
+            else "though it saves no memory over FP16"
         )
+        seen = (
+            "no measurable loss"
+            if pick.rise.low <= 0
+            else f"a perplexity surely within {NEGLIGIBLE_PERCENT:g} % of the baseline's"
+        )
+        sentence = f"{pick.row.variant} is the smallest variant with {seen} over {pick.rise.n:,} tokens: {pick.losses}, {saving}"
+        return Recommendation("quality", pick.row.variant, sentence + _same_memory(pick, memory, weighed) + ".")
     if keeping:
         names = _listed(found.row.variant for _, found in keeping)
         return Recommendation("quality", None, f"{names} kept the quality, but no memory was measured to choose by.")
@@ -109,7 +137,9 @@ def _for_memory(judged: Sequence[_Judged]) -> Recommendation:
     weighed = [(found.row.memory_percent_of_fp16, found) for found in judged]
     saving = [(memory, found) for memory, found in weighed if memory is not None and _saves(memory)]
     if not saving:
-        return Recommendation("memory", None, "No variant with measured quality needs less memory for weights than FP16.")
+        return Recommendation(
+            "memory", None, "No variant with measured quality needs less memory for weights than FP16."
+        )
     bounded = [(memory, found) for memory, found in saving if found.is_bounded]
     if not bounded:
         memory, least = _smallest(saving)
@@ -121,8 +151,7 @@ def _for_memory(judged: Sequence[_Judged]) -> Recommendation:
         )
     memory, pick = _smallest(bounded)
     sentence = f"{pick.row.variant} holds its weights in {number(memory, 'percent')} % of FP16's memory ({100 / memory:.1f}× less) with {pick.losses}"
-    same = [found for other, found in bounded if found is not pick and other - memory <= SAME_MEMORY_POINTS]
-    sentence += "".join(f"; {found.row.variant} takes about the same memory with a perplexity change of {_with_interval(found.rise)}" for found in same)
+    sentence += _same_memory(pick, memory, bounded)
     smaller = [found for other, found in saving if not found.is_bounded and other < memory - SAME_MEMORY_POINTS]
     if smaller:
         sentence += f"; {_listed(found.row.variant for found in smaller)} would be smaller, but a loss above {BOUND_PERCENT:g} % is not ruled out"
@@ -133,9 +162,15 @@ def _for_speed(judged: Sequence[_Judged]) -> Recommendation:
     timed = [(found.row.speed_over_fp16, found) for found in judged if found.is_bounded]
     faster = [(speed, found) for speed, found in timed if speed is not None and speed.low > 1]
     if not any(speed for speed, _ in timed):
-        return Recommendation("speed", None, f"No variant with losses surely below {BOUND_PERCENT:g} % has a measured speed.")
+        return Recommendation(
+            "speed", None, f"No variant with losses surely below {BOUND_PERCENT:g} % has a measured speed."
+        )
     if not faster:
-        return Recommendation("speed", None, f"No variant with losses surely below {BOUND_PERCENT:g} % is measurably faster than FP16 at batch size 1.")
+        return Recommendation(
+            "speed",
+            None,
+            f"No variant with losses surely below {BOUND_PERCENT:g} % is measurably faster than FP16 at batch size 1.",
+        )
     top, fastest = max(faster, key=lambda pair: pair[0].value)
     level = [(speed, found) for speed, found in faster if speed.high >= top.low]
     speed, pick = min(level, key=lambda pair: (pair[1].worst, -pair[0].value))
@@ -148,14 +183,27 @@ def _for_speed(judged: Sequence[_Judged]) -> Recommendation:
         sentence += f"; {fastest.row.variant} measures {number(top.value, 'ratio')}×, but the intervals overlap and more loss remains possible there"
     level_with = [found.row.variant for _, found in level if found is not pick and found is not fastest]
     if level_with:
-        sentence += f"; the interval of {_listed(level_with)} overlaps with the fastest's, too"
+        intervals = "interval of {} overlaps" if len(level_with) == 1 else "intervals of {} overlap"
+        sentence += f"; the {intervals.format(_listed(level_with))} with the fastest's"
     return Recommendation("speed", pick.row.variant, sentence + ".")
 
 
 def _smallest(weighed: Sequence[tuple[float, _Judged]]) -> tuple[float, _Judged]:
     """The least memory; among rows of the same memory, the one that can have lost least."""
     least = min(memory for memory, _ in weighed)
-    return min(((memory, found) for memory, found in weighed if memory - least <= SAME_MEMORY_POINTS), key=lambda pair: pair[1].worst)
+    return min(
+        ((memory, found) for memory, found in weighed if memory - least <= SAME_MEMORY_POINTS),
+        key=lambda pair: pair[1].worst,
+    )
+
+
+def _same_memory(pick: _Judged, memory: float, weighed: Sequence[tuple[float, _Judged]]) -> str:
+    """A clause for each row that the pick was preferred to for its quality, not for its size."""
+    same = [found for other, found in weighed if found is not pick and abs(other - memory) <= SAME_MEMORY_POINTS]
+    return "".join(
+        f"; {found.row.variant} takes about the same memory with a perplexity change of {_with_interval(found.rise)}"
+        for found in same
+    )
 
 
 def _saves(memory: float) -> bool:

@@ -59,7 +59,10 @@ def _flat(row: Row) -> dict[str, str | float | int | None]:
     for name, domain in row.domains.items():
         flat |= _four(f"perplexity_on_{name}", domain.perplexity if domain else None)
         flat |= _four(f"bits_per_byte_on_{name}", domain.bits_per_byte if domain else None)
-    flat |= {"description": row.description, "failures": "; ".join(f"{failure.cell}: {failure.reason}" for failure in row.failures)}
+    flat |= {
+        "description": row.description,
+        "failures": "; ".join(f"{failure.cell}: {failure.reason}" for failure in row.failures),
+    }
     return flat
 
 

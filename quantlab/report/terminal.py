@@ -1,9 +1,10 @@
 """The matrix in a terminal: as many columns as fit, the four that decide first."""
 
+import textwrap
+
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -28,31 +29,37 @@ _WITH_MARGIN = (*_HEADLINE, "perplexity_change_percent")
 _HEADS = {
     "accuracy_loss_percent": "accuracy\nloss %",
     "memory_percent_of_fp16": "memory\n% of FP16",
-    "speed_over_fp16": "speed\n× FP16",
+    "speed_over_fp16": "speed ×\nFP16, twin",
     "perplexity_change_percent": "perplexity\nchange %",
     "kl_to_baseline": "KL\nnats",
     "top1_agreement": "top-1\nagree %",
     "artifact_bytes": "size\non disk",
-    "decode_tokens_per_second.1": "decode\ntok/s at 1",
-    "decode_tokens_per_second.8": "decode\ntok/s at 8",
+    "decode_tokens_per_second.1": "decode 1\ntok/s, twin",
+    "decode_tokens_per_second.8": "decode 8\ntok/s, twin",
     "peak_memory_bytes": "peak\nmemory",
     "load_seconds": "load\ns",
-    "prefill_tokens_per_second.1": "prefill\ntok/s at 1",
+    "prefill_tokens_per_second.1": "prefill 1\ntok/s, twin",
 }
-_IN_ASCII = str.maketrans({"±": "+-", "×": "x", "−": "-", "–": "-", "…": "...", "▸": ">", "\N{NO-BREAK SPACE}": " "})
+_LABEL_WIDTH = 9
+_LONGEST_LINE = 120
+_IN_ASCII = str.maketrans({"±": "+-", "×": "x", "−": "-", "–": "-", "…": "...", "·": "-"})
 
 
 def print_matrix(matrix: Matrix, console: Console) -> None:
     """Print the table, the recommendations and what a reader must know."""
-    console.print(Text(_in(console, f"{matrix.recipe} · {matrix.suite} · {matrix.hardware}".replace("·", "–")), style="dim"))
+    console.print(Text(_in(console, f"{matrix.recipe} · {matrix.suite} · {matrix.hardware}"), style="dim"))
     console.print(table_that_fits(matrix, console))
     for found in recommend(matrix):
-        line = Text.assemble((f"{found.goal:<8}", "bold green" if found.variant else "bold yellow"), _in(console, found.sentence))
-        console.print(_hanging(line, console), soft_wrap=False)
+        _print_labelled(
+            found.goal, found.sentence, console, label_style="bold green" if found.variant else "bold yellow"
+        )
     for failure in failures(matrix):
-        console.print(_hanging(Text.assemble(("failed  ", "bold red"), _in(console, failure)), console))
-    for note in ("± is the wider side of the interval, bold a change whose interval leaves out zero.", *notes(matrix)):
-        console.print(_hanging(Text.assemble("note    ", _in(console, note), style="dim"), console))
+        _print_labelled("failed", failure, console, label_style="bold red")
+    for note in (
+        "± is the wider side of the interval; bold is a change whose interval leaves out zero.",
+        *notes(matrix),
+    ):
+        _print_labelled("note", note, console, label_style="dim", style="dim")
 
 
 def table_that_fits(matrix: Matrix, console: Console) -> Table:
@@ -72,7 +79,12 @@ def _table(matrix: Matrix, shown: list[Column], console: Console) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
     table.add_column("\nvariant", overflow="fold", style="bold", ratio=None)
     for column in shown:
-        table.add_column(_in(console, _HEADS[column.key]), justify="right", no_wrap=True, style=None if column.key in _HEADLINE else "dim")
+        table.add_column(
+            _in(console, _HEADS[column.key]),
+            justify="right",
+            no_wrap=True,
+            style=None if column.key in _HEADLINE else "dim",
+        )
     for row in matrix.rows:
         cells = [_text(cell(matrix, row, column), column, console) for column in shown]
         table.add_row(Text(row.variant, style="italic" if row.variant == matrix.baseline else ""), *cells)
@@ -96,14 +108,15 @@ def _text(found: Cell, column: Column, console: Console) -> Text:
             return text
 
 
-def _hanging(text: Text, console: Console) -> Padding:
-    """Wrapped lines stand under the text, not under its label."""
-    label, body = text[:8], text[8:]
-    lines = Table.grid(padding=0)
-    lines.add_column(width=8, no_wrap=True)
-    lines.add_column(max_width=max(20, min(console.width, 120) - 8))
-    lines.add_row(label, body)
-    return Padding(lines, (0, 0))
+def _print_labelled(label: str, text: str, console: Console, *, label_style: str, style: str = "") -> None:
+    """A paragraph beside its label; wrapped lines stand under the text."""
+    width = max(_LABEL_WIDTH + 20, min(console.width, _LONGEST_LINE))
+    lines = textwrap.wrap(_in(console, text), width - _LABEL_WIDTH, break_on_hyphens=False)
+    for index, line in enumerate(lines):
+        console.print(
+            Text.assemble(((label if index == 0 else "").ljust(_LABEL_WIDTH), label_style), (line, style)),
+            soft_wrap=True,
+        )
 
 
 def _in(console: Console, text: str) -> str:

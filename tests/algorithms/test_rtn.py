@@ -14,7 +14,9 @@ def oracle(group: Tensor, *, bits: int, grid: str, dtype: torch.dtype, factor: f
     weights = group.tolist()
     largest = max(weights, key=lambda weight: (abs(weight), -weight))
     half = 2 ** (bits - 1)
-    scale = {"absmax": abs(largest) / (half - 1), "half": 2 * abs(largest) / (2 * half - 1), "signed": -largest / half}[grid]
+    scale = {"absmax": abs(largest) / (half - 1), "half": 2 * abs(largest) / (2 * half - 1), "signed": -largest / half}[
+        grid
+    ]
     stored = torch.tensor(scale * factor, dtype=torch.float32).to(dtype).item() or 1.0
     return stored, [max(-half, min(half - 1, round(weight / stored))) for weight in weights]
 

@@ -68,7 +68,9 @@ def test_a_good_recipe(tmp_path: Path) -> None:
     assert loaded.content == GOOD.encode()
 
 
-@pytest.mark.parametrize(("old", "new", "what", "where", "fix"), MISTAKES, ids=[f"{case[2][:24]}-{i}" for i, case in enumerate(MISTAKES)])
+@pytest.mark.parametrize(
+    ("old", "new", "what", "where", "fix"), MISTAKES, ids=[f"{case[2][:24]}-{i}" for i, case in enumerate(MISTAKES)]
+)
 def test_a_mistake_is_explained(tmp_path: Path, old: str, new: str, what: str, where: str, fix: str) -> None:
     assert old in GOOD
     error = _load(tmp_path, GOOD.replace(old, new, 1))
@@ -106,7 +108,11 @@ def test_a_python_object_is_not_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "expected"),
-    [("deepseek-ai/DeepSeek-V3@main", ("deepseek-ai/DeepSeek-V3", "main")), ("deepseek-ai/DeepSeek-V3", ("deepseek-ai/DeepSeek-V3", None)), ("../x/y", None)],
+    [
+        ("deepseek-ai/DeepSeek-V3@main", ("deepseek-ai/DeepSeek-V3", "main")),
+        ("deepseek-ai/DeepSeek-V3", ("deepseek-ai/DeepSeek-V3", None)),
+        ("../x/y", None),
+    ],
 )
 def test_hub_ids(tmp_path: Path, model: str, expected: tuple[str, str | None] | None) -> None:
     path = tmp_path / "recipe.yaml"

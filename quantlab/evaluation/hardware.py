@@ -1,0 +1,41 @@
+"""What the numbers were measured on, as records name it. Needs no torch."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+_PACKAGES = ("quantlab", "torch", "transformers")
+
+
+def threads() -> int:
+    """Threads to compute with: the physical cores this process may use; two threads of one core only get in each other's way."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = {(block.get("physical id"), block.get("core id", block.get("processor"))) for block in _processors()}
+    return min(allowed, len(cores) or allowed)
+
+
+def describe() -> str:
+    """Processor, threads used, memory and operating system in one line."""
+    names = [block["model name"] for block in _processors() if "model name" in block]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    used = threads()
+    return f"{processor}, {used} thread{'s' if used != 1 else ''}, {memory:.0f} GiB, {platform.system()} {platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that computes."""
+    return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
+
+
+def _processors() -> list[dict[str, str]]:
+    """The entries of /proc/cpuinfo; none where there is no such file."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return []
+    blocks = []
+    for block in path.read_text().strip().split("\n\n"):
+        pairs = (line.partition(":") for line in block.splitlines())
+        blocks.append({key.strip(): value.strip() for key, _, value in pairs})
+    return blocks

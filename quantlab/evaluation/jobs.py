@@ -1,0 +1,93 @@
+"""What is asked of a worker and what it answers. Needs no torch: the process that asks does not compute."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from quantlab.evaluation.record import Speed
+
+Progress = Callable[[str, int, int], None]
+"""Told of a stage, how much of it is done and how much there is (0 when that is not known)."""
+
+EXPLAINED = 3
+"""Exit code of a cell that could say what is wrong; the file of its result then holds the reason as text."""
+
+
+PREDICTIONS_COMPLETE = "complete.json"
+"""Written last into the directory of the baseline's predictions."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class QualityRequest(_Strict):
+    """One artifact's quality; answered with a `Quality`."""
+
+    kind: Literal["quality"] = "quality"
+    directory: Path
+    """The artifact."""
+    suite: Path
+    """The suite."""
+    predictions: Path
+    """Directory of the baseline's predictions."""
+    role: Literal["baseline", "compared", "alone"]
+    """Whether the artifact is the baseline (its predictions are kept), is compared with it, or has none to be compared with."""
+    key: str
+    """Names the baseline and the suite; kept with the predictions."""
+
+
+class MemoryRequest(_Strict):
+    """One artifact's memory; answered with a `Memory`."""
+
+    kind: Literal["memory"] = "memory"
+    directory: Path
+    """The artifact."""
+    suite: Path
+    """The suite."""
+
+
+class SpeedRequest(_Strict):
+    """The speed of several artifacts; answered with a `SpeedResult`."""
+
+    kind: Literal["speed"] = "speed"
+    suite: Path
+    """The suite."""
+    artifacts: dict[str, Path]
+    """Variant -> directory of its artifact."""
+
+
+class SpeedResult(_Strict):
+    """Every variant is in one of the two."""
+
+    speeds: dict[str, Speed]
+    """What was measured."""
+    failures: dict[str, str]
+    """Why it could not be."""
+
+
+CellRequest = Annotated[QualityRequest | MemoryRequest | SpeedRequest, Field(discriminator="kind")]
+
+
+class Job(_Strict):
+    """One cell and the files around it."""
+
+    request: CellRequest
+    """What to measure."""
+    result: Path
+    """Takes the answer as JSON."""
+    log: Path
+    """Takes everything the cell prints."""
+    threads: int
+    """Threads to compute with."""
+
+
+def predictions_complete(directory: Path, key: str) -> bool:
+    """Whether the predictions in `directory` are all there and those of the baseline and suite that `key` names."""
+    try:
+        return bool(json.loads((directory / PREDICTIONS_COMPLETE).read_bytes())["key"] == key)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,185 @@
+"""Cells run in a worker process, from the side that asks: time limits, crashes and Ctrl-C."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel
+
+from quantlab.errors import EvaluationError
+from quantlab.evaluation.jobs import EXPLAINED, CellRequest, Job, Progress
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+_STARTING_SECONDS = 300.0
+_PASSED_ON = (
+    "PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "XDG_CACHE_HOME",
+    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "TRITON_CACHE_DIR",
+)  # fmt: skip
+
+
+class CellError(Exception):
+    """A cell that gave no answer; the message is the reason."""
+
+
+class Worker:
+    """A worker process, started at its first job; a context manager, which kills it and its cell when left."""
+
+    def __init__(self, directory: Path, *, threads: int, time_limit: float) -> None:
+        """Prepare.
+
+        Args:
+            directory: takes results and logs of cells.
+            threads: threads a cell computes with.
+            time_limit: seconds a cell may take.
+        """
+        self._directory, self._threads, self._time_limit = directory, threads, time_limit
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending = b""
+
+    def __enter__(self) -> Self:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def run(self, name: str, request: CellRequest, answer: type[Answer], *, progress: Progress) -> Answer:
+        """Run one cell.
+
+        Args:
+            name: names the files of its result and its log.
+            request: what to measure.
+            answer: the model of the answer.
+            progress: told of the cell's stages.
+
+        Raises:
+            CellError: the cell crashed, took too long, or explained why it could not be measured.
+            EvaluationError: the worker cannot be started.
+        """
+        process = self._started()
+        result, log = self._directory / f"{name}.json", self._directory / f"{name}.log"
+        result.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+        job = Job(request=request, result=result, log=log, threads=self._threads)
+        assert process.stdin is not None, "started with a pipe"
+        process.stdin.write(job.model_dump_json().encode() + b"\n")
+        process.stdin.flush()
+        status = self._follow(log, progress)
+        if status == EXPLAINED:
+            raise CellError(result.read_text(encoding="utf-8"))
+        if status != 0:
+            raise CellError(_crash(status, log))
+        return answer.model_validate_json(result.read_bytes())
+
+    def _follow(self, log: Path, progress: Progress) -> int:
+        """Pass progress on until the cell ends; its exit status."""
+        deadline = time.monotonic() + self._time_limit
+        cell = None
+        while True:
+            message = self._message(deadline)
+            if message is None:
+                if cell is not None:
+                    os.kill(cell, signal.SIGKILL)
+                    self._message(time.monotonic() + _STARTING_SECONDS)
+                raise CellError(f"it took longer than the {self._time_limit:g} seconds a cell may take")
+            match message["event"]:
+                case "started":
+                    cell = int(message["pid"])
+                case "progress":
+                    progress(message["stage"], message["done"], message["total"])
+                case "exit":
+                    return int(message["status"])
+                case "end":
+                    self._stop()
+                    raise CellError("the worker died" + _tail(log))
+
+    def _message(self, deadline: float) -> Mapping[str, Any] | None:
+        """The worker's next message, None once the deadline has passed; {"event": "end"} if the worker is gone."""
+        assert self._process is not None, "asked of a started worker"
+        assert self._process.stdout is not None, "started with a pipe"
+        while b"\n" not in self._pending:
+            ready, _, _ = select.select([self._process.stdout], [], [], max(deadline - time.monotonic(), 0))
+            if not ready:
+                return None
+            data = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not data:
+                return {"event": "end"}
+            self._pending += data
+        line, _, self._pending = self._pending.partition(b"\n")
+        message: Mapping[str, Any] = json.loads(line)
+        return message
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None:
+            return self._process
+        log = self._directory / "worker.log"
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "quantlab.evaluation.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C reaches us alone, and one signal then ends the worker and its cell
+            )
+        self._pending = b""
+        message = self._message(time.monotonic() + _STARTING_SECONDS)
+        if message is None or message["event"] != "ready":
+            self._stop()
+            raise EvaluationError(
+                "the process that measures cannot be started",
+                where=str(log),
+                found=_tail(log).strip() or "no answer",
+                fix="run `python -m quantlab.evaluation.worker < /dev/null` to see why",
+            )
+        return self._process
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):  # already gone
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.wait()
+        self._process = None
+
+
+def _environment() -> dict[str, str]:
+    """A clean environment: the numbers must not depend on what the caller's shell happens to set."""
+    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    ours = str(Path(__file__).parents[2])
+    paths = [ours, environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else [ours]
+    return environment | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+
+
+def _crash(status: int, log: Path) -> str:
+    how = f"it was ended by {signal.Signals(-status).name}" if status < 0 else f"it ended with exit code {status}"
+    hint = " (out of memory, perhaps)" if status == -signal.SIGKILL else ""
+    return how + hint + _tail(log)
+
+
+def _tail(log: Path, *, lines: int = 3) -> str:
+    """The last lines a cell printed, after a colon; empty if there are none."""
+    if not log.is_file():
+        return ""
+    printed = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return ": " + " | ".join(printed[-lines:]) if printed else ""

@@ -1,0 +1,217 @@
+"""Speed: every distinct layout of a recipe's artifacts, timed in one process on random-weight twins.
+
+How long a step takes depends on shapes and layouts, not on what the weights are, so the twin has the width of the target
+model, a few of its layers, and random weights in exactly the layout of the artifact. Machines drift: clocks, caches and
+neighbours change within seconds. So all twins are alive at once, every round times each of them in a new random order,
+and a ratio to the FP16 twin is taken within the round; its median over rounds is what the table shows.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from quantlab.checkpoint.index import read_json
+from quantlab.errors import EvaluationError, QuantlabError
+from quantlab.evaluation.jobs import Progress, SpeedRequest, SpeedResult
+from quantlab.evaluation.record import Speed
+from quantlab.evaluation.statistics import Floats, median
+from quantlab.evaluation.suite import SpeedSuite, load_suite
+from quantlab.formats.compressed_tensors import QUANT_METHOD, QuantizationConfig, parse_config
+from quantlab.runtime.account import weight_bytes
+from quantlab.runtime.twin import random_twin
+
+_LEAST_ROUNDS = 7
+_SEED = 0
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides how fast an artifact is: artifacts with the same layout share a twin."""
+
+    dtype: str
+    quantization: QuantizationConfig | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing that is timed: `tokens` new tokens for each of `batch` sequences, decoded one by one or read at once."""
+
+    kind: Literal["decode", "prefill"]
+    batch: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A model ready to be timed, with a filled cache for every batch size."""
+
+    model: PreTrainedModel
+    caches: Mapping[int, DynamicCache]
+    name: str
+
+
+FP16 = Layout("float16", None)
+
+
+def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
+    """Time the layouts of all artifacts, interleaved.
+
+    Raises:
+        QuantlabError: the FP16 twin cannot be made, so no ratio can be taken.
+    """
+    suite = load_suite(request.suite).suite.speed
+    assert suite is not None, "asked for by a suite that measures speed"
+    layouts = {variant: layout_of(directory) for variant, directory in request.artifacts.items()}
+    twins: dict[Layout, Twin] = {}
+    reasons: dict[Layout, str] = {}
+    distinct = list(dict.fromkeys([FP16, *layouts.values()]))
+    for index, layout in enumerate(distinct):
+        progress("building twins", index, len(distinct))
+        try:
+            twins[layout] = build(layout, suite)
+        except (QuantlabError, RuntimeError, ValueError) as error:  # torch's own errors are of the last two kinds
+            if layout == FP16:
+                raise
+            reasons[layout] = str(error)
+    progress("building twins", len(distinct), len(distinct))
+    timings = time_rounds(twins, tasks(suite), suite, progress)
+    speeds, failures = {}, {}
+    for variant, layout in layouts.items():
+        if layout in twins:
+            sharing = [other for other in layouts if other != variant and layouts[other] == layout]
+            speeds[variant] = summarise(suite, twins[layout], timings[layout], timings[FP16], sharing=sharing)
+        else:
+            failures[variant] = reasons[layout]
+    return SpeedResult(speeds=speeds, failures=failures)
+
+
+def layout_of(directory: Path) -> Layout:
+    """The layout of a checkpoint, from its config.json. FP8 blocks are expanded to bfloat16 when loaded.
+
+    Raises:
+        EvaluationError: the checkpoint is of a layout the runtime does not compute with.
+    """
+    config = read_json(directory / "config.json")
+    described = config.get("quantization_config")
+    if described is None or described.get("quant_method") == "fp8":
+        dtype = "bfloat16" if described else str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        quantization = None
+    elif described.get("quant_method") == QUANT_METHOD:
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        quantization = parse_config(described, where=str(directory / "config.json"))
+    else:
+        dtype, quantization = str(described.get("quant_method")), None
+    if dtype not in _DTYPES:
+        raise EvaluationError(
+            "the speed of this layout cannot be measured",
+            where=str(directory / "config.json"),
+            found=dtype,
+            fix=f"use one of {', '.join(_DTYPES)}, fp8 or {QUANT_METHOD}",
+        )
+    return Layout(dtype, quantization)
+
+
+def build(layout: Layout, suite: SpeedSuite) -> Twin:
+    """A twin with its caches filled, every kind of step having run once so that nothing is timed cold."""
+    model = random_twin(suite.shape, layout.quantization, dtype=_DTYPES[layout.dtype], seed=_SEED)
+    model.eval()
+    vocabulary = int(model.config.vocab_size)
+    caches = {}
+    with torch.inference_mode():
+        for batch in suite.batches:
+            cache = DynamicCache(config=model.config)
+            model(
+                input_ids=_tokens(batch, suite.prompt, vocabulary),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            caches[batch] = cache
+    twin = Twin(model, caches, layout_name(layout, model))
+    for task in tasks(suite):
+        run_task(twin, task)
+    return twin
+
+
+def layout_name(layout: Layout, model: PreTrainedModel) -> str:
+    """The layout for people: "bfloat16", "int4_g128 on 93 % of the weights, the rest float16"."""
+    if layout.quantization is None:
+        return layout.dtype
+    counted = weight_bytes(model)
+    share = 100 * counted.quantized_fp16 / counted.fp16
+    schemes = " and ".join(dict.fromkeys(scheme.name for _, scheme in layout.quantization.groups))
+    return f"{schemes} on {share:.0f} % of the weights, the rest {layout.dtype}"
+
+
+def tasks(suite: SpeedSuite) -> tuple[Task, ...]:
+    """What one round times of each twin."""
+    return (*(Task("decode", batch, suite.steps) for batch in suite.batches), Task("prefill", 1, suite.prompt))
+
+
+def time_rounds(
+    twins: Mapping[Layout, Twin], wanted: Sequence[Task], suite: SpeedSuite, progress: Progress
+) -> dict[Layout, dict[Task, Floats]]:
+    """Tokens per second of every twin and task in each round [n]; entry i of all of them is from the same round."""
+    rates: dict[Layout, dict[Task, list[float]]] = {layout: {task: [] for task in wanted} for layout in twins}
+    generator = np.random.default_rng(_SEED)
+    order = list(twins)
+    start = time.perf_counter()
+    done = 0
+    while done < _LEAST_ROUNDS or (done < suite.rounds and time.perf_counter() - start < suite.seconds):
+        progress("timing rounds", done, suite.rounds)
+        for task in wanted:
+            for index in generator.permutation(len(order)):
+                seconds = run_task(twins[order[index]], task)
+                rates[order[index]][task].append(task.batch * task.tokens / seconds)
+        done += 1
+    progress("timing rounds", done, done)
+    return {layout: {task: np.array(values) for task, values in by_task.items()} for layout, by_task in rates.items()}
+
+
+@torch.inference_mode()
+def run_task(twin: Twin, task: Task) -> float:
+    """Seconds one task takes. A decode starts from the same filled cache every time."""
+    vocabulary = int(twin.model.config.vocab_size)
+    tokens = _tokens(task.batch, task.tokens, vocabulary)
+    if task.kind == "prefill":
+        cache = DynamicCache(config=twin.model.config)
+        start = time.perf_counter()
+        twin.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return time.perf_counter() - start
+    cache = twin.caches[task.batch]
+    start = time.perf_counter()
+    for step in range(task.tokens):
+        twin.model(input_ids=tokens[:, step : step + 1], past_key_values=cache, use_cache=True)
+    seconds = time.perf_counter() - start
+    cache.crop(-task.tokens)
+    return seconds
+
+
+def summarise(
+    suite: SpeedSuite, twin: Twin, rates: Mapping[Task, Floats], fp16: Mapping[Task, Floats], *, sharing: Sequence[str]
+) -> Speed:
+    """The record's numbers: medians over rounds, ratios within a round."""
+    decode = {str(task.batch): task for task in rates if task.kind == "decode"}
+    prefill = {str(task.batch): task for task in rates if task.kind == "prefill"}
+    shared = f", timed once with {', '.join(sharing)}" if sharing else ""
+    return Speed(
+        twin=f"{suite.description}; {twin.name}{shared}",
+        decode_tokens_per_second={batch: median(rates[task]) for batch, task in decode.items()},
+        prefill_tokens_per_second={batch: median(rates[task]) for batch, task in prefill.items()},
+        decode_over_fp16={batch: median(rates[task] / fp16[task]) for batch, task in decode.items()},
+        prefill_over_fp16={batch: median(rates[task] / fp16[task]) for batch, task in prefill.items()},
+    )
+
+
+def _tokens(batch: int, length: int, vocabulary: int) -> Tensor:
+    """Random token ids [batch, length], the same for every twin and round."""
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randint(vocabulary, (batch, length), generator=generator)

@@ -1,0 +1,234 @@
+"""Held-out text as windows of tokens.
+
+A document is tokenised once with the artifact's own tokenizer.json and cut into windows that do not overlap. Where the
+tokenizer begins a text with a token of its own (DeepSeek's beginning of sentence), so does every window, and all tokens
+of the text are scored; otherwise the first token of a window is only read.
+
+**Bytes.** Bits per byte compares models with different tokenizers only if the bytes are exactly those that the scored
+tokens spell. A token may be a part of a character, so a token's text is taken to reach from its first character to the
+first character of the token after it: consecutive windows then share no byte and lose none.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from quantlab.checkpoint.index import read_json
+from quantlab.errors import EvaluationError
+
+_FEWEST_DOCUMENTS = 5  # an interval drawn from fewer units says nothing
+
+
+@dataclass(frozen=True)
+class Document:
+    """A held-out text and the domain it stands for."""
+
+    domain: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens that the model reads at once.
+
+    Attributes:
+        document: index of the document it comes from.
+        tokens: ids, those that the tokenizer puts first included [n].
+        first: index of the first token that is scored, at least 1.
+        nbytes: UTF-8 bytes of the text the scored tokens cover.
+    """
+
+    document: int
+    tokens: NDArray[np.int64]
+    first: int
+    nbytes: int
+
+    @property
+    def scored(self) -> int:
+        return len(self.tokens) - self.first
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """All that is scored.
+
+    Attributes:
+        domains: their names, sorted.
+        strata: the domain of each document, as an index into `domains` [D].
+        windows: longest first, so that a batch pads little.
+        sha256: hash of the windows' tokens.
+    """
+
+    domains: tuple[str, ...]
+    strata: NDArray[np.int64]
+    windows: tuple[Window, ...]
+    sha256: str
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens."""
+        return sum(window.scored for window in self.windows)
+
+    def batches(self, tokens: int) -> list[tuple[Window, ...]]:
+        """The windows in order, as many together as make at most `tokens` tokens once padded to the longest."""
+        batches: list[tuple[Window, ...]] = []
+        start = 0
+        while start < len(self.windows):
+            rows = max(tokens // len(self.windows[start].tokens), 1)
+            batches.append(self.windows[start : start + rows])
+            start += rows
+        return batches
+
+
+def read_corpus(path: Path) -> list[Document]:
+    """The documents of a file of JSON lines.
+
+    Raises:
+        EvaluationError: the file cannot be read, a line is malformed, or a domain has too few documents.
+    """
+    documents = []
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines would also cut at U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(
+            "the held-out text cannot be read",
+            where=str(path),
+            found=str(error),
+            fix="give a file of JSON lines in UTF-8",
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            fields = json.loads(line)
+            domain, text = fields["domain"], fields["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                "a line of the held-out text is malformed",
+                where=f"{path}:{number}",
+                found=repr(error),
+                fix='write one object per line: {"id": …, "domain": …, "text": …}',
+            ) from error
+        documents.append(Document(str(domain), str(text)))
+    counts = {
+        domain: sum(document.domain == domain for document in documents)
+        for domain in {document.domain for document in documents}
+    }
+    for domain, count in sorted(counts.items()):
+        if count < _FEWEST_DOCUMENTS:
+            raise EvaluationError(
+                "a domain has too few documents for an error bar",
+                where=f"{path}, domain {domain}",
+                found=f"{count} documents",
+                fix=f"give at least {_FEWEST_DOCUMENTS} documents per domain, or split long ones",
+            )
+    return documents
+
+
+def load_tokenizer(directory: Path) -> tuple[Tokenizer, tuple[int, ...]]:
+    """The tokenizer of a checkpoint and the ids it puts before a text.
+
+    tokenizer.json is read as it stands: the classes around it rebuild parts of it from their own defaults, and an
+    artifact is judged with the tokenizer it ships. They also add the beginning-of-sequence token where
+    tokenizer_config.json says `add_bos_token`, which tokenizer.json need not know.
+
+    Raises:
+        EvaluationError: there is no tokenizer, or its beginning-of-sequence token is not in its vocabulary.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise EvaluationError(
+            "the artifact has no tokenizer",
+            where=str(directory),
+            found="no tokenizer.json",
+            fix="copy the tokenizer's files of the model",
+        )
+    tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    prefix = tuple(tokenizer.encode("").ids)
+    # a post-processor may trim spaces off the offsets, and the prefix is ours to add
+    tokenizer.post_processor = None
+    if not prefix and (directory / "tokenizer_config.json").is_file():
+        settings = read_json(directory / "tokenizer_config.json")
+        if settings.get("add_bos_token"):
+            token = settings.get("bos_token")
+            content = token.get("content") if isinstance(token, dict) else token
+            identifier = tokenizer.token_to_id(str(content))
+            if identifier is None:
+                raise EvaluationError(
+                    "the beginning-of-sequence token is not in the vocabulary",
+                    where=str(directory / "tokenizer_config.json"),
+                    found=repr(content),
+                    fix="copy the tokenizer's files of the model",
+                )
+            prefix = (identifier,)
+    return tokenizer, prefix
+
+
+def cut(
+    documents: Sequence[Document], tokenizer: Tokenizer, prefix: tuple[int, ...], *, length: int, tokens_per_domain: int
+) -> HeldOut:
+    """The windows to score.
+
+    Args:
+        documents: the held-out text.
+        tokenizer: as from `load_tokenizer`.
+        prefix: ids that every window begins with.
+        length: most tokens of a window, the prefix included.
+        tokens_per_domain: windows of a domain are taken until one would exceed this many scored tokens: the first of
+            every document, then the second and so on, because the number of documents sets the width of an error bar.
+    """
+    domains = tuple(sorted({document.domain for document in documents}))
+    strata = np.array([domains.index(document.domain) for document in documents])
+    queues: dict[str, list[tuple[int, Window]]] = {domain: [] for domain in domains}
+    for index, document in enumerate(documents):
+        for turn, window in enumerate(_windows(index, document.text, tokenizer, prefix, length)):
+            queues[document.domain].append((turn, window))
+    taken: list[Window] = []
+    for domain in domains:
+        scored = 0
+        for _, window in sorted(queues[domain], key=lambda entry: entry[0]):
+            if scored + window.scored > tokens_per_domain:
+                break
+            scored += window.scored
+            taken.append(window)
+        if scored == 0:
+            raise EvaluationError(
+                "a domain has nothing to score",
+                where=f"domain {domain}",
+                found=f"at most {tokens_per_domain} tokens allowed",
+                fix="raise `tokens_per_domain`",
+            )
+    taken.sort(key=lambda window: -len(window.tokens))
+    digest = hashlib.sha256()
+    for window in taken:
+        digest.update(f"{window.document} {window.first} {window.nbytes} ".encode() + window.tokens.tobytes())
+    return HeldOut(domains, strata, tuple(taken), digest.hexdigest())
+
+
+def _windows(document: int, text: str, tokenizer: Tokenizer, prefix: tuple[int, ...], length: int) -> list[Window]:
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    ids = np.array(encoding.ids, dtype=np.int64)
+    width = length - len(prefix)
+    code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    sizes = (
+        1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
+    )  # UTF-8 bytes of each character
+    before = np.concatenate([[0], np.cumsum(sizes)])
+    starts = np.array([start for start, _ in encoding.offsets] + [len(text)], dtype=np.int64)
+    starts[:1] = 0
+    begins = before[starts]
+    windows = []
+    for start in range(0, len(ids), width):
+        stop = min(start + width, len(ids))
+        first_scored = start if prefix else start + 1
+        if first_scored < stop:
+            tokens = np.concatenate([np.array(prefix, dtype=np.int64), ids[start:stop]])
+            nbytes = int(begins[stop] - begins[first_scored])
+            windows.append(Window(document, tokens, max(len(prefix), 1), nbytes))
+    return windows

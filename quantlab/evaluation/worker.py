@@ -1,0 +1,87 @@
+"""The process that measures: `python -m quantlab.evaluation.worker`.
+
+Every cell runs in a process of its own, so that its peak memory is its own and a crash costs one cell. Starting Python
+with torch and transformers takes several seconds, though, as long as the measurement of a small model. So one worker
+imports them once and forks a child per cell: the child has everything imported, shares nothing it writes, and its peak
+starts from the imports alone. The worker itself never computes: a thread pool started before a fork would be lost in it.
+
+It speaks JSON lines. In: a `Job` per line. Out: {"event": "ready"}, then per job {"event": "started", "pid": …}, any
+number of {"event": "progress", "stage": …, "done": …, "total": …}, and {"event": "exit", "status": …}, the child's exit
+code, negative for the signal that killed it. The end of input ends the worker.
+"""
+
+import json
+import os
+import sys
+from typing import TextIO, assert_never
+
+import torch
+import transformers
+from pydantic import BaseModel
+
+from quantlab.errors import QuantlabError
+from quantlab.evaluation.jobs import EXPLAINED, Job, MemoryRequest, Progress, QualityRequest, SpeedRequest
+from quantlab.evaluation.memory import measure_memory
+from quantlab.evaluation.quality import measure_quality
+from quantlab.evaluation.speed import measure_speed
+
+# transformers imports a model's code when it is first named; named here, it is there in every child
+_PRELOADED = ("AutoModelForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+
+
+def main() -> int:
+    """Serve jobs until the input ends; in a child, its exit code."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    for name in _PRELOADED:
+        getattr(transformers, name)
+    _tell(answers, event="ready")
+    for line in sys.stdin:
+        job = Job.model_validate_json(line)
+        child = os.fork()
+        if child == 0:
+            return _run(job, answers)
+        _tell(answers, event="started", pid=child)
+        _, status = os.waitpid(child, 0)
+        _tell(answers, event="exit", status=os.waitstatus_to_exitcode(status))
+    return 0
+
+
+def _run(job: Job, answers: TextIO) -> int:
+    """Measure one cell. An exception leaves the child with a traceback in its log."""
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(job.threads)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        _tell(answers, event="progress", stage=stage, done=done, total=total)
+
+    try:
+        answer = _measure(job, progress)
+    except QuantlabError as error:
+        job.result.write_text(str(error), encoding="utf-8")
+        return EXPLAINED
+    job.result.write_text(answer.model_dump_json(), encoding="utf-8")
+    return 0
+
+
+def _measure(job: Job, progress: Progress) -> BaseModel:
+    match job.request:
+        case QualityRequest():
+            return measure_quality(job.request, progress)
+        case MemoryRequest():
+            return measure_memory(job.request, progress)
+        case SpeedRequest():
+            return measure_speed(job.request, progress)
+        case _:
+            assert_never(job.request)
+
+
+def _tell(answers: TextIO, **fields: object) -> None:
+    answers.write(json.dumps(fields) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

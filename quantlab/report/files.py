@@ -1,0 +1,73 @@
+"""Records in, the files of a report out."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantlab.errors import ArtifactError
+from quantlab.evaluation.record import Record, read_record
+from quantlab.report.html import to_html, to_svg
+from quantlab.report.markdown import to_markdown
+from quantlab.report.matrix import Matrix, build_matrix
+from quantlab.report.spreadsheet import to_csv
+
+
+def read_records(directory: Path) -> list[Record]:
+    """The records of a directory: the baseline first, the others by name.
+
+    Raises:
+        ArtifactError: there is none, or a file is no record.
+    """
+    records = [read_record(path) for path in sorted(directory.glob("*.json"))]
+    if not records:
+        raise ArtifactError(
+            "there are no records to report", where=str(directory), found="no *.json", fix="run `quantlab eval` first"
+        )
+    return sorted(
+        records, key=lambda record: (record.variant != "source", record.variant != record.baseline, record.variant)
+    )
+
+
+def write_report(records: Sequence[Record], directory: Path) -> Matrix:
+    """Write matrix.json, .md, .csv, .html and .svg; each file appears complete or not at all.
+
+    Args:
+        records: one per variant, in the order the rows shall have.
+        directory: made where it does not exist.
+
+    Raises:
+        ArtifactError: the records do not belong together, or the directory cannot be written.
+    """
+    matrix = build_matrix(records)
+    plot = to_svg(matrix)
+    texts = {
+        "matrix.svg": plot,
+        "matrix.csv": to_csv(matrix),
+        "matrix.md": to_markdown(matrix, with_plot=plot is not None),
+        "matrix.html": to_html(matrix),
+        "matrix.json": matrix.to_json(),  # last: it is what other tools wait for
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            if text is None:
+                (directory / name).unlink(missing_ok=True)  # a plot of earlier records would be stale
+            else:
+                _replace(directory / name, text)
+    except OSError as error:
+        raise ArtifactError(
+            "a report cannot be written",
+            where=str(directory),
+            found=error.strerror,
+            fix="give a directory that can be written",
+        ) from error
+    return matrix
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(text.encode())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+"""Speed: which artifacts share a twin, and that ratios are taken within rounds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantlab.errors import EvaluationError
+from quantlab.evaluation.jobs import SpeedRequest
+from quantlab.evaluation.speed import (
+    FP16,
+    Layout,
+    Task,
+    Twin,
+    build,
+    layout_of,
+    measure_speed,
+    run_task,
+    summarise,
+    tasks,
+)
+from quantlab.evaluation.suite import load_suite
+from quantlab.formats.compressed_tensors import QuantizationConfig
+from quantlab.recipe.schemes import SCHEMES
+
+INT4 = QuantizationConfig(((("Linear",), SCHEMES["int4_g128"]),), ("lm_head", "re:.*kv_b_proj$", "re:.*mlp\\.gate$"))
+
+
+def write_config(directory: Path, **fields: object) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"model_type": "deepseek_v2", **fields}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("fields", "layout"),
+    [
+        ({"torch_dtype": "float16"}, FP16),
+        ({"dtype": "bfloat16"}, Layout("bfloat16", None)),
+        ({"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}}, Layout("bfloat16", None)),
+        ({"dtype": "bfloat16", "quantization_config": INT4.to_json()}, Layout("bfloat16", INT4)),
+    ],
+)
+def test_the_layout_follows_from_the_config(tmp_path: Path, fields: dict[str, object], layout: Layout) -> None:
+    assert layout_of(write_config(tmp_path / "artifact", **fields)) == layout
+
+
+def test_a_layout_nobody_computes_with_is_an_error(tmp_path: Path) -> None:
+    directory = write_config(tmp_path / "artifact", quantization_config={"quant_method": "awq"})
+    with pytest.raises(EvaluationError, match="cannot be measured"):
+        layout_of(directory)
+
+
+def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path: Path, suite: Path) -> None:
+    odd = QuantizationConfig(
+        ((("re:.*experts.*",), SCHEMES["int8_weight"]), (("re:.*experts\\.0\\..*",), SCHEMES["int8"])), ()
+    )
+    mixed = odd.to_json()
+    mixed["config_groups"]["group_0"]["targets"] = ["re:.*experts\\.[1-9]\\..*"]
+    artifacts = {
+        "fp16": write_config(tmp_path / "fp16", dtype="float16"),
+        "pruned": write_config(tmp_path / "pruned", dtype="float16"),
+        "w4a16": write_config(tmp_path / "w4a16", dtype="bfloat16", quantization_config=INT4.to_json()),
+        "mixed": write_config(tmp_path / "mixed", dtype="bfloat16", quantization_config=mixed),
+    }
+    stages = []
+    result = measure_speed(SpeedRequest(suite=suite, artifacts=artifacts), lambda *stage: stages.append(stage))
+    assert set(result.speeds) == {"fp16", "pruned", "w4a16"}
+    assert "quantized in different ways" in result.failures["mixed"]
+    fp16, pruned, w4a16 = (result.speeds[name] for name in ("fp16", "pruned", "w4a16"))
+    assert "a twin of nothing; float16, timed once with pruned" in fp16.twin
+    assert fp16.decode_tokens_per_second == pruned.decode_tokens_per_second
+    assert "int4_g128 on" in w4a16.twin
+    assert set(w4a16.decode_tokens_per_second) == {"1", "2"}
+    assert set(w4a16.prefill_over_fp16) == {"1"}
+    assert w4a16.decode_over_fp16["2"].n == 7
+    one = fp16.decode_over_fp16["1"]
+    assert (one.value, one.low, one.high) == (1, 1, 1)
+    assert ("timing rounds", 7, 7) in stages
+
+
+def test_every_round_starts_from_the_same_context(suite: Path) -> None:
+    speed = load_suite(suite).suite.speed
+    assert speed is not None
+    twin = build(FP16, speed)
+    for task in tasks(speed):
+        assert run_task(twin, task) > 0
+    assert {batch: cache.get_seq_length() for batch, cache in twin.caches.items()} == {1: speed.prompt, 2: speed.prompt}
+
+
+def test_ratios_are_taken_within_a_round(suite: Path) -> None:
+    speed = load_suite(suite).suite.speed
+    assert speed is not None
+    drift = np.array([1.0, 5, 2, 9, 4, 3, 8])  # the machine's, the same for both
+    task = Task("decode", 1, 2)
+    summary = summarise(speed, Twin(None, {}, "float16"), {task: 3 * drift}, {task: drift}, sharing=[])  # type: ignore[arg-type]
+    ratio = summary.decode_over_fp16["1"]
+    assert (ratio.value, ratio.low, ratio.high) == (3, 3, 3)
+    assert summary.decode_tokens_per_second["1"].high > 3 * summary.decode_tokens_per_second["1"].low
