@@ -168,6 +168,8 @@ def _environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
+        # a thread that waits in a loop takes a core from one that works as soon as anything else runs on the machine
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
 
 

@@ -12,6 +12,7 @@ The quantiles are widened for both, as in T. Hesterberg, "What Teachers Should K
 arXiv 1411.5279), "expanded percentile" intervals.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,11 +36,13 @@ class Resampled:
         totals: sums over all documents [C].
         draws: sums over each draw [R, C].
         units: how many documents there are.
+        degrees: that less the number of strata: every stratum spends one on its mean.
     """
 
     totals: Floats
     draws: Floats
     units: int
+    degrees: int
 
     def measure(self, statistic: Callable[[Floats], Floats], *, n: int) -> Measured:
         """A number that is a function of sums.
@@ -48,7 +51,7 @@ class Resampled:
             statistic: takes sums [..., C] to values [...].
             n: the count to report.
         """
-        low, high = _percentile_interval(statistic(self.draws), units=self.units)
+        low, high = _percentile_interval(statistic(self.draws), units=self.units, degrees=self.degrees)
         return Measured(value=float(statistic(self.totals)), low=low, high=high, n=n)
 
 
@@ -59,13 +62,17 @@ def resample(table: Floats, strata: NDArray[np.int64]) -> Resampled:
         table: what each document adds to each sum [D, C].
         strata: the stratum (domain) of each document [D].
     """
-    generator = np.random.default_rng(_SEED)
-    draws = np.zeros((RESAMPLES, table.shape[1]))
-    for stratum in np.unique(strata):
-        rows = table[strata == stratum]
-        counts = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)
-        draws += counts @ rows
-    return Resampled(table.sum(axis=0), draws, len(table))
+    present = np.unique(strata)
+    by_stratum = [table[strata == stratum] for stratum in present]
+    draws = sum((_counts(len(rows), index) @ rows for index, rows in enumerate(by_stratum)), np.zeros(1))
+    return Resampled(table.sum(axis=0), draws, units=len(table), degrees=len(table) - len(present))
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(units: int, stratum: int) -> Floats:
+    """How often each of `units` units comes in each draw [R, units]; the same for every artifact."""
+    generator = np.random.default_rng((_SEED, stratum))
+    return generator.multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(np.float64)
 
 
 def median(values: Floats) -> Measured:
@@ -75,23 +82,22 @@ def median(values: Floats) -> Measured:
             value=float(np.median(values)), low=float(values.min()), high=float(values.max()), n=len(values)
         )
     drawn = np.random.default_rng(_SEED).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = _percentile_interval(np.median(values[drawn], axis=1), units=len(values))
+    low, high = _percentile_interval(np.median(values[drawn], axis=1), units=len(values), degrees=len(values) - 1)
     return Measured(value=float(np.median(values)), low=low, high=high, n=len(values))
 
 
-def _percentile_interval(samples: Floats, *, units: int) -> tuple[float, float]:
+def _percentile_interval(samples: Floats, *, units: int, degrees: int) -> tuple[float, float]:
     """The expanded 95 % percentile interval of bootstrap samples [R]."""
-    tail = _expanded_tail(units)
+    tail = _expanded_tail(units, degrees)
     low, high = np.quantile(samples, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def _expanded_tail(units: int) -> float:
-    """The quantile to read so that `units` units give a 95 % interval: Phi(-sqrt(n/(n-1)) t), t Student's with n-1 degrees.
+def _expanded_tail(units: int, degrees: int) -> float:
+    """The quantile to read so that n units give a 95 % interval: Phi(-sqrt(n/degrees) t), t Student's 97.5 % quantile.
 
     Student's quantile by its expansion in 1/degrees (Abramowitz and Stegun 26.7.5), good to 1 % from 4 degrees on.
     """
-    degrees = max(units - 1, 1)
     z = _NORMAL_975
     student = (
         z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)

@@ -90,7 +90,7 @@ def read_corpus(path: Path) -> list[Document]:
     """The documents of a file of JSON lines.
 
     Raises:
-        EvaluationError: the file cannot be read, a line is malformed, or a domain has too few documents.
+        EvaluationError: the file cannot be read or a line is malformed.
     """
     documents = []
     try:
@@ -114,18 +114,6 @@ def read_corpus(path: Path) -> list[Document]:
                 fix='write one object per line: {"id": …, "domain": …, "text": …}',
             ) from error
         documents.append(Document(str(domain), str(text)))
-    counts = {
-        domain: sum(document.domain == domain for document in documents)
-        for domain in {document.domain for document in documents}
-    }
-    for domain, count in sorted(counts.items()):
-        if count < _FEWEST_DOCUMENTS:
-            raise EvaluationError(
-                "a domain has too few documents for an error bar",
-                where=f"{path}, domain {domain}",
-                found=f"{count} documents",
-                fix=f"give at least {_FEWEST_DOCUMENTS} documents per domain, or split long ones",
-            )
     return documents
 
 
@@ -182,6 +170,9 @@ def cut(
         length: most tokens of a window, the prefix included.
         tokens_per_domain: windows of a domain are taken until one would exceed this many scored tokens: the first of
             every document, then the second and so on, because the number of documents sets the width of an error bar.
+
+    Raises:
+        EvaluationError: a domain has too few documents for an error bar.
     """
     domains = tuple(sorted({document.domain for document in documents}))
     strata = np.array([domains.index(document.domain) for document in documents])
@@ -191,18 +182,19 @@ def cut(
             queues[document.domain].append((turn, window))
     taken: list[Window] = []
     for domain in domains:
-        scored = 0
+        scored, seen = 0, set()
         for _, window in sorted(queues[domain], key=lambda entry: entry[0]):
             if scored + window.scored > tokens_per_domain:
                 break
             scored += window.scored
+            seen.add(window.document)
             taken.append(window)
-        if scored == 0:
+        if len(seen) < _FEWEST_DOCUMENTS:
             raise EvaluationError(
-                "a domain has nothing to score",
+                "a domain has too few documents for an error bar",
                 where=f"domain {domain}",
-                found=f"at most {tokens_per_domain} tokens allowed",
-                fix="raise `tokens_per_domain`",
+                found=f"{len(seen)} documents with text within {tokens_per_domain} tokens",
+                fix=f"give at least {_FEWEST_DOCUMENTS} documents per domain, and a `tokens_per_domain` that lets them in",
             )
     taken.sort(key=lambda window: -len(window.tokens))
     digest = hashlib.sha256()

@@ -10,6 +10,7 @@ number of {"event": "progress", "stage": …, "done": …, "total": …}, and {"
 code, negative for the signal that killed it. The end of input ends the worker.
 """
 
+import gc
 import json
 import os
 import sys
@@ -29,26 +30,29 @@ from quantlab.evaluation.speed import measure_speed
 _PRELOADED = ("AutoModelForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 
 
-def main() -> int:
-    """Serve jobs until the input ends; in a child, its exit code."""
+def main() -> None:
+    """Serve jobs until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
     for name in _PRELOADED:
         getattr(transformers, name)
+    gc.freeze()  # what is imported stays: collections in children pass over it, which would copy its pages
     _tell(answers, event="ready")
     for line in sys.stdin:
         job = Job.model_validate_json(line)
         child = os.fork()
         if child == 0:
-            return _run(job, answers)
+            # an exception ends the child with a traceback; without one, taking the interpreter down would last seconds
+            code = _run(job, answers)
+            sys.stderr.flush()
+            os._exit(code)
         _tell(answers, event="started", pid=child)
         _, status = os.waitpid(child, 0)
         _tell(answers, event="exit", status=os.waitstatus_to_exitcode(status))
-    return 0
 
 
 def _run(job: Job, answers: TextIO) -> int:
-    """Measure one cell. An exception leaves the child with a traceback in its log."""
+    """Measure one cell; the exit code of its process."""
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -84,4 +88,4 @@ def _tell(answers: TextIO, **fields: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,9 +3,11 @@
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from quantlab.evaluation.text import HeldOut, cut, load_tokenizer, read_corpus
@@ -98,6 +100,15 @@ def write_tokenizer(directory: Path, *, bos: bool = True) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"add_bos_token": bos, "bos_token": {"content": "<bos>"}}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and lose much where tests run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ def test_ninety_five_percent_intervals_of_a_ratio_of_sums_cover_the_truth(docume
     strata = np.arange(documents) % 2
     mean = np.where(strata == 0, 2.0, 4.0)
     truth = 3.0
-    covered, trials = 0, 400
+    covered, trials = 0, 1000
     for _ in range(trials):
         tokens = generator.integers(200, 600, documents).astype(float)
         nll = tokens * (mean + generator.normal(0, 0.5, documents))

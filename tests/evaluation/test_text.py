@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from quantlab.errors import EvaluationError
@@ -12,15 +11,20 @@ from tests.evaluation.conftest import write_corpus, write_tokenizer
 TEXT = " two  spaces, naïve café 😀😀 漢字 and \u2028 a separator" * 3
 
 
+def five(text: str) -> list[Document]:
+    """As many documents as a domain needs."""
+    return [Document("a", text)] * 5
+
+
 def test_windows_spell_every_byte_once(model: Path) -> None:
     tokenizer, prefix = load_tokenizer(model)
     assert len(prefix) == 1
     # a length for which windows begin inside characters of four bytes
     for length in (2, 3, 8, 24, 1000):
-        held_out = cut([Document("a", TEXT)], tokenizer, prefix, length=length, tokens_per_domain=10**6)
-        assert sum(window.nbytes for window in held_out.windows) == len(TEXT.encode())
+        held_out = cut(five(TEXT), tokenizer, prefix, length=length, tokens_per_domain=10**6)
+        assert sum(window.nbytes for window in held_out.windows) == 5 * len(TEXT.encode())
         ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
-        assert held_out.tokens == len(ids)
+        assert held_out.tokens == 5 * len(ids)
         assert all(window.tokens[0] == prefix[0] and window.first == 1 for window in held_out.windows)
         assert all(len(window.tokens) <= length for window in held_out.windows)
 
@@ -28,7 +32,7 @@ def test_windows_spell_every_byte_once(model: Path) -> None:
 def test_bytes_of_a_window_are_those_of_its_tokens(model: Path) -> None:
     tokenizer, prefix = load_tokenizer(model)
     document = "plain ascii words only, so that one token never shares a character with another"
-    held_out = cut([Document("a", document)], tokenizer, prefix, length=6, tokens_per_domain=10**6)
+    held_out = cut(five(document), tokenizer, prefix, length=6, tokens_per_domain=10**6)
     for window in held_out.windows:
         assert window.nbytes == len(tokenizer.decode(window.tokens[window.first :].tolist()).encode())
 
@@ -37,15 +41,14 @@ def test_without_a_first_token_of_its_own_a_window_reads_one_that_is_not_scored(
     write_tokenizer(tmp_path, bos=False)
     tokenizer, prefix = load_tokenizer(tmp_path)
     assert prefix == ()
-    held_out = cut([Document("a", "some words to read")], tokenizer, prefix, length=4, tokens_per_domain=10**6)
-    ids = tokenizer.encode("some words to read").ids
-    assert np.array_equal(
-        np.sort(np.concatenate([w.tokens for w in held_out.windows if len(w.tokens) > 1])),
-        np.sort(ids[: len(ids) - (len(ids) % 4 == 1)]),
-    )
-    unread = sum(len(tokenizer.decode([int(window.tokens[0])]).encode()) for window in held_out.windows)
-    tail = len(tokenizer.decode(ids[-1:]).encode()) if len(ids) % 4 == 1 else 0
-    assert sum(window.nbytes for window in held_out.windows) == len("some words to read") - unread - tail
+    text = "some words to read"
+    held_out = cut(five(text), tokenizer, prefix, length=4, tokens_per_domain=10**6)
+    ids = tokenizer.encode(text).ids
+    windows = [ids[start : start + 4] for start in range(0, len(ids), 4) if len(ids[start : start + 4]) > 1]
+    first = sorted((window.tokens.tolist() for window in held_out.windows if window.document == 0), key=windows.index)
+    assert first == windows
+    spelled = [len(tokenizer.decode(window[1:]).encode()) for window in windows]
+    assert sum(window.nbytes for window in held_out.windows) == 5 * sum(spelled)
 
 
 def test_first_windows_of_all_documents_come_before_second_ones(model: Path) -> None:
@@ -54,12 +57,6 @@ def test_first_windows_of_all_documents_come_before_second_ones(model: Path) -> 
     held_out = cut(documents, tokenizer, prefix, length=17, tokens_per_domain=7 * 16)
     assert sorted(window.document for window in held_out.windows) == [0, 0, 1, 2, 3, 4, 5]
     assert held_out.tokens == 7 * 16
-
-
-def test_a_domain_without_a_window_is_an_error(model: Path) -> None:
-    tokenizer, prefix = load_tokenizer(model)
-    with pytest.raises(EvaluationError, match="nothing to score"):
-        cut([Document("a", TEXT)], tokenizer, prefix, length=24, tokens_per_domain=3)
 
 
 def test_batches_hold_every_window_once_and_little_padding(held_out) -> None:
@@ -80,10 +77,13 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> N
     assert str(raised.value.where).endswith("corpus.jsonl:11")
 
 
-def test_too_few_documents_are_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("documents", "cap", "found"), [(4, 10**6, 4), (8, 3 * 23, 3)])
+def test_too_few_documents_are_an_error(model: Path, documents: int, cap: int, found: int) -> None:
+    tokenizer, prefix = load_tokenizer(model)
+    texts = [Document("a", "word and word again, " * 20) for _ in range(documents)]
     with pytest.raises(EvaluationError, match="too few documents") as raised:
-        read_corpus(write_corpus(tmp_path / "corpus.jsonl", documents=4))
-    assert raised.value.found == "4 documents"
+        cut(texts, tokenizer, prefix, length=24, tokens_per_domain=cap)
+    assert str(raised.value.found).startswith(f"{found} documents")
 
 
 def test_an_artifact_without_tokenizer_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""The routed experts of a layer, answering the call transformers makes.
+
+A token goes to `top_k` of E experts. Rows of activations are sorted by expert once, so that each expert that was hit
+multiplies one contiguous slice; everything between the matrix products works on all rows at once. At batch 1 there is
+nothing to sort, and what would be loops of small operations costs as much as the weights: the one token is handed to
+each of its experts as a view, and the results are added by one product with the routing weights.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from quantlab.runtime.linear import Activation, gated
+from quantlab.runtime.matrices import Matrices
+from quantlab.runtime.products import Groups
+
+_ROWS_AT_ONCE: Final = 8192
+"""Rows (tokens times experts per token) computed at once: bounds what lies between the two products."""
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer.
+
+    Args:
+        gate_up: bank of E matrices [2I, H], the gate's rows first.
+        down: bank of E matrices [H, I].
+        act_fn: the gate's activation function.
+    """
+
+    def __init__(self, gate_up: Matrices, down: Matrices, act_fn: Activation) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.act_fn = gate_up, down, act_fn
+        self.num_experts = gate_up.shape[0]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts' outputs.
+
+        Args:
+            hidden_states: [tokens, H].
+            top_k_index: [tokens, k] int64, the experts of each token.
+            top_k_weights: [tokens, k], their weights.
+
+        Returns:
+            [tokens, H] in the dtype of `hidden_states`; summed in float32.
+        """
+        tokens, top_k = top_k_index.shape
+        if tokens == 1:
+            index = top_k_index[0]
+            groups = Groups(index.tolist(), (1,) * top_k, index)
+            rows = gated(hidden_states.expand(top_k, -1), groups, self.gate_up, self.down, self.act_fn)
+            return torch.mm(top_k_weights.to(torch.float32), rows.to(torch.float32)).to(hidden_states.dtype)
+        step = max(_ROWS_AT_ONCE // top_k, 1)
+        if tokens <= step:
+            return self._many(hidden_states, top_k_index, top_k_weights)
+        parts = [slice(start, start + step) for start in range(0, tokens, step)]
+        return torch.cat([self._many(hidden_states[part], top_k_index[part], top_k_weights[part]) for part in parts])
+
+    def _many(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if not top_k_index.numel():
+            return torch.zeros_like(hidden_states)
+        top_k = top_k_index.shape[1]
+        by_expert, order = top_k_index.flatten().sort(stable=True)
+        counts = torch.bincount(by_expert, minlength=self.num_experts).tolist()
+        hit = [(index, count) for index, count in enumerate(counts) if count]
+        groups = Groups([index for index, _ in hit], [count for _, count in hit], by_expert)
+        rows = hidden_states.index_select(0, order // top_k)
+        outputs = gated(rows, groups, self.gate_up, self.down, self.act_fn)
+        per_token = torch.empty_like(outputs).index_copy_(0, order, outputs).view(*top_k_index.shape, -1)
+        weights = top_k_weights.to(torch.float32).unsqueeze(1)
+        return torch.bmm(weights, per_token.to(torch.float32)).squeeze(1).to(hidden_states.dtype)

@@ -1,0 +1,128 @@
+"""int4 weights in the layout of torch's CPU operator."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.runtime.products import BAND_ROWS, Groups, band_rows, centred, compute_dtype, joined, split
+
+_PACKED_ROWS: Final = 48
+"""Up to this many rows torch's operator beats expanding a matrix (Zen 4, 2816x2048)."""
+
+_product: Final[Callable[[Tensor, Tensor, int, Tensor], Tensor]] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+_pack: Final[Callable[[Tensor, int], Tensor]] = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
+
+
+class Int4Matrices(nn.Module):
+    """int4 matrices with a scale per group of columns.
+
+    The operator wants bfloat16 scales. float16 scales have three bits more, which must not be rounded away: they are
+    held as a sum of two bfloat16 numbers, and a product costs two passes over the integers.
+
+    Buffers: packed [E, N, K/2] uint8; scale [E, G, N, 2] bfloat16, pairs (scale, 0) because the operator computes
+    ``(nibble - 8) * scale + zero``; remainder, as scale, for float16 scales only.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    remainder: Tensor | None
+
+    def __init__(self, count: int, rows: int, columns: int, *, group_size: int, scale_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = (count, rows, columns)
+        self.group_size, self.scale_dtype = group_size, scale_dtype
+        pairs = (count, columns // group_size, rows, 2)
+        self.register_buffer("packed", torch.empty(count, rows, columns // 2, dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(pairs, dtype=torch.bfloat16))
+        exact = scale_dtype == torch.bfloat16
+        self.register_buffer("remainder", None if exact else torch.zeros(pairs, dtype=torch.bfloat16))
+        self._each = self.packed.unbind(0)
+        self._scales = self.scale.unbind(0)
+        self._remainders = None if self.remainder is None else self.remainder.unbind(0)
+
+    @staticmethod
+    def fits(rows: int, columns: int, *, group_size: int | None, scale_dtype: torch.dtype) -> bool:
+        """Whether torch's operator takes the shape, and its scales hold `scale_dtype` exactly."""
+        return (
+            int4_block() is not None
+            and rows % BAND_ROWS == 0
+            and group_size in {32, 64, 128}
+            and columns % group_size == 0
+            and scale_dtype in {torch.bfloat16, torch.float16}
+        )
+
+    def fill(self, index: int, matrix: QuantizedMatrix) -> None:
+        """Set matrix `index`."""
+        self._each[index].copy_(_pack(matrix.q.to(torch.int32) + 8, 1))
+        self.scale[index, :, :, 0] = matrix.scale.t()
+        if self.remainder is not None:
+            self.remainder[index, :, :, 0] = (matrix.scale - self.scale[index, :, :, 0].t().to(matrix.scale.dtype)).t()
+
+    def products(self, x: Tensor, groups: Groups) -> Tensor:
+        """[T, K] -> [T, N], row by row with the matrix of its group."""
+        compute = compute_dtype(x)
+        limit = 0 if compute == torch.float32 else _PACKED_ROWS
+        rows = split(x.to(compute), groups)
+        parts = [
+            self._packed_product(part, index) if 0 < count <= limit else self._expanded_product(part, index)
+            for part, index, count in zip(rows, groups.which, groups.counts, strict=True)
+        ]
+        return joined(parts, x.dtype)
+
+    def _packed_product(self, x: Tensor, index: int) -> Tensor:
+        result = _product(x, self._each[index], self.group_size, self._scales[index])
+        if self._remainders is None:
+            return result
+        rest = _product(x, self._each[index], self.group_size, self._remainders[index])
+        return result.to(torch.float32) + rest
+
+    def _expanded_product(self, x: Tensor, index: int) -> Tensor:
+        block = int4_block()
+        assert block is not None, "banks of this kind are made only where the layout is known"
+        _, rows, columns = self.shape
+        result = torch.empty(x.shape[0], rows // block, 2, block // 2, dtype=x.dtype)
+        step = band_rows(columns) // block
+        for start in range(0, rows // block, step):
+            band = slice(start, min(start + step, rows // block))
+            product = x @ self._expanded_halves(index, band, block).to(x.dtype)
+            result[:, band] = product.view(x.shape[0], 2, band.stop - band.start, block // 2).transpose(1, 2)
+        return result.view(x.shape[0], rows)
+
+    def _expanded_halves(self, index: int, band: slice, block: int) -> Tensor:
+        """Some blocks of matrix `index`, transposed: [K, n] in the dtype of the scales, first all low nibbles, then all high.
+
+        Sorting the few columns of the product afterwards is cheaper than sorting the rows of the matrix here.
+        """
+        _, rows, columns = self.shape
+        scale = self._scales[index][:, band.start * block : band.stop * block, 0].to(self.scale_dtype)
+        if self._remainders is not None:
+            scale = scale + self._remainders[index][:, band.start * block : band.stop * block, 0].to(self.scale_dtype)
+        halves = scale.view(scale.shape[0], 1, -1, 2, block // 2).transpose(2, 3).flatten(3)
+        # moved as eight bytes at a time: blocks beside, not below, each other
+        words = self._each[index].view(torch.int64).view(rows // block, columns, block // 16)[band]
+        pairs = words.transpose(0, 1).contiguous().view(torch.uint8).view(scale.shape[0], self.group_size, -1)
+        expanded = torch.empty(scale.shape[0], self.group_size, 2, pairs.shape[2], dtype=self.scale_dtype)
+        for half, nibbles in enumerate((pairs & 15, pairs >> 4)):
+            torch.mul(centred(nibbles).to(self.scale_dtype), halves[:, :, half], out=expanded[:, :, half])
+        return expanded.view(columns, -1)
+
+
+@cache
+def int4_block() -> int | None:
+    """How many rows torch's int4 layout interleaves on this CPU; None if the layout is one we cannot expand.
+
+    The layout follows the vector width torch chose at start and is not documented, so it is found by packing a known
+    matrix and expanding it again.
+    """
+    known = torch.arange(BAND_ROWS * 2).view(BAND_ROWS, 2).mul(7).remainder(16).to(torch.int32)
+    packed = _pack(known, 1)
+    for block in (64, 32):
+        pairs = packed.view(BAND_ROWS // block, 2, block // 2)
+        expanded = torch.cat((pairs & 15, pairs >> 4), dim=-1)  # low nibbles: the first half of the block's rows
+        if torch.equal(expanded.transpose(1, 2).reshape(BAND_ROWS, 2).to(torch.int32), known):
+            return block
+    return None

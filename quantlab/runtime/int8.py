@@ -1,0 +1,123 @@
+"""int8 weights with a scale per row, with floating-point activations (W8A16) or int8 ones (W8A8)."""
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.runtime.products import Groups, compute_dtype, in_bands, joined, split
+
+_PACKED_ROWS: Final = 24
+"""Up to this many rows torch's weight-only operator beats expanding a matrix (Zen 4, 2816x2048)."""
+
+_weight_only_product: Final[Callable[[Tensor, Tensor, Tensor], Tensor]] = torch.ops.aten._weight_int8pack_mm.default
+_integer_product: Final = torch._int_mm
+
+
+class Int8WeightMatrices(nn.Module):
+    """int8 weights with a scale per row, activations in floating point.
+
+    Buffers: q [E, N, K] int8, scale [E, N] in its stored dtype.
+    """
+
+    q: Tensor
+    scale: Tensor
+
+    def __init__(self, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = (count, rows, columns)
+        self.register_buffer("q", torch.empty(count, rows, columns, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(count, rows, dtype=scale_dtype))
+        self._each, self._scales = self.q.unbind(0), self.scale.unbind(0)
+
+    @staticmethod
+    def fits(columns: int) -> bool:
+        """Whether torch's operator takes the shape: it reads past the end of a row whose length is no multiple of 16."""
+        return columns % 32 == 0
+
+    def fill(self, index: int, matrix: QuantizedMatrix) -> None:
+        """Set matrix `index`."""
+        self._each[index].copy_(matrix.q)
+        self._scales[index].copy_(matrix.scale[:, 0])
+
+    def dense(self, index: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows start to stop of matrix `index`, expanded: [stop - start, K] of `dtype`."""
+        return QuantizedMatrix(self._each[index][start:stop], self._scales[index][start:stop, None], 8).dequantize(
+            dtype
+        )
+
+    def products(self, x: Tensor, groups: Groups) -> Tensor:
+        """[T, K] -> [T, N], row by row with the matrix of its group."""
+        compute = compute_dtype(x)
+        limit = 0 if compute == torch.float32 else _PACKED_ROWS
+        rows = split(x.to(compute), groups)
+        parts = [
+            self._packed_product(part, index) if 0 < count <= limit else self._expanded_product(part, index)
+            for part, index, count in zip(rows, groups.which, groups.counts, strict=True)
+        ]
+        return joined(parts, x.dtype)
+
+    def _packed_product(self, x: Tensor, index: int) -> Tensor:
+        scale = self._scales[index]
+        if scale.dtype == torch.bfloat16:
+            return _weight_only_product(x, self._each[index], scale)
+        ones = torch.ones(scale.shape, dtype=torch.bfloat16)  # the operator's scales are bfloat16: apply these after it
+        return _weight_only_product(x, self._each[index], ones) * scale.to(torch.float32)
+
+    def _expanded_product(self, x: Tensor, index: int) -> Tensor:
+        return in_bands(x, self.shape[1], lambda start, stop: self.dense(index, start, stop, x.dtype), dtype=x.dtype)
+
+
+class Int8Matrices(nn.Module):
+    """int8 weights with a scale per row, activations int8 too with a scale per token (W8A8).
+
+    Rounding the activations belongs to the number format: it is done in float32 whatever the activations' dtype, and in
+    one way for any number of rows. The integers are multiplied exactly.
+
+    Buffers: q [E, N, K] int8, scale [E, N] in its stored dtype.
+    """
+
+    q: Tensor
+    scale: Tensor
+
+    def __init__(self, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = (count, rows, columns)
+        self.register_buffer("q", torch.empty(count, rows, columns, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(count, rows, dtype=scale_dtype))
+        self._transposed = [matrix.t() for matrix in self.q.unbind(0)]
+
+    def fill(self, index: int, matrix: QuantizedMatrix) -> None:
+        """Set matrix `index`."""
+        self.q[index].copy_(matrix.q)
+        self.scale[index].copy_(matrix.scale[:, 0])
+
+    def products(self, x: Tensor, groups: Groups) -> Tensor:
+        """[T, K] -> [T, N], row by row with the matrix of its group."""
+        quantized, token_scale = quantize_tokens(x)
+        if len(groups.which) == 1:
+            sums = _integer_product(quantized, self._transposed[groups.which[0]])
+        else:
+            sums = torch.empty(x.shape[0], self.shape[1], dtype=torch.int32)
+            parts = zip(split(quantized, groups), groups.which, split(sums, groups), strict=True)
+            for part, index, out in parts:
+                _integer_product(part, self._transposed[index], out=out)
+        row_scale = self.scale if groups.of_row is None else self.scale.index_select(0, groups.of_row)
+        return (sums * token_scale).mul_(row_scale).to(x.dtype)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each token to its own symmetric int8 grid, ``scale = max|x| / 127``.
+
+    Args:
+        x: [T, K] of any floating dtype.
+
+    Returns:
+        [T, K] int8 and the scales [T, 1] float32. A token of zeros becomes zeros; one that holds NaN or infinity gets a
+        scale that is not finite, so its products are not either.
+    """
+    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True, dtype=torch.float32)
+    scale = (largest / 127).clamp_min_(2.0**-120)
+    return torch.div(x, scale).round_().to(torch.int8), scale

@@ -1,0 +1,62 @@
+"""Linears and MLPs on banks of matrices."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from quantlab.runtime.matrices import Matrices, QuantizedMatrices
+from quantlab.runtime.products import Groups, dense_product, single
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class DenseLinear(nn.Linear):
+    """nn.Linear that is also fast for float16 at many rows."""
+
+    def __init__(self, weight: nn.Parameter, bias: Tensor | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = weight
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        result = dense_product(x, self.weight)
+        return result if self.bias is None else result + self.bias
+
+
+class PackedLinear(nn.Module):
+    """A linear on a bank of one quantized matrix."""
+
+    def __init__(self, matrices: QuantizedMatrices, bias: Tensor | None) -> None:
+        super().__init__()
+        self.matrices = matrices
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        _, self.out_features, self.in_features = matrices.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]; latents of MLA come with four dimensions."""
+        flat = x.reshape(-1, self.in_features)
+        result = self.matrices.products(flat, single(flat.shape[0]))
+        if self.bias is not None:
+            result = result + self.bias
+        return result.view(*x.shape[:-1], self.out_features)
+
+
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))`` with gate and up in one matrix: gate's rows first, then up's."""
+
+    def __init__(self, gate_up: Matrices, down: Matrices, act_fn: Activation) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.act_fn = gate_up, down, act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        flat = x.reshape(-1, x.shape[-1])
+        return gated(flat, single(flat.shape[0]), self.gate_up, self.down, self.act_fn).view(x.shape)
+
+
+def gated(x: Tensor, groups: Groups, gate_up: Matrices, down: Matrices, act_fn: Activation) -> Tensor:
+    """The MLP of each row's group: [T, H] -> [T, H]."""
+    gate, up = gate_up.products(x, groups).chunk(2, dim=-1)
+    return down.products(act_fn(gate).mul_(up), groups)

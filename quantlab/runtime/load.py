@@ -1,0 +1,162 @@
+"""An artifact or checkpoint as a transformers model that computes on the weights as they are stored.
+
+transformers reads a compressed-tensors artifact by expanding it to 16 bits, misreads ragged FP8 blocks, and does not
+read INT8 experts at all. Here its model code is kept (attention, cache, generate) and its linears, MLPs and experts are
+replaced by modules that hold the integers. Tensors are read one at a time into their place, so the peak is the model and
+the weights of one matrix.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from quantlab.checkpoint.index import open_checkpoint
+from quantlab.checkpoint.reader import TORCH_DTYPES, Reader
+from quantlab.errors import ArtifactError
+from quantlab.formats.stored import StoredWeights
+from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.recipe.schemes import Scheme
+from quantlab.runtime.matrices import DenseMatrices, Matrices
+from quantlab.runtime.skeleton import DTYPES, build, config_of
+
+Progress = Callable[[int, int], None]
+
+
+def load(artifact: Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None) -> PreTrainedModel:
+    """Load an artifact of quantlab, a compressed-tensors artifact made elsewhere, or a plain or FP8 checkpoint.
+
+    Args:
+        artifact: its directory.
+        dtype: dtype of the activations and of the weights that are not quantized; the artifact's own if None, bfloat16
+            for FP8 checkpoints. With float32 the numbers are those of the expanded weights; with 16 bits, packed
+            products round activations to bfloat16.
+        progress: called with the number of weights read and their total after each.
+
+    Returns:
+        The transformers model in evaluation mode, without gradients. Multi-token-prediction layers are not part of it.
+
+    Raises:
+        ArtifactError: a tensor is missing, left over or of the wrong shape, or the model is of an unknown kind.
+        CheckpointError: the files are damaged.
+    """
+    checkpoint = open_checkpoint(artifact)
+    where = str(artifact / "config.json")
+    config = config_of(checkpoint.config, where=where)
+    stored = StoredWeights(Reader(checkpoint))
+    weights = _Artifact(stored, checkpoint.config, progress)
+    model = build(config, weights, dtype=_dtype_of(checkpoint.config, where=where) if dtype is None else dtype)
+    weights.check_all_taken()
+    if (artifact / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(artifact)
+    return model
+
+
+def _dtype_of(config: Mapping[str, Any], *, where: str) -> torch.dtype:
+    word = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if word not in DTYPES:
+        raise ArtifactError(
+            "the artifact's dtype is unknown",
+            where=f"{where}, dtype",
+            found=repr(word),
+            fix="known: " + ", ".join(DTYPES),
+        )
+    return DTYPES[word]
+
+
+class _Artifact:
+    """The weights of a checkpoint directory, each handed out once."""
+
+    def __init__(self, stored: StoredWeights, config: Mapping[str, Any], progress: Progress | None) -> None:
+        self._stored = stored
+        self._progress = progress
+        self._where = str(stored.reader.checkpoint.directory)
+        self._left = dict.fromkeys(name for name in stored.names() if not _outside_the_model(name, config))
+        self._total = len(self._left)
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        return self._stored.scheme_of(name)
+
+    def scale_dtype_of(self, name: str) -> torch.dtype:
+        return TORCH_DTYPES[self._stored.reader.checkpoint.tensors[name.removesuffix("weight") + "weight_scale"].dtype]
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        tensor = self._take(name)
+        if isinstance(tensor, QuantizedMatrix):
+            raise ArtifactError(
+                "a weight is quantized that the runtime computes in floating point",
+                where=f"{self._where}, {name}",
+                found=f"{tensor.bits}-bit integers",
+                fix="leave it out of the quantization: only linears and experts are computed as integers",
+            )
+        self._check_shape(name, tensor.shape, shape)
+        return tensor.to(dtype)
+
+    def fill(self, matrices: Matrices, index: int, names: Sequence[str]) -> None:
+        _, rows, columns = matrices.shape
+        expected = (rows // len(names), columns)
+        if isinstance(matrices, DenseMatrices):
+            for part, name in zip(matrices.weight[index].chunk(len(names)), names, strict=True):
+                part.copy_(self.tensor(name, expected, part.dtype))
+            return
+        parts = []
+        for name in names:
+            matrix = self._take(name)
+            assert isinstance(matrix, QuantizedMatrix), f"{name} has a scheme"
+            self._check_shape(name, matrix.q.shape, expected)
+            parts.append(matrix)
+        q, scale = (
+            torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+            for tensors in ([m.q for m in parts], [m.scale for m in parts])
+        )
+        matrices.fill(index, QuantizedMatrix(q, scale, parts[0].bits))
+
+    def _take(self, name: str) -> Tensor | QuantizedMatrix:
+        if name not in self._left:
+            raise ArtifactError(
+                "a tensor of the model is missing",
+                where=self._where,
+                found=f"no {name}",
+                fix="make or download the artifact again",
+            )
+        del self._left[name]
+        weight = self._stored.read(name)
+        if self._progress is not None:
+            self._progress(self._total - len(self._left), self._total)
+        return weight
+
+    def _check_shape(self, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+        if tuple(found) != tuple(expected):
+            raise ArtifactError(
+                "a tensor does not fit the config",
+                where=f"{self._where}, {name}",
+                found=f"{list(found)}, the config asks for {list(expected)}",
+                fix="use the config.json the weights were released with",
+            )
+
+    def check_all_taken(self) -> None:
+        """Raise ArtifactError if the checkpoint holds a tensor the model has no place for."""
+        if self._left:
+            names = list(self._left)
+            raise ArtifactError(
+                "the artifact holds tensors the model has no place for",
+                where=self._where,
+                found=", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
+                fix="use the config.json the weights were released with",
+            )
+
+
+def _outside_the_model(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether transformers' model knowingly has no place for a tensor: MTP layers, old llama's rotary tables, tied heads."""
+    if name.endswith(".rotary_emb.inv_freq"):
+        return True
+    if name == "lm_head.weight":
+        return bool(config.get("tie_word_embeddings"))
+    hidden = config["num_hidden_layers"]
+    return any(
+        name.startswith(f"model.layers.{hidden + extra}.")
+        for extra in range(config.get("num_nextn_predict_layers") or 0)
+    )

@@ -1,0 +1,102 @@
+"""Matrices as the runtime holds them, and what a row of activations costs against each.
+
+A *bank* is E matrices [N, K] of one shape and one number format: the routed experts of a layer (E of them) or a single
+linear (E = 1). Every bank answers the same call, `products(x, groups)`: rows of activations, sorted by the matrix they
+are meant for, times those matrices. That is all the modules above need to know, so a linear, an MLP and the experts of
+a layer are each written once, for dense and quantized weights alike.
+
+What decides the shape of the code is the CPU:
+
+- At one row a product costs the bytes of its matrix, so integers are multiplied as they lie, by torch's packed
+  operators. Those are fast for bfloat16 activations only (with float16 or float32 they fall to scalar loops, 10 to 40
+  times slower), so activations are rounded to bfloat16 around them.
+- At many rows it costs arithmetic, and there the packed operators are slower than expanding a band of rows, multiplying
+  it and dropping it again. A band is small enough to stay in the cache; never is a whole expanded matrix kept.
+- float32 activations ask for exact numbers (that is what quality is measured with): always expanded, ``x @ (q * scale)^T``
+  with the product formed as the format defines it (`QuantizedMatrix.dequantize`).
+- float16 has no arithmetic on x86 before AVX512-FP16: beyond a few rows a float16 matrix is expanded to float32 in bands.
+
+Legend: E matrices, N rows (outputs), K columns (inputs), g columns per scale, G = K / g, T rows of activations.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_FLOAT16_ROWS: Final = 4
+"""Up to this many rows a float16 product beats expanding its matrix to float32 (Zen 4, 2816x2048)."""
+_BAND_ELEMENTS: Final = 1 << 19
+"""Weights expanded at once: 2 MB in float32."""
+BAND_ROWS: Final = 64
+"""Bands start and end at multiples of this: torch's int4 layout interleaves rows in blocks of up to 64."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which matrix of a bank each row of activations meets; the rows are sorted by matrix.
+
+    Attributes:
+        which: index of each matrix that is met, at most once each unless every count is 1.
+        counts: how many consecutive rows meet it; they add up to T.
+        of_row: [T] int64, the index of the matrix of each row; None for a bank of one.
+    """
+
+    which: Sequence[int]
+    counts: Sequence[int]
+    of_row: Tensor | None
+
+
+def single(rows: int) -> Groups:
+    """All rows meet the only matrix of a bank of one."""
+    return Groups((0,), (rows,), None)
+
+
+def dense_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight^T``: [..., K] and [N, K] of one dtype -> [..., N]; float16 is expanded to float32 where that is faster."""
+    if weight.dtype != torch.float16 or x.numel() <= _FLOAT16_ROWS * weight.shape[1]:
+        return functional.linear(x, weight)
+    flat = x.reshape(-1, x.shape[-1])
+    buffer = torch.empty(band_rows(weight.shape[1]), weight.shape[1], dtype=torch.float32)
+
+    def band(start: int, stop: int) -> Tensor:
+        return buffer[: stop - start].copy_(weight[start:stop])
+
+    return in_bands(flat.to(torch.float32), weight.shape[0], band, dtype=x.dtype).view(*x.shape[:-1], -1)
+
+
+def band_rows(columns: int) -> int:
+    return max(_BAND_ELEMENTS // columns // BAND_ROWS, 1) * BAND_ROWS
+
+
+def in_bands(x: Tensor, rows: int, band: Callable[[int, int], Tensor], *, dtype: torch.dtype) -> Tensor:
+    """``x @ W^T`` [T, N] of `dtype`, where `band(start, stop)` gives rows of W [stop - start, K] in the dtype of x [T, K]."""
+    step = band_rows(x.shape[1])
+    if rows <= step:
+        return functional.linear(x, band(0, rows)).to(dtype)
+    result = torch.empty(x.shape[0], rows, dtype=dtype)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        result[:, start:stop] = functional.linear(x, band(start, stop))
+    return result
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What expanded integers are multiplied in: float32 for exactness, else bfloat16 as the packed operators do."""
+    return torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+
+
+def split(x: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    return torch.split_with_sizes(x, groups.counts)
+
+
+def joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+
+
+def centred(nibbles: Tensor) -> Tensor:
+    """Stored 0 … 15 (uint8, changed in place) to the integers -8 … 7 (int8) they stand for."""
+    return nibbles.view(torch.int8).sub_(8)

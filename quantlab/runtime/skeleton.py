@@ -1,0 +1,180 @@
+"""From a config to a model that computes: transformers' modules on the meta device, filled and replaced one by one.
+
+Where the weights come from is behind one small protocol, so a model read from files and one of random numbers are built
+by the same code: what is measured on the second is what runs in the first.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from quantlab.errors import ArtifactError
+from quantlab.recipe.schemes import Scheme
+from quantlab.runtime.experts import Experts
+from quantlab.runtime.linear import DenseLinear, GatedMLP, PackedLinear
+from quantlab.runtime.matrices import DenseMatrices, Matrices, QuantizedMatrices, quantized_matrices
+
+MODEL_TYPES: Final = ("deepseek_v2", "deepseek_v3", "llama", "qwen2")
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+class Weights(Protocol):
+    """Where a model's weights come from, by their names in the checkpoint (``….weight``)."""
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """The scheme of the weight `name`, None if it is floating point."""
+
+    def scale_dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of the scales of the quantized weight `name`."""
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A floating-point tensor."""
+
+    def fill(self, matrices: Matrices, index: int, names: Sequence[str]) -> None:
+        """Set matrix `index` of a bank to the weights `names`, one below the other."""
+
+
+def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
+    """The transformers config of a config.json, as one of a model that is not quantized.
+
+    Raises:
+        ArtifactError: the model type is none the runtime knows.
+    """
+    model_type = fields.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ArtifactError(
+            "the runtime does not know this model",
+            where=f"{where}, model_type",
+            found=repr(model_type),
+            fix="known: " + ", ".join(MODEL_TYPES),
+        )
+    plain = {key: copy.deepcopy(value) for key, value in fields.items() if key != "quantization_config"}
+    return CONFIG_MAPPING[model_type].from_dict(plain)
+
+
+def build(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of `config` in evaluation mode, every parameter taken from `weights` once.
+
+    Args:
+        config: without quantization.
+        weights: where the parameters come from.
+        dtype: of activations and unquantized weights.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    tied = bool(config.tie_word_embeddings)
+    with torch.no_grad():
+        _materialize(model, "", weights, dtype=dtype, skip={"lm_head"} if tied else set())
+        if tied:
+            model.lm_head = DenseLinear(model.model.embed_tokens.weight, None)
+    left = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    assert not left, f"never filled: {left}"
+    return model.eval().requires_grad_(False)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _materialize(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype, skip: set[str]) -> None:
+    """Fill the module's own tensors and replace or fill its children."""
+    prefix = f"{path}." if path else ""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        filled = weights.tensor(prefix + name, parameter.shape, dtype)
+        setattr(module, name, nn.Parameter(filled, requires_grad=False))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        # the only stored buffer is the router's e_score_correction_bias, which engines add in float32
+        module.register_buffer(name, weights.tensor(prefix + name, buffer.shape, torch.float32))
+    for name, child in list(module.named_children()):
+        if prefix + name not in skip:
+            replacement = _replacement(child, prefix + name, weights, dtype=dtype)
+            if replacement is None:
+                _materialize(child, prefix + name, weights, dtype=dtype, skip=skip)
+            else:
+                setattr(module, name, replacement)
+
+
+def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> nn.Module | None:
+    """What stands in the place of a transformers module, None if the module itself stays."""
+    if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+        return _experts(module, path, weights, dtype=dtype)
+    if all(_plain_linear(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
+        if _one_kind([f"{path}.gate_proj.weight", f"{path}.up_proj.weight"], weights):
+            return _gated_mlp(module, path, weights, dtype=dtype)
+        return None
+    if isinstance(module, nn.Linear):
+        return _linear(module, path, weights, dtype=dtype)
+    if any(buffer.is_meta for buffer in module.buffers(recurse=False)) and hasattr(module, "rope_type"):
+        return type(module)(config=module.config)  # rotary frequencies are computed, never stored
+    return None
+
+
+def _plain_linear(module: nn.Module, name: str) -> bool:
+    child = getattr(module, name, None)
+    return isinstance(child, nn.Linear) and child.bias is None
+
+
+def _one_kind(names: Sequence[str], weights: Weights) -> bool:
+    """Whether the weights can lie in one bank: all of one scheme with scales of one dtype, or all floating point."""
+    schemes = {weights.scheme_of(name) for name in names}
+    return schemes == {None} or (len(schemes) == 1 and len({weights.scale_dtype_of(name) for name in names}) == 1)
+
+
+def _bank(name: str, shape: tuple[int, int, int], weights: Weights, *, dtype: torch.dtype) -> Matrices:
+    """An unfilled bank of the kind the weight `name` needs."""
+    scheme = weights.scheme_of(name)
+    if scheme is None:
+        return DenseMatrices(*shape, dtype=dtype)
+    return quantized_matrices(scheme, *shape, scale_dtype=weights.scale_dtype_of(name))
+
+
+def _linear(module: nn.Linear, path: str, weights: Weights, *, dtype: torch.dtype) -> nn.Module:
+    shape = (module.out_features, module.in_features)
+    bias = None if module.bias is None else weights.tensor(f"{path}.bias", module.bias.shape, dtype)
+    name = f"{path}.weight"
+    matrices = None if weights.scheme_of(name) is None else _bank(name, (1, *shape), weights, dtype=dtype)
+    if not isinstance(matrices, QuantizedMatrices):
+        return DenseLinear(nn.Parameter(weights.tensor(name, shape, dtype), requires_grad=False), bias)
+    weights.fill(matrices, 0, [name])
+    return PackedLinear(matrices, bias)
+
+
+def _gated_mlp(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> GatedMLP:
+    hidden, width = module.get_parameter("down_proj.weight").shape
+    gate, up, down = (f"{path}.{name}_proj.weight" for name in ("gate", "up", "down"))
+    gate_up_bank = _bank(gate, (1, 2 * width, hidden), weights, dtype=dtype)
+    down_bank = _bank(down, (1, hidden, width), weights, dtype=dtype)
+    weights.fill(gate_up_bank, 0, [gate, up])
+    weights.fill(down_bank, 0, [down])
+    return GatedMLP(gate_up_bank, down_bank, module.get_submodule("act_fn"))
+
+
+def _experts(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> Experts:
+    count, double_width, hidden = module.get_parameter("gate_up_proj").shape
+    names = {kind: [f"{path}.{index}.{kind}_proj.weight" for index in range(count)] for kind in ("gate", "up", "down")}
+    if not (_one_kind(names["gate"] + names["up"], weights) and _one_kind(names["down"], weights)):
+        raise ArtifactError(
+            "the experts of a layer are quantized in different ways",
+            where=path,
+            found=", ".join(
+                sorted(
+                    {str(getattr(weights.scheme_of(name), "name", None)) for kind in names.values() for name in kind}
+                )
+            ),
+            fix="give all experts of a layer one scheme, as serving engines ask too",
+        )
+    gate_up_bank = _bank(names["gate"][0], (count, double_width, hidden), weights, dtype=dtype)
+    down_bank = _bank(names["down"][0], (count, hidden, double_width // 2), weights, dtype=dtype)
+    for index, (gate, up, down) in enumerate(zip(names["gate"], names["up"], names["down"], strict=True)):
+        weights.fill(gate_up_bank, index, [gate, up])
+        weights.fill(down_bank, index, [down])
+    return Experts(gate_up_bank, down_bank, module.get_submodule("act_fn"))

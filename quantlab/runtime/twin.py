@@ -1,0 +1,101 @@
+"""A model of the right shape with random weights, for measuring speed.
+
+The time of a step does not depend on what the weights are, only on their shapes and formats, so speed is measured at the
+width of the target model on a few layers that never existed on disk. Integers are random bits; floating-point weights
+have a random sign and mantissa and one exponent, chosen so that activations keep their size from layer to layer and stay
+finite in float16.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quantlab.formats.compressed_tensors import QuantizationConfig
+from quantlab.recipe.schemes import Scheme
+from quantlab.runtime.int4 import Int4Matrices
+from quantlab.runtime.matrices import DenseMatrices, Matrices
+from quantlab.runtime.skeleton import build, config_of
+
+
+def random_twin(
+    config: Mapping[str, Any], quantization: QuantizationConfig | None, *, dtype: torch.dtype, seed: int
+) -> PreTrainedModel:
+    """A model of `config` with random weights, in the form `runtime.load` would hold them.
+
+    Args:
+        config: as in config.json; its own `quantization_config` is ignored.
+        quantization: which linears are quantized, and how; None for none.
+        dtype: of activations and unquantized weights.
+        seed: of the weights.
+    """
+    weights = _RandomWeights(quantization, torch.Generator().manual_seed(seed))
+    return build(config_of(config, where="the config of the twin"), weights, dtype=dtype)
+
+
+class _Float(NamedTuple):
+    """Bits of a floating-point format."""
+
+    integer: torch.dtype
+    mantissa: int
+    bias: int
+
+
+_FLOATS: Final = {
+    torch.float16: _Float(torch.int16, 10, 15),
+    torch.bfloat16: _Float(torch.int16, 7, 127),
+    torch.float32: _Float(torch.int32, 23, 127),
+}
+
+
+class _RandomWeights:
+    def __init__(self, quantization: QuantizationConfig | None, generator: torch.Generator) -> None:
+        self._quantization = quantization
+        self._generator = generator
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        return None if self._quantization is None else self._quantization.scheme_of(name.removesuffix(".weight"))
+
+    def scale_dtype_of(self, name: str) -> torch.dtype:
+        return torch.bfloat16
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if len(shape) == 1:  # norms are ones, biases zeros
+            return torch.ones(*shape, dtype=dtype) if name.endswith("weight") else torch.zeros(*shape, dtype=dtype)
+        tensor = torch.empty(*shape, dtype=dtype)
+        self._randomize(tensor, size=1.0 if "embed" in name else shape[-1] ** -0.5)
+        return tensor
+
+    def fill(self, matrices: Matrices, index: int, names: Sequence[str]) -> None:
+        columns = matrices.shape[2]
+        if isinstance(matrices, DenseMatrices):
+            self._randomize(matrices.weight[index], size=columns**-0.5)
+            return
+        if isinstance(matrices, Int4Matrices):
+            self._random_bits(matrices.packed[index])
+            matrices.scale[index, :, :, 0] = columns**-0.5 / 4.6  # 4.6: root mean square of -8 … 7
+            return
+        self._random_bits(matrices.q[index])
+        matrices.scale[index] = columns**-0.5 / (74 if matrices.q.dtype == torch.int8 else 4.6)
+
+    def _random_bits(self, tensor: Tensor) -> None:
+        """Fill a contiguous tensor with random bytes, eight at a time where its size allows."""
+        flat = tensor.view(-1).view(torch.uint8)
+        whole = flat.numel() // 8 * 8
+        if whole and flat.storage_offset() % 8 == 0:
+            flat[:whole].view(torch.int64).random_(-(1 << 63), None, generator=self._generator)
+        else:
+            whole = 0
+        flat[whole:].random_(0, 256, generator=self._generator)
+
+    def _randomize(self, tensor: Tensor, *, size: float) -> None:
+        """Fill with numbers of random sign and magnitude in [s, 2s), where 1.5 s is about `size`."""
+        self._random_bits(tensor)
+        layout = _FLOATS[tensor.dtype]
+        bits = tensor.view(layout.integer)
+        exponent = round(math.log2(size / 1.5)) + layout.bias
+        sign_and_mantissa = -(1 << (8 * tensor.element_size() - 1)) | ((1 << layout.mantissa) - 1)
+        bits.bitwise_and_(sign_and_mantissa).bitwise_or_(exponent << layout.mantissa)

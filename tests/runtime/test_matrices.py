@@ -1,0 +1,207 @@
+"""Every bank against the float64 product of the matrix it stands for."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.runtime.int4 import Int4Matrices, int4_block
+from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices, quantize_tokens
+from quantlab.runtime.linear import DenseLinear, GatedMLP, PackedLinear
+from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, QuantizedMatrices, quantized_matrices
+from quantlab.runtime.products import Groups, dense_product
+
+ROWS = (1, 2, 7, 16, 64, 257)
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+WEIGHT_ONLY: tuple[SchemeName, ...] = ("int4_g128", "int4_g64", "int4_g32", "int8_weight")
+
+
+def random_matrix(
+    rows: int, columns: int, *, bits: int, groups: int, scale_dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> QuantizedMatrix:
+    """Integers over the whole grid, scales of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(-(1 << bits - 1), 1 << bits - 1, (rows, columns), generator=generator, dtype=torch.int8)
+    scale = torch.randn(rows, groups, generator=generator).mul(0.02).to(scale_dtype)
+    return QuantizedMatrix(q, scale, bits)
+
+
+def exact(matrix: QuantizedMatrix) -> Tensor:
+    """[N, K] float64, the product formed in the dtype of the scale as the format defines it."""
+    per_weight = matrix.scale.repeat_interleave(matrix.q.shape[1] // matrix.scale.shape[1], dim=1)
+    return (matrix.q.to(matrix.scale.dtype) * per_weight).double()
+
+
+def bank_of(scheme: SchemeName, matrices: list[QuantizedMatrix]) -> QuantizedMatrices:
+    rows, columns = matrices[0].q.shape
+    bank = quantized_matrices(SCHEMES[scheme], len(matrices), rows, columns, scale_dtype=matrices[0].scale.dtype)
+    for index, matrix in enumerate(matrices):
+        bank.fill(index, matrix)
+    return bank
+
+
+def made(
+    scheme: SchemeName, rows: int, columns: int, *, scale_dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> QuantizedMatrix:
+    chosen = SCHEMES[scheme]
+    return random_matrix(
+        rows, columns, bits=chosen.bits, groups=chosen.groups(columns), scale_dtype=scale_dtype, seed=seed
+    )
+
+
+def within(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Errors relative to the largest expected number."""
+    error = (found.double() - expected).abs().max() / expected.abs().max()
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", ROWS)
+@pytest.mark.parametrize("shape", [(64, 128), (192, 256), (80, 128), (1, 384)])
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+def test_weight_only_products_equal_the_dequantized_product(
+    scheme: SchemeName, shape: tuple[int, int], count: int, dtype: torch.dtype
+) -> None:
+    matrix = made(scheme, *shape)
+    x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    result = PackedLinear(bank_of(scheme, [matrix]), None)(x)
+    assert result.dtype == dtype
+    within(result, x.double() @ exact(matrix).T, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("scheme", ["int4_g64", "int8_weight", "int4_g32"])
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("count", [1, 64])
+def test_scales_finer_than_bfloat16_are_not_rounded(scheme: SchemeName, scale_dtype: torch.dtype, count: int) -> None:
+    """The scale lies 0.34 % above the next bfloat16 number: rounded, it would shift the mean of all outputs by as much."""
+    fine = QuantizedMatrix(
+        made(scheme, 256, 128).q,
+        torch.full((256, SCHEMES[scheme].groups(128)), 2.0**-6 * (1 + 7 / 2048), dtype=scale_dtype),
+        SCHEMES[scheme].bits,
+    )
+    assert (fine.scale.bfloat16().double() / fine.scale.double() - 1).abs().max() > 0.003
+    x = torch.randn(count, 128, generator=torch.Generator().manual_seed(3)).bfloat16().half()  # exact in both
+    linear = PackedLinear(bank_of(scheme, [fine]), None)
+    expected = x.double() @ exact(fine).T
+    assert ((linear(x).double() * expected).sum() / expected.square().sum() - 1).abs() < 0.0015
+    within(linear(x.float()), expected, 2e-6)
+
+
+def test_kernels_are_chosen_by_shape_and_scale() -> None:
+    def kind(scheme: SchemeName, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> type:
+        return type(quantized_matrices(SCHEMES[scheme], 1, rows, columns, scale_dtype=dtype))
+
+    if int4_block() is None:
+        pytest.skip("torch's int4 layout on this CPU is not known")
+    assert kind("int4_g128", 576, 2048) is Int4Matrices
+    assert kind("int4_g128", 144, 128) is ExpandedMatrices, "rows no multiple of the layout's block"
+    assert kind("int4_g32", 128, 96, torch.float32) is ExpandedMatrices, "float32 scales are no two bfloat16 numbers"
+    assert kind("int8_weight", 5, 64) is Int8WeightMatrices
+    assert kind("int8_weight", 64, 100) is ExpandedMatrices, "torch's operator reads past the end of such rows"
+    assert kind("int8", 5, 7) is Int8Matrices
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_int4_layout_of_other_vector_widths_is_expanded_right_or_not_used(capability: str) -> None:
+    """torch's int4 layout follows the vector width it finds at start; a narrower one is asked for in a fresh process."""
+    code = "import tests.runtime.test_matrices as t\n"
+    code += "for n in (1, 64): [t.test_weight_only_products_equal_the_dequantized_product('int4_g32', (192, 256), n, d) for d in t.TOLERANCE]"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 128), (5, 7), (130, 96)])
+@pytest.mark.parametrize("count", ROWS)
+def test_w8a8_equals_integer_arithmetic(count: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = made("int8", *shape)
+    x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(2)).to(dtype)
+    token_scale = x.float().abs().amax(dim=1, keepdim=True) / 127
+    integers = (x.float() / token_scale).round()
+    sums = integers.long() @ matrix.q.long().T
+    expected = sums.double() * token_scale.double() * matrix.scale.double().T
+    within(
+        PackedLinear(bank_of("int8", [matrix]), None)(x),
+        expected,
+        {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype],
+    )
+
+
+def test_w8a8_rounds_a_token_alike_alone_and_among_others() -> None:
+    linear = PackedLinear(bank_of("int8", [made("int8", 64, 128)]), None)
+    x = torch.randn(257, 128)
+    assert torch.equal(linear(x)[100:101], linear(x[100:101]))
+
+
+def test_tokens_of_zeros_and_of_infinities() -> None:
+    q, scale = quantize_tokens(torch.tensor([[0.0, 0.0], [1.0, torch.inf], [1.0, torch.nan], [3.0, -127.0]]))
+    assert q[0].tolist() == [0, 0]
+    assert q[3].tolist() == [3, -127]
+    assert not torch.isfinite(scale[1:3]).any(), "a lost number must not look like one"
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("leading", [(2, 3), (2, 1, 5), (0,)])
+def test_leading_dimensions_and_bias(scheme: SchemeName, leading: tuple[int, ...]) -> None:
+    bias = torch.randn(192)
+    linear = PackedLinear(bank_of(scheme, [made(scheme, 192, 128)]), bias)
+    x = torch.randn(*leading, 128)
+    flat = torch.cat([linear(row[None]) for row in x.reshape(-1, 128)]) if x.numel() else torch.empty(0, 192)
+    assert linear(x).shape == (*leading, 192)
+    assert torch.allclose(linear(x).reshape(-1, 192), flat, atol=1e-5)
+    unbiased = PackedLinear(linear.matrices, None)
+    assert torch.allclose(linear(x), unbiased(x) + bias)
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_meet_the_matrix_of_their_group(scheme: SchemeName, dtype: torch.dtype) -> None:
+    matrices = [made(scheme, 64, 128, seed=seed) for seed in range(4)]
+    bank = bank_of(scheme, matrices)
+    counts, which = (3, 40, 1), (0, 2, 3)
+    of_row = torch.tensor(which).repeat_interleave(torch.tensor(counts))
+    x = torch.randn(44, 128).to(dtype)
+    found = bank.products(x, Groups(which, counts, of_row))
+    each = torch.cat(
+        [
+            PackedLinear(bank_of(scheme, [matrices[index]]), None)(part)
+            for index, part in zip(which, x.split(counts), strict=True)
+        ]
+    )
+    assert torch.allclose(found.float(), each.float(), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("leading", [(1,), (7,), (8,), (2, 150), (0,)])
+def test_dense_products(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
+    weight = torch.randn(700, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(*leading, 4096, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = dense_product(x, weight)
+    assert found.shape == (*leading, 700)
+    assert found.dtype == dtype
+    if x.numel():
+        within(found, x.double() @ weight.double().T, TOLERANCE[dtype])
+    bias = torch.randn(700).to(dtype)
+    assert torch.equal(DenseLinear(torch.nn.Parameter(weight, requires_grad=False), bias)(x), found + bias)
+
+
+def test_gated_mlp_equals_its_formula() -> None:
+    weights = [torch.randn(256, 64) * 0.1, torch.randn(64, 128) * 0.1]
+    gate_up, down = DenseMatrices(1, 256, 64, torch.float32), DenseMatrices(1, 64, 128, torch.float32)
+    gate_up.fill(0, weights[0])
+    down.fill(0, weights[1])
+    x = torch.randn(2, 3, 64)
+    gate, up = x @ weights[0][:128].T, x @ weights[0][128:].T
+    expected = (torch.nn.functional.silu(gate) * up) @ weights[1].T
+    assert torch.allclose(GatedMLP(gate_up, down, torch.nn.SiLU())(x), expected, atol=1e-6)
