@@ -40,7 +40,7 @@ class Groups:
     """Which matrix of a bank each row of activations meets; the rows are sorted by matrix.
 
     Attributes:
-        which: index of each matrix that is met, at most once each unless every count is 1.
+        which: index of each matrix that is met, no index twice.
         counts: how many consecutive rows meet it; they add up to T.
         of_row: [T] int64, the index of the matrix of each row; None for a bank of one.
     """
@@ -69,6 +69,7 @@ def dense_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def band_rows(columns: int) -> int:
+    """How many rows of a matrix with `columns` columns are expanded at once."""
     return max(_BAND_ELEMENTS // columns // BAND_ROWS, 1) * BAND_ROWS
 
 
@@ -90,10 +91,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def split(x: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    """The rows [T, K] of each group, as views."""
     return torch.split_with_sizes(x, groups.counts)
 
 
 def joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The inverse of `split`, cast to `dtype`."""
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from quantlab.errors import ArtifactError
 from quantlab.recipe.schemes import Scheme
 from quantlab.runtime.experts import Experts
-from quantlab.runtime.linear import DenseLinear, GatedMLP, PackedLinear
+from quantlab.runtime.linear import DenseLinear, GatedMLP, PackedLinear, dense_linear
 from quantlab.runtime.matrices import DenseMatrices, Matrices, QuantizedMatrices, quantized_matrices
 
 MODEL_TYPES: Final = ("deepseek_v2", "deepseek_v3", "llama", "qwen2")
@@ -143,7 +143,7 @@ def _linear(module: nn.Linear, path: str, weights: Weights, *, dtype: torch.dtyp
     name = f"{path}.weight"
     matrices = None if weights.scheme_of(name) is None else _bank(name, (1, *shape), weights, dtype=dtype)
     if not isinstance(matrices, QuantizedMatrices):
-        return DenseLinear(nn.Parameter(weights.tensor(name, shape, dtype), requires_grad=False), bias)
+        return dense_linear(weights.tensor(name, shape, dtype), bias)
     weights.fill(matrices, 0, [name])
     return PackedLinear(matrices, bias)
 

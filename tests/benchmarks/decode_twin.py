@@ -60,6 +60,7 @@ LAYOUTS: Mapping[str, tuple[torch.dtype, SchemeName | None]] = {
     "fp16": (torch.float16, None),
     "bf16": (torch.bfloat16, None),
     "int8 (W8A8)": (torch.float16, "int8"),
+    "int8, bf16 activations": (torch.bfloat16, "int8"),
     "int8_weight (W8A16)": (torch.float16, "int8_weight"),
     "int4_g128 (W4A16)": (torch.float16, "int4_g128"),
     "int4_g128, bf16 activations": (torch.bfloat16, "int4_g128"),

@@ -12,7 +12,14 @@ from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.runtime.int4 import Int4Matrices, int4_block
 from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices, quantize_tokens
-from quantlab.runtime.linear import DenseLinear, GatedMLP, PackedLinear
+from quantlab.runtime.linear import (
+    DenseLinear,
+    GatedMLP,
+    PackedLinear,
+    ReorderedLinear,
+    dense_linear,
+    reorders_bfloat16,
+)
 from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, QuantizedMatrices, quantized_matrices
 from quantlab.runtime.products import Groups, dense_product
 
@@ -194,6 +201,23 @@ def test_dense_products(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
         within(found, x.double() @ weight.double().T, TOLERANCE[dtype])
     bias = torch.randn(700).to(dtype)
     assert torch.equal(DenseLinear(torch.nn.Parameter(weight, requires_grad=False), bias)(x), found + bias)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (96, 128), (5, 7), (144, 100)])
+@pytest.mark.parametrize("leading", [(1,), (2, 1, 9), (257,), (0,)])
+def test_reordered_bfloat16_linears(shape: tuple[int, int], leading: tuple[int, ...]) -> None:
+    if not reorders_bfloat16():
+        pytest.skip("this CPU has no bfloat16 products")
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(*leading, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+    bias = torch.randn(shape[0]).bfloat16()
+    linear = dense_linear(weight, bias)
+    assert isinstance(linear, ReorderedLinear)
+    found = linear(x)
+    assert found.shape == (*leading, shape[0])
+    if x.numel():
+        within(found, x.double() @ weight.double().T + bias.double(), 2.0**-8)
+        within(dense_linear(weight, None)(x), x.double() @ weight.double().T, 2.0**-8)
 
 
 def test_gated_mlp_equals_its_formula() -> None:
