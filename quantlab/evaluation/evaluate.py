@@ -29,6 +29,7 @@ from quantlab.evaluation.suite import LoadedSuite, load_suite
 RECORDS = "records"
 _WORK = ".work"
 _PREDICTIONS = ".baseline"
+_WORDS = {"recipe", "recipe_sha256", "description", "artifact"}  # these change without changing a number
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,8 @@ def evaluate(request: EvaluationRequest, *, progress: Progress | None = None) ->
     missing = [cell for cell in request.cells if cell.variant not in kept]
     if kept:
         evaluation.progress(f"{len(kept)} of {len(request.cells)} records kept from before", 1, 1)
-    for cell in missing:
-        evaluation.path(cell.variant).unlink(
-            missing_ok=True
-        )  # stopped half-way, no record of something else stays behind
+    for cell in missing:  # stopped half-way, no record of something else stays behind
+        evaluation.path(cell.variant).unlink(missing_ok=True)
     if missing:
         with Worker(evaluation.records / _WORK, threads=hardware.threads(), time_limit=request.time_limit) as worker:
             _measure_speed(evaluation, worker, missing)
@@ -176,13 +175,7 @@ def _kept(evaluation: _Evaluation, cell: Cell) -> Record | None:
     except ArtifactError:  # of another version: measured again
         return None
     current = _record(evaluation, cell, quality=found.quality, memory=found.memory, speed=found.speed, failures=())
-    about_the_recipe = {
-        "recipe",
-        "recipe_sha256",
-        "description",
-        "artifact",
-    }  # what may change without changing a number
-    if found.model_dump(exclude=about_the_recipe) != current.model_dump(exclude=about_the_recipe):
+    if found.model_dump(exclude=_WORDS) != current.model_dump(exclude=_WORDS):
         return None
     if found != current:
         _write(evaluation, current)
@@ -222,9 +215,13 @@ def _record(
 def _measure_speed(evaluation: _Evaluation, worker: Worker, cells: list[Cell]) -> None:
     if evaluation.suite.suite.speed is None:
         return
+
+    def progress(stage: str, done: int, total: int) -> None:
+        evaluation.progress(f"speed: {stage}", done, total)
+
     request = SpeedRequest(suite=evaluation.suite.path, artifacts={cell.variant: cell.directory for cell in cells})
     try:
-        result = worker.run("speed", request, SpeedResult, progress=_labelled(evaluation, "speed"))
+        result = worker.run("speed", request, SpeedResult, progress=progress)
     except CellError as error:
         evaluation.speed_failures = {cell.variant: str(error) for cell in cells}
     else:
@@ -235,34 +232,24 @@ def _measure(evaluation: _Evaluation, worker: Worker, cell: Cell) -> Record:
     """Quality and memory of one artifact, joined with its speed."""
     failures = []
     quality, memory = None, None
-    progress = _labelled(evaluation, cell.variant)
-    is_baseline = cell.variant == evaluation.request.baseline
-    role: Literal["baseline", "compared", "alone"] = "compared"
-    if is_baseline:
-        role = "baseline"
-    elif evaluation.baseline_failure is not None:
-        role = "alone"
-        failures.append(
-            Failure(
-                cell="quality", reason=f"nothing to compare with: the baseline failed: {evaluation.baseline_failure}"
-            )
-        )
-    asked = QualityRequest(
-        directory=cell.directory,
-        suite=evaluation.suite.path,
-        predictions=evaluation.predictions,
-        role=role,
-        key=evaluation.key,
-    )
+
+    def progress(_: str, done: int, total: int) -> None:
+        """One bar per row, whatever it is busy with."""
+        evaluation.progress(f"{cell.variant}: quality", done, total)
+
     try:
-        quality = worker.run(f"{cell.variant}-quality", asked, Quality, progress=progress)
+        quality = worker.run(f"{cell.variant}-quality", _quality_request(evaluation, cell), Quality, progress=progress)
     except CellError as error:
         failures.append(Failure(cell="quality", reason=str(error)))
-        if is_baseline:
+        if cell.variant == evaluation.request.baseline:
             evaluation.baseline_failure = str(error)
+    else:
+        if cell.variant != evaluation.request.baseline and evaluation.baseline_failure is not None:
+            reason = f"nothing to compare with: the baseline failed: {evaluation.baseline_failure}"
+            failures.append(Failure(cell="quality", reason=reason))
     try:
         request = MemoryRequest(directory=cell.directory, suite=evaluation.suite.path)
-        memory = worker.run(f"{cell.variant}-memory", request, Memory, progress=progress)
+        memory = worker.run(f"{cell.variant}-memory", request, Memory, progress=_silent)
     except CellError as error:
         failures.append(Failure(cell="memory", reason=str(error)))
     if cell.variant in evaluation.speed_failures:
@@ -271,15 +258,23 @@ def _measure(evaluation: _Evaluation, worker: Worker, cell: Cell) -> Record:
     return _record(evaluation, cell, quality=quality, memory=memory, speed=speed, failures=tuple(failures))
 
 
+def _quality_request(evaluation: _Evaluation, cell: Cell) -> QualityRequest:
+    role: Literal["baseline", "compared", "alone"] = "compared"
+    if cell.variant == evaluation.request.baseline:
+        role = "baseline"
+    elif evaluation.baseline_failure is not None:
+        role = "alone"
+    return QualityRequest(
+        directory=cell.directory,
+        suite=evaluation.suite.path,
+        predictions=evaluation.predictions,
+        role=role,
+        key=evaluation.key,
+    )
+
+
 def _write(evaluation: _Evaluation, record: Record) -> None:
     write_atomically(evaluation.path(record.variant), record.model_dump_json(indent=2).encode() + b"\n")
-
-
-def _labelled(evaluation: _Evaluation, label: str) -> Progress:
-    def progress(stage: str, done: int, total: int) -> None:
-        evaluation.progress(f"{label}: {stage}", done, total)
-
-    return progress
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -18,7 +18,7 @@ from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.load import load
 
 _MOST_LOADS = 5
-_LOADING_SECONDS = 2.0
+_LOADING_SECONDS = 1.0
 _COMPANIONS = ("config.json", INDEX_NAME, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -31,7 +31,7 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
         QuantlabError: the artifact cannot be loaded.
     """
     suite = load_suite(request.suite).suite
-    progress("memory", 0, 1)
+    progress("loading", 0, 1)
     start = time.perf_counter()
     model = load(request.directory)
     seconds = [time.perf_counter() - start]
@@ -48,7 +48,7 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
         model = load(request.directory)
         seconds.append(time.perf_counter() - start)
     quantized = 100 * counted.quantized / counted.quantized_fp16 if counted.quantized_fp16 else None
-    progress("memory", 1, 1)
+    progress("loading", 1, 1)
     return Memory(
         weights_bytes=counted.total,
         fp16_weights_bytes=counted.fp16,

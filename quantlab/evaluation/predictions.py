@@ -130,7 +130,8 @@ def divergence(reference: Tensor, reference_lse: Tensor, logits: Tensor, lse: Te
     """
     difference = torch.sub(reference, logits, out=logits)
     probabilities = reference.sub_(reference_lse[:, None]).exp_()
-    return probabilities.mul_(difference).sum(dim=-1) - reference_lse + lse
+    kl = probabilities.mul_(difference).sum(dim=-1) - reference_lse + lse
+    return kl.clamp_(min=0)  # below zero is rounding, of 1e-7; a NaN stays one and is refused later
 
 
 def _logsumexp(logits: Tensor) -> Tensor:

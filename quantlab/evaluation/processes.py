@@ -32,7 +32,10 @@ class CellError(Exception):
 
 
 class Worker:
-    """A worker process, started at its first job; a context manager, which kills it and its cell when left."""
+    """A worker process, started at its first job and again after one that had to be stopped.
+
+    A context manager: leaving it ends the worker and its cell.
+    """
 
     def __init__(self, directory: Path, *, threads: int, time_limit: float) -> None:
         """Prepare.
@@ -86,17 +89,12 @@ class Worker:
     def _follow(self, log: Path, progress: Progress) -> int:
         """Pass progress on until the cell ends; its exit status."""
         deadline = time.monotonic() + self._time_limit
-        cell = None
         while True:
             message = self._message(deadline)
             if message is None:
-                if cell is not None:
-                    os.kill(cell, signal.SIGKILL)
-                    self._message(time.monotonic() + _STARTING_SECONDS)
+                self._stop()
                 raise CellError(f"it took longer than the {self._time_limit:g} seconds a cell may take")
             match message["event"]:
-                case "started":
-                    cell = int(message["pid"])
                 case "progress":
                     progress(message["stage"], message["done"], message["total"])
                 case "exit":
@@ -122,8 +120,9 @@ class Worker:
         return message
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is not None:
+        if self._process is not None and self._process.poll() is None:
             return self._process
+        self._stop()
         log = self._directory / "worker.log"
         with log.open("wb") as errors:
             self._process = subprocess.Popen(

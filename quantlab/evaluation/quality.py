@@ -29,16 +29,13 @@ def measure_quality(request: QualityRequest, progress: Progress) -> Quality:
     """
     text = load_suite(request.suite)
     suite = text.suite.text
-    progress("reading", 0, 1)
+    progress("loading", 0, 0)
     tokenizer, prefix = load_tokenizer(request.directory)
     held_out = cut(
         read_corpus(text.corpus), tokenizer, prefix, length=suite.length, tokens_per_domain=suite.tokens_per_domain
     )
-    progress("reading", 1, 1)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[suite.dtype]
-    progress("loading", 0, 1)
     model = load(request.directory, dtype=dtype)
-    progress("loading", 1, 1)
     scored = lambda done, total: progress("scoring", done, total)  # noqa: E731 - the stage's name and nothing else
     if request.role == "compared":
         with Baseline(request.predictions, tokens_sha256=held_out.sha256, dtype=dtype) as baseline:

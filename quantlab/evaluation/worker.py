@@ -5,9 +5,9 @@ with torch and transformers takes several seconds, though, as long as the measur
 imports them once and forks a child per cell: the child has everything imported, shares nothing it writes, and its peak
 starts from the imports alone. The worker itself never computes: a thread pool started before a fork would be lost in it.
 
-It speaks JSON lines. In: a `Job` per line. Out: {"event": "ready"}, then per job {"event": "started", "pid": …}, any
-number of {"event": "progress", "stage": …, "done": …, "total": …}, and {"event": "exit", "status": …}, the child's exit
-code, negative for the signal that killed it. The end of input ends the worker.
+It speaks JSON lines. In: a `Job` per line. Out: {"event": "ready"}, then per job any number of {"event": "progress",
+"stage": …, "done": …, "total": …} and {"event": "exit", "status": …}, the child's exit code, negative for the signal that
+killed it. The end of input ends the worker.
 """
 
 import gc
@@ -46,7 +46,6 @@ def main() -> None:
             code = _run(job, answers)
             sys.stderr.flush()
             os._exit(code)
-        _tell(answers, event="started", pid=child)
         _, status = os.waitpid(child, 0)
         _tell(answers, event="exit", status=os.waitstatus_to_exitcode(status))
 
@@ -64,7 +63,7 @@ def _run(job: Job, answers: TextIO) -> int:
     try:
         answer = _measure(job, progress)
     except QuantlabError as error:
-        job.result.write_text(str(error), encoding="utf-8")
+        job.result.write_text(str(error).replace("\n  ", "; "), encoding="utf-8")
         return EXPLAINED
     job.result.write_text(answer.model_dump_json(), encoding="utf-8")
     return 0

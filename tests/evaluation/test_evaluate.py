@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -47,7 +48,7 @@ def request_(tmp_path: Path, suite: Path, model: Path, other_model: Path) -> Eva
     )
 
 
-def test_records_failures_and_reuse(request_: EvaluationRequest) -> None:
+def test_records_failures_and_reuse(request_: EvaluationRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     stages: list[tuple[str, int, int]] = []
     records = evaluate(request_, progress=lambda *stage: stages.append(stage))
     assert [record.variant for record in records] == ["source", "broken", "same", "other"]
@@ -59,7 +60,7 @@ def test_records_failures_and_reuse(request_: EvaluationRequest) -> None:
     scored = load_suite(request_.suite)
     assert (source.suite, source.suite_sha256) == ("tiny 1", scored.sha256)
     tokens = source.quality.perplexity.n if source.quality else 0
-    assert ("other: scoring", tokens, tokens) in stages
+    assert ("other: quality", tokens, tokens) in stages
     assert ("speed: timing rounds", 7, 7) in stages
     written = [read_record(request_.directory / "records" / f"{record.variant}.json") for record in records]
     assert written == records
@@ -74,11 +75,19 @@ def test_records_failures_and_reuse(request_: EvaluationRequest) -> None:
     assert [record.quality for record in again] == [source.quality, same.quality, other.quality]
     assert read_record(request_.directory / "records" / "same.json").recipe_sha256 == "r2"
 
-    # another baseline: nothing holds any more, and what cannot be measured in time is a failure, not a crash
-    moved = dataclasses.replace(mended, baseline="other", time_limit=0.0)
-    late = evaluate(moved)
-    assert all(record.quality is record.memory is record.speed is None for record in late)
-    assert all("longer than the 0 seconds" in failure.reason for record in late for failure in record.failures)
+    # another baseline: nothing holds any more, and nothing of what was measured against the old one stays behind
+    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", NoWorker)
+    moved = evaluate(dataclasses.replace(mended, baseline="other"))
+    assert all(record.quality is record.memory is record.speed is None for record in moved)
+    assert [failure.cell for failure in moved[0].failures] == ["quality", "memory", "speed"]
+    assert read_record(request_.directory / "records" / "same.json") == moved[1]
+
+
+class NoWorker(Worker):
+    """Gives no answer to anything."""
+
+    def run(self, name: str, *_: object, **__: object) -> NoReturn:  # type: ignore[override]
+        raise CellError(f"{name} is not answered")
 
 
 def check_rows(source: Record, same: Record, other: Record) -> None:
@@ -137,6 +146,15 @@ def test_a_killed_cell_costs_one_cell(worker: Worker, suite: Path, model: Path) 
         worker.run("memory", request, Memory, progress=kill)
     memory = worker.run("memory", request, Memory, progress=lambda *_: None)
     assert memory.artifact_bytes > memory.weights_bytes
+
+
+def test_a_cell_that_takes_too_long_is_stopped(suite: Path, model: Path, tmp_path: Path) -> None:
+    request = MemoryRequest(directory=model, suite=suite)
+    before = children(os.getpid())
+    with Worker(tmp_path / "work", threads=1, time_limit=0.01) as worker:
+        with pytest.raises(CellError, match=r"longer than the 0\.01 seconds"):
+            worker.run("memory", request, Memory, progress=lambda *_: None)
+        assert children(os.getpid()) == before
 
 
 def test_an_unforeseen_error_is_told_with_its_last_words(
