@@ -46,7 +46,7 @@ def rtn(
     scale_dtype: torch.dtype,
     grid: Grid,
     clip_steps: int = 0,
-    clip_floor: float = 0.5,
+    clip_floor: float = 0.6,
 ) -> QuantizedMatrix:
     """Quantize a matrix by rounding to nearest.
 

@@ -13,7 +13,7 @@ from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schema import Prune, Quantize
 from quantlab.recipe.schemes import SCHEMES
 
-_CLIP_STEPS = 50
+_CLIP_STEPS, _CLIP_FLOOR = 20, 0.6
 _DEFAULT_GRID: dict[int, Grid] = {4: "signed", 8: "absmax"}
 
 
@@ -67,6 +67,7 @@ def _quantize(W: Tensor, step: Quantize, dtype: torch.dtype) -> QuantizedMatrix:
         scale_dtype=dtype,
         grid=algorithm.grid or _DEFAULT_GRID[scheme.bits],
         clip_steps=_CLIP_STEPS if algorithm.clip == "mse" else 0,
+        clip_floor=_CLIP_FLOOR,
     )
 
 

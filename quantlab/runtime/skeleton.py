@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from quantlab.errors import ArtifactError
 from quantlab.recipe.schemes import Scheme
+from quantlab.runtime import attention
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.linear import DenseLinear, GatedMLP, PackedLinear, dense_linear
 from quantlab.runtime.matrices import DenseMatrices, Matrices, QuantizedMatrices, quantized_matrices
@@ -68,8 +69,9 @@ def build(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype) -> 
         weights: where the parameters come from.
         dtype: of activations and unquantized weights.
     """
+    attention.register()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.PADDED_SDPA)
     tied = bool(config.tie_word_embeddings)
     with torch.no_grad():
         _materialize(model, "", weights, dtype=dtype, skip={"lm_head"} if tied else set())
