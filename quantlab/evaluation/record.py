@@ -72,7 +72,9 @@ class Speed(_Frozen):
     """Tokens per second of a random-weight twin, interleaved with the FP16 twin. Keys are batch sizes."""
 
     twin: str
-    """What was timed: width and layers of the twin, and on which layout."""
+    """What was timed: width, layers and context of the twin."""
+    layout: str
+    """In which layout: "int4_g128 on 95 % of the weights, the rest bfloat16"."""
     decode_tokens_per_second: dict[str, Measured]
     prefill_tokens_per_second: dict[str, Measured]
     decode_over_fp16: dict[str, Measured]

@@ -204,7 +204,8 @@ def summarise(
     prefill = {str(task.batch): task for task in rates if task.kind == "prefill"}
     shared = f", timed once with {', '.join(sharing)}" if sharing else ""
     return Speed(
-        twin=f"{suite.description}; {twin.name}{shared}",
+        twin=f"{suite.description}, {suite.prompt} tokens in the cache",
+        layout=twin.name + shared,
         decode_tokens_per_second={batch: median(rates[task]) for batch, task in decode.items()},
         prefill_tokens_per_second={batch: median(rates[task]) for batch, task in prefill.items()},
         decode_over_fp16={batch: median(rates[task] / fp16[task]) for batch, task in decode.items()},

@@ -61,6 +61,7 @@ class Row(_Frozen):
     decode_over_fp16: dict[str, Measured | None]
     prefill_over_fp16: dict[str, Measured | None]
     twin: str | None
+    layout: str | None
     """What was timed."""
     failures: tuple[Failure, ...]
     versions: dict[str, str]
@@ -195,6 +196,7 @@ def _row(record: Record, *, domains: Sequence[str], decode: Sequence[str], prefi
         decode_over_fp16={batch: decode_over_fp16.get(batch) for batch in decode},
         prefill_over_fp16={batch: speed.prefill_over_fp16.get(batch) if speed else None for batch in prefill},
         twin=speed.twin if speed else None,
+        layout=speed.layout if speed else None,
         failures=tuple(failures),
         versions=record.versions,
     )
