@@ -158,7 +158,7 @@ def report(
 ) -> None:
     """Build the matrix again from the records of a run, without measuring."""
     records = read_records(directory / "records")
-    copy = directory / "recipe.yaml"
+    copy = directory / ".recipe.yaml"
     if copy.is_file():
         order = ["source", *load_recipe(copy).recipe.variants]
         records.sort(key=lambda record: order.index(record.variant) if record.variant in order else len(order))

@@ -7,7 +7,6 @@ from pathlib import Path
 from rich.console import Console
 
 from quantlab import console as show
-from quantlab.checkpoint.files import write_atomically
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
 from quantlab.plan.model import Plan, VariantPlan
@@ -34,9 +33,7 @@ def make(
             task = bars.add_task(variant.name, total=plan.source_bytes, detail=variant.description)
             return lambda nbytes: bars.advance(task, nbytes)
 
-        made = make_artifacts(plan, recipe, directory, announce, overwrite=overwrite)
-    write_atomically(out / "recipe.yaml", recipe.content)
-    return made
+        return make_artifacts(plan, recipe, directory, announce, overwrite=overwrite)
 
 
 def measure(recipe: LoadedRecipe, plan: Plan, out: Path, *, console: Console, quiet: bool, reuse: bool) -> Matrix:

@@ -58,8 +58,12 @@ def test_heldout_text_was_not_trained_on() -> None:
     """No paragraph of the held-out text stands in the calibration text, which comes from the training side."""
     paragraphs = []
     for name in ("calibration", "heldout"):
-        texts = [json.loads(line)["text"] for line in (ROOT / "eval" / "corpora" / f"{name}.jsonl").read_text().splitlines()]
-        paragraphs.append({" ".join(part.split()) for text in texts for part in text.split("\n\n") if len(part.split()) >= 12})
+        texts = [
+            json.loads(line)["text"] for line in (ROOT / "eval" / "corpora" / f"{name}.jsonl").read_text().splitlines()
+        ]
+        paragraphs.append(
+            {" ".join(part.split()) for text in texts for part in text.split("\n\n") if len(part.split()) >= 12}
+        )
     assert len(paragraphs[1]) > 100
     assert not paragraphs[0] & paragraphs[1]
 
@@ -72,7 +76,11 @@ def test_the_reference_checkpoint_is_what_the_readme_says() -> None:
     assert checkpoint.config["topk_method"] == "noaux_tc"
     assert checkpoint.fp8_block == (128, 128)
     assert len(checkpoint.files) >= 4
-    parted = [name for name, entry in checkpoint.tensors.items() if name.endswith("_scale_inv") and entry.file != checkpoint.tensors[name.removesuffix("_scale_inv")].file]
+    parted = [
+        name
+        for name, entry in checkpoint.tensors.items()
+        if name.endswith("_scale_inv") and entry.file != checkpoint.tensors[name.removesuffix("_scale_inv")].file
+    ]
     assert parted
     assert any(name.startswith("model.layers.8.eh_proj") for name in checkpoint.tensors)
 
@@ -98,19 +106,31 @@ def test_no_module_is_a_drawer() -> None:
     assert not {"utils", "helpers", "common", "misc", "base"} & {path.stem for path in MODULES}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "quantlab" / "algorithms").glob("[!_]*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "quantlab" / "algorithms").glob("[!_]*.py")), ids=lambda path: path.stem
+)
 def test_an_algorithm_is_pure_and_names_its_paper(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert re.search(r"arXiv \d{4}\.\d{5}", ast.get_docstring(tree) or "")
     allowed = ("torch", "math", "typing", "dataclasses", "collections", "quantlab.numerics", "quantlab.algorithms")
     for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names = (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         assert all(name.startswith(allowed) for name in names)
 
 
 def test_importing_everything_changes_nothing() -> None:
     """No environment writes, no thread settings, no files: import of every module in a fresh process."""
-    names = [str(path.relative_to(ROOT).with_suffix("")).replace(os.sep, ".").removesuffix(".__init__") for path in MODULES if path.name != "__main__.py"]
+    names = [
+        str(path.relative_to(ROOT).with_suffix("")).replace(os.sep, ".").removesuffix(".__init__")
+        for path in MODULES
+        if path.name != "__main__.py"
+    ]
     code = (
         "import os, torch\n"
         "before = (dict(os.environ), torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())\n"

@@ -77,7 +77,9 @@ def rtn(
     return QuantizedMatrix(q, scale, bits)
 
 
-def _clipped_scale(grouped: Tensor, first: Tensor, *, bits: int, dtype: torch.dtype, steps: int, floor: float) -> Tensor:
+def _clipped_scale(
+    grouped: Tensor, first: Tensor, *, bits: int, dtype: torch.dtype, steps: int, floor: float
+) -> Tensor:
     """Per group the stored scale of least squared error among ``p * first``, p = 1 ... floor; `first` itself if steps is 0."""
     best = usable_scale(first, dtype)
     if steps == 0:

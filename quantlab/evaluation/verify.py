@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from quantlab.checkpoint.files import write_atomically
 from quantlab.checkpoint.index import INDEX_NAME, Checkpoint, open_checkpoint, read_json
 from quantlab.checkpoint.reader import DTYPE_NAMES, Reader
-from quantlab.checkpoint.files import write_atomically
 from quantlab.checkpoint.writer import ShardWriter
 from quantlab.errors import ArtifactError
 from quantlab.formats.stored import StoredWeights
@@ -26,7 +26,10 @@ from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.runtime.load import load
 
 _TOKENS = (2, 48)
-_TOLERANCE = {"bitwise": 0.0, "float32": 2e-3}
+_FLOAT32 = 1e-4
+"""Largest relative difference of logits that the order of float32 sums explains (measured: 6e-7)."""
+_INT8_ACTIVATIONS = 0.15
+"""The same where activations are rounded to int8 (measured: 0.04 on the reference model, 0.07 on random ones)."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,13 @@ def verify(artifact: Path) -> Iterator[Check]:
             fix="give a directory under runs/NAME/artifacts",
         )
     manifest = read_json(manifest_path)
+    if not {"files", "ledger", "key"} <= set(manifest):
+        raise ArtifactError(
+            "the manifest is damaged",
+            where=str(manifest_path),
+            found=", ".join(manifest) or "nothing",
+            fix="make the artifact again",
+        )
     hashes = _check_hashes(artifact, manifest)
     yield hashes
     if hashes.verdict == "failed":
@@ -153,10 +163,9 @@ def _logits_of_transformers(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    quantization = CompressedTensorsConfig(dequantize=True) if dequantize else None
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, quantization_config=quantization, output_loading_info=True
-    )
+    # the keyword is given only where it says something: None would hide the artifact's own quantization_config
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise RuntimeError(f"transformers found no weights for {sorted(info['missing_keys'])[:3]}")
     with torch.inference_mode():
@@ -167,16 +176,19 @@ def _logits_of_transformers(
 def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected: Tensor) -> Check:
     name = "transformers loads it, logits equal to the dequantized reference"
     activations = any(
-        scheme.quantized_activations for _, scheme in (stored.quantization.groups if stored.quantization else ())
+        scheme is not None and scheme.quantized_activations for scheme in map(stored.scheme_of, stored.names())
     )
-    if activations and any(".mlp.experts." in tensor for tensor in checkpoint.tensors):
+    if any(
+        ".mlp.experts." in tensor and (scheme := stored.scheme_of(tensor)) and scheme.quantized_activations
+        for tensor in stored.names()
+    ):
         return Check(name, "not applicable", "transformers 5 cannot load int8 experts with quantized activations")
     try:
         logits = _logits_of_transformers(checkpoint.directory, checkpoint, dequantize=activations)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        return Check(name, "failed", str(error).splitlines()[0])
+        return Check(name, "failed", next(iter(str(error).splitlines()), type(error).__name__))
     difference = (logits - expected).abs().max().item()
-    verdict: Literal["ok", "failed"] = "ok" if difference <= _TOLERANCE["bitwise"] else "failed"
+    verdict: Literal["ok", "failed"] = "ok" if difference == 0 else "failed"
     return Check(name, verdict, f"largest logit difference {difference:.3g}")
 
 
@@ -189,6 +201,11 @@ def _check_runtime(artifact: Path, reference: Path, checkpoint: Checkpoint, stor
     relative = ((logits - expected).norm() / expected.norm()).item()
     largest = (logits - expected).abs().max().item()
     detail = f"largest logit difference {largest:.3g}, relative {relative:.2g}"
-    if any(scheme.quantized_activations for _, scheme in (stored.quantization.groups if stored.quantization else ())):
-        return Check(name, "ok", detail + " (its activations are int8, the reference's are not)")
-    return Check(name, "ok" if relative <= _TOLERANCE["float32"] else "failed", detail)
+    if any(scheme is not None and scheme.quantized_activations for scheme in map(stored.scheme_of, stored.names())):
+        bound, detail = (
+            _INT8_ACTIVATIONS,
+            detail + f" (its activations are int8, the reference's are not; bound {_INT8_ACTIVATIONS:g})",
+        )
+    else:
+        bound = _FLOAT32
+    return Check(name, "ok" if relative <= bound else "failed", detail)  # NaN compares as failed

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from quantlab.architectures.architecture import size_of
 from quantlab.architectures.families import detect
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.errors import PlanError
@@ -45,8 +46,9 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, code_version: str) -
     architecture = detect(checkpoint.config)
     weights = survey(checkpoint, architecture)
     fingerprint = checkpoint.fingerprint()
+    heads = size_of(checkpoint.config, "num_attention_heads")
     variants = tuple(
-        _plan_variant(name, passes, weights, seed=f"{code_version} {fingerprint}")
+        _plan_variant(name, passes, weights, seed=f"{code_version} {fingerprint}", heads=heads)
         for name, passes in recipe.variants.items()
     )
     return Plan(checkpoint, architecture, variants)
@@ -70,7 +72,9 @@ def describe(passes: Sequence[AnyPass]) -> str:
     return " → ".join(words)
 
 
-def _plan_variant(name: str, passes: Sequence[AnyPass], weights: Sequence[SourceWeight], *, seed: str) -> VariantPlan:
+def _plan_variant(
+    name: str, passes: Sequence[AnyPass], weights: Sequence[SourceWeight], *, seed: str, heads: int
+) -> VariantPlan:
     cast = next((step.cast for step in passes if isinstance(step, Cast)), None)
     changes = [step for step in passes if not isinstance(step, Cast)]
     steps = [_plan_step(weight, _applied(changes, weight, variant=name), cast) for weight in weights]
@@ -84,7 +88,7 @@ def _plan_variant(name: str, passes: Sequence[AnyPass], weights: Sequence[Source
         blocks=_blocks(steps),
         key=hashlib.sha256(f"{_LAYOUT_VERSION} {LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),
         peak_memory_bytes=peak_memory(steps),
-        tensor_parallel=tensor_parallel_sizes(steps),
+        tensor_parallel=tensor_parallel_sizes(steps, heads=heads),
         notes=serving_notes(steps),
     )
 
@@ -160,6 +164,13 @@ def _check_claims(passes: Sequence[Prune | Quantize], steps: Sequence[Step], *, 
                 where=f"variant {variant}, {describe([step])}",
                 found=f"no linear of role {', '.join(absent)} in this checkpoint",
                 fix=f"its linears have the roles {', '.join(roles)}",
+            )
+        if not any(step in planned.passes for planned in steps):
+            raise PlanError(
+                "a pass changes nothing",
+                where=f"variant {variant}, {describe([step])}",
+                found=f"every targeted linear is ignored by {', '.join(step.ignore)}",
+                fix="ignore less, or leave the pass out",
             )
         for pattern in step.ignore:
             if not any(role in step.targets and fnmatch.fnmatchcase(module, pattern) for role, module in modules):

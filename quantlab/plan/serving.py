@@ -27,9 +27,9 @@ def check_serving_rules(steps: Sequence[Step], *, variant: str) -> None:
     _check_experts(steps, variant=variant)
 
 
-def tensor_parallel_sizes(steps: Iterable[Step]) -> tuple[int, ...]:
-    """Sizes of tensor parallelism at which every quantized linear can be split: whole groups in every rank's part."""
-    sizes = list(_TENSOR_PARALLEL_SIZES)
+def tensor_parallel_sizes(steps: Iterable[Step], *, heads: int) -> tuple[int, ...]:
+    """Sizes of tensor parallelism that divide the attention heads and, in every quantized linear, leave whole groups."""
+    sizes = [size for size in _TENSOR_PARALLEL_SIZES if heads % size == 0]
     for step in steps:
         scheme, rule = _scheme(step), step.claim.rule
         if scheme is None or rule is None:
@@ -46,6 +46,18 @@ def serving_notes(steps: Sequence[Step]) -> tuple[str, ...]:
     notes = []
     if any(step.claim.role == "kv_b" and (scheme := _scheme(step)) is not None and scheme.packed for step in steps):
         notes.append("kv_b is packed: SGLang reads kv_b_proj only unquantized, vLLM loads it")
+    schemes = {
+        role: {_scheme(step) for step in steps if step.claim.role == role}
+        for role in ("routed_experts", "shared_experts")
+    }
+    if (
+        schemes["routed_experts"]
+        and schemes["shared_experts"]
+        and schemes["routed_experts"] != schemes["shared_experts"]
+    ):
+        notes.append(
+            "shared and routed experts differ: SGLang needs --disable-shared-experts-fusion for DeepSeek-V3 and R1"
+        )
     if any(step.outcome == "pruned" or len(step.passes) > 1 for step in steps):
         notes.append(
             "the zeros of unstructured pruning are stored like any other weight: no engine saves memory or time by them"

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -12,14 +11,14 @@ from typing import Any
 
 from quantlab.architectures.architecture import Role
 from quantlab.architectures.families import MODULE_PATTERNS
-from quantlab.checkpoint.index import INDEX_NAME, read_json
 from quantlab.checkpoint.files import write_atomically
+from quantlab.checkpoint.index import INDEX_NAME, read_json
 from quantlab.errors import ArtifactError
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.passes.apply import WeightReport
-from quantlab.plan.model import Plan, Step, VariantPlan
+from quantlab.plan.model import Plan, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
-from quantlab.recipe.schemes import SCHEMES
+from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.run.journal import FileRecord, FinishedBlock
 from quantlab.run.model_card import model_card
 
@@ -33,13 +32,17 @@ def finish_artifact(
 ) -> None:
     """Write everything but the shards. Each file depends on the plan and the weights alone, not on when it was made."""
     reports = {name: report for block in blocks for name, report in block.reports.items()}
+    files = {file.name: file for block in blocks for file in block.files}
+    for path in directory.iterdir():
+        if path.name not in files:
+            path.unlink()  # left by a run that was killed while it wrote the small files
     _write_json(directory / "config.json", patched_config(plan, variant))
     _write_json(directory / INDEX_NAME, _index(variant))
-    _copy_companions(plan.checkpoint.directory, directory)
+    for path in companions(plan.checkpoint.directory):
+        write_atomically(directory / path.name, path.read_bytes())
     write_atomically(directory / "README.md", model_card(plan, variant, recipe, reports).encode())
-    files = {file.name: file for block in blocks for file in block.files}
     for path in sorted(directory.iterdir()):
-        if path.name not in files and path.name != MANIFEST_NAME:
+        if path.name not in files:
             data = path.read_bytes()
             files[path.name] = FileRecord(path.name, hashlib.sha256(data).hexdigest(), len(data))
     write_atomically(directory / MANIFEST_NAME, _manifest(plan, variant, recipe, files, reports))
@@ -65,6 +68,15 @@ def manifest_key(artifact: Path) -> str:
     return str(read_json(path).get("key"))
 
 
+def manifest_is_whole(artifact: Path) -> bool:
+    """Whether every file of an artifact's manifest is there with its size."""
+    files = read_json(artifact / MANIFEST_NAME).get("files", {})
+    return all(
+        (artifact / name).is_file() and (artifact / name).stat().st_size == file["bytes"]
+        for name, file in files.items()
+    )
+
+
 def patched_config(plan: Plan, variant: VariantPlan) -> dict[str, Any]:
     """The source's config.json with only dtype and quantization_config changed.
 
@@ -83,45 +95,51 @@ def patched_config(plan: Plan, variant: VariantPlan) -> dict[str, Any]:
 def quantization_config(variant: VariantPlan) -> QuantizationConfig | None:
     """How engines are told what is quantized; None if nothing is.
 
-    With one scheme, every Linear is a target and the rest is ignored; with several, each scheme names its roles. Linears
-    that were left alone one by one are ignored by name.
+    With one scheme, every Linear is a target and the rest is ignored. With several, each scheme names its roles, or its
+    modules one by one where a role has several; the routed experts' scheme stands first, because transformers takes the
+    first group that names experts for all of them. Linears that were left alone one by one are ignored by name.
     """
     linears = [
         step
         for step in variant.steps
-        if step.claim.rule is not None and (step.claim.rule.linear or step.claim.role == "router")
+        if step.claim.name.endswith(".weight")
+        and step.claim.rule is not None
+        and (step.claim.rule.linear or step.claim.role == "router")
     ]
-    roles_of: dict[str, list[Role]] = {}
+    modules: dict[Role, dict[SchemeName | None, list[str]]] = {}
     for step in linears:
-        if step.quantize is not None and step.claim.role not in roles_of.setdefault(step.quantize.quantize, []):
-            roles_of[step.quantize.quantize].append(step.claim.role)
-    if not roles_of:
+        scheme = step.quantize.quantize if step.quantize else None
+        modules.setdefault(step.claim.role, {}).setdefault(scheme, []).append(step.claim.name.removesuffix(".weight"))
+    used = {scheme for schemes in modules.values() for scheme in schemes if scheme is not None}
+    if not used:
         return None
-    quantized_roles = {role for roles in roles_of.values() for role in roles}
-    present = {step.claim.role for step in linears} | {"lm_head"}
-    ignore = [pattern for role, pattern in MODULE_PATTERNS.items() if role in present and role not in quantized_roles]
+    whole = {role for role, schemes in modules.items() if set(schemes) == {None}} | {"lm_head"}
+    ignore = [pattern for role, pattern in MODULE_PATTERNS.items() if role in whole]
+    for layer in sorted({step.claim.layer or 0 for step in linears if step.claim.role == "mtp"}):
+        # SGLang builds the layer under the name `decoder`
+        ignore += [rf"re:model\.layers\.{layer}\..*", r"re:model\.decoder\..*"]
     ignore += [
-        rf"re:model\.layers\.{layer}\..*"
-        for layer in sorted({_layer(step) for step in linears if step.claim.role == "mtp"})
+        name
+        for role, schemes in modules.items()
+        if role not in whole and role != "mtp"
+        for name in schemes.get(None, [])
     ]
-    ignore += [
-        step.claim.name.removesuffix(".weight")
-        for step in linears
-        if step.claim.role in quantized_roles and step.quantize is None
+    roles = sorted(modules, key=lambda role: role != "routed_experts")
+    groups: dict[SchemeName, list[str]] = {}
+    for role in roles:
+        named = {scheme: names for scheme, names in modules[role].items() if scheme is not None}
+        for scheme, names in named.items():
+            groups.setdefault(scheme, []).extend([MODULE_PATTERNS[role]] if len(named) == 1 else names)
+    described = [
+        (("Linear",) if len(used) == 1 else tuple(targets), SCHEMES[scheme]) for scheme, targets in groups.items()
     ]
-    groups = []
-    for scheme in SCHEMES.values():
-        if scheme.name in roles_of:
-            targets = (
-                ("Linear",) if len(roles_of) == 1 else tuple(MODULE_PATTERNS[role] for role in roles_of[scheme.name])
-            )
-            groups.append((targets, scheme))
-    return QuantizationConfig(tuple(groups), tuple(ignore))
-
-
-def _layer(step: Step) -> int:
-    assert step.claim.layer is not None, "multi-token prediction happens in layers"
-    return step.claim.layer
+    config = QuantizationConfig(tuple(described), tuple(dict.fromkeys(ignore)))
+    for step in linears:
+        found = config.scheme_of(step.claim.name.removesuffix(".weight"))
+        assert found == (SCHEMES[step.quantize.quantize] if step.quantize else None), (
+            f"{step.claim.name} is described as {found}"
+        )
+    return config
 
 
 def _index(variant: VariantPlan) -> dict[str, Any]:
@@ -131,20 +149,15 @@ def _index(variant: VariantPlan) -> dict[str, Any]:
     return {"metadata": {"total_size": variant.artifact_bytes}, "weight_map": weight_map}
 
 
-def _copy_companions(source: Path, directory: Path) -> None:
+def companions(source: Path) -> list[Path]:
     """Tokenizer, generation config, chat template, remote code and licence of the source."""
-    for path in sorted(source.iterdir()):
-        wanted = path.suffix in _COMPANION_SUFFIXES or path.name.upper().startswith("LICENSE")
-        if path.is_file() and wanted and path.name not in _OWN_FILES:
-            try:
-                shutil.copyfile(path, directory / path.name)
-            except OSError as error:
-                raise ArtifactError(
-                    "a file cannot be copied",
-                    where=str(path),
-                    found=error.strerror,
-                    fix="free space, then run the same command again",
-                ) from error
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.name not in _OWN_FILES
+        and (path.suffix in _COMPANION_SUFFIXES or path.name.upper().startswith("LICENSE"))
+    ]
 
 
 def _manifest(

@@ -1,23 +1,28 @@
 """Where a recipe's results lie, and who may write there."""
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from quantlab.errors import ArtifactError, PlanError
 from quantlab.plan.model import Plan, VariantPlan
-from quantlab.run.artifact import manifest_key
-from quantlab.run.journal import journal_key
+from quantlab.run.artifact import manifest_is_whole, manifest_key
 
 _COMPANIONS_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The output directory of a recipe: artifacts/, records/, the matrix, and .work/ while something is unfinished."""
+    """The output directory of a recipe: artifacts/, records/, the matrix, and .work/ while something is unfinished.
+
+    Everything unfinished is in .work/, one directory a variant: `shards` becomes the artifact by one rename, `journal`
+    says which of its blocks are done, `replaced` is an older artifact on its way out.
+    """
 
     path: Path
 
@@ -25,10 +30,13 @@ class RunDirectory:
         return self.path / "artifacts" / variant
 
     def work(self, variant: str) -> Path:
-        return self.path / ".work" / variant
+        return self.path / ".work" / "variants" / variant
+
+    def shards(self, variant: str) -> Path:
+        return self.work(variant) / "shards"
 
     def journal(self, variant: str) -> Path:
-        return self.path / ".work" / f"{variant}.jsonl"
+        return self.work(variant) / "journal.jsonl"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -37,10 +45,23 @@ class RunDirectory:
         Raises:
             ArtifactError: another run is writing there, or the directory cannot be made.
         """
-        work = self.path / ".work"
-        make_directory(work)
-        with (work / "lock").open("w") as lock:
+        existed = self.path.exists()
+        lock = self._lock()
+        try:
+            yield
+        finally:
+            if not any((self.path / ".work" / "variants").glob("*")):
+                shutil.rmtree(self.path / ".work")
+                if not existed and not any(self.path.iterdir()):
+                    self.path.rmdir()
+            lock.close()
+
+    def _lock(self) -> IO[str]:
+        path = self.path / ".work" / "lock"
+        while True:
+            make_directory(path.parent / "variants")
             try:
+                lock = path.open("w")
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ArtifactError(
@@ -49,50 +70,78 @@ class RunDirectory:
                     found="its lock is held",
                     fix="wait for it, or choose another --out",
                 ) from error
-            try:
-                yield
-            finally:
-                if not any(path.suffix == ".jsonl" for path in work.iterdir()):
-                    shutil.rmtree(work)
-                    if not any(self.path.iterdir()):
-                        self.path.rmdir()
+            except FileNotFoundError:
+                continue  # a run that ended removed .work/ between the two calls
+            except OSError as error:
+                raise ArtifactError(
+                    "the output directory cannot be locked",
+                    where=str(path),
+                    found=error.strerror,
+                    fix="choose another --out",
+                ) from error
+            if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
+                return lock
+            lock.close()  # the file was removed by a run that ended; what is locked is not what others will find
 
-    def is_complete(self, variant: VariantPlan) -> bool:
-        """Whether the variant's artifact is there and was made by this plan.
+    def is_complete(self, variant: VariantPlan, *, overwrite: bool = False) -> bool:
+        """Whether the variant's artifact is there, whole, and made by this plan.
+
+        Args:
+            variant: the plan.
+            overwrite: answer False where an artifact of another recipe is to be replaced.
 
         Raises:
-            ArtifactError: an artifact of another recipe or model has its place.
+            ArtifactError: something else has its place: an artifact of another recipe or model, or no artifact at all.
         """
         artifact = self.artifact(variant.name)
         if not artifact.exists():
             return False
         found = manifest_key(artifact)
-        if found != variant.key:
+        if found == variant.key and manifest_is_whole(artifact):
+            return True
+        if overwrite:
+            return False
+        problem = "an incomplete artifact" if found == variant.key else "an artifact of another recipe"
+        raise ArtifactError(
+            f"the output directory holds {problem}",
+            where=str(artifact),
+            found="files are missing" if found == variant.key else f"plan {found[:12]}, this one is {variant.key[:12]}",
+            fix="choose another --out, or replace it with --overwrite",
+        )
+
+    def publish(self, variant: VariantPlan) -> None:
+        """Give the finished shards their name; an artifact that is replaced goes only now, by a rename too.
+
+        Raises:
+            ArtifactError: the disk does not take the rename.
+        """
+        artifact, replaced = self.artifact(variant.name), self.work(variant.name) / "replaced"
+        try:
+            artifact.parent.mkdir(exist_ok=True)
+            if artifact.exists():
+                artifact.replace(replaced)
+            self.shards(variant.name).replace(artifact)
+            shutil.rmtree(self.work(variant.name))
+        except OSError as error:
             raise ArtifactError(
-                "the output directory holds an artifact of another recipe",
+                "the artifact cannot be put in its place",
                 where=str(artifact),
-                found=f"plan {found[:12]}, this one is {variant.key[:12]}",
-                fix="choose another --out, or replace it with --overwrite",
-            )
-        return True
+                found=error.strerror,
+                fix="artifacts/ must be a directory on the disk of --out",
+            ) from error
 
-    def discard_foreign(self, variant: VariantPlan) -> None:
-        """Remove a variant's artifact and unfinished work where another recipe made them."""
-        artifact, journal = self.artifact(variant.name), self.journal(variant.name)
-        if artifact.exists() and manifest_key(artifact) != variant.key:
-            shutil.rmtree(artifact)
-        if journal.exists() and journal_key(journal) != variant.key:
-            shutil.rmtree(self.work(variant.name), ignore_errors=True)
-            journal.unlink()
+    def tidy(self, variant: VariantPlan) -> None:
+        """Remove what a run that was killed after the last rename has left."""
+        shutil.rmtree(self.work(variant.name), ignore_errors=True)
 
-    def check_space(self, plan: Plan) -> None:
+    def check_space(self, plan: Plan, complete: set[str]) -> None:
         """Refuse to begin what the disk cannot hold.
 
         Raises:
             PlanError: less space is free than the missing artifacts need.
         """
-        missing = [variant for variant in plan.variants if not self.artifact(variant.name).exists()]
-        begun = sum(path.stat().st_size for variant in missing for path in self.work(variant.name).glob("*"))
+        missing = [variant for variant in plan.variants if variant.name not in complete]
+        begun = sum(path.stat().st_size for variant in missing for path in self.shards(variant.name).glob("*"))
         needed = sum(variant.artifact_bytes for variant in missing) - begun
         free = shutil.disk_usage(self.path).free
         if missing and needed + _COMPANIONS_BYTES > free:

@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from quantlab.checkpoint.files import write_atomically
 from quantlab.plan.model import Plan, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.run.directory import RunDirectory
 from quantlab.run.loop import Progress, run_variant
+
+RECIPE_COPY = ".recipe.yaml"
+"""The recipe of a run, kept for the order of its rows."""
 
 Announce = Callable[[VariantPlan], Progress]
 """Called when work on a variant begins; returns what is told its progress."""
@@ -39,16 +43,14 @@ def make_artifacts(
     """
     made, kept = [], []
     with directory.locked():
-        if overwrite:
-            for variant in plan.variants:
-                directory.discard_foreign(variant)
-        complete = {variant.name for variant in plan.variants if directory.is_complete(variant)}
-        directory.check_space(plan)
+        complete = {variant.name for variant in plan.variants if directory.is_complete(variant, overwrite=overwrite)}
+        directory.check_space(plan, complete)
         for variant in plan.variants:
             if variant.name in complete:
-                directory.journal(variant.name).unlink(missing_ok=True)
+                directory.tidy(variant)
                 kept.append(variant.name)
             else:
-                run_variant(plan, variant, recipe, directory, announce(variant))
+                run_variant(plan, variant, recipe, directory, announce(variant), overwrite=overwrite)
                 made.append(variant.name)
+        write_atomically(directory.path / RECIPE_COPY, recipe.content)
     return MadeArtifacts(tuple(made), tuple(kept))

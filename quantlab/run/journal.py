@@ -33,9 +33,9 @@ class FinishedBlock:
 
 
 def journal_key(path: Path) -> str | None:
-    """The key of the plan a journal belongs to, None while its first line is not whole."""
-    lines = path.read_bytes().split(b"\n")
-    return json.loads(lines[0])["key"] if len(lines) > 1 else None
+    """The key of the plan a journal belongs to, None where there is none or its first line is not whole."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return str(json.loads(lines[0])["key"]) if len(lines) > 1 else None
 
 
 class Journal:

@@ -22,34 +22,40 @@ from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schemes import SCHEMES
 from quantlab.run.artifact import finish_artifact
 from quantlab.run.directory import RunDirectory, make_directory
-from quantlab.run.journal import FileRecord, FinishedBlock, Journal
+from quantlab.run.journal import FileRecord, FinishedBlock, Journal, journal_key
 
 Progress = Callable[[int], None]
 """Told the bytes of the source that have just been dealt with."""
 
 
 def run_variant(
-    plan: Plan, variant: VariantPlan, recipe: LoadedRecipe, directory: RunDirectory, progress: Progress
+    plan: Plan,
+    variant: VariantPlan,
+    recipe: LoadedRecipe,
+    directory: RunDirectory,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Make the artifact of one variant, or finish it where an earlier run stopped.
 
     Raises:
         CheckpointError: a weight cannot be read or is not finite.
-        ArtifactError: a file cannot be written, or the directory belongs to another recipe.
+        ArtifactError: a file cannot be written, or unfinished work of another recipe is in the way.
     """
     source = StoredWeights(Reader(plan.checkpoint))
-    work = directory.work(variant.name)
-    make_directory(work)
-    journal = Journal(directory.journal(variant.name), work, key=variant.key)
+    shards = directory.shards(variant.name)
+    if overwrite and journal_key(directory.journal(variant.name)) != variant.key:
+        directory.tidy(variant)
+    make_directory(shards)
+    journal = Journal(directory.journal(variant.name), shards, key=variant.key)
     for block in variant.blocks:
         if not journal.has(block.name):
-            journal.commit(make_block(block, source, work, progress))
+            journal.commit(make_block(block, source, shards, progress))
         else:
             progress(sum(step.source_bytes for shard in block.shards for step in shard.steps))
-    finish_artifact(plan, variant, recipe, work, journal.finished([block.name for block in variant.blocks]))
-    directory.artifact(variant.name).parent.mkdir(exist_ok=True)
-    work.replace(directory.artifact(variant.name))
-    journal.path.unlink()
+    finish_artifact(plan, variant, recipe, shards, journal.finished([block.name for block in variant.blocks]))
+    directory.publish(variant)
 
 
 def make_block(block: Block, source: StoredWeights, directory: Path, progress: Progress) -> FinishedBlock:
@@ -105,16 +111,42 @@ def is_finite(weight: Tensor) -> bool:
 def _change(step: Step, weight: Tensor) -> tuple[Tensor | QuantizedMatrix, WeightReport | None]:
     dtype = TORCH_DTYPES[step.dtype]
     if step.passes:
-        return apply_passes(weight, step.passes, dtype=dtype)
+        changed, report = apply_passes(weight, step.passes, dtype=dtype)
+        _check_range(step, weight, changed)
+        return changed, report
     converted = weight.to(dtype)
-    if not is_finite(converted):
-        raise CheckpointError(
-            "a weight overflows the dtype it is cast to",
-            where=f"{step.source.file}, {step.claim.name}",
-            found=f"largest magnitude {weight.abs().max().item():.4g}, {step.dtype} ends at {torch.finfo(dtype).max:.4g}",
-            fix="cast to bfloat16 instead",
-        )
+    _check_range(step, weight, converted)
     return converted, None
+
+
+def _check_range(step: Step, weight: Tensor, changed: Tensor | QuantizedMatrix) -> None:
+    """Refuse what the dtype of the result cannot hold: values or scales that became infinite, groups that became zero."""
+    values = changed.scale if isinstance(changed, QuantizedMatrix) else changed
+    if not is_finite(values):
+        extreme, edge = weight.abs().max().item(), torch.finfo(values.dtype).max
+        problem, found = "overflows", f"largest magnitude {extreme:.4g}; {step.dtype} ends at {edge:.4g}"
+    elif isinstance(changed, QuantizedMatrix) and lost_groups(weight, changed):
+        problem, found = (
+            "underflows",
+            f"{lost_groups(weight, changed)} scales are too small for {step.dtype}: their weights would all become zero",
+        )
+    else:
+        return
+    raise CheckpointError(
+        f"a weight {problem} the dtype it is stored in",
+        where=f"{step.source.file}, {step.claim.name}",
+        found=found,
+        fix="cast to bfloat16 instead" if step.dtype == "F16" else "leave it out with `ignore`",
+    )
+
+
+def lost_groups(weight: Tensor, matrix: QuantizedMatrix) -> int:
+    """How many groups became zero because their scale is too small to store; groups that were pruned away do not count."""
+    rows, groups = matrix.scale.shape
+    finfo = torch.finfo(matrix.scale.dtype)
+    largest = weight.view(rows, groups, -1).abs().amax(dim=2).to(torch.float32)
+    too_small = (largest > 0) & (largest <= finfo.smallest_normal * finfo.eps * (1 << matrix.bits))
+    return int((too_small & ~matrix.q.view(rows, groups, -1).any(dim=2)).sum())
 
 
 def _encode(step: Step, changed: Tensor | QuantizedMatrix) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ def register() -> None:
     AttentionMaskInterface.register(PADDED_SDPA, sdpa_mask)
 
 
-def padded_sdpa(  # type: ignore[no-untyped-def]  # noqa: ANN201, PLR0913
+def padded_sdpa(  # type: ignore[no-untyped-def]  # noqa: ANN201
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -17,38 +17,49 @@ VARIANTS = "  w4a16: [{quantize: int4_g128}]\n  fp16: [{cast: float16}]\n"
 # Runs the command line in a process that kills itself, without warning, at the N-th call of a function.
 DRIVER = """
 import os, signal, sys
-import quantlab.checkpoint.writer as writer, quantlab.run.journal as journal, quantlab.run.artifact as artifact, quantlab.run.loop as loop
-import pathlib
+import quantlab.checkpoint.files as files, quantlab.checkpoint.writer as writer, quantlab.run.artifact as artifact
+import quantlab.run.directory as directory, quantlab.run.journal as journal
 target, number = sys.argv[1], int(sys.argv[2])
 calls = 0
-def killing(function):
+def killing(owner, name):
+    function = getattr(owner, name)
     def wrapper(*args, **kwargs):
         global calls
         calls += 1
         if calls == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
-    return wrapper
-if target == "write": writer.ShardWriter.write = killing(writer.ShardWriter.write)
-if target == "commit": journal.Journal.commit = killing(journal.Journal.commit)
-if target == "finish": artifact.write_atomically = killing(artifact.write_atomically)
-if target == "appear": pathlib.Path.replace = killing(pathlib.Path.replace)
-if target == "unlink": pathlib.Path.unlink = killing(pathlib.Path.unlink)
+    setattr(owner, name, wrapper)
+match target:
+    case "write": killing(writer.ShardWriter, "write")
+    case "commit": killing(journal.Journal, "commit")
+    case "finish": killing(artifact, "write_atomically")
+    case "half a file": killing(files.os, "fsync")
+    case "publish": killing(directory.RunDirectory, "publish")
+    case "tidy": killing(directory.shutil, "rmtree")
 sys.argv = ["quantlab", *sys.argv[3:]]
 from quantlab.cli import main
 main()
 """
-# first tensor; inside a shard; between shards and their journal; before the config; before the manifest; when the
-# directory appears under its name; before the journal is removed
-MOMENTS = [("write", 1), ("write", 40), ("commit", 3), ("finish", 1), ("finish", 4), ("appear", 9), ("unlink", 1)]
+# first tensor; inside a shard; between a shard and its line in the journal; before the config; before the manifest; while
+# the manifest is half written; before the artifact gets its name; before the journal is removed. The second variant begins
+# after the first is complete: tensor 200 and block 9 are its.
+MOMENTS = [
+    ("write", 1), ("write", 40), ("write", 250), ("commit", 3), ("commit", 9), ("finish", 1), ("finish", 6), ("half a file", 19),
+    ("publish", 1), ("publish", 2), ("tidy", 1),
+]  # fmt: skip
 
 
 def command(recipe: Path, out: Path) -> list[str]:
     return ["run", str(recipe), "--out", str(out), "--quiet"]
 
 
-def start(*arguments: str, driver: str = "from quantlab.cli import main; main()", prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", driver, *prefix, *arguments], capture_output=True, text=True, check=False)
+def start(
+    *arguments: str, driver: str = "from quantlab.cli import main; main()", prefix: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", driver, *prefix, *arguments], capture_output=True, text=True, check=False
+    )
 
 
 def hashes(out: Path) -> dict[str, str]:
@@ -71,7 +82,9 @@ def uninterrupted(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.parametrize(("target", "number"), MOMENTS)
-def test_killed_and_resumed_equals_uninterrupted(target: str, number: int, recipe: Path, uninterrupted: dict[str, str], tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_uninterrupted(
+    target: str, number: int, recipe: Path, uninterrupted: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     killed = start(*command(recipe, out), driver=DRIVER, prefix=(target, str(number)))
     assert killed.returncode == -signal.SIGKILL
@@ -88,9 +101,9 @@ def test_killed_and_resumed_equals_uninterrupted(target: str, number: int, recip
 def test_finished_blocks_are_not_made_again(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     start(*command(recipe, out), driver=DRIVER, prefix=("commit", "4"))
-    work = out / ".work" / "w4a16"
-    before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
-    lines = (out / ".work" / "w4a16.jsonl").read_text().splitlines()
+    work = out / ".work" / "variants" / "w4a16"
+    before = {path.name: path.stat().st_mtime_ns for path in (work / "shards").glob("*.safetensors")}
+    lines = (work / "journal.jsonl").read_text().splitlines()
     assert len(lines) == 4
     finished = [file["name"] for line in lines[1:] for file in json.loads(line)["files"]]
     assert start(*command(recipe, out)).returncode == 0
@@ -101,7 +114,7 @@ def test_finished_blocks_are_not_made_again(recipe: Path, tmp_path: Path) -> Non
 def test_a_torn_journal_line_is_cut_off(recipe: Path, uninterrupted: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     start(*command(recipe, out), driver=DRIVER, prefix=("commit", "3"))
-    journal = out / ".work" / "w4a16.jsonl"
+    journal = out / ".work" / "variants" / "w4a16" / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-20])
     assert start(*command(recipe, out)).returncode == 0
     assert hashes(out / "artifacts") == uninterrupted
@@ -126,8 +139,47 @@ def test_artifacts_of_another_recipe_are_refused_and_can_be_replaced(recipe: Pat
     assert "--overwrite" in refused.stderr
     assert hashes(out) == before
     assert start(*command(recipe, out), "--overwrite").returncode == 0
-    assert hashes(out / "artifacts" / "fp16") == {k.removeprefix("artifacts/fp16/"): v for k, v in before.items() if k.startswith("artifacts/fp16/")}
+    assert hashes(out / "artifacts" / "fp16") == {
+        k.removeprefix("artifacts/fp16/"): v for k, v in before.items() if k.startswith("artifacts/fp16/")
+    }
     assert hashes(out / "artifacts" / "w4a16") != hashes(out / "artifacts" / "fp16")
+
+
+def test_a_failed_overwrite_leaves_the_old_artifact(recipe: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    out = tmp_path / "out"
+    start(*command(recipe, out))
+    before = hashes(out / "artifacts")
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoints["deepseek_v3"], broken)
+    last = sorted(broken.glob("*.safetensors"))[-1]
+    tensors = load_file(last)
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.element_size() == 2)
+    tensors[name][0] = float("nan")
+    save_file(tensors, last)
+    recipe.write_text(
+        recipe.read_text().replace(str(checkpoints["deepseek_v3"]), str(broken)).replace("int4_g128", "int4_g64")
+    )
+    failed = start(*command(recipe, out), "--overwrite")
+    assert failed.returncode == 1
+    assert "a weight is not finite" in failed.stderr
+    assert hashes(out / "artifacts") == before
+
+
+def test_an_artifact_that_lost_a_file_is_noticed_and_can_be_made_again(
+    recipe: Path, uninterrupted: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    start(*command(recipe, out))
+    next((out / "artifacts" / "w4a16").glob("*.safetensors")).unlink()
+    refused = start(*command(recipe, out))
+    assert refused.returncode == 1
+    assert "an incomplete artifact" in refused.stderr
+    assert start(*command(recipe, out), "--overwrite").returncode == 0
+    assert hashes(out / "artifacts") == uninterrupted
 
 
 def test_unfinished_work_of_another_recipe_is_refused(recipe: Path, tmp_path: Path) -> None:
@@ -151,7 +203,9 @@ def test_a_directory_that_is_no_artifact_is_refused(recipe: Path, tmp_path: Path
     assert precious.read_text() == "years of work"
 
 
-def test_a_full_disk_is_an_error_and_the_run_can_go_on(recipe: Path, uninterrupted: dict[str, str], tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_the_run_can_go_on(
+    recipe: Path, uninterrupted: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
 
     def limit() -> None:
@@ -208,7 +262,24 @@ def test_weights_that_are_not_finite(checkpoints: dict[str, Path], write_recipe:
         assert not (out / "artifacts").exists()
 
 
-def test_an_overflowing_cast(checkpoints: dict[str, Path], write_recipe: WriteRecipe, tmp_path: Path) -> None:
+OVERFLOWS = [
+    ("model.norm.weight", 1e5, "[{cast: float16}]", "overflows"),
+    ("model.layers.0.mlp.up_proj.weight", 1e6, "[{cast: float16}, {prune: 0.08}]", "overflows"),
+    ("model.layers.0.mlp.up_proj.weight", 1e8, "[{cast: float16}, {quantize: int8}]", "overflows"),
+    ("model.layers.0.mlp.up_proj.weight", None, "[{cast: float16}, {quantize: int8}]", "underflows"),
+]
+
+
+@pytest.mark.parametrize(("tensor", "value", "passes", "problem"), OVERFLOWS)
+def test_what_the_dtype_cannot_hold(
+    tensor: str,
+    value: float | None,
+    passes: str,
+    problem: str,
+    checkpoints: dict[str, Path],
+    write_recipe: WriteRecipe,
+    tmp_path: Path,
+) -> None:
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -216,11 +287,15 @@ def test_an_overflowing_cast(checkpoints: dict[str, Path], write_recipe: WriteRe
     large = tmp_path / "large"
     shutil.copytree(checkpoints["llama"], large)
     tensors = load_file(large / "model.safetensors")
-    tensors["model.norm.weight"][0] = 1e5
+    if value is None:
+        tensors[tensor] *= 1e-7
+    else:
+        tensors[tensor].view(-1)[0] = value
     save_file(tensors, large / "model.safetensors")
-    refused = start(*command(write_recipe(large, "  fp16: [{cast: float16}]\n"), tmp_path / "out"))
+    refused = start(*command(write_recipe(large, f"  fp16: {passes}\n"), tmp_path / "out"))
     assert refused.returncode == 1
-    assert "overflows the dtype" in refused.stderr
+    assert f"a weight {problem} the dtype" in refused.stderr
+    assert not (tmp_path / "out" / "artifacts").exists()
     assert "cast to bfloat16 instead" in refused.stderr
 
 
