@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +16,7 @@ from quantlab import console as show
 from quantlab.architectures.families import detect
 from quantlab.checkpoint.hub import download
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
+from quantlab.documents import nearest
 from quantlab.errors import QuantlabError, RecipeError
 from quantlab.evaluation.suite import load_suite
 from quantlab.plan.compile import code_version, compile_plan
@@ -54,6 +57,9 @@ def plan(
 ) -> None:
     """Say what a recipe would make, from headers alone: sizes, memory, the fate of every tensor, serving rules."""
     _, compiled = _compile(recipe)
+    names = [variant.name for variant in compiled.variants]
+    if ledger is not None and ledger not in names:
+        raise RecipeError("there is no such variant", where="--ledger", found=repr(ledger), fix=nearest(ledger, names))
     if as_json:
         typer.echo(json.dumps(show.plan_json(compiled), indent=1))
         return
@@ -62,7 +68,7 @@ def plan(
     _out.print(show.outcome_table(compiled))
     for variant in compiled.variants:
         for note in variant.notes:
-            _out.print(f"[bold]{variant.name}[/]: {note}", highlight=False)
+            _out.print(f"{variant.name}: {note}", highlight=False, markup=False)
         if ledger == variant.name:
             _out.print(show.ledger_table(variant))
 
@@ -90,7 +96,7 @@ def inspect(
         typer.echo(json.dumps({"architecture": architecture.class_name, "tensors": tensors}, indent=1))
         return
     fp8 = f", FP8 in blocks of {opened.fp8_block[0]}x{opened.fp8_block[1]}" if opened.fp8_block else ""
-    _out.print(f"[bold]{architecture.class_name}[/] in {len(opened.files)} files{fp8}", highlight=False)
+    _out.print(f"{architecture.class_name} in {len(opened.files)} files{fp8}", highlight=False, markup=False)
     _out.print(show.checkpoint_table(weights))
 
 
@@ -110,7 +116,8 @@ def run(
     from quantlab.stages import make, measure  # imports torch, which `plan` and `--help` do without
 
     directory = _directory(loaded, out)
-    made = make(loaded, compiled, directory, console=_err, quiet=quiet or as_json, overwrite=overwrite)
+    with _interruptible():
+        made = make(loaded, compiled, directory, console=_err, quiet=quiet or as_json, overwrite=overwrite)
     if not (quiet or as_json):
         show.print_artifacts(_err, made.made, made.kept, directory)
     if loaded.recipe.evaluate is None:
@@ -119,7 +126,8 @@ def run(
                 json.dumps({"artifacts": [str(directory / "artifacts" / name) for name in loaded.recipe.variants]})
             )
         return
-    matrix = measure(loaded, compiled, directory, console=_err, quiet=quiet or as_json, reuse=True)
+    with _interruptible():
+        matrix = measure(loaded, compiled, directory, console=_err, quiet=quiet or as_json, reuse=True)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
     if not (quiet or as_json):
         _err.print(f"{time.monotonic() - started:.0f} s in all", style="dim")
@@ -147,7 +155,8 @@ def evaluate_artifacts(
     from quantlab.stages import measure  # imports torch
 
     directory = _directory(loaded, out)
-    matrix = measure(loaded, compiled, directory, console=_err, quiet=quiet or as_json, reuse=not again)
+    with _interruptible():
+        matrix = measure(loaded, compiled, directory, console=_err, quiet=quiet or as_json, reuse=not again)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
 
 
@@ -185,15 +194,22 @@ def verify(
 
 
 def main() -> None:
-    """Entry point: errors of ours become messages and exit code 1, an interruption 130."""
+    """Entry point: errors of ours become messages and exit code 1."""
     try:
         app()
     except QuantlabError as error:
         show.print_error(_err, error)
         sys.exit(1)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends long work with a word on how to go on."""
+    try:
+        yield
     except KeyboardInterrupt:
         _err.print("interrupted; run the same command again to continue")
-        sys.exit(130)
+        raise typer.Exit(130) from None
 
 
 def _compile(path: Path) -> tuple[LoadedRecipe, Plan]:
@@ -217,4 +233,4 @@ def _show_matrix(matrix: Matrix, directory: Path, *, quiet: bool, as_json: bool)
         typer.echo(matrix.to_json())
     elif not quiet:
         print_matrix(matrix, _out)
-        _err.print(f"{directory}/matrix.html, .md, .csv, .json", style="dim", highlight=False)
+        _err.print(f"{directory}/matrix.html, .md, .csv, .json", style="dim", highlight=False, markup=False)

@@ -54,7 +54,7 @@ class StageBars:
 def print_artifacts(console: Console, made: Sequence[str], kept: Sequence[str], directory: Path) -> None:
     """Which artifacts are new and which were there."""
     words = [f"{len(names)} artifacts {what}" for names, what in ((made, "made"), (kept, "kept")) if names]
-    console.print(f"{', '.join(words)} in {directory}/artifacts", style="dim", highlight=False)
+    console.print(f"{', '.join(words)} in {directory}/artifacts", style="dim", highlight=False, markup=False)
 
 
 def print_check(console: Console, name: str, verdict: str, detail: str) -> None:
@@ -143,7 +143,7 @@ def ledger_table(variant: VariantPlan) -> Table:
         table.add_column(head, overflow="fold")
     for step in variant.steps:
         for entry in step.ledger():
-            table.add_row(entry.tensor, entry.role, entry.outcome, entry.reason)
+            table.add_row(Text(entry.tensor), entry.role, entry.outcome, Text(entry.reason))
     return table
 
 

@@ -41,7 +41,7 @@ class _CoreLoader(yaml.SafeLoader):
 _CoreLoader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
     (
         "float",
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
@@ -80,6 +80,7 @@ def load_document(path: Path, model: type[Model], *, kind: str) -> tuple[Model, 
             f"the {kind} is not UTF-8 text", where=str(path), found=str(error), fix="save the file as UTF-8"
         ) from error
     try:
+        _refuse_aliases(text, path)
         root = yaml.compose(text, Loader=_CoreLoader)
         _refuse_repeated_keys(root, path)
         content = yaml.load(text, Loader=_CoreLoader)  # noqa: S506 - a SafeLoader
@@ -90,6 +91,13 @@ def load_document(path: Path, model: type[Model], *, kind: str) -> tuple[Model, 
             where=f"{path}:{line}",
             found=error.problem,
             fix="correct the syntax on or just above this line",
+        ) from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise RecipeError(
+            f"the {kind} is not valid YAML",
+            where=str(path),
+            found=_shortened(" ".join(str(error).split())),
+            fix="write plain mappings, lists, text and numbers",
         ) from error
     if not isinstance(content, dict):
         raise RecipeError(
@@ -108,6 +116,18 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """` (did you mean X?)` when a known word is close, else the list of them."""
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean `{matches[0]}`?" if matches else "use one of: " + ", ".join(known)
+
+
+def _refuse_aliases(text: str, path: Path) -> None:
+    """A recipe has no use for anchors, and nested ones can make a small file endless."""
+    for event in yaml.parse(text, Loader=_CoreLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise RecipeError(
+                "aliases are not read",
+                where=f"{path}:{event.start_mark.line + 1 if event.start_mark else 1}",
+                found=f"*{event.anchor}",
+                fix="write the value out",
+            )
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:

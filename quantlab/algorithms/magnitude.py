@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def magnitude_mask(W: Tensor, *, ratio: float) -> Tensor:
-    """The weights to remove: exactly ``floor(ratio * N * K)`` of the smallest ``|W|`` of the whole matrix.
+    """The weights to remove: exactly ``round(ratio * N * K)`` of the smallest ``|W|`` of the whole matrix.
 
     Args:
         W: [N, K] of any floating dtype.
@@ -17,7 +17,7 @@ def magnitude_mask(W: Tensor, *, ratio: float) -> Tensor:
     Returns:
         [N, K] bool, True where a weight is removed. Of equal magnitudes the first in row order go first.
     """
-    count = int(ratio * W.numel())
+    count = round(ratio * W.numel())
     if count == 0:
         return torch.zeros(W.shape, dtype=torch.bool)
     magnitude = W.abs().flatten().to(torch.float32)

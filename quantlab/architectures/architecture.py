@@ -161,8 +161,11 @@ class Architecture:
                 return extra
 
 
-def size_of(config: Config, field: str, *, default: int | None = None) -> int:
-    """A size of config.json.
+_LARGEST_SIZE = 10_000_000
+
+
+def size_of(config: Config, field: str, *, default: int | None = None, least: int = 0) -> int:
+    """A size of config.json, at least `least`.
 
     Raises:
         CheckpointError: the field is missing and has no default, or is no whole number.
@@ -170,7 +173,7 @@ def size_of(config: Config, field: str, *, default: int | None = None) -> int:
     value = config.get(field)
     if value is None and default is not None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST_SIZE:
         raise CheckpointError(
             f"config.json has no usable {field}",
             where="config.json",

@@ -141,7 +141,7 @@ def _deepseek_dimensions(config: Config) -> Dimensions:
         "layers": layers,
         "mtp_layers": size_of(config, "num_nextn_predict_layers", default=0),
         "first_moe": size_of(config, "first_k_dense_replace", default=0) if experts else layers,
-        "moe_every": size_of(config, "moe_layer_freq", default=1),
+        "moe_every": size_of(config, "moe_layer_freq", default=1, least=1),
         "experts": experts,
         "queries": heads * (nope + rope),
         "q_lora": size_of(config, "q_lora_rank", default=0),
@@ -186,6 +186,8 @@ def detect(config: Config) -> Architecture:
         CheckpointError: the architecture is none of those quantlab knows.
     """
     classes = config.get("architectures") or []
+    if not isinstance(classes, list):
+        classes = [classes]
     for architecture in ARCHITECTURES:
         if architecture.class_name in classes or (not classes and config.get("model_type") == architecture.name):
             return architecture

@@ -70,7 +70,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         ) from error
     try:
         content = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, "its header is not JSON", str(error)) from error
     if not isinstance(content, dict):
         raise _damaged(path, "its header is not a JSON object", type(content).__name__)
@@ -89,7 +89,7 @@ def _entry(path: Path, name: str, fields: dict[str, Any], *, data_start: int) ->
         raise _damaged(path, f"the entry of {name} is malformed", repr(fields)[:200]) from error
     if not integers:
         raise _damaged(path, f"the entry of {name} is malformed", repr(fields)[:200])
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(
             "a tensor has an unknown dtype",
             where=f"{path}, {name}",

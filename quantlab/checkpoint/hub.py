@@ -4,7 +4,17 @@ from pathlib import Path
 
 from quantlab.errors import CheckpointError
 
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
+_WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "*.tiktoken",
+    "LICENSE*",
+]
 
 
 def download(model: str, *, revision: str | None) -> Path:

@@ -85,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
             found=error.strerror,
             fix="give the directory of a Hugging Face checkpoint",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path.name} is not JSON", where=str(path), found=str(error), fix="download the file again"
         ) from error
@@ -113,6 +113,16 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             fix="give the path of a directory with config.json and *.safetensors",
         )
     config = read_json(directory / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is not None and not (
+        isinstance(quantization, dict) and isinstance(quantization.get("quant_method"), str)
+    ):
+        raise CheckpointError(
+            "config.json has no usable quantization_config",
+            where=str(directory / "config.json"),
+            found=repr(quantization)[:120],
+            fix="use the config.json of the original release",
+        )
     if (directory / INDEX_NAME).is_file():
         return Checkpoint(directory, config, _indexed_tensors(directory))
     if (directory / SINGLE_NAME).is_file():

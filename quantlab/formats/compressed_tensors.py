@@ -100,6 +100,13 @@ def parse_config(quantization_config: Mapping[str, Any], *, where: str) -> Quant
     """
     groups = []
     for name, group in quantization_config.get("config_groups", {}).items():
+        if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping | None):
+            raise ArtifactError(
+                "a config group is malformed",
+                where=f"{where}, {name}",
+                found=repr(group)[:120],
+                fix="write groups as compressed-tensors does",
+            )
         if group.get("weights") is not None:
             layout = group.get("format") or quantization_config.get("format")
             groups.append((tuple(group.get("targets", ())), _scheme(group, layout, where=f"{where}, {name}")))
@@ -109,8 +116,10 @@ def parse_config(quantization_config: Mapping[str, Any], *, where: str) -> Quant
 def _scheme(group: Mapping[str, Any], layout: str | None, *, where: str) -> Scheme:
     weights, activations = group["weights"], group.get("input_activations")
     group_size = weights.get("group_size") if weights.get("strategy") == "group" else None
+    # columns ordered by activation need an index per column, which no layout here has
     regular = (
-        weights.get("type") == "int"
+        weights.get("actorder") not in {"group", "dynamic"}
+        and weights.get("type") == "int"
         and weights.get("symmetric", True)
         and weights.get("strategy") in {"group", "channel"}
     )

@@ -95,12 +95,14 @@ def _plan_variant(
 
 def _native_dtype(weights: Sequence[SourceWeight]) -> str:
     """The dtype most of the source's floating-point bytes have; FP8 counts as bfloat16, which it is dequantized to."""
-    bytes_of = dict.fromkeys(("F16", "BF16", "F32"), 0)
+    bytes_of = dict.fromkeys(("F16", "BF16", "F32", "F64"), 0)
     for weight in weights:
         word = "BF16" if weight.entry.dtype == "F8_E4M3" else weight.entry.dtype
         if word in bytes_of:
             bytes_of[word] += weight.entry.nbytes
-    return {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[max(bytes_of, key=lambda word: bytes_of[word])]
+    return {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}[
+        max(bytes_of, key=lambda word: bytes_of[word])
+    ]
 
 
 def _applied(passes: Sequence[Prune | Quantize], weight: SourceWeight, *, variant: str) -> tuple[Prune | Quantize, ...]:

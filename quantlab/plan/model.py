@@ -115,7 +115,8 @@ class VariantPlan:
         description: its passes in one line.
         dtype: the 16-bit dtype of its floating-point tensors, as config.json spells it.
         blocks: what is read, done and written, in order.
-        key: hash of all that determines the artifact's bytes; a directory made under another key is not resumed.
+        key: hash of what determines the artifact's weights: passes, source, versions of quantlab and of the layout. What was
+            made under another key is neither resumed nor kept.
         peak_memory_bytes: estimate of the largest resident size while it is made.
         tensor_parallel: sizes of tensor parallelism at which engines can split every quantized linear.
         notes: what its reader should know.

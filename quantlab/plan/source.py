@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quantlab.architectures.architecture import Architecture, Claim, size_of
+from quantlab.architectures.architecture import Architecture, Claim, Dimensions, size_of
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.checkpoint.index import FP8_SCALE_SUFFIX, Checkpoint
 from quantlab.errors import CheckpointError
@@ -44,6 +44,8 @@ def survey(checkpoint: Checkpoint, architecture: Architecture) -> tuple[SourceWe
     }
     _check_complete(checkpoint, architecture, has_mtp=any(claim.role == "mtp" for claim in claims.values()))
     scales = _pair_scales(checkpoint)
+    for name, claim in claims.items():
+        _check_place(checkpoint.tensors[name], claim, architecture.dimensions(checkpoint.config))
     weights = [SourceWeight(claim, checkpoint.tensors[name], scales.get(name)) for name, claim in claims.items()]
     weights.sort(key=lambda weight: (_block_order(weight.claim), weight.entry.file.name, weight.entry.offset))
     return tuple(weights)
@@ -73,6 +75,28 @@ def _check_complete(checkpoint: Checkpoint, architecture: Architecture, *, has_m
                 found=f"{list(entry.shape)}, config.json says {list(shape)}",
                 fix="use the config.json and the weights of one release",
             )
+
+
+def _check_place(entry: TensorEntry, claim: Claim, sizes: Dimensions) -> None:
+    """Refuse what the model has no place for, and numbers no algorithm here reads."""
+    layers, experts = sizes["layers"] + sizes.get("mtp_layers", 0), sizes["experts"]
+    beyond = (claim.layer is not None and claim.layer >= layers) or (
+        claim.expert is not None and claim.expert >= experts
+    )
+    if claim.rule is not None and beyond:
+        raise CheckpointError(
+            "config.json has no place for a tensor",
+            where=f"{entry.file}, {entry.name}",
+            found=f"{layers} layers with {experts} experts",
+            fix="use the config.json and the weights of one release",
+        )
+    if claim.rule is not None and entry.dtype not in FLOATING:
+        raise CheckpointError(
+            "a weight has a dtype quantlab does not read",
+            where=f"{entry.file}, {entry.name}",
+            found=entry.dtype,
+            fix="readable: " + ", ".join(sorted(FLOATING)),
+        )
 
 
 def _pair_scales(checkpoint: Checkpoint) -> Mapping[str, TensorEntry]:

@@ -64,4 +64,20 @@ def load_recipe(path: Path) -> LoadedRecipe:
                 found=repr(recipe.evaluate.baseline),
                 fix=nearest(recipe.evaluate.baseline, baselines),
             )
-    return LoadedRecipe(path, content, recipe)
+    loaded = LoadedRecipe(path, content, recipe)
+    places = [
+        recipe.model,
+        *([recipe.calibration.corpus] if recipe.calibration else []),
+        *([recipe.evaluate.suite] if recipe.evaluate else []),
+    ]
+    for place in places:
+        try:
+            loaded.resolve(place).exists()
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                "a path cannot be used",
+                where=str(path),
+                found=repr(place)[:120],
+                fix="give a path this system can name",
+            ) from error
+    return loaded

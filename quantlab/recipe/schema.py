@@ -72,7 +72,7 @@ class Quantize(_Targeted):
 class Prune(_Targeted):
     """Set weights to zero."""
 
-    prune: float = Field(gt=0, lt=1)
+    prune: float = Field(gt=0, lt=1, strict=True)
     """Share of each matrix's weights to remove, for example 0.08."""
     algorithm: Magnitude = Magnitude()
     """How the weights to remove are chosen."""
@@ -115,11 +115,11 @@ class Calibration(_Strict):
 
     corpus: str
     """JSON lines with a `text` field; path relative to the recipe."""
-    samples: int = Field(default=128, gt=0)
+    samples: int = Field(default=128, gt=0, strict=True)
     """How many samples."""
-    length: int = Field(default=512, gt=0)
+    length: int = Field(default=512, gt=0, strict=True)
     """Tokens per sample."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, strict=True)
     """Seed of the choice of samples."""
 
 

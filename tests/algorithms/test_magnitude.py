@@ -16,7 +16,7 @@ def test_exactly_the_smallest_go_and_of_equals_the_first(ratio: float, ties: boo
     mask = magnitude_mask(W, ratio=ratio)
     order = sorted(range(W.numel()), key=lambda i: (abs(W.flatten()[i].item()), i))
     expected = torch.zeros(W.numel(), dtype=torch.bool)
-    expected[order[: int(ratio * W.numel())]] = True
+    expected[order[: round(ratio * W.numel())]] = True
     assert torch.equal(mask.flatten(), expected)
 
 

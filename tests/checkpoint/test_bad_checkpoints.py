@@ -129,6 +129,15 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "no block size": (lambda d: _edit_json(d / "config.json", lambda c: c["quantization_config"].pop("weight_block_size")), "does not say its block size", "[128, 128]"),
     "unsupported architecture": (lambda d: _edit_json(d / "config.json", lambda c: c.update(architectures=["GPT2LMHeadModel"])), "the architecture is not supported", "LlamaForCausalLM"),
     "config lacks a size": (lambda d: _edit_json(d / "config.json", lambda c: c.pop("kv_lora_rank")), "no usable kv_lora_rank", "original release"),
+    "quantization_config no mapping": (lambda d: _edit_json(d / "config.json", lambda c: c.update(quantization_config="fp8")), "no usable quantization_config", "original release"),
+    "architectures no list": (lambda d: _edit_json(d / "config.json", lambda c: c.update(architectures=5)), "the architecture is not supported", "LlamaForCausalLM"),
+    "moe_layer_freq 0": (lambda d: _edit_json(d / "config.json", lambda c: c.update(moe_layer_freq=0)), "no usable moe_layer_freq", "original release"),
+    "too few layers": (lambda d: _edit_json(d / "config.json", lambda c: c.update(num_hidden_layers=1, num_nextn_predict_layers=0)), "no place for a tensor", "one release"),
+    "too few experts": (lambda d: _edit_json(d / "config.json", lambda c: c.update(n_routed_experts=4)), "a tensor has the wrong shape", "one release"),
+    "absurd layers": (lambda d: _edit_json(d / "config.json", lambda c: c.update(num_hidden_layers=10**12)), "no usable num_hidden_layers", "original release"),
+    "dtype no word": (lambda d: _rewrite_header(d, lambda h: h[next(n for n in h if n != "__metadata__")].update(dtype=[])), "unknown dtype", "known: F64"),
+    "deep JSON": (lambda d: (d / INDEX).write_text('{"weight_map": ' + "[" * 100_000), "is not JSON", "download"),
+    "another FP8": (lambda d: _edit_shard(d, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e5m2)}) if "lm_head.weight" in t else None), "a dtype quantlab does not read", "BF16"),
     "quantized already": (lambda d: _edit_json(d / "config.json", lambda c: c["quantization_config"].update(quant_method="gptq")), "the source is quantized already", "original BF16"),
 }  # fmt: skip
 

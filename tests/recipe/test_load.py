@@ -118,3 +118,27 @@ def test_hub_ids(tmp_path: Path, model: str, expected: tuple[str, str | None] | 
     path = tmp_path / "recipe.yaml"
     path.write_text(f"model: {model}\nvariants: {{a: [{{cast: float16}}]}}\n")
     assert load_recipe(path).hub_id == expected
+
+
+ODD = {
+    "control character": "model: a\x01b\n",
+    "list as key": "[1, 2]: x\n",
+    "alias": "model: &m x\nvariants: *m\n",
+    "recursive": "model: &m [*m]\n",
+    "deep": "model: " + "[" * 3000 + "]" * 3000 + "\n",
+    "huge number": "model: x\nvariants: {a: [{cast: float16}]}\ncalibration: {corpus: c, seed: " + "9" * 5000 + "}\n",
+    "forced tag": "model: !!int abc\n",
+    "octal looking": "model: x\nvariants: {a: [{cast: float16}]}\ncalibration: {corpus: c, seed: 010}\n",
+    "boolean as number": "model: x\nvariants: {a: [{cast: float16}]}\ncalibration: {corpus: c, seed: true}\n",
+    "text as number": 'model: x\nvariants: {a: [{cast: float16}]}\ncalibration: {corpus: c, samples: "7"}\n',
+    "zero byte": 'model: "a\\0b"\nvariants: {a: [{cast: float16}]}\n',
+    "endless name": f"model: {'x' * 300}/{'y' * 9000}\nvariants: {{a: [{{cast: float16}}]}}\n",
+    "lone surrogate": 'model: "\\ud800"\nvariants: {a: [{cast: float16}]}\n',
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_documents_are_refused_with_a_message(case: str, tmp_path: Path) -> None:
+    error = _load(tmp_path, ODD[case])
+    assert error.what
+    assert error.fix
