@@ -81,5 +81,6 @@ def test_the_peak_does_not_grow_with_the_checkpoint_and_the_plan_bounds_it(passe
     plan = subprocess.run(
         [sys.executable, "-m", "quantlab", "plan", str(recipe), "--json"], capture_output=True, check=True
     )
-    assert peaks[1] < peaks[0] + 60_000_000, "435 MB more of checkpoint"
+    # the allocator keeps one or two freed matrices now and then (33 MB each); 435 MB more of checkpoint leave no other trace
+    assert peaks[1] < peaks[0] + 4 * 2 * HIDDEN * INTERMEDIATE
     assert max(peaks) <= json.loads(plan.stdout)["variants"][0]["peak_memory_bytes"]
