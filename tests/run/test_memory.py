@@ -77,10 +77,10 @@ def test_the_peak_does_not_grow_with_the_checkpoint_and_the_plan_bounds_it(passe
         make_checkpoint(tmp_path / f"model-{layers}", layers)
         recipe = tmp_path / f"{layers}.yaml"
         recipe.write_text(f"model: model-{layers}\nvariants:\n  v: {passes}\n")
-        peaks.append(peak_of(recipe, tmp_path / f"out-{layers}"))
+        # now and then the allocator keeps a freed matrix or two: the least of three runs is what the code needs
+        peaks.append(min(peak_of(recipe, tmp_path / f"out-{layers}-{attempt}") for attempt in range(3)))
     plan = subprocess.run(
         [sys.executable, "-m", "quantlab", "plan", str(recipe), "--json"], capture_output=True, check=True
     )
-    # the allocator keeps one or two freed matrices now and then (33 MB each); 435 MB more of checkpoint leave no other trace
-    assert peaks[1] < peaks[0] + 4 * 2 * HIDDEN * INTERMEDIATE
+    assert peaks[1] < peaks[0] + 60_000_000, "435 MB more of checkpoint"
     assert max(peaks) <= json.loads(plan.stdout)["variants"][0]["peak_memory_bytes"]
