@@ -1,6 +1,7 @@
 """Peak memory of a run: bounded by its largest weight, not by the checkpoint, and by what the plan says."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,9 +63,11 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 def peak_of(recipe: Path, out: Path) -> int:
     """Largest resident bytes of `quantlab run`, as its process sees them; what the parent's accounting says of a child
-    includes the parent's own pages."""
+    includes the parent's own pages. glibc is told to give freed megabytes back at once: left to itself it keeps a few
+    of them, now more, now less, and the figure would be the allocator's."""
     command = [sys.executable, "-c", DRIVER, "run", str(recipe), "--out", str(out), "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(done.stdout) * 1024
 
 
@@ -73,14 +76,13 @@ def peak_of(recipe: Path, out: Path) -> int:
 )
 def test_the_peak_does_not_grow_with_the_checkpoint_and_the_plan_bounds_it(passes: str, tmp_path: Path) -> None:
     peaks = []
-    for layers in (1, 5):
+    for layers in (1, 4):
         make_checkpoint(tmp_path / f"model-{layers}", layers)
         recipe = tmp_path / f"{layers}.yaml"
         recipe.write_text(f"model: model-{layers}\nvariants:\n  v: {passes}\n")
-        # now and then the allocator keeps a freed matrix or two: the least of three runs is what the code needs
-        peaks.append(min(peak_of(recipe, tmp_path / f"out-{layers}-{attempt}") for attempt in range(3)))
+        peaks.append(peak_of(recipe, tmp_path / f"out-{layers}"))
     plan = subprocess.run(
         [sys.executable, "-m", "quantlab", "plan", str(recipe), "--json"], capture_output=True, check=True
     )
-    assert peaks[1] < peaks[0] + 60_000_000, "435 MB more of checkpoint"
+    assert peaks[1] < peaks[0] + 40_000_000, "326 MB more of checkpoint"
     assert max(peaks) <= json.loads(plan.stdout)["variants"][0]["peak_memory_bytes"]
