@@ -1,8 +1,23 @@
-"""Attention that stays on torch's fused CPU kernel when values are narrower than queries, as in MLA.
+"""Attention on the CPU: multi-head latent attention (MLA) without expanding its cache, and torch's fused kernel elsewhere.
 
-`scaled_dot_product_attention` takes its fused path only where queries, keys and values have heads of one width; MLA's
-values have 128 of 192 (64 of 96). Values padded with zeros to the width of the queries give the same output with zeros
-behind it, which are cut off again.
+MLA caches one latent vector and one rotary key per token. transformers multiplies the whole cache with kv_b to get keys
+and values for every head, at every step: for one new token that costs S times the token's own share. The products can be
+taken in another order. With W_k, W_v the rows of kv_b that make a head's keys and values, c the latents:
+
+    q . (W_k c)  =  (q W_k) . c          sum_s p_s (W_v c_s)  =  W_v (sum_s p_s c_s)
+
+so the query moves into the space of the latents, all heads attend to the same vectors, and what comes out is multiplied
+with W_v: nothing of the size of cache times heads exists. For many new tokens the expansion is shared and cheaper.
+
+transformers leaves one seam: `expand_kv`, replaced on the instance by a function that hands latents and rotary keys on as
+they are. The attention function below finds it and takes the cheaper order.
+
+The fused kernel of `scaled_dot_product_attention` asks for queries, keys and values with heads of one width; MLA's values
+have 128 of 192 (64 of 96). Values padded with zeros to the width of the queries give the same output with zeros behind it,
+which are cut off again.
+
+Legend: B sequences, H heads, T new tokens, S tokens in the cache, L latent width, N and V head widths of keys (without the
+rotary part) and values, R width of the rotary part.
 """
 
 from typing import Final
@@ -13,16 +28,30 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-PADDED_SDPA: Final = "quantlab_padded_sdpa"
+from quantlab.runtime.linear import DenseLinear
+
+LATENT_SDPA: Final = "quantlab_latent_sdpa"
 
 
 def register() -> None:
-    """Make the implementation known to transformers under the name `PADDED_SDPA`."""
-    AttentionInterface.register(PADDED_SDPA, padded_sdpa)
-    AttentionMaskInterface.register(PADDED_SDPA, sdpa_mask)
+    """Make the implementation known to transformers under the name `LATENT_SDPA`."""
+    AttentionInterface.register(LATENT_SDPA, latent_sdpa)
+    AttentionMaskInterface.register(LATENT_SDPA, sdpa_mask)
 
 
-def padded_sdpa(  # type: ignore[no-untyped-def]  # noqa: ANN201
+def keep_latents(module: nn.Module) -> None:
+    """Let an attention module of MLA hand its latents on, where its kv_b is a plain matrix; else leave it as it is."""
+    kv_b = getattr(module, "kv_b_proj", None)
+    if hasattr(type(module), "expand_kv") and isinstance(kv_b, DenseLinear) and kv_b.bias is None:
+        module.expand_kv = _as_they_are
+
+
+def _as_they_are(latents: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+    """In the place of `expand_kv`: [B, 1, S, L] and [B, 1, S, R], unchanged."""
+    return latents, rotary
+
+
+def latent_sdpa(  # type: ignore[no-untyped-def]  # noqa: ANN201
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -30,10 +59,62 @@ def padded_sdpa(  # type: ignore[no-untyped-def]  # noqa: ANN201
     attention_mask: Tensor | None,
     **options,  # noqa: ANN003 - what transformers' attention modules pass on
 ):
-    """transformers' attention call: query, key [B, H, T, D], value [B, H, S, V] -> [B, T, H, V] and no weights."""
+    """transformers' attention call: query, key [B, H, T, D], value [B, H, S, V] -> [B, T, H, V] and no weights.
+
+    From a module of `keep_latents`, key and value are the latents [B, 1, S, L] and rotary keys [B, 1, S, R].
+    """
+    if getattr(module, "expand_kv", None) is _as_they_are:
+        weight = module.get_parameter("kv_b_proj.weight").view(query.shape[1], -1, key.shape[3])
+        if _absorbing_is_cheaper(query, key, weight, attention_mask):
+            return absorbed(query, key, value, weight, mask=attention_mask, scaling=options["scaling"]), None
+        key, value = type(module).expand_kv(module, key, value)  # type: ignore[attr-defined]
     width = value.shape[-1]
     if query.shape[2] == 1:  # one new token: the fused kernel has nothing to share out and is slower than two products
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     padded = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
     output, weights = sdpa_attention_forward(module, query, key, padded, attention_mask, **options)
     return output[..., :width], weights
+
+
+def _absorbing_is_cheaper(query: Tensor, latents: Tensor, weight: Tensor, mask: Tensor | None) -> bool:
+    """Whether attending to the latents takes fewer multiplications than expanding them; without a mask only T = 1 can."""
+    new, cached = query.shape[2], latents.shape[2]
+    if new > 1 and mask is None:
+        return False  # the causal mask is implied
+    rows, width = weight.shape[1:]
+    return new * (rows * width + cached * (2 * width - rows)) <= cached * rows * width or new == 1
+
+
+def absorbed(
+    query: Tensor, latents: Tensor, rotary: Tensor, weight: Tensor, *, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Attention of all heads to the latents themselves.
+
+    Args:
+        query: [B, H, T, N + R].
+        latents: [B, 1, S, L].
+        rotary: [B, 1, S, R].
+        weight: kv_b's, [H, N + V, L].
+        mask: [B or 1, 1, T, S], boolean (True: attend) or added to the scores; None if every token is seen.
+        scaling: of the scores.
+
+    Returns:
+        [B, T, H, V].
+    """
+    batch, heads, new, width = query.shape
+    nope = width - rotary.shape[3]
+    keys, values = weight[:, :nope], weight[:, nope:]
+    by_head = query[..., :nope].transpose(0, 1).reshape(heads, batch * new, nope)
+    q_latent = torch.bmm(by_head, keys).view(heads, batch, new, -1).transpose(0, 1).reshape(batch, heads * new, -1)
+    q_rotary = query[..., nope:].reshape(batch, heads * new, -1)
+    cached, turned = latents.squeeze(1), rotary.squeeze(1)
+    scores = torch.baddbmm(torch.bmm(q_rotary, turned.mT), q_latent, cached.mT).float().mul_(scaling)
+    scores = scores.view(batch, heads, new, -1)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            scores.masked_fill_(~mask, torch.finfo(torch.float32).min)
+        else:
+            scores += mask
+    weights = scores.softmax(dim=-1).to(query.dtype).view(batch, heads * new, -1)
+    seen = torch.bmm(weights, cached).view(batch, heads, new, -1).transpose(0, 1).reshape(heads, batch * new, -1)
+    return torch.bmm(seen, values.mT).view(heads, batch, new, -1).permute(1, 2, 0, 3).contiguous()

@@ -71,7 +71,7 @@ def build(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype) -> 
     """
     attention.register()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.PADDED_SDPA)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.LATENT_SDPA)
     tied = bool(config.tie_word_embeddings)
     with torch.no_grad():
         _materialize(model, "", weights, dtype=dtype, skip={"lm_head"} if tied else set())
@@ -103,6 +103,7 @@ def _materialize(module: nn.Module, path: str, weights: Weights, *, dtype: torch
                 _materialize(child, prefix + name, weights, dtype=dtype, skip=skip)
             else:
                 setattr(module, name, replacement)
+    attention.keep_latents(module)
 
 
 def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> nn.Module | None:
@@ -145,7 +146,13 @@ def _linear(module: nn.Linear, path: str, weights: Weights, *, dtype: torch.dtyp
     name = f"{path}.weight"
     matrices = None if weights.scheme_of(name) is None else _bank(name, (1, *shape), weights, dtype=dtype)
     if not isinstance(matrices, QuantizedMatrices):
-        return dense_linear(weights.tensor(name, shape, dtype), bias)
+        weight = weights.tensor(name, shape, dtype)
+        # attention multiplies with parts of kv_b, which therefore stays in rows
+        return (
+            DenseLinear(nn.Parameter(weight, requires_grad=False), bias)
+            if path.endswith("kv_b_proj")
+            else dense_linear(weight, bias)
+        )
     weights.fill(matrices, 0, [name])
     return PackedLinear(matrices, bias)
 
