@@ -1,0 +1,196 @@
+"""Hidden states: what every calibration token looks like between two blocks.
+
+One stream is [S, L, H]: S samples of L tokens, H wide. It lies in memory as long as all streams of a workspace together
+stay under its cap; what does not fit is a memory map of a file without a name, which the system writes back when it needs
+the memory and which is gone when the process is, however it ends.
+
+A stream is read and replaced in place, some samples at a time. How many is set by the workspace and never by what memory is
+free: the order in which sums are taken, and so every number, depends on it.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantlab.checkpoint.files import write_error
+from quantlab.checkpoint.header import read_header
+from quantlab.checkpoint.reader import DTYPE_NAMES, bytes_of
+from quantlab.checkpoint.writer import shard_header
+from quantlab.errors import ArtifactError
+
+_TOKENS_AT_ONCE: Final[Mapping[str, int]] = {"cpu": 4096, "cuda": 32768}
+"""Tokens a layer reads at once: enough for full speed, few enough that what lies between its matrices stays small."""
+_LARGEST_WRITE: Final = 1 << 30
+
+
+class HiddenStates:
+    """One stream [S, L, H]; made by `Workspace.stream`.
+
+    Args:
+        data: [S, L, H] on the CPU.
+        device: where what is read arrives.
+        tokens_at_once: how many tokens `batches` hands out together, at least one sample.
+        spilled: whether `data` lies in a file.
+    """
+
+    def __init__(self, data: Tensor, *, device: torch.device, tokens_at_once: int, spilled: bool) -> None:
+        self._data, self.device, self.tokens_at_once, self.spilled = data, device, tokens_at_once, spilled
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Samples S, tokens of a sample L, width H."""
+        samples, length, width = self._data.shape
+        return samples, length, width
+
+    @property
+    def tokens(self) -> int:
+        """S · L."""
+        return self._data.shape[0] * self._data.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._data.dtype
+
+    def batches(self) -> Iterator[tuple[slice, Tensor]]:
+        """All samples in order, as (which, [B, L, H] on the device)."""
+        samples, length, _ = self.shape
+        step = max(self.tokens_at_once // length, 1)
+        for start in range(0, samples, step):
+            which = slice(start, min(start + step, samples))
+            yield which, self.read(which)
+
+    def read(self, samples: slice) -> Tensor:
+        """Some samples [B, L, H], on the device; not to be written to."""
+        return self._data[samples].to(self.device, non_blocking=True)
+
+    def write(self, samples: slice, values: Tensor) -> None:
+        """Replace some samples by [B, L, H]."""
+        self._data[samples].copy_(values)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Single tokens [n, H] on the device, by their number in the stream [n] int64, counted over all samples."""
+        return self._data.view(-1, self._data.shape[2]).index_select(0, index.cpu()).to(self.device)
+
+    def bytes(self) -> memoryview:
+        """The stream as it lies in memory; what is written into it is in the stream."""
+        return bytes_of(self._data)
+
+
+class Workspace:
+    """Where the streams of one run lie.
+
+    Args:
+        directory: of the files, for streams that do not fit; must exist.
+        memory_bytes: cap on the streams in memory, all together.
+        device: the device that computes.
+        tokens_at_once: see `HiddenStates`; by default what suits the device.
+    """
+
+    def __init__(
+        self, directory: Path, *, memory_bytes: int, device: torch.device, tokens_at_once: int | None = None
+    ) -> None:
+        self.directory, self.device, self._free = directory, device, memory_bytes
+        self.tokens_at_once = tokens_at_once or _TOKENS_AT_ONCE.get(device.type, _TOKENS_AT_ONCE["cpu"])
+
+    def stream(self, samples: int, length: int, width: int, *, dtype: torch.dtype) -> HiddenStates:
+        """A stream [samples, length, width] of undefined values.
+
+        Raises:
+            ArtifactError: it fits neither into the memory allowed nor onto the disk.
+        """
+        shape = (samples, length, width)
+        needed = samples * length * width * dtype.itemsize
+        spilled = needed > self._free
+        if spilled:
+            data = self._mapped(shape, needed, dtype)
+        else:
+            self._free -= needed
+            data = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return HiddenStates(data, device=self.device, tokens_at_once=self.tokens_at_once, spilled=spilled)
+
+    def _mapped(self, shape: tuple[int, int, int], nbytes: int, dtype: torch.dtype) -> Tensor:
+        try:
+            descriptor, name = tempfile.mkstemp(prefix="hidden-", dir=self.directory)
+            try:
+                # a map of a file with holes would end the process by a signal when the disk is full
+                os.posix_fallocate(descriptor, 0, nbytes)
+                data = torch.from_file(name, shared=True, size=nbytes // dtype.itemsize, dtype=dtype)
+            finally:
+                os.close(descriptor)
+                Path(name).unlink()
+        except OSError as error:
+            raise ArtifactError(
+                "the hidden states of the calibration cannot be put on disk",
+                where=str(self.directory),
+                found=f"{error.strerror}; {nbytes / 1e9:.1f} GB needed",
+                fix="free space, choose another --out, raise `memory` of the calibration, or use fewer samples",
+            ) from error
+        return data.view(shape)
+
+
+def _file(directory: Path, block: str) -> Path:
+    return directory / f"hidden-after-{block.replace(' ', '-')}.safetensors"
+
+
+def save_streams(directory: Path, block: str, streams: Mapping[str, HiddenStates]) -> None:
+    """Write the streams as they stand after `block`, whole or not at all.
+
+    What was saved after other blocks stays until `discard_streams`, so that whoever keeps a journal can put the block into
+    it in between: at every moment the streams of the block that the journal names last are there.
+
+    Raises:
+        ArtifactError: the disk does not take the bytes.
+    """
+    path = _file(directory, block)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            file.write(shard_header((name, DTYPE_NAMES[s.dtype], s.shape) for name, s in streams.items()))
+            for stream in streams.values():
+                data = stream.bytes()
+                while data:
+                    data = data[file.write(data[:_LARGEST_WRITE]) or 0 :]
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+def load_streams(directory: Path, block: str, streams: Mapping[str, HiddenStates]) -> None:
+    """Set the streams to what `save_streams` wrote after `block`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+        ArtifactError: it holds streams of another shape.
+    """
+    path = _file(directory, block)
+    header = read_header(path)
+    found = {name: (entry.dtype, entry.shape) for name, entry in header.items()}
+    wanted = {name: (DTYPE_NAMES[stream.dtype], stream.shape) for name, stream in streams.items()}
+    if found != wanted:
+        raise ArtifactError(
+            "saved hidden states belong to another calibration",
+            where=str(path),
+            found=f"{found}, expected {wanted}",
+            fix="start again with --overwrite",
+        )
+    with path.open("rb", buffering=0) as file:
+        for name, stream in streams.items():
+            file.seek(header[name].offset)
+            data = stream.bytes()
+            while data:
+                data = data[file.readinto(data[:_LARGEST_WRITE]) or 0 :]
+
+
+def discard_streams(directory: Path, *, keep: str | None) -> None:
+    """Remove what was saved after every block but `keep`."""
+    kept = None if keep is None else _file(directory, keep)
+    for path in directory.glob("hidden-after-*"):
+        if path != kept:
+            path.unlink()
