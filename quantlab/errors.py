@@ -40,3 +40,7 @@ class ArtifactError(QuantlabError):
 
 class EvaluationError(QuantlabError):
     """An evaluation that cannot be made as the suite asks."""
+
+
+class CalibrationError(QuantlabError):
+    """A calibration text that cannot be used."""

@@ -8,33 +8,72 @@ True-sequential calibration asks for one stage after the other, each with the we
             …                                   # change the linears of the stage: layer.weights[name].copy_(…)
         advance(Stream(half, hidden))           # now the hidden states are those after this half
 
-A pass stops as soon as the last site asked for has been seen: nothing behind it is computed.
+A pass stops as soon as the last site asked for has been seen: nothing behind it is computed. Where the inputs are compared
+with those of the unchanged model, that one runs beside, once per stage too; since it stays what it is, `record` can let it
+run once for all stages, if there is memory for what it sees.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from quantlab.calibration.experts import RoutedExperts
-from quantlab.calibration.hidden import HiddenStates
+from quantlab.calibration.hidden import HiddenStates, Workspace
 from quantlab.calibration.layer import Half
 from quantlab.calibration.statistics import Accumulator, Need, SiteStatistics
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Half a layer and the hidden states that enter it."""
+    """Half a layer and the hidden states that enter it.
+
+    Attributes:
+        half: the half layer.
+        hidden: the hidden states.
+        recorded: what entered each site [S, L, K], if the hidden states have already gone through the half layer.
+    """
 
     half: Half
     hidden: HiddenStates
+    recorded: Mapping[str, HiddenStates] | None = None
 
 
 def advance(stream: Stream) -> None:
-    """Replace the hidden states by those after the half layer."""
+    """Replace the hidden states by those after the half layer, unless that has been done."""
+    if stream.recorded is None:
+        for which, hidden in stream.hidden.batches():
+            stream.hidden.write(which, stream.half.forward(hidden))
+
+
+def record(stream: Stream, workspace: Workspace) -> Stream:
+    """Let the unchanged model run through half a layer once, for all stages and the hidden states after it.
+
+    Only for what will not be changed. Where there is no memory for the inputs of all sites, or where routed experts will
+    want single hidden states, the stream comes back as it is and is run whenever it is looked at; the numbers are the same.
+
+    Args:
+        stream: the unchanged half layer; its hidden states are replaced by those after it.
+        workspace: where the memory comes from.
+
+    Returns:
+        What to give to `collect` and `advance`.
+    """
+    half, (samples, length, _), dtype = stream.half, stream.hidden.shape, stream.hidden.dtype
+    widths = {site: _width(half.sites[site].module) for site in half.sites}
+    if half.experts is not None or not workspace.has_memory(
+        stream.hidden.tokens * sum(widths.values()) * dtype.itemsize
+    ):
+        return stream
+    recorded = {site: workspace.stream(samples, length, width, dtype=dtype) for site, width in widths.items()}
     for which, hidden in stream.hidden.batches():
-        stream.hidden.write(which, stream.half.forward(hidden))
+        seen: dict[str, Tensor] = {}
+        with _watched(half, half.sites, seen, early_stop=False):
+            stream.hidden.write(which, half.forward(hidden))
+        for site, x in seen.items():
+            recorded[site].write(which, x.view(-1, length, widths[site]))
+    return Stream(half, stream.hidden, recorded)
 
 
 def collect(
@@ -59,12 +98,11 @@ def collect(
     """
     half, device = changed.half, changed.hidden.device
     accumulators = {site: Accumulator(_width(half.sites[site].module), needs, device=device) for site in sites}
-    compared = original if "cross" in needs else None
-    assert compared is not None or "cross" not in needs, "the cross term compares with the unchanged model"
     for which, hidden in changed.hidden.batches():
         before: Mapping[str, Tensor] = {}
-        if compared is not None:
-            before = _inputs(compared.half, sites, compared.hidden.read(which), early_stop=early_stop)
+        if "cross" in needs:
+            assert original is not None, "the cross term compares with the unchanged model"
+            before = _inputs_before(original, sites, which)
         for site, x in _inputs(half, sites, hidden, early_stop=early_stop).items():
             accumulators[site].update(x, before.get(site))
     return {site: total.result(where=f"{half.block}, input site {site}") for site, total in accumulators.items()}
@@ -79,27 +117,42 @@ class _Stop(Exception):  # noqa: N818 - it is no error
     """All that was wanted has been seen."""
 
 
+def _inputs_before(original: Stream, sites: Collection[str], samples: slice) -> dict[str, Tensor]:
+    """What enters the sites of the unchanged model [B · L, K], recorded or computed now."""
+    if original.recorded is not None:
+        return {site: original.recorded[site].read(samples).flatten(0, 1) for site in sites}
+    return _inputs(original.half, sites, original.hidden.read(samples), early_stop=True)
+
+
 def _inputs(half: Half, sites: Collection[str], hidden: Tensor, *, early_stop: bool) -> dict[str, Tensor]:
     """What enters the sites [B · L, K] when hidden states [B, L, H] enter the half layer."""
     seen: dict[str, Tensor] = {}
-
-    def watch(site: str) -> None:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen[site] = arguments[0].reshape(-1, _width(module))
-            if early_stop and len(seen) == len(sites):
-                raise _Stop
-
-        stack.callback(half.sites[site].module.register_forward_pre_hook(hook).remove)
-
     with ExitStack() as stack:
-        for site in sites:
-            watch(site)
+        stack.enter_context(_watched(half, sites, seen, early_stop=early_stop))
         if early_stop and half.experts is not None:
             stack.enter_context(_skipped(half.experts))  # no site of the half reads what the routed experts say
         with suppress(_Stop):
             half.forward(hidden)
     assert len(seen) == len(sites)
     return seen
+
+
+@contextmanager
+def _watched(half: Half, sites: Collection[str], seen: dict[str, Tensor], *, early_stop: bool) -> Iterator[None]:
+    """Put what enters the sites into `seen`, and end the forward when all have been seen."""
+
+    def hook_for(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen[site] = arguments[0].reshape(-1, _width(module))
+            if early_stop and len(seen) == len(sites):
+                raise _Stop
+
+        return hook
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.callback(half.sites[site].module.register_forward_pre_hook(hook_for(site)).remove)
+        yield
 
 
 @contextmanager

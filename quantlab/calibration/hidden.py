@@ -10,6 +10,7 @@ free: the order in which sums are taken, and so every number, depends on it.
 
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -82,7 +83,7 @@ class HiddenStates:
 
 
 class Workspace:
-    """Where the streams of one run lie.
+    """Where the streams of one run lie; a stream that nobody holds any more gives its memory back.
 
     Args:
         directory: of the files, for streams that do not fit; must exist.
@@ -105,13 +106,23 @@ class Workspace:
         """
         shape = (samples, length, width)
         needed = samples * length * width * dtype.itemsize
-        spilled = needed > self._free
+        spilled = not self.has_memory(needed)
         if spilled:
             data = self._mapped(shape, needed, dtype)
         else:
-            self._free -= needed
             data = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
-        return HiddenStates(data, device=self.device, tokens_at_once=self.tokens_at_once, spilled=spilled)
+        stream = HiddenStates(data, device=self.device, tokens_at_once=self.tokens_at_once, spilled=spilled)
+        if not spilled:
+            self._free -= needed
+            weakref.finalize(stream, self._give_back, needed)
+        return stream
+
+    def has_memory(self, nbytes: int) -> bool:
+        """Whether streams of so many bytes would stay in memory."""
+        return nbytes <= self._free
+
+    def _give_back(self, nbytes: int) -> None:
+        self._free += nbytes
 
     def _mapped(self, shape: tuple[int, int, int], nbytes: int, dtype: torch.dtype) -> Tensor:
         try:

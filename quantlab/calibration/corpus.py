@@ -1,0 +1,217 @@
+"""Calibration text as samples of tokens, all of one length.
+
+The rule: documents are taken in an order drawn from the seed. A document at least as long as a sample is cut into windows
+that do not overlap, from a drawn first token on, so that no sample straddles documents. Shorter documents are joined until
+they fill a sample, each with the tokens the tokenizer begins a text with; the last one goes on in the next sample. Samples
+are then taken in rounds, one of every document before the second of any, so that a few long documents do not fill them
+all; reading stops when there are enough. Every sample begins as the tokenizer begins a text (DeepSeek: with its
+beginning-of-sequence token), because that is how the model will read.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from quantlab.checkpoint.index import read_json
+from quantlab.errors import CalibrationError, CheckpointError
+
+
+def sample_tokens(corpus: Path, tokenizer_dir: Path, *, samples: int, length: int, seed: int) -> Tensor:
+    """Samples of the corpus in the tokens of a checkpoint.
+
+    Args:
+        corpus: JSON lines with a `text` field.
+        tokenizer_dir: the checkpoint, with config.json and tokenizer.json.
+        samples: how many.
+        length: tokens of each, those the tokenizer puts first included.
+        seed: of the choice; the same seed gives the same samples.
+
+    Returns:
+        [samples, length] int64.
+
+    Raises:
+        CalibrationError: the corpus cannot be read, a line is malformed, or it holds too little text.
+        CheckpointError: there is no tokenizer, or it knows tokens the model does not.
+    """
+    texts = read_corpus(corpus)
+    tokenizer, prefix = load_tokenizer(tokenizer_dir)
+    if length <= len(prefix):
+        raise CalibrationError(
+            "a calibration sample has no room for text",
+            where=str(corpus),
+            found=f"{length} tokens, of which the tokenizer puts {len(prefix)} before every text",
+            fix="raise `length` of the calibration",
+        )
+    windows = _Windows(texts, tokenizer, prefix, length=length, seed=seed)
+    taken = windows.take(samples)
+    if len(taken) < samples:
+        raise CalibrationError(
+            "the calibration text is too short",
+            where=str(corpus),
+            found=f"{len(texts)} documents, {windows.tokens} tokens: {len(taken)} samples of {length}, not {samples}",
+            fix="use fewer `samples`, a smaller `length`, or more text",
+        )
+    tokens = torch.tensor(taken, dtype=torch.int64)
+    _check_vocabulary(tokens, tokenizer_dir)
+    return tokens
+
+
+def tokens_sha256(tokens: Tensor) -> str:
+    """Hash of the samples, shape included: the same for the same numbers on any machine."""
+    digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
+    digest.update(tokens.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def read_corpus(path: Path) -> list[str]:
+    """The texts of a file of JSON lines, empty ones included.
+
+    Raises:
+        CalibrationError: the file cannot be read or is empty, or a line is malformed.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(
+            "the calibration text cannot be read",
+            where=str(path),
+            found=str(error),
+            fix="give a file of JSON lines in UTF-8",
+        ) from error
+    # splitlines would also cut at U+2028
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise CalibrationError(
+            "the calibration text is empty",
+            where=str(path),
+            found="no lines",
+            fix='write one object per line: {"text": …}',
+        )
+    return [_text(line, where=f"{path}:{number}") for number, line in lines]
+
+
+def _text(line: str, *, where: str) -> str:
+    problem, found = "is not JSON", line[:80]
+    try:
+        fields: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        found = str(error)
+    else:
+        if isinstance(fields, dict) and isinstance(fields.get("text"), str):
+            return str(fields["text"])
+        problem = "has no text"
+    raise CalibrationError(
+        f"a line of the calibration text {problem}",
+        where=where,
+        found=found,
+        fix='write one object per line: {"text": …}',
+    )
+
+
+def load_tokenizer(directory: Path) -> tuple[Tokenizer, tuple[int, ...]]:
+    """The tokenizer of a checkpoint and the ids it puts before a text.
+
+    tokenizer.json is read as it stands, and `add_bos_token` of tokenizer_config.json is heeded, which tokenizer.json need
+    not know.
+
+    Raises:
+        CheckpointError: there is no usable tokenizer, or its beginning-of-sequence token is not in its vocabulary.
+    """
+    path = directory / "tokenizer.json"
+    fix = "copy the tokenizer's files of the original release"
+    if not path.is_file():
+        raise CheckpointError(
+            "the checkpoint has no tokenizer", where=str(directory), found="no tokenizer.json", fix=fix
+        )
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError("the tokenizer cannot be read", where=str(path), found=str(error), fix=fix) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    prefix = tuple(tokenizer.encode("").ids)
+    if prefix or not (directory / "tokenizer_config.json").is_file():
+        return tokenizer, prefix
+    settings = read_json(directory / "tokenizer_config.json")
+    if not settings.get("add_bos_token"):
+        return tokenizer, ()
+    token = settings.get("bos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    identifier = tokenizer.token_to_id(str(content))
+    if identifier is None:
+        raise CheckpointError(
+            "the beginning-of-sequence token is not in the vocabulary",
+            where=str(directory / "tokenizer_config.json"),
+            found=repr(content),
+            fix=fix,
+        )
+    return tokenizer, (identifier,)
+
+
+class _Windows:
+    """Samples drawn from documents, lazily: a document is tokenised when its turn comes.
+
+    Attributes:
+        tokens: how many tokens of text have been made so far.
+    """
+
+    def __init__(
+        self, texts: Sequence[str], tokenizer: Tokenizer, prefix: tuple[int, ...], *, length: int, seed: int
+    ) -> None:
+        self._texts, self._tokenizer, self._prefix = texts, tokenizer, list(prefix)
+        self._length, self._width = length, length - len(prefix)
+        self._generator = torch.Generator().manual_seed(seed)
+        self.tokens = 0
+
+    def take(self, count: int) -> list[list[int]]:
+        """At most `count` samples."""
+        taken: list[list[int]] = []
+        later: list[list[list[int]]] = []
+        for windows in self._per_document():
+            if len(taken) == count:
+                return taken
+            taken.append(windows[0])
+            later.append(windows[1:])
+        for turn in range(max(map(len, later), default=0)):
+            taken.extend(windows[turn] for windows in later if turn < len(windows))
+        return taken[:count]
+
+    def _per_document(self) -> Iterator[list[list[int]]]:
+        """The windows of one document, or one window of several short documents."""
+        joined: list[int] = []
+        for index in torch.randperm(len(self._texts), generator=self._generator).tolist():
+            ids = self._tokenizer.encode(self._texts[index], add_special_tokens=False).ids
+            self.tokens += len(ids)
+            if len(ids) >= self._width:
+                yield self._cut(ids)
+            elif ids:
+                joined += self._prefix + ids
+                while len(joined) >= self._length:
+                    yield [joined[: self._length]]
+                    rest = joined[self._length :]
+                    joined = self._prefix + rest if rest else []
+
+    def _cut(self, ids: list[int]) -> list[list[int]]:
+        spare = len(ids) % self._width
+        first = int(torch.randint(spare + 1, (1,), generator=self._generator))
+        starts = range(first, len(ids) - self._width + 1, self._width)
+        order = torch.randperm(len(starts), generator=self._generator).tolist()
+        return [self._prefix + ids[starts[place] : starts[place] + self._width] for place in order]
+
+
+def _check_vocabulary(tokens: Tensor, directory: Path) -> None:
+    vocabulary = read_json(directory / "config.json").get("vocab_size")
+    largest = int(tokens.max())
+    if isinstance(vocabulary, int) and largest >= vocabulary:
+        raise CheckpointError(
+            "the tokenizer makes tokens the model does not know",
+            where=str(directory / "tokenizer.json"),
+            found=f"token {largest}, a vocabulary of {vocabulary}",
+            fix="copy the tokenizer's files of the original release",
+        )
