@@ -61,7 +61,7 @@ def record(stream: Stream, workspace: Workspace) -> Stream:
         What to give to `collect` and `advance`.
     """
     half, (samples, length, _), dtype = stream.half, stream.hidden.shape, stream.hidden.dtype
-    widths = {site: _width(half.sites[site].module) for site in half.sites}
+    widths = {name: site.width for name, site in half.sites.items()}
     if half.experts is not None or not workspace.has_memory(
         stream.hidden.tokens * sum(widths.values()) * dtype.itemsize
     ):
@@ -97,7 +97,7 @@ def collect(
         CheckpointError: an activation is NaN or infinite.
     """
     half, device = changed.half, changed.hidden.device
-    accumulators = {site: Accumulator(_width(half.sites[site].module), needs, device=device) for site in sites}
+    accumulators = {site: Accumulator(half.sites[site].width, needs, device=device) for site in sites}
     for which, hidden in changed.hidden.batches():
         before: Mapping[str, Tensor] = {}
         if "cross" in needs:
@@ -106,11 +106,6 @@ def collect(
         for site, x in _inputs(half, sites, hidden, early_stop=early_stop).items():
             accumulators[site].update(x, before.get(site))
     return {site: total.result(where=f"{half.block}, input site {site}") for site, total in accumulators.items()}
-
-
-def _width(module: nn.Module) -> int:
-    assert isinstance(module, nn.Linear)
-    return module.in_features
 
 
 class _Stop(Exception):  # noqa: N818 - it is no error
@@ -143,7 +138,7 @@ def _watched(half: Half, sites: Collection[str], seen: dict[str, Tensor], *, ear
 
     def hook_for(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen[site] = arguments[0].reshape(-1, _width(module))
+            seen[site] = arguments[0].reshape(-1, half.sites[site].width)
             if early_stop and len(seen) == len(sites):
                 raise _Stop
 

@@ -107,10 +107,8 @@ class Workspace:
         shape = (samples, length, width)
         needed = samples * length * width * dtype.itemsize
         spilled = not self.has_memory(needed)
-        if spilled:
-            data = self._mapped(shape, needed, dtype)
-        else:
-            data = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        pinned = self.device.type == "cuda"
+        data = self._mapped(shape, needed, dtype) if spilled else torch.empty(shape, dtype=dtype, pin_memory=pinned)
         stream = HiddenStates(data, device=self.device, tokens_at_once=self.tokens_at_once, spilled=spilled)
         if not spilled:
             self._free -= needed

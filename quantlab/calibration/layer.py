@@ -49,11 +49,13 @@ class Site:
     """A place where activations enter linear layers.
 
     Attributes:
-        module: one of the linears that read them.
-        weights: the names of the weights of all of them.
+        module: one of the layers that read them.
+        width: K.
+        weights: the names of the weights [N, K] of all of them; those of routed experts are not among them.
     """
 
     module: nn.Module
+    width: int
     weights: tuple[str, ...]
 
 
@@ -188,10 +190,13 @@ class Skeleton:
             if claim.rule is not None and claim.rule.site is not None and claim.expert is None:
                 names.setdefault(claim.rule.site, []).append(name)
         prefix = f"model.layers.{index}."
-        return {
-            site: Site(module.get_submodule(members[0].removeprefix(prefix).removesuffix(".weight")), tuple(members))
-            for site, members in names.items()
-        }
+        sites = {}
+        for site, members in names.items():
+            modules = [module.get_submodule(name.removeprefix(prefix).removesuffix(".weight")) for name in members]
+            # a router is called in the family's own way, a linear layer always in the same
+            watched = next((one for one in modules if isinstance(one, nn.Linear)), modules[0])
+            sites[site] = Site(watched, weights[members[0]].shape[1], tuple(members))
+        return sites
 
     def _positions_of(self, x: Tensor, attention: nn.Module) -> Positions:
         length = x.shape[1]
