@@ -14,6 +14,7 @@ tokens of others: `sample`.
 from collections.abc import Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from quantlab.calibration.collect import Stream, routing
 from quantlab.calibration.experts import RoutedExperts, gated
 from quantlab.calibration.hidden import HiddenStates
 from quantlab.calibration.statistics import Accumulator, Need, SiteStatistics
+
+_ROWS_AT_ONCE: Final = 1024
+"""Tokens of one expert computed at once on a CPU: their activations stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class MoeInputs:
         self._changed = _reader(changed)
         self._original = None if original is None else _reader(original)
         self._device, self._step = changed.hidden.device, changed.hidden.tokens_at_once
+        if self._device.type == "cpu":
+            self._step = min(self._step, _ROWS_AT_ONCE)
         self._tokens, top_k = index.shape
         by_expert, order = index.flatten().sort(stable=True)
         counts = torch.bincount(by_expert, minlength=len(self._changed.experts.down_proj)).tolist()
