@@ -7,10 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
-from quantlab.runtime.products import Groups, compute_dtype, in_bands, joined, split
+from quantlab.runtime.native import kernels
+from quantlab.runtime.native.library import library
+from quantlab.runtime.products import Groups, by_count, compute_dtype, in_bands, joined, split
 
 _PACKED_ROWS: Final = 24
 """Up to this many rows torch's weight-only operator beats expanding a matrix (Zen 4, 2816x2048)."""
+
+_NATIVE_WEIGHT_ROWS: Final = 16
+_NATIVE_ROWS: Final = 24
+"""Up to this many rows the native kernels beat torch's, weight-only and W8A8 (Zen 4, 2816x2048)."""
+_NATIVE_COLUMNS: Final = 1 << 16
+"""Up to this many columns the native kernel's 32-bit sums are exact."""
 
 _weight_only_product: Final[Callable[[Tensor, Tensor, Tensor], Tensor]] = torch.ops.aten._weight_int8pack_mm.default
 _integer_product: Final = torch._int_mm
@@ -51,6 +59,15 @@ class Int8WeightMatrices(nn.Module):
     def products(self, x: Tensor, groups: Groups) -> Tensor:
         """[T, K] -> [T, N], row by row with the matrix of its group."""
         compute = compute_dtype(x)
+        if compute == torch.bfloat16 and library() is not None:
+            return by_count(
+                x,
+                self.shape[1],
+                groups,
+                limit=_NATIVE_WEIGHT_ROWS,
+                few=lambda slices, out: kernels.int8_weight_product(x, self.q, self.scale, slices, out),
+                many=lambda part, index: self._expanded_product(part.to(compute), index),
+            )
         limit = 0 if compute == torch.float32 else _PACKED_ROWS
         rows = split(x.to(compute), groups)
         parts = [
@@ -96,6 +113,18 @@ class Int8Matrices(nn.Module):
 
     def products(self, x: Tensor, groups: Groups) -> Tensor:
         """[T, K] -> [T, N], row by row with the matrix of its group."""
+        if library() is not None and self.shape[2] <= _NATIVE_COLUMNS:
+            return by_count(
+                x,
+                self.shape[1],
+                groups,
+                limit=_NATIVE_ROWS,
+                few=lambda slices, out: kernels.int8_product(x, self.q, self.scale, slices, out),
+                many=lambda part, index: self._torch_product(part, index),
+            )
+        return self._torch_products(x, groups)
+
+    def _torch_products(self, x: Tensor, groups: Groups) -> Tensor:
         quantized, token_scale = quantize_tokens(x)
         if len(groups.which) == 1:
             sums = _integer_product(quantized, self._transposed[groups.which[0]])
@@ -106,6 +135,11 @@ class Int8Matrices(nn.Module):
                 _integer_product(part, self._transposed[index], out=out)
         row_scale = self.scale if groups.of_row is None else self.scale.index_select(0, groups.of_row)
         return (sums * token_scale).mul_(row_scale).to(x.dtype)
+
+    def _torch_product(self, x: Tensor, index: int) -> Tensor:
+        quantized, token_scale = quantize_tokens(x)
+        sums = _integer_product(quantized, self._transposed[index])
+        return (sums * token_scale).mul_(self.scale[index]).to(x.dtype)
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:

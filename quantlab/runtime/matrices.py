@@ -9,7 +9,19 @@ from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import Scheme
 from quantlab.runtime.int4 import Int4Matrices
 from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices
-from quantlab.runtime.products import Groups, centred, compute_dtype, dense_product, in_bands, joined, split
+from quantlab.runtime.native import kernels
+from quantlab.runtime.native_int4 import NativeInt4Matrices
+from quantlab.runtime.products import (
+    Groups,
+    by_count,
+    centred,
+    compute_dtype,
+    dense_product,
+    in_bands,
+    joined,
+    native_dense_limit,
+    split,
+)
 
 
 class DenseMatrices(nn.Module):
@@ -29,9 +41,17 @@ class DenseMatrices(nn.Module):
 
     def products(self, x: Tensor, groups: Groups) -> Tensor:
         """[T, K] -> [T, N], row by row with the matrix of its group."""
-        rows = split(x, groups)
-        return joined(
-            [dense_product(part, self._each[index]) for part, index in zip(rows, groups.which, strict=True)], x.dtype
+        limit = native_dense_limit(x, self.weight)
+        if limit < 0:
+            parts = zip(split(x, groups), groups.which, strict=True)
+            return joined([dense_product(part, self._each[index]) for part, index in parts], x.dtype)
+        return by_count(
+            x,
+            self.shape[1],
+            groups,
+            limit=limit,
+            few=lambda slices, out: kernels.dense_product(x, self.weight, slices, out),
+            many=lambda part, index: dense_product(part, self._each[index]),
         )
 
 
@@ -82,7 +102,7 @@ class ExpandedMatrices(nn.Module):
         return in_bands(x, self.shape[1], lambda start, stop: self.dense(index, start, stop, x.dtype), dtype=x.dtype)
 
 
-QuantizedMatrices = Int4Matrices | Int8WeightMatrices | Int8Matrices | ExpandedMatrices
+QuantizedMatrices = NativeInt4Matrices | Int4Matrices | Int8WeightMatrices | Int8Matrices | ExpandedMatrices
 Matrices = DenseMatrices | QuantizedMatrices
 
 
@@ -95,8 +115,9 @@ def quantized_matrices(
     """
     if scheme.quantized_activations:
         return Int8Matrices(count, rows, columns, scale_dtype=scale_dtype)
-    if scheme.bits == 4 and Int4Matrices.fits(rows, columns, group_size=scheme.group_size, scale_dtype=scale_dtype):
-        return Int4Matrices(count, rows, columns, group_size=cast("int", scheme.group_size), scale_dtype=scale_dtype)
+    for bank in (NativeInt4Matrices, Int4Matrices) if scheme.bits == 4 else ():
+        if bank.fits(rows, columns, group_size=scheme.group_size, scale_dtype=scale_dtype):
+            return bank(count, rows, columns, group_size=cast("int", scheme.group_size), scale_dtype=scale_dtype)
     if scheme.bits == 8 and scheme.group_size is None and Int8WeightMatrices.fits(columns):
         return Int8WeightMatrices(count, rows, columns, scale_dtype=scale_dtype)
     return ExpandedMatrices(

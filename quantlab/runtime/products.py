@@ -16,19 +16,32 @@ What decides the shape of the code is the CPU:
   with the product formed as the format defines it (`QuantizedMatrix.dequantize`).
 - float16 has no arithmetic on x86 before AVX512-FP16: beyond a few rows a float16 matrix is expanded to float32 in bands.
 
+Where the native kernels are to be had (`quantlab.runtime.native`), they take the few rows, at the rate the weights come from
+memory and for all groups in one call. What is said of torch's operators above holds everywhere else.
+
 Legend: E matrices, N rows (outputs), K columns (inputs), g columns per scale, G = K / g, T rows of activations.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import accumulate
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quantlab.runtime.native import kernels
+from quantlab.runtime.native.kernels import Slices
+from quantlab.runtime.native.library import library
+
+Product = Callable[[Tensor, int], Tensor]
+
 _FLOAT16_ROWS: Final = 4
 """Up to this many rows a float16 product beats expanding its matrix to float32 (Zen 4, 2816x2048)."""
+_NATIVE_ROWS: Final = {torch.float16: 64, torch.bfloat16: 16}
+"""Up to this many rows the native kernel beats torch (Zen 4, 2816x2048)."""
 _BAND_ELEMENTS: Final = 1 << 19
 """Weights expanded at once: 2 MB in float32."""
 BAND_ROWS: Final = 64
@@ -49,14 +62,62 @@ class Groups:
     counts: Sequence[int]
     of_row: Tensor | None
 
+    @cached_property
+    def slices(self) -> Slices:
+        """The same, for the native kernels."""
+        return Slices(self.which, [0, *accumulate(self.counts)][:-1], self.counts)
 
+
+@cache
 def single(rows: int) -> Groups:
     """All rows meet the only matrix of a bank of one."""
     return Groups((0,), (rows,), None)
 
 
+def by_count(
+    x: Tensor, rows: int, groups: Groups, *, limit: int, few: Callable[[Slices, Tensor], None], many: Product
+) -> Tensor:
+    """Products [T, rows] of x [T, K] with the matrices of its groups.
+
+    Args:
+        limit: of rows in a group that is left to `few`.
+        few: writes the rows of some groups into the result.
+        many: the product of the rows of one group with the matrix of an index.
+    """
+    if max(groups.counts, default=0) <= limit:
+        out = torch.empty(x.shape[0], rows, dtype=x.dtype)
+        few(groups.slices, out)
+        return out
+    if len(groups.which) == 1:
+        return many(x, groups.which[0]).to(x.dtype)
+    out = torch.empty(x.shape[0], rows, dtype=x.dtype)
+    starts = [0, *accumulate(groups.counts)]
+    small = [i for i, count in enumerate(groups.counts) if count <= limit]
+    few(Slices(*([values[i] for i in small] for values in (groups.which, starts, groups.counts))), out)
+    for index, start, count in zip(groups.which, starts, groups.counts, strict=False):
+        if count > limit:
+            out[start : start + count] = many(x[start : start + count], index)
+    return out
+
+
+def native_dense_limit(x: Tensor, weight: Tensor) -> int:
+    """Up to how many rows the native kernel multiplies weight [..., N, K] with x fastest; -1 if it cannot."""
+    if x.dtype != weight.dtype or library() is None:
+        return -1
+    return _NATIVE_ROWS.get(weight.dtype, -1)
+
+
 def dense_product(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight^T``: [..., K] and [N, K] of one dtype -> [..., N]; float16 is expanded to float32 where that is faster."""
+    if x.numel() <= native_dense_limit(x, weight) * weight.shape[1]:
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
+        kernels.dense_product(flat, weight.unsqueeze(0), single(flat.shape[0]).slices, out)
+        return out
+    return _torch_dense_product(x, weight)
+
+
+def _torch_dense_product(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype != torch.float16 or x.numel() <= _FLOAT16_ROWS * weight.shape[1]:
         return functional.linear(x, weight)
     flat = x.reshape(-1, x.shape[-1])

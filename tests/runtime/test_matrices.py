@@ -21,6 +21,8 @@ from quantlab.runtime.linear import (
     reorders_bfloat16,
 )
 from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, QuantizedMatrices, quantized_matrices
+from quantlab.runtime.native.library import library
+from quantlab.runtime.native_int4 import NativeInt4Matrices
 from quantlab.runtime.products import Groups, dense_product
 
 ROWS = (1, 2, 7, 16, 64, 257)
@@ -103,10 +105,12 @@ def test_kernels_are_chosen_by_shape_and_scale() -> None:
     def kind(scheme: SchemeName, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> type:
         return type(quantized_matrices(SCHEMES[scheme], 1, rows, columns, scale_dtype=dtype))
 
-    if int4_block() is None:
-        pytest.skip("torch's int4 layout on this CPU is not known")
-    assert kind("int4_g128", 576, 2048) is Int4Matrices
-    assert kind("int4_g128", 144, 128) is ExpandedMatrices, "rows no multiple of the layout's block"
+    if library() is not None:
+        assert kind("int4_g128", 576, 2048) is NativeInt4Matrices
+        assert kind("int4_g128", 5, 128) is NativeInt4Matrices
+    elif int4_block() is not None:
+        assert kind("int4_g128", 576, 2048) is Int4Matrices
+        assert kind("int4_g128", 144, 128) is ExpandedMatrices, "rows no multiple of the layout's block"
     assert kind("int4_g32", 128, 96, torch.float32) is ExpandedMatrices, "float32 scales are no two bfloat16 numbers"
     assert kind("int8_weight", 5, 64) is Int8WeightMatrices
     assert kind("int8_weight", 64, 100) is ExpandedMatrices, "torch's operator reads past the end of such rows"

@@ -1,0 +1,231 @@
+/* int8 weights, in rows, with a scale per row: times int8 activations with a scale per token, or times 16-bit ones. */
+
+#include "lanes.h"
+
+#define ROWS 4 /* of a matrix, and */
+#define TOKENS 4 /* of activations: multiplied together */
+
+typedef struct {
+    const int8_t *q;
+    const void *scale;
+    int64_t rows, columns;
+    int scale_dtype;
+    Groups groups;
+    const void *x; /* [T, stride] int8 or bfloat16, zeros behind K */
+    int64_t x_stride, token_stride;
+    const float *token_scale;
+    const int32_t *excess; /* 128 times the sum of a token's integers */
+    const float *sums; /* [T, 16] sums of a token's activations, by the lane that meets them */
+    void *out;
+    int dtype;
+} Int8;
+
+INLINE void put(const Int8 *job, int64_t token, int64_t row, int64_t matrix, float value) {
+    const float scaled = value * scalar(job->scale, job->scale_dtype, matrix * job->rows + row);
+    store(job->out, job->dtype, token * job->rows + row, 1, _mm512_set1_ps(scaled));
+}
+
+/* Integers: the weights are moved to 0 … 255, as the instruction wants one unsigned side, and 128 times the sum of the
+   activations is taken off again. 32-bit sums are exact up to 65536 columns. */
+INLINE void integer_step(const int8_t *q, int64_t apart, const int8_t *x, int64_t stride, __mmask64 mask, const int rows,
+                         const int tokens, __m512i sum[ROWS][TOKENS]) {
+    __m512i t[TOKENS];
+    UNROLLED
+    for (int m = 0; m < tokens; m++)
+        t[m] = _mm512_loadu_si512(x + m * stride);
+    UNROLLED
+    for (int r = 0; r < rows; r++) {
+        const __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, q + r * apart), _mm512_set1_epi8(-128));
+        UNROLLED
+        for (int m = 0; m < tokens; m++)
+            sum[r][m] = _mm512_dpbusd_epi32(sum[r][m], w, t[m]);
+    }
+}
+
+INLINE void integers(const Int8 *job, int64_t matrix, int64_t row, int64_t token, const int rows, const int tokens) {
+    const int8_t *q = job->q + (matrix * job->rows + row) * job->columns;
+    const int8_t *x = (const int8_t *)job->x + token * job->x_stride;
+    const int64_t left = job->columns % 64, whole = job->columns - left;
+    __m512i sum[ROWS][TOKENS];
+    UNROLLED
+    for (int r = 0; r < rows; r++)
+        UNROLLED
+        for (int m = 0; m < tokens; m++)
+            sum[r][m] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < whole; k += 64)
+        integer_step(q + k, job->columns, x + k, job->x_stride, ~0ull, rows, tokens, sum);
+    if (left)
+        integer_step(q + whole, job->columns, x + whole, job->x_stride, (1ull << left) - 1, rows, tokens, sum);
+    UNROLLED
+    for (int r = 0; r < rows; r++)
+        UNROLLED
+        for (int m = 0; m < tokens; m++) {
+            const int64_t at = (token + m) * job->token_stride;
+            const int32_t exact = _mm512_reduce_add_epi32(sum[r][m]) - job->excess[at];
+            put(job, token + m, row + r, matrix, (float)exact * job->token_scale[at]);
+        }
+}
+
+/* A weight plus 128 is two nibbles, and 4300 or-ed with a nibble is the bfloat16 number 128 + nibble: exact, and cheaper than
+   any conversion. The even and the odd columns of 64 lie in the two bytes of 16-bit lanes, so the activations come sorted
+   that way. The sums start at what is added too much, negated; the upper ones count 16 times. */
+INLINE void float_step(const int8_t *q, int64_t apart, const uint16_t *x, int64_t stride, __mmask64 mask, const int rows,
+                       const int tokens, __m512 low[ROWS][TOKENS], __m512 high[ROWS][TOKENS]) {
+    const __m512i nibble = _mm512_set1_epi16(15), base = _mm512_set1_epi16(0x4300), moved = _mm512_set1_epi16(0x4308);
+    UNROLLED
+    for (int r = 0; r < rows; r++) {
+        const __m512i w = _mm512_maskz_loadu_epi8(mask, q + r * apart);
+        UNROLLED
+        for (int half = 0; half < 2; half++) {
+            const __m512i lower = half ? _mm512_srli_epi16(w, 8) : w;
+            const __m512i l = _mm512_ternarylogic_epi32(lower, nibble, base, 0x6A); /* (a & b) ^ c */
+            const __m512i h = _mm512_ternarylogic_epi32(_mm512_srli_epi16(w, half ? 12 : 4), nibble, moved, 0x6A);
+            UNROLLED
+            for (int m = 0; m < tokens; m++) {
+                const __m512bh t = (__m512bh)_mm512_loadu_si512(x + m * stride + 32 * half);
+                low[r][m] = _mm512_dpbf16_ps(low[r][m], (__m512bh)l, t);
+                high[r][m] = _mm512_dpbf16_ps(high[r][m], (__m512bh)h, t);
+            }
+        }
+    }
+}
+
+INLINE void floats(const Int8 *job, int64_t matrix, int64_t row, int64_t token, const int rows, const int tokens) {
+    const int8_t *q = job->q + (matrix * job->rows + row) * job->columns;
+    const uint16_t *x = (const uint16_t *)job->x + token * job->x_stride;
+    const int64_t left = job->columns % 64, whole = job->columns - left;
+    __m512 low[ROWS][TOKENS], high[ROWS][TOKENS];
+    UNROLLED
+    for (int r = 0; r < rows; r++)
+        UNROLLED
+        for (int m = 0; m < tokens; m++) {
+            const __m512 sums = _mm512_loadu_ps(job->sums + (token + m) * job->token_stride * 16);
+            low[r][m] = _mm512_mul_ps(sums, _mm512_set1_ps(-128));
+            high[r][m] = _mm512_mul_ps(sums, _mm512_set1_ps(-136));
+        }
+    for (int64_t k = 0; k < whole; k += 64)
+        float_step(q + k, job->columns, x + k, job->x_stride, ~0ull, rows, tokens, low, high);
+    if (left)
+        float_step(q + whole, job->columns, x + whole, job->x_stride, (1ull << left) - 1, rows, tokens, low, high);
+    UNROLLED
+    for (int r = 0; r < rows; r++)
+        UNROLLED
+        for (int m = 0; m < tokens; m++)
+            put(job, token + m, row + r, matrix,
+                _mm512_reduce_add_ps(_mm512_fmadd_ps(high[r][m], _mm512_set1_ps(16), low[r][m])));
+}
+
+#define EACH(kernel, wide, tokens)                                                                     \
+    case tokens:                                                                                       \
+        for (; row + wide <= last; row += wide)                                                        \
+            kernel(job, matrix, row, token, wide, tokens);                                             \
+        for (; row < last; row++)                                                                      \
+            kernel(job, matrix, row, token, 1, tokens);                                                \
+        break;
+
+#define BLOCK(kernel, wide)                                                                            \
+    switch (left < TOKENS ? left : TOKENS) {                                                           \
+        EACH(kernel, 1, 1) EACH(kernel, 1, 2) EACH(kernel, wide, 3) EACH(kernel, wide, 4)              \
+    }
+
+/* Some rows of a matrix times the activations of its group. For one or two tokens row by row: several rows at once would be
+   several streams 2^n bytes apart, which costs a third of the memory's rate. For more, rows share what is loaded of them. */
+INLINE void work(const Int8 *job, const int whole) {
+    const int64_t blocks = (job->rows + ROWS - 1) / ROWS;
+    int64_t from, to;
+    share(blocks * job->groups.number, &from, &to);
+    for (int64_t unit = from; unit < to; unit++) {
+        const int64_t i = unit / blocks, top = unit % blocks * ROWS, matrix = job->groups.which[i];
+        const int64_t last = top + ROWS < job->rows ? top + ROWS : job->rows;
+        for (int64_t t = 0; t < job->groups.count[i]; t += TOKENS) {
+            const int64_t token = job->groups.start[i] + t, left = job->groups.count[i] - t;
+            int64_t row = top;
+            if (whole)
+                BLOCK(integers, 4)
+            else
+                BLOCK(floats, 2)
+        }
+    }
+}
+
+static void integer_work(void *job) { work(job, 1); }
+
+static void float_work(void *job) { work(job, 0); }
+
+/* A token's integers, and their scale: max|x| / 127, never 0; not finite if a number of the token is not. */
+static float quantize(const void *x, int dtype, int64_t count, int64_t padded, int8_t *out, int32_t *excess) {
+    __m512i largest = _mm512_setzero_si512(), sum = _mm512_setzero_si512();
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    for (int64_t i = 0; i < count; i += 16) { /* as integers, NaN is above infinity and is kept */
+        __m512i bits = _mm512_castps_si512(load(x, dtype, i, first(count - i)));
+        largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, magnitude));
+    }
+    const int32_t bits = _mm512_reduce_max_epi32(largest);
+    float scale;
+    memcpy(&scale, &bits, 4);
+    scale /= 127;
+    if (scale < 0x1p-120f)
+        scale = 0x1p-120f;
+    for (int64_t i = 0; i < padded; i += 16) {
+        __m512 value = i < count ? load(x, dtype, i, first(count - i)) : _mm512_setzero_ps();
+        __m512i rounded = _mm512_cvtps_epi32(_mm512_div_ps(value, _mm512_set1_ps(scale)));
+        sum = _mm512_add_epi32(sum, rounded);
+        _mm_storeu_si128((__m128i *)(out + i), _mm512_cvtepi32_epi8(rounded));
+    }
+    *excess = 128 * _mm512_reduce_add_epi32(sum);
+    return scale;
+}
+
+/* W8A8: out [T, N] in the dtype of x [T, K]. */
+void quantlab_int8_product(const int8_t *q, const void *scale, int64_t rows, int64_t columns, int scale_dtype,
+                           const void *x, int64_t stride, int64_t tokens, int dtype, const int64_t *which,
+                           const int64_t *start, const int64_t *count, int64_t number, void *out) {
+    const int64_t held = stride ? tokens : 1, padded = round_up(columns, 64), apart = padded + 64;
+    int8_t *integer = scratch(held * apart);
+    float *token_scale = scratch(held * 4);
+    int32_t *excess = scratch(held * 4);
+    for (int64_t t = 0; t < held; t++)
+        token_scale[t] = quantize((const char *)x + t * stride * width_of(dtype), dtype, columns, padded,
+                                  integer + t * apart, excess + t);
+    Int8 job = {q, scale, rows, columns, scale_dtype, {which, start, count, number}, integer, stride ? apart : 0,
+                stride ? 1 : 0, token_scale, excess, NULL, out, dtype};
+    GOMP_parallel(integer_work, &job, 0, 0);
+    free(integer);
+    free(token_scale);
+    free(excess);
+}
+
+/* A token in bfloat16, the even columns of each 64 before the odd ones, and its sums. */
+static void sort_token(const void *x, int dtype, int64_t count, int64_t padded, uint16_t *out, float *sums) {
+    uint16_t order[32];
+    for (int i = 0; i < 32; i++)
+        order[i] = 2 * i;
+    const __m512i even = _mm512_loadu_si512(order), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
+    __m512 sum = _mm512_setzero_ps();
+    narrow(x, dtype, count, padded, out);
+    for (int64_t k = 0; k < padded; k += 64) {
+        const __m512i a = _mm512_loadu_si512(out + k), b = _mm512_loadu_si512(out + k + 32);
+        const __m512i evens = _mm512_permutex2var_epi16(a, even, b), odds = _mm512_permutex2var_epi16(a, odd, b);
+        _mm512_storeu_si512(out + k, evens);
+        _mm512_storeu_si512(out + k + 32, odds);
+        sum = _mm512_dpbf16_ps(_mm512_dpbf16_ps(sum, (__m512bh)evens, ones), (__m512bh)odds, ones);
+    }
+    _mm512_storeu_ps(sums, sum);
+}
+
+/* W8A16: as above, with the activations rounded to bfloat16. */
+void quantlab_int8_weight_product(const int8_t *q, const void *scale, int64_t rows, int64_t columns, int scale_dtype,
+                                  const void *x, int64_t stride, int64_t tokens, int dtype, const int64_t *which,
+                                  const int64_t *start, const int64_t *count, int64_t number, void *out) {
+    const int64_t held = stride ? tokens : 1, padded = round_up(columns, 64), apart = padded + 32;
+    uint16_t *sorted = scratch(held * apart * 2);
+    float *sums = scratch(held * 64);
+    for (int64_t t = 0; t < held; t++)
+        sort_token((const char *)x + t * stride * width_of(dtype), dtype, columns, padded, sorted + t * apart, sums + t * 16);
+    Int8 job = {q, scale, rows, columns, scale_dtype, {which, start, count, number}, sorted, stride ? apart : 0,
+                stride ? 1 : 0, NULL, NULL, sums, out, dtype};
+    GOMP_parallel(float_work, &job, 0, 0);
+    free(sorted);
+    free(sums);
+}

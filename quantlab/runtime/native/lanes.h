@@ -1,0 +1,95 @@
+/* What all kernels share: threads, the groups of a bank, and numbers of 16 bits on their way to and from float32.
+
+   Threads are those of the OpenMP runtime torch has loaded: nothing is linked, the two functions below are found in the
+   process. So torch's number of threads holds here too, and the same threads serve both. */
+
+#ifndef QUANTLAB_LANES_H
+#define QUANTLAB_LANES_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+void GOMP_parallel(void (*work)(void *), void *job, unsigned threads, unsigned flags);
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 16") /* sums in arrays become registers only if no loop over them is left */
+
+enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+
+/* Group i: rows start[i] … start[i] + count[i] of the activations meet matrix which[i]. */
+typedef struct {
+    const int64_t *which, *start, *count;
+    int64_t number;
+} Groups;
+
+/* The part of `units` pieces of work that is this thread's. */
+INLINE void share(int64_t units, int64_t *from, int64_t *to) {
+    int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    *from = units * thread / threads;
+    *to = units * (thread + 1) / threads;
+}
+
+INLINE void *scratch(size_t bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }
+
+INLINE int64_t round_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
+
+INLINE size_t width_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+INLINE __mmask16 first(int64_t count) { return count >= 16 ? 0xFFFF : (__mmask16)((1u << count) - 1); }
+
+INLINE __m512 from_bfloat16(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+INLINE __m512 from_sixteen(__m256i bits, int dtype) {
+    return dtype == FLOAT16 ? _mm512_cvtph_ps(bits) : from_bfloat16(bits);
+}
+
+/* Round to nearest, ties to even; NaN stays NaN, numbers below the normal range keep their bits. */
+INLINE __m256i to_bfloat16(__m512 value) {
+    __m512i bits = _mm512_castps_si512(value);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    __mmask16 lost = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, lost, _mm512_set1_epi32(0x7FC00000)), 16));
+}
+
+INLINE __m256i to_sixteen(__m512 value, int dtype) {
+    return dtype == FLOAT16 ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT) : to_bfloat16(value);
+}
+
+/* Activations are copied with 64 bytes between their rows: rows 2^n bytes apart would all want the same lines of the cache. */
+
+/* Element i and the up to 15 after it, as many as `mask` says; zeros behind them. */
+INLINE __m512 load(const void *x, int dtype, int64_t i, __mmask16 mask) {
+    if (dtype == FLOAT32)
+        return _mm512_maskz_loadu_ps(mask, (const float *)x + i);
+    return from_sixteen(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + i), dtype);
+}
+
+INLINE void store(void *out, int dtype, int64_t i, __mmask16 mask, __m512 value) {
+    if (dtype == FLOAT32)
+        _mm512_mask_storeu_ps((float *)out + i, mask, value);
+    else
+        _mm256_mask_storeu_epi16((uint16_t *)out + i, mask, to_sixteen(value, dtype));
+}
+
+INLINE float scalar(const void *x, int dtype, int64_t i) { return _mm512_cvtss_f32(load(x, dtype, i, 1)); }
+
+/* x, `count` numbers, to float32 or bfloat16; zeros from there up to `padded`. */
+INLINE void widen(const void *x, int dtype, int64_t count, int64_t padded, float *out) {
+    for (int64_t i = 0; i < padded; i += 16)
+        _mm512_storeu_ps(out + i, load(x, dtype, i < count ? i : 0, i < count ? first(count - i) : 0));
+}
+
+INLINE void narrow(const void *x, int dtype, int64_t count, int64_t padded, uint16_t *out) {
+    for (int64_t i = 0; i < padded; i += 16)
+        _mm256_storeu_si256((__m256i *)(out + i),
+                            to_bfloat16(load(x, dtype, i < count ? i : 0, i < count ? first(count - i) : 0)));
+}
+
+#endif

@@ -1,0 +1,97 @@
+"""The native kernels: compiled by the system's C compiler at first use, kept in the user's cache directory.
+
+No kernel is a must. Without a compiler, on another processor, or with ``QUANTLAB_NATIVE=0`` in the environment `library()`
+is None, and the banks compute with torch's operators; `status()` says which of the two it is, and why.
+
+The file in the cache is named after everything it depends on: the sources, the compiler (its path, size and time) and the
+flags. It appears by an atomic rename, so processes that build at once only waste a second.
+
+Threads are torch's: the kernels call the OpenMP runtime that torch has brought into the process, by name. If there is none
+the library does not load, and the fallback holds.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch  # noqa: F401 - the kernels find the OpenMP runtime it brings
+
+SWITCH: Final = "QUANTLAB_NATIVE"
+_CPU: Final = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "fma", "f16c"})
+_FLAGS: Final = (
+    *("-O3", "-std=gnu11", "-fPIC", "-shared"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mfma", "-mf16c"),
+)
+_SOURCES: Final = ("dense.c", "int4.c", "int8.c", "lanes.h")
+_SECONDS: Final = 120
+"""A compiler that takes longer is given up."""
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, None if they cannot be had here."""
+    return _loaded()[0]
+
+
+def status() -> str:
+    """Whether the native kernels are used; if not, the reason."""
+    return _loaded()[1]
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get(SWITCH) == "0":
+        return None, f"torch's kernels ({SWITCH}=0)"
+    missing = sorted(_CPU - _cpu_flags())
+    if missing:
+        return None, f"torch's kernels (this processor has no {missing[0]})"
+    compiler = _compiler()
+    if compiler is None:
+        return None, "torch's kernels (no C compiler found: install gcc or set CC)"
+    try:
+        return ctypes.CDLL(str(_built(compiler))), "native kernels"
+    except subprocess.CalledProcessError as error:
+        lines = str(error.stderr).strip().splitlines() or [f"exit status {error.returncode}"]
+        return None, f"torch's kernels ({compiler} failed: {lines[0]})"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f"torch's kernels ({error})"
+
+
+def _cpu_flags() -> frozenset[str]:
+    """What /proc/cpuinfo lists for the first processor; nothing where there is no such file."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    found = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(found.partition(":")[2].split())
+
+
+def _compiler() -> str | None:
+    chosen = os.environ.get("CC")
+    names = (chosen,) if chosen else ("cc", "gcc", "clang")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def _built(compiler: str) -> Path:
+    """The shared library, compiled if the cache does not have it."""
+    sources = Path(__file__).parent
+    identity = Path(compiler).resolve().stat()
+    digest = hashlib.sha256(repr((compiler, identity.st_size, identity.st_mtime_ns, _FLAGS)).encode())
+    for name in _SOURCES:
+        digest.update((sources / name).read_bytes())
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantlab"
+    target = directory / f"kernels-{digest.hexdigest()[:16]}.so"
+    if target.is_file():
+        return target
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix="building-") as building:
+        made = Path(building) / target.name
+        files = [str(sources / name) for name in _SOURCES if name.endswith(".c")]
+        command = [compiler, *_FLAGS, *files, "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        made.replace(target)
+    return target
