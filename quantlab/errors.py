@@ -43,4 +43,4 @@ class EvaluationError(QuantlabError):
 
 
 class CalibrationError(QuantlabError):
-    """A calibration text that cannot be used."""
+    """A calibration text, or statistics of activations, that cannot be worked with."""

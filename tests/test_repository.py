@@ -112,7 +112,16 @@ def test_no_module_is_a_drawer() -> None:
 def test_an_algorithm_is_pure_and_names_its_paper(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert re.search(r"arXiv \d{4}\.\d{5}", ast.get_docstring(tree) or "")
-    allowed = ("torch", "math", "typing", "dataclasses", "collections", "quantlab.numerics", "quantlab.algorithms")
+    allowed = (
+        "torch",
+        "math",
+        "typing",
+        "dataclasses",
+        "collections",
+        "quantlab.numerics",
+        "quantlab.algorithms",
+        "quantlab.errors",
+    )
     for node in ast.walk(tree):
         names = (
             [alias.name for alias in node.names]

@@ -1,0 +1,277 @@
+"""GPTQ: round one column after the other, and let the columns that are left make good for what was lost.
+
+For a row w the error of the output is ``(w - ŵ) H (w - ŵ)ᵀ``. Once column j is rounded with an error e, the best change of
+the columns after it is ``-(e / U_jj) U_j,j+1:`` with ``H⁻¹ = Uᵀ U`` (see `hessian`). What is decided around that step:
+
+- Scales are fixed before the first column, by a search weighted with the mean squares of the inputs.
+- Columns with large inputs go first, while many others are left to make good for them. Each column keeps the scale of the
+  group it came from, and the result is given in the order of the columns of W: no index per column is stored.
+- Rows that share their inputs (gate and up of an expert) are one matrix here, so that one H and one order serve them all.
+- Afterwards integers and scales are improved in turns in the same metric (`quantease`).
+- Rows are independent. One that ends worse than round-to-nearest with the same options is rounded to nearest, and counted.
+
+Where inputs x̃ of the original model are known beside the inputs x of the changed one, the target is not W but the
+real-valued matrix that meets W x̃ best from x (`qronos`), and errors are those of ``E|W x̃ - Ŵ x|²`` above its minimum.
+
+Source: GPTQ (arXiv 2210.17323), section 3 and algorithm 1.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantlab.algorithms.hessian import (
+    check_statistics,
+    damped_factor,
+    normalised,
+    row_errors,
+    with_damping,
+)
+from quantlab.algorithms.qronos import corrected_target
+from quantlab.algorithms.quantease import Problem, coordinate_descent, dequantized, refit_scales
+from quantlab.algorithms.rtn import round_to_nearest
+from quantlab.algorithms.scales import GridOptions
+from quantlab.numerics.integer import QuantizedMatrix, integer_range
+
+_BLOCK: Final = 128
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """What can be chosen of GPTQ.
+
+    Attributes:
+        damping: λ added to H, in units of the mean of its diagonal; > 0.
+        act_order: visit columns by falling mean square of their input rather than as they stand.
+        rounds: of refinement after the last column, each some passes over the integers and a refit of the scales; 0 for
+            none.
+        correction: α in [0, 1], how much of the error passed on by earlier layers is made good where C is given.
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    rounds: int = 2
+    correction: float = 1.0
+
+
+DEFAULT: Final = GptqOptions()
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """Rounded matrices, and what rounding cost. The leading dimension is absent for a single matrix.
+
+    Attributes:
+        q: [B, N, K] int8, in the order of W's columns.
+        scale: [B, N, G] in its stored dtype.
+        bits: width of the integers.
+        energy: [B, N] float32, ``w H wᵀ`` of every row, in units of the mean of diag H, as all errors are.
+        rtn_error: [B, N] of rounding to nearest.
+        pass_error: [B, N] after the last column, before refinement.
+        error: [B, N] of q and scale. With C, errors are those of ``E|W x̃ - Ŵ x|²`` above its minimum.
+        kept_rtn: [B, N] bool, rows that are rounded to nearest because that is better.
+        damping: [B] float32, λ that was used; more than asked for where H was not positive definite.
+        failed: [B] bool, no λ helped: all rows are rounded to nearest.
+        dead: [B] int64, columns whose input was always zero; their weights are rounded to nearest.
+    """
+
+    q: Tensor
+    scale: Tensor
+    bits: int
+    energy: Tensor
+    rtn_error: Tensor
+    pass_error: Tensor
+    error: Tensor
+    kept_rtn: Tensor
+    damping: Tensor
+    failed: Tensor
+    dead: Tensor
+
+    def member(self, index: int) -> "GptqResult":
+        """One matrix of a batch."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return GptqResult(**{name: value if name == "bits" else value[index] for name, value in values.items()})
+
+    def matrix(self, rows: slice = slice(None)) -> QuantizedMatrix:
+        """Some rows of a single matrix: those that belong to one weight of a concatenation."""
+        return QuantizedMatrix(self.q[rows], self.scale[rows], self.bits)
+
+
+def gptq(
+    W: Tensor,
+    H: Tensor,
+    grid: GridOptions,
+    options: GptqOptions = DEFAULT,
+    *,
+    C: Tensor | None = None,
+    removed: Tensor | None = None,
+) -> GptqResult:
+    """Quantize one matrix; as `gptq_batch` for B = 1, without that dimension.
+
+    Args:
+        W: [N, K] of any floating dtype, finite.
+        H: [K, K] mean of x xᵀ; any positive multiple gives the same result.
+        grid: the integers and the search of their scales.
+        options: of the algorithm.
+        C: [K, K] mean of (x̃ - x) xᵀ in the unit of H, or None.
+        removed: [N, K] bool, weights that are to be zero, which the others make good for; or None.
+
+    Returns:
+        The rounded matrix and its errors.
+
+    Raises:
+        CalibrationError: H or C does not fit W, or is not finite.
+    """
+    return gptq_batch(
+        W[None],
+        H[None],
+        grid,
+        options,
+        C=None if C is None else C[None],
+        removed=None if removed is None else removed[None],
+    ).member(0)
+
+
+def gptq_batch(
+    W: Tensor,
+    H: Tensor,
+    grid: GridOptions,
+    options: GptqOptions = DEFAULT,
+    *,
+    C: Tensor | None = None,
+    removed: Tensor | None = None,
+) -> GptqResult:
+    """Quantize matrices of one shape, each with its own inputs.
+
+    Args:
+        W: [B, N, K] of any floating dtype, finite.
+        H: [B, K, K] mean of x xᵀ.
+        grid, options: as in `gptq`.
+        C: [B, K, K] mean of (x̃ - x) xᵀ in the unit of H, or None.
+        removed: [B, N, K] bool, weights that are to be zero, which the others make good for; or None.
+
+    Returns:
+        The rounded matrices and their errors. About four float32 copies of W and of H are in memory meanwhile.
+
+    Raises:
+        CalibrationError: H or C does not fit W, or is not finite.
+    """
+    check_statistics(W, H, C)
+    W = W.to(torch.float32)
+    H, mean = normalised(H)
+    diagonal = H.diagonal(dim1=1, dim2=2)
+    order = diagonal.argsort(dim=1, descending=True, stable=True) if options.act_order else None
+    factor = damped_factor(H if order is None else reordered(H, order), damping=options.damping)
+    importance = diagonal + factor.damping[:, None]
+    target, nearest = W, _round_all(W, grid, importance, removed)
+    chosen = nearest
+    if C is not None and options.correction > 0:
+        target = _target(W, C / mean[:, None, None], factor.U, order, options.correction)
+        chosen = _round_all(target, grid, importance, removed)
+    problem = Problem(target.mT, with_damping(H, factor.damping), grid.bits, None if removed is None else removed.mT)
+    scale = chosen[1].mT.contiguous()
+    q = _column_pass(problem, factor.U, scale, order)
+    judged = _Judge(W, target, H, factor.damping)
+    pass_error = judged.errors(q, scale)
+    q, scale = _refined(problem, q, scale, options.rounds)
+    rtn_error, error = judged.errors(nearest[0].mT, nearest[1].mT), judged.errors(q, scale)
+    kept = ~(error <= rtn_error) | factor.failed[:, None]
+    return GptqResult(
+        q=torch.where(kept[:, :, None], nearest[0], q.mT),
+        scale=torch.where(kept[:, :, None], nearest[1], scale.mT),
+        bits=grid.bits,
+        energy=row_errors(W, H),
+        rtn_error=rtn_error,
+        pass_error=pass_error,
+        error=torch.where(kept, rtn_error, error),
+        kept_rtn=kept,
+        damping=factor.damping,
+        failed=factor.failed,
+        dead=(diagonal == 0).sum(dim=1),
+    )
+
+
+def reordered(H: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of H [B, K, K] in the order [B, K]."""
+    rows = H.gather(1, order[:, :, None].expand_as(H))
+    return rows.gather(2, order[:, None, :].expand_as(H))
+
+
+def _round_all(W: Tensor, grid: GridOptions, importance: Tensor, removed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q [B, N, K] and scale [B, N, G] of rounding to nearest what is not removed."""
+    W = W if removed is None else W.masked_fill(removed, 0)
+    each = [round_to_nearest(W[b], grid, importance=importance[b]) for b in range(W.shape[0])]
+    return torch.stack([one.q for one in each]), torch.stack([one.scale for one in each])
+
+
+def _target(W: Tensor, C: Tensor, U: Tensor, order: Tensor | None, strength: float) -> Tensor:
+    """`corrected_target` with U in another order of columns."""
+    if order is None:
+        return corrected_target(W, C, U, strength=strength)
+    index = order[:, None, :].expand_as(W)
+    moved = corrected_target(W.gather(2, index), reordered(C, order), U, strength=strength)
+    return torch.empty_like(moved).scatter_(2, index, moved)
+
+
+def _column_pass(problem: Problem, U: Tensor, scale: Tensor, order: Tensor | None) -> Tensor:
+    """Algorithm 1 with U in the given order and scale [B, G, N]: q [B, K, N] int8 in the order of the target."""
+    target, removed = problem.target, problem.removed
+    batch, columns, rows = target.shape
+    width = columns // scale.shape[1]
+    low, high = integer_range(problem.bits)
+    if order is None:
+        order = torch.arange(columns, device=target.device).expand(batch, columns)
+    V = target.gather(1, order[:, :, None].expand_as(target))
+    result = torch.empty(target.shape, dtype=torch.int8, device=target.device)
+    steps = scale.to(torch.float32)
+    for start in range(0, columns, _BLOCK):
+        part = slice(start, min(start + _BLOCK, columns))
+        index = order[:, part, None].expand(-1, -1, rows)
+        step = steps.gather(1, index // width)
+        zero = None if removed is None else removed.gather(1, index)
+        q, errors = torch.empty_like(step), torch.empty_like(step)
+        for j in range(q.shape[1]):
+            w = V[:, start + j]
+            q[:, j] = (w / step[:, j]).round_().clamp_(low, high)
+            if zero is not None:
+                q[:, j].masked_fill_(zero[:, j], 0)
+            errors[:, j] = (w - q[:, j] * step[:, j]) / U[:, start + j, start + j, None]
+            after = slice(start + j + 1, part.stop)
+            V[:, after].baddbmm_(U[:, start + j, after, None], errors[:, j, None], alpha=-1)
+        V[:, part.stop :].baddbmm_(U[:, part, part.stop :].mT, errors, alpha=-1)
+        result.scatter_(1, index, q.to(torch.int8))
+    return result
+
+
+def _refined(problem: Problem, q: Tensor, scale: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Integers and scales improved in turns; no row gets worse."""
+    for number in range(rounds):
+        q = coordinate_descent(problem, q, scale)
+        scale = refit_scales(problem, q, scale)
+        if number == rounds - 1:
+            q = coordinate_descent(problem, q, scale)
+    return q, scale
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Errors of every row: ``E|W x̃ - Ŵ x|²`` above its minimum, which is ``d H dᵀ`` where the target is W itself.
+
+    The target solves the damped problem, whose objective is the plain one plus ``λ|W - Ŵ|²``; that is taken off again.
+    """
+
+    W: Tensor
+    target: Tensor
+    H: Tensor
+    damping: Tensor
+
+    def errors(self, q: Tensor, scale: Tensor) -> Tensor:
+        """[B, N] float32 of q [B, K, N] and scale [B, G, N]."""
+        chosen = dequantized(q.contiguous(), scale).mT
+        result = row_errors(self.target - chosen, self.H)
+        if self.target is not self.W:
+            extra = (self.target - chosen).square().sum(dim=2) - (self.W - chosen).square().sum(dim=2)
+            result += self.damping[:, None] * extra
+        return result

@@ -1,0 +1,164 @@
+"""Improve integers and scales that are already good, in the metric of the layer's output.
+
+For one row with target w, integers q and scales s the error is ``(w - q s) H (w - q s)ᵀ``. Two moves never raise it:
+
+- one integer at a time to the best value it can have, the others fixed. With the residual ``r = (w - q s) H`` the free
+  optimum of weight k is ``q_k s + r_k / H_kk``; the nearest point of its grid is the best integer. Columns are visited in
+  order, in blocks, so that almost all work is matrix products.
+- all scales of a row at once, the integers fixed: least squares in G unknowns, ``Σ_h A_gh s_h = b_g`` with A_gh the sum of
+  ``q_k H_kl q_l`` over k in group g, l in group h. Rounding the solution to the stored dtype costs part of the gain; going
+  through the scales one by one, each to its best stored value given the others, wins some of it back.
+
+All tensors are [B, K, N] here, columns first: a column of all rows is contiguous.
+
+Sources: QuantEase (arXiv 2309.01885), section 3 and algorithm 2; the scales are the layer-wise objective of GPTQ
+(arXiv 2210.17323, equation 1) as a function of the scales alone.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantlab.numerics.integer import integer_range
+
+_NORMAL_ENTRIES: Final = 1 << 26
+"""Entries of the least-squares matrices in memory at a time; rows are independent and taken in as many turns as needed."""
+_SCALE_PASSES: Final = 3
+_RIDGE: Final = 1e-6
+_BLOCK: Final = 128
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What rows of integers are to come close to.
+
+    Attributes:
+        target: w [B, K, N] float32.
+        H: [B, K, K] float32, positive definite.
+        bits: width of the integers.
+        removed: [B, K, N] bool, weights that stay zero; None for none.
+    """
+
+    target: Tensor
+    H: Tensor
+    bits: int
+    removed: Tensor | None = None
+
+
+def dequantized(q: Tensor, scale: Tensor) -> Tensor:
+    """``q s`` float32 [B, K, N] of q [B, K, N] and scale [B, G, N]."""
+    batch, columns, rows = q.shape
+    grouped = q.view(batch, scale.shape[1], -1, rows).to(torch.float32)
+    return (grouped * scale.to(torch.float32)[:, :, None]).view(batch, columns, rows)
+
+
+def coordinate_descent(problem: Problem, q: Tensor, scale: Tensor, *, passes: int = 1) -> Tensor:
+    """Give one integer after the other the best value it can have.
+
+    Args:
+        problem: target and metric.
+        q: [B, K, N] int8 to begin with, zero where removed.
+        scale: [B, G, N] in its stored dtype, not zero.
+        passes: over all columns at most; it ends early when a pass changes nothing.
+
+    Returns:
+        [B, K, N] int8; the error of no row is larger than before.
+    """
+    q = q.clone()
+    width = q.shape[1] // scale.shape[1]
+    residual = problem.H @ (problem.target - dequantized(q, scale))
+    for _ in range(passes):
+        before = q.clone()
+        for start in range(0, q.shape[1], _BLOCK):
+            part = slice(start, min(start + _BLOCK, q.shape[1]))
+            steps = scale.to(torch.float32)[:, torch.arange(part.start, part.stop, device=q.device) // width]
+            moved = _descend_block(problem, q, steps, residual[:, part].clone(), part)
+            residual.baddbmm_(problem.H[:, :, part], moved, alpha=-1)
+        if torch.equal(before, q):
+            break
+    return q
+
+
+def _descend_block(problem: Problem, q: Tensor, steps: Tensor, residual: Tensor, part: slice) -> Tensor:
+    """Visit the columns of `part`; writes into q and the block's residual [B, c, N], returns the change of q s."""
+    low, high = integer_range(problem.bits)
+    H = problem.H[:, part, part]
+    moved = torch.empty_like(residual)
+    for j in range(residual.shape[1]):
+        step = steps[:, j]
+        old = q[:, part.start + j].to(torch.float32)
+        best = (old + residual[:, j] / H[:, j, j, None] / step).round_().clamp_(low, high)
+        if problem.removed is not None:
+            best.masked_fill_(problem.removed[:, part.start + j], 0)
+        moved[:, j] = (best - old) * step
+        q[:, part.start + j] = best.to(torch.int8)
+        residual[:, j + 1 :].baddbmm_(H[:, j + 1 :, j, None], moved[:, j, None], alpha=-1)
+    return moved
+
+
+def refit_scales(problem: Problem, q: Tensor, scale: Tensor) -> Tensor:
+    """The scales that are best for fixed integers.
+
+    Args:
+        problem: target and metric.
+        q: [B, K, N] int8.
+        scale: [B, G, N] in its stored dtype, not zero: what to improve.
+
+    Returns:
+        [B, G, N] in the same dtype; the error of no row is larger than before.
+    """
+    result = scale.clone()
+    batch, groups, rows = scale.shape
+    step = max(1, _NORMAL_ENTRIES // (batch * max(groups * groups, q.shape[1])))
+    for start in range(0, rows, step):
+        some = slice(start, start + step)
+        A, r = _normal_equations(problem, q[:, :, some], problem.target[:, :, some], scale[:, :, some])
+        result[:, :, some] = _stored_solution(A, r, scale[:, :, some].mT).mT
+    return result
+
+
+def _normal_equations(problem: Problem, q: Tensor, target: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``A δ = r`` of every row for the change δ of its scales: A [B, N, G, G], r [B, N, G]."""
+    batch, columns, rows = q.shape
+    groups = scale.shape[1]
+    width = columns // groups
+    Q = q.to(torch.float32)
+
+    def per_group(products: Tensor) -> Tensor:
+        return products.mul_(Q).view(batch, groups, width, rows).sum(dim=2)
+
+    A = torch.empty(batch, rows, groups, groups, dtype=torch.float32, device=q.device)
+    for g in range(groups):
+        part = slice(g * width, (g + 1) * width)
+        A[:, :, :, g] = per_group(problem.H[:, :, part] @ Q[:, part]).mT
+    return A, per_group(problem.H @ (target - dequantized(q.contiguous(), scale))).mT.contiguous()
+
+
+def _stored_solution(A: Tensor, r: Tensor, old: Tensor) -> Tensor:
+    """Least squares, then one stored scale after the other; `old` [B, N, G] in rows that this does not improve."""
+    diagonal = A.diagonal(dim1=2, dim2=3)
+    used = diagonal > 0
+    pivot = torch.where(used, diagonal, torch.ones_like(diagonal))
+    damped = A + torch.diag_embed(pivot * _RIDGE + (~used).to(torch.float32))
+    lower, info = torch.linalg.cholesky_ex(damped)
+    change = torch.cholesky_solve(r[..., None], lower)[..., 0]
+    change = torch.where((info == 0)[:, :, None] & change.isfinite().all(dim=2, keepdim=True), change, 0.0)
+    before = old.to(torch.float32)
+    best = _never_zero((before + change).to(old.dtype), old)
+    left = r - (A @ (best.to(torch.float32) - before)[..., None])[..., 0]
+    for _ in range(_SCALE_PASSES):
+        for g in range(old.shape[2]):
+            now = best[:, :, g].to(torch.float32)
+            new = _never_zero((now + left[:, :, g] / pivot[:, :, g] * used[:, :, g]).to(old.dtype), best[:, :, g])
+            left -= A[:, :, :, g] * (new.to(torch.float32) - now)[:, :, None]
+            best[:, :, g] = new
+    change = best.to(torch.float32) - before
+    gain = (change * (r + left)).sum(dim=2)
+    return torch.where((gain > 0)[:, :, None], best, old)
+
+
+def _never_zero(scale: Tensor, otherwise: Tensor) -> Tensor:
+    """A scale of zero would make its integers meaningless."""
+    return torch.where((scale == 0) | ~scale.isfinite(), otherwise, scale)
