@@ -29,6 +29,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from quantlab.runtime.linear import DenseLinear
+from quantlab.runtime.native import kernels
+from quantlab.runtime.native.library import library
 
 LATENT_SDPA: Final = "quantlab_latent_sdpa"
 
@@ -102,6 +104,10 @@ def absorbed(
         [B, T, H, V].
     """
     batch, heads, new, width = query.shape
+    if new == 1 and query.dtype != torch.float32 and query.dtype == weight.dtype and library() is not None:
+        added = None if mask is None else _added(mask, latents.shape)
+        tensors = (query.contiguous(), latents.contiguous(), rotary.contiguous(), weight)
+        return kernels.latent_attention(*tensors, mask=added, scaling=scaling)
     nope = width - rotary.shape[3]
     keys, values = weight[:, :nope], weight[:, nope:]
     by_head = query[..., :nope].transpose(0, 1).reshape(heads, batch * new, nope)
@@ -118,3 +124,10 @@ def absorbed(
     weights = scores.softmax(dim=-1).to(query.dtype).view(batch, heads * new, -1)
     seen = torch.bmm(weights, cached).view(batch, heads, new, -1).transpose(0, 1).reshape(heads, batch * new, -1)
     return torch.bmm(seen, values.mT).view(heads, batch, new, -1).permute(1, 2, 0, 3).contiguous()
+
+
+def _added(mask: Tensor, shape: torch.Size) -> Tensor:
+    """A mask [B or 1, 1, 1, S] of either kind as float32 numbers [B, S] to add to the scores of latents [B, 1, S, L]."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, torch.finfo(torch.float32).min)
+    return mask.to(torch.float32).expand(shape[0], 1, 1, shape[2]).reshape(shape[0], shape[2]).contiguous()

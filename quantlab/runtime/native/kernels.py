@@ -29,6 +29,7 @@ _ARGUMENTS: Final = {
     "quantlab_int8_product": (_Pointer, _Pointer, _Long, _Long, _Code, *_ACTIVATIONS),
     "quantlab_int8_weight_product": (_Pointer, _Pointer, _Long, _Long, _Code, *_ACTIVATIONS),
     "quantlab_dense_product": (_Pointer, _Long, _Long, *_ACTIVATIONS),
+    "quantlab_latent_attention": (*[_Pointer] * 5, *[_Long] * 7, ctypes.c_float, _Code, _Pointer),
 }
 
 
@@ -79,6 +80,37 @@ def int8_weight_product(x: Tensor, q: Tensor, scale: Tensor, groups: Slices, out
 def dense_product(x: Tensor, weight: Tensor, groups: Slices, out: Tensor) -> None:
     """The same with weight [E, N, K]; weights, x and out of one 16-bit dtype."""
     _call("quantlab_dense_product", (weight.data_ptr(), *weight.shape[1:]), x, groups, out)
+
+
+def latent_attention(
+    query: Tensor, latents: Tensor, rotary: Tensor, weight: Tensor, *, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """`quantlab.runtime.attention.absorbed` for one new token and contiguous tensors of one 16-bit dtype.
+
+    Args:
+        query: [B, H, 1, N + R].
+        latents: [B, 1, S, L].
+        rotary: [B, 1, S, R].
+        weight: kv_b's, [H, N + V, L].
+        mask: [B, S] float32, added to the scores.
+        scaling: of the scores.
+
+    Returns:
+        [B, 1, H, V].
+    """
+    batch, heads, _, width = query.shape
+    (cached, latent), turned, rows = latents.shape[2:], rotary.shape[3], weight.shape[1]
+    value = rows - width + turned
+    out = torch.empty(batch, 1, heads, value, dtype=query.dtype)
+    _function("quantlab_latent_attention")(
+        *(query.data_ptr(), latents.data_ptr(), rotary.data_ptr(), weight.data_ptr()),
+        None if mask is None else mask.data_ptr(),
+        *(batch, heads, cached, latent, width - turned, turned, value),
+        scaling,
+        _DTYPES[query.dtype],
+        out.data_ptr(),
+    )
+    return out
 
 
 def _call(name: str, weights: tuple[int, ...], x: Tensor, groups: Slices, out: Tensor) -> None:
