@@ -6,23 +6,26 @@ Source: Han et al., "Learning both Weights and Connections for Efficient Neural 
 import torch
 from torch import Tensor
 
+from quantlab.algorithms.masks import check_sparsity, smallest, smallest_of_each
 
-def magnitude_mask(W: Tensor, *, ratio: float) -> Tensor:
-    """The weights to remove: exactly ``round(ratio * N * K)`` of the smallest ``|W|`` of the whole matrix.
+
+def magnitude_mask(W: Tensor, *, ratio: float, pattern: tuple[int, int] | None = None) -> Tensor:
+    """The weights to remove.
 
     Args:
         W: [N, K] of any floating dtype.
-        ratio: share of weights to remove, 0 <= ratio < 1.
+        ratio: share of weights to remove, 0 <= ratio < 1; not looked at where there is a pattern.
+        pattern: (n, m) to remove n of every m neighbours in a row, or None for exactly ``round(ratio * N * K)`` of the
+            smallest ``|W|`` of the whole matrix.
 
     Returns:
         [N, K] bool, True where a weight is removed. Of equal magnitudes the first in row order go first.
+
+    Raises:
+        CalibrationError: the ratio is not in [0, 1), or m does not divide K.
     """
-    count = round(ratio * W.numel())
-    if count == 0:
-        return torch.zeros(W.shape, dtype=torch.bool)
-    magnitude = W.abs().flatten().to(torch.float32)
-    threshold = magnitude.kthvalue(count).values
-    mask = magnitude < threshold
-    ties = (magnitude == threshold).nonzero().flatten()
-    mask[ties[: count - int(mask.sum())]] = True
-    return mask.view(W.shape)
+    check_sparsity(W.shape[1], ratio=ratio, pattern=pattern)
+    magnitude = W.abs() if W.dtype in (torch.bfloat16, torch.float16) else W.abs().to(torch.float32)
+    if pattern is not None:
+        return smallest_of_each(magnitude, removed=pattern[0], of=pattern[1])
+    return smallest(magnitude.flatten(), round(ratio * W.numel())).view(W.shape)
