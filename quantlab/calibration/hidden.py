@@ -1,8 +1,8 @@
 """Hidden states: what every calibration token looks like between two blocks.
 
-One stream is [S, L, H]: S samples of L tokens, H wide. It lies in memory as long as all streams of a workspace together
-stay under its cap; what does not fit is a memory map of a file without a name, which the system writes back when it needs
-the memory and which is gone when the process is, however it ends.
+One stream is [S, L, H]: S samples of L tokens, H wide. It lies on the device if there is room set aside for it, else in
+memory as long as all streams of a workspace together stay under its cap; what does not fit is a memory map of a file without
+a name, which the system writes back when it needs the memory and which is gone when the process is, however it ends.
 
 A stream is read and replaced in place, some samples at a time. How many is set by the workspace and never by what memory is
 free: the order in which sums are taken, and so every number, depends on it.
@@ -26,14 +26,13 @@ from quantlab.errors import ArtifactError
 
 _TOKENS_AT_ONCE: Final[Mapping[str, int]] = {"cpu": 4096, "cuda": 32768}
 """Tokens a layer reads at once: enough for full speed, few enough that what lies between its matrices stays small."""
-_LARGEST_WRITE: Final = 1 << 30
 
 
 class HiddenStates:
     """One stream [S, L, H]; made by `Workspace.stream`.
 
     Args:
-        data: [S, L, H] on the CPU.
+        data: [S, L, H], on the device or on the CPU.
         device: where what is read arrives.
         tokens_at_once: how many tokens `batches` hands out together, at least one sample.
         spilled: whether `data` lies in a file.
@@ -75,11 +74,7 @@ class HiddenStates:
 
     def rows(self, index: Tensor) -> Tensor:
         """Single tokens [n, H] on the device, by their number in the stream [n] int64, counted over all samples."""
-        return self._data.view(-1, self._data.shape[2]).index_select(0, index.cpu()).to(self.device)
-
-    def bytes(self) -> memoryview:
-        """The stream as it lies in memory; what is written into it is in the stream."""
-        return bytes_of(self._data)
+        return self._data.view(-1, self._data.shape[2]).index_select(0, index.to(self._data.device)).to(self.device)
 
 
 class Workspace:
@@ -90,12 +85,21 @@ class Workspace:
         memory_bytes: cap on the streams in memory, all together.
         device: the device that computes.
         tokens_at_once: see `HiddenStates`; by default what suits the device.
+        device_bytes: cap on the streams that lie on a device with memory of its own, all together. Routed experts ask for
+            single tokens again and again, which is slow across a bus.
     """
 
     def __init__(
-        self, directory: Path, *, memory_bytes: int, device: torch.device, tokens_at_once: int | None = None
+        self,
+        directory: Path,
+        *,
+        memory_bytes: int,
+        device: torch.device,
+        tokens_at_once: int | None = None,
+        device_bytes: int = 0,
     ) -> None:
-        self.directory, self.device, self._free = directory, device, memory_bytes
+        self.directory, self.device = directory, device
+        self._free = {"memory": memory_bytes, "device": 0 if device.type == "cpu" else device_bytes}
         self.tokens_at_once = tokens_at_once or _TOKENS_AT_ONCE.get(device.type, _TOKENS_AT_ONCE["cpu"])
 
     def stream(self, samples: int, length: int, width: int, *, dtype: torch.dtype) -> HiddenStates:
@@ -106,21 +110,25 @@ class Workspace:
         """
         shape = (samples, length, width)
         needed = samples * length * width * dtype.itemsize
-        spilled = not self.has_memory(needed)
-        pinned = self.device.type == "cuda"
-        data = self._mapped(shape, needed, dtype) if spilled else torch.empty(shape, dtype=dtype, pin_memory=pinned)
-        stream = HiddenStates(data, device=self.device, tokens_at_once=self.tokens_at_once, spilled=spilled)
-        if not spilled:
-            self._free -= needed
-            weakref.finalize(stream, self._give_back, needed)
+        place = next((place for place in ("device", "memory") if needed <= self._free[place]), "disk")
+        if place == "disk":
+            data = self._mapped(shape, needed, dtype)
+        elif place == "device":
+            data = torch.empty(shape, dtype=dtype, device=self.device)
+        else:
+            data = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        stream = HiddenStates(data, device=self.device, tokens_at_once=self.tokens_at_once, spilled=place == "disk")
+        if place != "disk":
+            self._free[place] -= needed
+            weakref.finalize(stream, self._give_back, place, needed)
         return stream
 
     def has_memory(self, nbytes: int) -> bool:
-        """Whether streams of so many bytes would stay in memory."""
-        return nbytes <= self._free
+        """Whether streams of so many bytes would stay off the disk, however they are divided."""
+        return nbytes <= max(self._free.values())
 
-    def _give_back(self, nbytes: int) -> None:
-        self._free += nbytes
+    def _give_back(self, place: str, nbytes: int) -> None:
+        self._free[place] += nbytes
 
     def _mapped(self, shape: tuple[int, int, int], nbytes: int, dtype: torch.dtype) -> Tensor:
         try:
@@ -161,9 +169,10 @@ def save_streams(directory: Path, block: str, streams: Mapping[str, HiddenStates
         with temporary.open("wb", buffering=0) as file:
             file.write(shard_header((name, DTYPE_NAMES[s.dtype], s.shape) for name, s in streams.items()))
             for stream in streams.values():
-                data = stream.bytes()
-                while data:
-                    data = data[file.write(data[:_LARGEST_WRITE]) or 0 :]
+                for sample in range(stream.shape[0]):
+                    data = bytes_of(stream.read(slice(sample, sample + 1)).cpu())
+                    while data:
+                        data = data[file.write(data) or 0 :]
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -189,12 +198,13 @@ def load_streams(directory: Path, block: str, streams: Mapping[str, HiddenStates
             found=f"{found}, expected {wanted}",
             fix="start again with --overwrite",
         )
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         for name, stream in streams.items():
             file.seek(header[name].offset)
-            data = stream.bytes()
-            while data:
-                data = data[file.readinto(data[:_LARGEST_WRITE]) or 0 :]
+            sample = torch.empty(1, *stream.shape[1:], dtype=stream.dtype)
+            for index in range(stream.shape[0]):
+                file.readinto(bytes_of(sample))
+                stream.write(slice(index, index + 1), sample)
 
 
 def discard_streams(directory: Path, *, keep: str | None) -> None:
