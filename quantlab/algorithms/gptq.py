@@ -239,7 +239,7 @@ def _column_pass(problem: Problem, U: Tensor, scale: Tensor, order: Tensor | Non
                 q[:, j].masked_fill_(zero[:, j], 0)
             errors[:, j] = (w - q[:, j] * step[:, j]) / U[:, start + j, start + j, None]
             after = slice(start + j + 1, part.stop)
-            V[:, after].baddbmm_(U[:, start + j, after, None], errors[:, j, None], alpha=-1)
+            V[:, after].addcmul_(U[:, start + j, after, None], errors[:, j, None], value=-1)
         V[:, part.stop :].baddbmm_(U[:, part, part.stop :].mT, errors, alpha=-1)
         result.scatter_(1, index, q.to(torch.int8))
     return result

@@ -65,7 +65,7 @@ def smallest(scores: Tensor, count: int) -> Tensor:
 
 def smallest_of_each(scores: Tensor, *, removed: int, of: int) -> Tensor:
     """Mark the `removed` smallest of every `of` neighbours along the last dimension, which `of` divides: [..., K] bool."""
-    grouped = scores.unflatten(-1, (-1, of))
+    grouped = scores.reshape(*scores.shape[:-1], -1, of)
     order = grouped.argsort(dim=-1, stable=True)
     mask = torch.zeros(grouped.shape, dtype=torch.bool, device=scores.device)
     return mask.scatter_(-1, order[..., :removed], value=True).flatten(-2)

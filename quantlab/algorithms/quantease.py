@@ -94,7 +94,7 @@ def _descend_block(problem: Problem, q: Tensor, steps: Tensor, residual: Tensor,
             best.masked_fill_(problem.removed[:, part.start + j], 0)
         moved[:, j] = (best - old) * step
         q[:, part.start + j] = best.to(torch.int8)
-        residual[:, j + 1 :].baddbmm_(H[:, j + 1 :, j, None], moved[:, j, None], alpha=-1)
+        residual[:, j + 1 :].addcmul_(H[:, j + 1 :, j, None], moved[:, j, None], value=-1)
     return moved
 
 

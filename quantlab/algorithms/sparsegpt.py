@@ -132,7 +132,7 @@ def _column_pass(W: Tensor, U: Tensor, *, ratio: float, pattern: tuple[int, int]
                 part = slice(j, min(j + unit, stop))
                 removed[:, part] = _chosen((V[:, part] * cost[:, part]).square(), ratio=ratio, pattern=pattern)
             error = (V[:, j] * removed[:, j]) * cost[:, j]
-            V[:, j + 1 : stop].baddbmm_(U[:, j, j + 1 : stop, None], error[:, None], alpha=-1)
+            V[:, j + 1 : stop].addcmul_(U[:, j, j + 1 : stop, None], error[:, None], value=-1)
             errors[:, j - start] = error
         V[:, stop:].baddbmm_(U[:, start:stop, stop:].mT, errors, alpha=-1)
     return V.masked_fill_(removed, 0).mT.contiguous(), removed.mT.contiguous()
