@@ -214,7 +214,8 @@ def _interruptible() -> Iterator[None]:
 
 def _compile(path: Path) -> tuple[LoadedRecipe, Plan]:
     loaded = load_recipe(path)
-    return loaded, compile_plan(loaded.recipe, _open_source(loaded), code_version=code_version())
+    source, corpus = _open_source(loaded), loaded.corpus_sha256()
+    return loaded, compile_plan(loaded.recipe, source, code_version=code_version(), corpus_sha256=corpus)
 
 
 def _open_source(recipe: LoadedRecipe) -> Checkpoint:

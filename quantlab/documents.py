@@ -184,6 +184,8 @@ def _explain(
     )  # a typo also makes a key missing
     assert root is not None, "validated content came from a document"
     location = first["loc"]
+    if first["type"] == "union_tag_invalid":
+        location = (*location, first["ctx"]["discriminator"].strip("'"))
     line, yaml_path = _locate(root, location)
     where = f"{path}:{line}, {'.'.join(yaml_path).replace('.[', '[') or 'top level'}"
     found, last = _shortened(repr(first["input"])), str(location[-1]) if location else kind
@@ -196,6 +198,12 @@ def _explain(
         case "literal_error":
             known = re.findall(r"'([^']*)'", first["ctx"]["expected"])
             return RecipeError("unknown word", where=where, found=found, fix=nearest(str(first["input"]), known))
+        case "union_tag_invalid":
+            known = re.findall(r"'([^']*)'", first["ctx"]["expected_tags"])
+            word = first["ctx"]["tag"]
+            return RecipeError("unknown word", where=where, found=repr(word), fix=nearest(word, known))
+        case "union_tag_not_found":
+            return RecipeError("`name` is missing", where=where, found=found, fix="say which: `{name: …}`")
         case "too_short":
             return RecipeError(f"`{last}` is empty", where=where, found=found, fix="give at least one entry")
         case "value_error" | "pass_verb":

@@ -6,7 +6,7 @@ experts is written anywhere; they are derived from the names of the checkpoint. 
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -46,7 +46,9 @@ class TensorRule:
             tensors outside the layers.
         needs: a dimension without which the tensor does not exist; with a leading "!" one that excludes it.
         linear: whether it is the weight [out_features, in_features] of a linear layer.
-        site: the input site: linears with the same site in the same layer (and expert) read the same activations.
+        site: the input site: what has the same site in the same layer (and expert) reads the same activations.
+        feeds: the input site whose channels are this tensor's outputs, row by row or head by head: where a scale per channel
+            can be folded in. Everything that reads the site is a linear or the router.
         fused: the group that serving engines fuse into one matrix; its members share one scheme.
         splits: the dimension tensor parallelism divides: "rows" (outputs), "columns" (inputs), or None.
         exact: whether it keeps its dtype in every variant because engines compute with it in float32.
@@ -59,6 +61,7 @@ class TensorRule:
     needs: str = ""
     linear: bool = False
     site: str | None = None
+    feeds: str | None = None
     fused: str | None = None
     splits: Literal["rows", "columns"] | None = None
     exact: bool = False
@@ -112,6 +115,25 @@ class Architecture:
     dimensions: Callable[[Config], Dimensions]
     mtp: bool = False
 
+    def fed_rows(self, claim: Claim, config: Config, *, channels: int) -> Sequence[int]:
+        """For every channel of the site a tensor feeds, the row (or element, of a norm) of the tensor it comes from.
+
+        Args:
+            claim: a tensor whose rule feeds a site.
+            config: config.json.
+            channels: how many channels the site has.
+        """
+        assert claim.rule is not None
+        if claim.rule.feeds != "o":
+            return range(channels)
+        heads = size_of(config, "num_attention_heads", least=1)
+        width = channels // heads
+        if claim.role == "kv_b":  # the rows of each head are its keys' and, behind them, its values'
+            keys = size_of(config, "qk_nope_head_dim")
+            return [head * (keys + width) + keys + row for head in range(heads) for row in range(width)]
+        shared_by = heads // size_of(config, "num_key_value_heads", default=heads, least=1)
+        return [head // shared_by * width + row for head in range(heads) for row in range(width)]
+
     def claim(self, name: str, *, hidden_layers: int) -> Claim:
         """Say what the tensor `name` is; a name no rule knows gets the role "other"."""
         for rule in self.rules:
@@ -160,6 +182,9 @@ class Architecture:
             case "mtp":
                 return extra
 
+
+STAGES: tuple[tuple[str, ...], ...] = (("attention",), ("q_latent", "kv_latent"), ("o",), ("mlp",), ("down",))
+"""The input sites of a layer in the order its forward pass reaches them; those of one stage do not depend on each other."""
 
 _LARGEST_SIZE = 10_000_000
 

@@ -10,30 +10,43 @@ _ATTENTION = _LAYER + "self_attn."
 Layers = Literal["every", "dense", "moe"]
 
 
-def _norm(pattern: str, size: str, *, needs: str = "") -> TensorRule:
-    return TensorRule(pattern + ".weight", "norm", (size,), layers="every", needs=needs)
+def _norm(pattern: str, size: str, feeds: str, *, needs: str = "") -> TensorRule:
+    return TensorRule(pattern + ".weight", "norm", (size,), layers="every", needs=needs, feeds=feeds)
 
 
 def _attention(
     name: str, shape: tuple[str, str], site: str, *, role: Role = "attention", fused: str | None = None, needs: str = ""
 ) -> TensorRule:
     splits: Literal["rows", "columns"] = "columns" if name == "o_proj" else "rows"
+    feeds = "o" if name in {"v_proj", "kv_b_proj"} else None
     pattern = f"{_ATTENTION}{name}.weight"
     return TensorRule(
-        pattern, role, shape, layers="every", needs=needs, linear=True, site=site, fused=fused, splits=splits
+        pattern,
+        role,
+        shape,
+        layers="every",
+        needs=needs,
+        linear=True,
+        site=site,
+        feeds=feeds,
+        fused=fused,
+        splits=splits,
     )
 
 
 def _bias(name: str, size: str, *, needs: str) -> TensorRule:
-    return TensorRule(f"{_ATTENTION}{name}.bias", "attention", (size,), layers="every", needs=needs)
+    feeds = "o" if name == "v_proj" else None
+    return TensorRule(f"{_ATTENTION}{name}.bias", "attention", (size,), layers="every", needs=needs, feeds=feeds)
 
 
 def _mlp(prefix: str, role: Role, width: str, layers: Layers) -> tuple[TensorRule, ...]:
     def rule(
         name: str, shape: tuple[str, str], site: str, fused: str | None, splits: Literal["rows", "columns"]
     ) -> TensorRule:
-        pattern = f"{_LAYER}mlp.{prefix}{name}.weight"
-        return TensorRule(pattern, role, shape, layers=layers, linear=True, site=site, fused=fused, splits=splits)
+        pattern, feeds = f"{_LAYER}mlp.{prefix}{name}.weight", "down" if name == "up_proj" else None
+        return TensorRule(
+            pattern, role, shape, layers=layers, linear=True, site=site, feeds=feeds, fused=fused, splits=splits
+        )
 
     return (
         rule("gate_proj", (width, "hidden"), "mlp", "gate+up", "rows"),
@@ -47,7 +60,10 @@ _OUTSIDE_THE_LAYERS = (
     TensorRule("model.norm.weight", "norm", ("hidden",)),
     TensorRule("lm_head.weight", "lm_head", ("vocabulary", "hidden"), needs="!tied"),
 )
-_LAYER_NORMS = (_norm(_LAYER + "input_layernorm", "hidden"), _norm(_LAYER + "post_attention_layernorm", "hidden"))
+_LAYER_NORMS = (
+    _norm(_LAYER + "input_layernorm", "hidden", "attention"),
+    _norm(_LAYER + "post_attention_layernorm", "hidden", "mlp"),
+)
 
 _LLAMA = (
     *_OUTSIDE_THE_LAYERS,
@@ -75,9 +91,9 @@ _DEEPSEEK = (
     _bias("q_a_proj", "q_lora", needs="qkv_bias"),
     _bias("kv_a_proj_with_mqa", "kv_a", needs="qkv_bias"),
     _bias("o_proj", "hidden", needs="qkv_bias"),
-    _norm(_ATTENTION + "q_a_layernorm", "q_lora", needs="q_lora"),
-    _norm(_ATTENTION + "kv_a_layernorm", "kv_lora"),
-    TensorRule(_LAYER + "mlp.gate.weight", "router", ("experts", "hidden"), layers="moe"),
+    _norm(_ATTENTION + "q_a_layernorm", "q_lora", "q_latent", needs="q_lora"),
+    _norm(_ATTENTION + "kv_a_layernorm", "kv_lora", "kv_latent"),
+    TensorRule(_LAYER + "mlp.gate.weight", "router", ("experts", "hidden"), layers="moe", site="mlp"),
     TensorRule(
         _LAYER + "mlp.gate.e_score_correction_bias",
         "router",

@@ -1,20 +1,32 @@
-"""Bind the passes of a recipe to their algorithms: one weight in, the changed weight and what it cost out."""
+"""Bind the passes of a recipe to their algorithms: weights that read the same activations in, what they became out."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import assert_never
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Final, Literal, assert_never
 
 import torch
 from torch import Tensor
 
+from quantlab.algorithms.gptq import GptqOptions, gptq
 from quantlab.algorithms.magnitude import magnitude_mask
-from quantlab.algorithms.rtn import Grid, rtn
+from quantlab.algorithms.rtn import round_to_nearest
+from quantlab.algorithms.scales import Grid, GridOptions
+from quantlab.algorithms.sparsegpt import sparsegpt
+from quantlab.algorithms.wanda import wanda_mask
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.recipe.algorithms import Awq, Gptq, Magnitude, Reap, Rtn, SmoothQuant, SparseGpt, Wanda
 from quantlab.recipe.schema import Prune, Quantize
 from quantlab.recipe.schemes import SCHEMES
 
+Need = Literal["squares", "magnitudes", "hessian", "cross"]
+
 _CLIP_STEPS, _CLIP_FLOOR = 20, 0.6
-_DEFAULT_GRID: dict[int, Grid] = {4: "signed", 8: "absmax"}
+_PRIOR_STRENGTH: Final = 1.0
+"""What all experts' tokens weigh beside an expert's own, in tokens per channel, where the recipe does not say."""
+_DEFAULT_GRID: Final[Mapping[int, Grid]] = {4: "signed", 8: "absmax"}
+
+Changed = tuple[Tensor | QuantizedMatrix, "WeightReport | None"]
+"""What a weight became, and what that cost; None where no pass changed it."""
 
 
 @dataclass(frozen=True)
@@ -24,58 +36,253 @@ class WeightReport:
     Attributes:
         relative_error: Frobenius norm of the change over that of the weight.
         sparsity: share of weights that are zero now.
+        output_error: squared error of its outputs on the calibration text over the squared outputs; None where none was read.
+        rtn_output_error: what rounding to nearest on the same grid would have had.
+        tokens: how many tokens its statistics are made of.
+        fallback: what was done in place of what the recipe asks for, empty if nothing was.
     """
 
     relative_error: float
     sparsity: float
+    output_error: float | None = None
+    rtn_output_error: float | None = None
+    tokens: int | None = None
+    fallback: str = ""
+
+    def known(self) -> dict[str, float | int | str]:
+        """What there is to tell, by name."""
+        return {name: value for name, value in asdict(self).items() if value not in {None, ""}}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the activations x [K] that enter a weight.
+
+    Attributes:
+        tokens: how many were seen.
+        mean_square: [K], mean of x².
+        hessian: [K, K], mean of x xᵀ, where asked for.
+        cross: [K, K], mean of (x~ - x) xᵀ with x~ the unchanged model's, where asked for.
+        prior: the same for tokens of all experts, None where the weight is no expert's.
+    """
+
+    tokens: int
+    mean_square: Tensor
+    hessian: Tensor | None
+    cross: Tensor | None
+    prior: "Inputs | None"
+
+    def shrunk(self, strength: float) -> "Inputs":
+        """Own statistics and the prior's, which weighs `strength` tokens per channel: what an expert with few tokens leans on."""
+        if self.prior is None or strength == 0:
+            return self
+        weight = strength * len(self.mean_square)
+        own = self.tokens / (self.tokens + weight)
+
+        def mix(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            return None if mine is None or theirs is None else own * mine + (1 - own) * theirs
+
+        squares = own * self.mean_square + (1 - own) * self.prior.mean_square
+        prior = self.prior
+        return Inputs(self.tokens, squares, mix(self.hessian, prior.hessian), mix(self.cross, prior.cross), None)
+
+
+def needs_of(passes: Collection[Prune | Quantize]) -> frozenset[Need]:
+    """What the passes of a weight want to know of its inputs."""
+    needs: set[Need] = set()
+    for step in passes:
+        match step.algorithm:
+            case Gptq(correction=correction):
+                needs |= {"hessian", "cross"} if correction else {"hessian"}
+            case SparseGpt() | Awq():
+                needs.add("hessian")
+            case Wanda() | Rtn(clip="activations"):
+                needs.add("squares")
+            case SmoothQuant() | Magnitude() | Reap() | Rtn():
+                pass
+            case _:
+                assert_never(step.algorithm)
+    return frozenset(needs)
 
 
 def apply_passes(
-    W: Tensor, passes: Sequence[Prune | Quantize], *, dtype: torch.dtype
-) -> tuple[Tensor | QuantizedMatrix, WeightReport]:
-    """Change one weight.
+    weights: Mapping[str, Tensor],
+    passes: Sequence[Prune | Quantize],
+    *,
+    dtype: torch.dtype,
+    inputs: Inputs | None = None,
+) -> dict[str, Changed]:
+    """Change weights that read the same activations.
 
     Args:
-        W: [N, K] of any floating dtype, finite.
+        weights: [N, K] each, of any floating dtype, finite, all with the same K.
         passes: at least one, in order; a quantize pass comes last.
-        dtype: what the weight, or its scales, will be stored in.
+        dtype: what the weights, or their scales, will be stored in.
+        inputs: of these weights; needed by calibrated passes.
 
     Returns:
-        The weight in `dtype` or on its integer grid, and the report.
+        Each weight in `dtype` or on its integer grid, and its report.
     """
-    result: Tensor | QuantizedMatrix = W
+    work = _Work(weights, inputs)
     for step in passes:
-        assert isinstance(result, Tensor), "nothing follows a quantize pass"
         match step:
             case Prune():
-                result = result.masked_fill(magnitude_mask(result, ratio=step.prune), 0)
+                work.prune(step)
             case Quantize():
-                result = _quantize(result, step, dtype)
+                work.quantize(step, dtype)
             case _:
                 assert_never(step)
-    if isinstance(result, Tensor):
-        result = result.to(dtype)
-    return result, _report(W, result)
+    return work.finish(dtype)
 
 
-def _quantize(W: Tensor, step: Quantize, dtype: torch.dtype) -> QuantizedMatrix:
-    scheme, algorithm = SCHEMES[step.quantize], step.algorithm
-    return rtn(
-        W,
+class _Work:
+    """Weights below each other in one matrix, as the passes change them.
+
+    A mask of removed weights goes with the matrix, so that a pass after pruning may move what is left as it needs and
+    still leave every zero a zero.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], inputs: Inputs | None) -> None:
+        self._weights, self._inputs = weights, inputs
+        self._rows = [len(weight) for weight in weights.values()]
+        first = next(iter(weights.values()))
+        self._original = first if len(weights) == 1 else torch.cat(list(weights.values()))
+        self._matrix: Tensor | QuantizedMatrix = self._original
+        self._mask: Tensor | None = None
+        self._fallback = [""] * len(self._rows)
+        self._rtn_errors: list[float] | None = None
+
+    @property
+    def _dense(self) -> Tensor:
+        assert isinstance(self._matrix, Tensor), "nothing follows a quantize pass"
+        return self._matrix
+
+    @property
+    def _known(self) -> Inputs:
+        assert self._inputs is not None, "a calibrated pass has inputs"
+        return self._inputs
+
+    def prune(self, step: Prune) -> None:
+        """Remove weights."""
+        ratio, pattern = step.ratio, None if step.pattern is None else (step.pattern.removed, step.pattern.of)
+        match step.algorithm:
+            case Magnitude():
+                masks = [magnitude_mask(part, ratio=ratio, pattern=pattern) for part in self._apart(self._dense)]
+                self._mask = masks[0] if len(masks) == 1 else torch.cat(masks)
+            case Wanda():
+                squares = self._known.shrunk(_PRIOR_STRENGTH).mean_square
+                self._mask = wanda_mask(self._dense, squares, ratio=ratio, pattern=pattern)
+            case SparseGpt(damping=damping):
+                H = self._known.shrunk(_PRIOR_STRENGTH).hessian
+                assert H is not None, "asked for by needs_of"
+                pruned = sparsegpt(self._dense, H, ratio=ratio, pattern=pattern, damping=damping)
+                self._matrix, self._mask = pruned.W, pruned.mask
+                if pruned.failed:
+                    self._note("pruned without making good, the Hessian is singular at every damping")
+                return
+            case Reap():
+                raise AssertionError("the plan turns reap into fewer experts")
+            case _:
+                assert_never(step.algorithm)
+        self._matrix = self._dense.masked_fill(self._mask, 0)
+
+    def quantize(self, step: Quantize, dtype: torch.dtype) -> None:
+        """Put the matrix on an integer grid."""
+        algorithm = step.algorithm
+        match algorithm:
+            case Gptq():
+                self._gptq(step, algorithm, dtype)
+            case Rtn(clip="activations") | Awq(clip="activations"):
+                squares = self._known.shrunk(_PRIOR_STRENGTH).mean_square
+                self._matrix = round_to_nearest(self._dense, grid_of(step, dtype), importance=squares)
+            case Rtn() | Awq() | SmoothQuant():
+                self._matrix = round_to_nearest(self._dense, grid_of(step, dtype))
+            case _:
+                assert_never(algorithm)
+
+    def _gptq(self, step: Quantize, algorithm: Gptq, dtype: torch.dtype) -> None:
+        inputs = self._known.shrunk(algorithm.shrinkage)
+        assert inputs.hessian is not None, "asked for by needs_of"
+        options = GptqOptions(
+            damping=algorithm.damping,
+            act_order=algorithm.order == "activations",
+            rounds=algorithm.refine,
+            correction=algorithm.correction,
+        )
+        grid = grid_of(step, dtype)
+        done = gptq(self._original, inputs.hessian, grid, options, C=inputs.cross, removed=self._mask)
+        self._matrix = done.matrix()
+        self._rtn_errors = []
+        parts = zip(self._apart(done.rtn_error), self._apart(done.energy), strict=True)
+        for error, energy in parts:
+            self._rtn_errors.append(_ratio(float(error.sum()), float(energy.sum())))
+        if done.failed:
+            self._note("rounded to nearest, the Hessian is singular at every damping")
+        for index, kept in enumerate(self._apart(done.kept_rtn)):
+            if kept.any() and not done.failed:
+                self._fallback[index] = "some rows rounded to nearest, which is better there"
+
+    def _note(self, what: str) -> None:
+        self._fallback = [what] * len(self._rows)
+
+    def _apart(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """What belongs to each weight, of rows of all of them."""
+        return torch.split_with_sizes(rows, self._rows)
+
+    def finish(self, dtype: torch.dtype) -> dict[str, Changed]:
+        """The weights apart again, with their reports."""
+        parts: list[Tensor | QuantizedMatrix]
+        if isinstance(self._matrix, QuantizedMatrix):
+            integers, scales = self._apart(self._matrix.q), self._apart(self._matrix.scale)
+            bits = self._matrix.bits
+            parts = [QuantizedMatrix(q, scale, bits) for q, scale in zip(integers, scales, strict=True)]
+        else:
+            parts = [part.to(dtype) for part in self._apart(self._matrix)]
+        return {
+            name: (part, self._report(weight, part, index))
+            for index, ((name, weight), part) in enumerate(zip(self._weights.items(), parts, strict=True))
+        }
+
+    def _report(self, W: Tensor, result: Tensor | QuantizedMatrix, index: int) -> WeightReport:
+        """Numbers rounded to four digits: they are for people, and stay the same whatever order sums are taken in."""
+        before = W.to(torch.float32)
+        after = result.dequantize(torch.float32) if isinstance(result, QuantizedMatrix) else result.to(torch.float32)
+        delta = after - before
+        output_error = None
+        if self._inputs is not None and self._inputs.hessian is not None:
+            H = self._inputs.hessian
+            output_error = _four_digits(_ratio(_energy(delta, H), _energy(before, H)))
+        return WeightReport(
+            relative_error=_four_digits(_ratio(delta.norm().item(), before.norm().item())),
+            sparsity=_four_digits(1 - after.count_nonzero().item() / after.numel()),
+            output_error=output_error,
+            rtn_output_error=None if self._rtn_errors is None else _four_digits(self._rtn_errors[index]),
+            tokens=None if self._inputs is None else self._inputs.tokens,
+            fallback=self._fallback[index],
+        )
+
+
+def grid_of(step: Quantize, dtype: torch.dtype) -> GridOptions:
+    """The integer grid of a pass, its scales of `dtype`."""
+    scheme = SCHEMES[step.quantize]
+    clip = "none" if isinstance(step.algorithm, SmoothQuant) else step.algorithm.clip
+    return GridOptions(
         bits=scheme.bits,
         group_size=scheme.group_size,
         scale_dtype=dtype,
-        grid=algorithm.grid or _DEFAULT_GRID[scheme.bits],
-        clip_steps=_CLIP_STEPS if algorithm.clip == "mse" else 0,
+        grid=step.algorithm.grid or _DEFAULT_GRID[scheme.bits],
+        clip_steps=0 if clip == "none" else _CLIP_STEPS,
         clip_floor=_CLIP_FLOOR,
     )
 
 
-def _report(W: Tensor, result: Tensor | QuantizedMatrix) -> WeightReport:
-    """Numbers rounded to four digits: they are for people, and stay the same whatever order sums are taken in."""
-    before = W.to(torch.float32)
-    after = result.dequantize(torch.float32) if isinstance(result, QuantizedMatrix) else result.to(torch.float32)
-    norm = before.norm().item()
-    error = (after - before).norm().item() / norm if norm else 0.0
-    zeros = 1 - after.count_nonzero().item() / after.numel()
-    return WeightReport(relative_error=float(f"{error:.4g}"), sparsity=float(f"{zeros:.4g}"))
+def _energy(rows: Tensor, H: Tensor) -> float:
+    return float((rows @ H).mul_(rows).sum())
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _four_digits(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -7,15 +7,18 @@ import json
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from quantlab.architectures.architecture import size_of
+from quantlab.architectures.architecture import DEFAULT_TARGETS, Config, size_of
 from quantlab.architectures.families import detect
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.errors import PlanError
+from quantlab.plan.experts import kept_experts, without_experts
+from quantlab.plan.folds import mark_folds
 from quantlab.plan.memory import peak_memory
 from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, StoredTensor, VariantPlan
 from quantlab.plan.serving import check_serving_rules, serving_notes, tensor_parallel_sizes
 from quantlab.plan.source import FLOATING, SourceWeight, survey
-from quantlab.recipe.schema import Cast, Prune, Quantize, Recipe
+from quantlab.recipe.algorithms import Reap, Rtn
+from quantlab.recipe.schema import Calibration, Cast, NOfM, Prune, Quantize, Recipe
 from quantlab.recipe.schemes import DTYPE_WORDS, SCHEMES, FloatDtype
 
 LARGEST_SHARD = 5_000_000_000
@@ -31,13 +34,14 @@ def code_version() -> str:
 AnyPass = Cast | Quantize | Prune
 
 
-def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, code_version: str) -> Plan:
+def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, code_version: str, corpus_sha256: str = "") -> Plan:
     """Plan every variant of a recipe.
 
     Args:
         recipe: the validated recipe.
         checkpoint: the source, headers only.
         code_version: version of quantlab; part of every variant's key.
+        corpus_sha256: hash of the calibration text; part of the key of every variant that reads it.
 
     Raises:
         CheckpointError: the source is incomplete or not supported.
@@ -46,12 +50,17 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, code_version: str) -
     architecture = detect(checkpoint.config)
     weights = survey(checkpoint, architecture)
     fingerprint = checkpoint.fingerprint()
-    heads = size_of(checkpoint.config, "num_attention_heads")
-    variants = tuple(
-        _plan_variant(name, passes, weights, seed=f"{code_version} {fingerprint}", heads=heads)
-        for name, passes in recipe.variants.items()
-    )
-    return Plan(checkpoint, architecture, variants)
+    variants = []
+    for name, passes in recipe.variants.items():
+        calibrated = any(step.calibrated for step in passes)
+        calibration = recipe.calibration if calibrated else None
+        seed = f"{code_version} {fingerprint}"
+        if calibration is not None:
+            seed += f" {corpus_sha256} {calibration.model_dump_json(exclude={'corpus', 'memory'})}"
+        variants.append(
+            _plan_variant(name, passes, weights, calibration=calibration, seed=seed, config=checkpoint.config)
+        )
+    return Plan(checkpoint, architecture, tuple(variants))
 
 
 def describe(passes: Sequence[AnyPass]) -> str:
@@ -63,32 +72,47 @@ def describe(passes: Sequence[AnyPass]) -> str:
                 words.append(dtype)
                 continue
             case Quantize(quantize=scheme, algorithm=algorithm):
-                clip = ", mse clip" if algorithm.clip == "mse" else ""
+                clip = f", {algorithm.clip} clip" if isinstance(algorithm, Rtn) and algorithm.clip != "none" else ""
                 word = f"{scheme} ({algorithm.name}{clip})"
-            case Prune(prune=ratio, algorithm=algorithm):
-                word = f"prune {ratio:.3g} ({algorithm.name})"
-        default = type(step).model_fields["targets"].default
+            case Prune(prune=sparsity, algorithm=algorithm):
+                share = str(sparsity) if isinstance(sparsity, NOfM) else f"{sparsity:.3g}"
+                word = f"prune {share} ({algorithm.name})"
+        default = ("routed_experts",) if isinstance(step.algorithm, Reap) else DEFAULT_TARGETS
         words.append(word if step.targets == default else f"{word} of {'+'.join(step.targets)}")
     return " → ".join(words)
 
 
 def _plan_variant(
-    name: str, passes: Sequence[AnyPass], weights: Sequence[SourceWeight], *, seed: str, heads: int
+    name: str,
+    passes: Sequence[AnyPass],
+    weights: Sequence[SourceWeight],
+    *,
+    calibration: Calibration | None,
+    seed: str,
+    config: Config,
 ) -> VariantPlan:
     cast = next((step.cast for step in passes if isinstance(step, Cast)), None)
     changes = [step for step in passes if not isinstance(step, Cast)]
     steps = [_plan_step(weight, _applied(changes, weight, variant=name), cast) for weight in weights]
     _check_claims(changes, steps, variant=name)
+    reap = next((step for step in changes if isinstance(step.algorithm, Reap)), None)
+    kept = None
+    if isinstance(reap, Prune):
+        kept = kept_experts(reap, config, variant=name)
+        steps = without_experts(steps, kept=kept)
     check_serving_rules(steps, variant=name)
     what = json.dumps([step.model_dump() for step in passes], sort_keys=True)
+    steps = mark_folds(steps)
     return VariantPlan(
         name=name,
         description=describe(passes),
         dtype=cast or _native_dtype(weights),
         blocks=_blocks(steps),
+        calibration=calibration,
+        experts=kept,
         key=hashlib.sha256(f"{_LAYOUT_VERSION} {LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),
         peak_memory_bytes=peak_memory(steps),
-        tensor_parallel=tensor_parallel_sizes(steps, heads=heads),
+        tensor_parallel=tensor_parallel_sizes(steps, heads=size_of(config, "num_attention_heads")),
         notes=serving_notes(steps),
     )
 

@@ -7,9 +7,9 @@ from typing import Literal
 from quantlab.architectures.architecture import Architecture, Claim
 from quantlab.checkpoint.header import DTYPE_BITS, TensorEntry
 from quantlab.checkpoint.index import Checkpoint
-from quantlab.recipe.schema import Prune, Quantize
+from quantlab.recipe.schema import Calibration, Prune, Quantize
 
-Outcome = Literal["cast", "quantized", "pruned", "kept", "dropped"]
+Outcome = Literal["cast", "quantized", "pruned", "folded", "kept", "dropped"]
 StoredTensor = tuple[str, str, tuple[int, ...]]
 """Name, dtype word and shape of a tensor on disk."""
 
@@ -115,6 +115,8 @@ class VariantPlan:
         description: its passes in one line.
         dtype: the 16-bit dtype of its floating-point tensors, as config.json spells it.
         blocks: what is read, done and written, in order.
+        calibration: what its algorithms watch the model read; None if none of them does.
+        experts: how many routed experts every MoE layer keeps, None where all stay.
         key: hash of what determines the artifact's weights: passes, source, versions of quantlab and of the layout. What was
             made under another key is neither resumed nor kept.
         peak_memory_bytes: estimate of the largest resident size while it is made.
@@ -126,6 +128,8 @@ class VariantPlan:
     description: str
     dtype: str
     blocks: tuple[Block, ...] = field(repr=False)
+    calibration: Calibration | None
+    experts: int | None
     key: str
     peak_memory_bytes: int
     tensor_parallel: tuple[int, ...]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from quantlab.errors import PlanError
 from quantlab.plan.model import Step
+from quantlab.recipe.schema import Prune
 from quantlab.recipe.schemes import SCHEMES, Scheme
 
 _TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
@@ -17,12 +18,21 @@ def check_serving_rules(steps: Sequence[Step], *, variant: str) -> None:
     """Check that engines can serve what the steps would make.
 
     Raises:
-        PlanError: a group that does not divide, or matrices that engines fuse and that have different schemes.
+        PlanError: a group or an n:m pattern that does not divide, or matrices that engines fuse and that have different schemes.
     """
     for step in steps:
         scheme = _scheme(step)
         if scheme is not None and step.source.shape[1] % scheme.divisor:
             raise _indivisible(step, scheme, variant)
+        for change in step.passes:
+            pattern = change.pattern if isinstance(change, Prune) else None
+            if pattern is not None and step.source.shape[1] % pattern.of:
+                raise PlanError(
+                    "the pattern does not divide a matrix",
+                    where=f"variant {variant}, {step.claim.name}",
+                    found=f"{step.source.shape[1]} columns in {pattern.of}s ({pattern})",
+                    fix=f"leave it alone with `ignore: [{step.claim.name.removesuffix('.weight')}]`, or prune a share",
+                )
     _check_fused(steps, variant=variant)
     _check_experts(steps, variant=variant)
 

@@ -39,6 +39,30 @@ class LoadedRecipe:
         return (self.path.parent / place).resolve()
 
     @property
+    def corpus(self) -> Path | None:
+        """The calibration text, None where no variant reads it."""
+        calibration = self.recipe.calibration
+        return None if calibration is None or not self.recipe.calibrated else self.resolve(calibration.corpus)
+
+    def corpus_sha256(self) -> str:
+        """Hash of the calibration text, empty where no variant reads it.
+
+        Raises:
+            RecipeError: the file is not there.
+        """
+        if self.corpus is None:
+            return ""
+        try:
+            return hashlib.sha256(self.corpus.read_bytes()).hexdigest()
+        except OSError as error:
+            raise RecipeError(
+                "the calibration text cannot be read",
+                where=f"{self.path}, calibration.corpus",
+                found=f"{self.corpus}: {error.strerror}",
+                fix='give JSON lines with a `text` field, for example {"text": "…"}',
+            ) from error
+
+    @property
     def hub_id(self) -> tuple[str, str | None] | None:
         """Hugging Face id and revision of the model, when it is no local directory."""
         model = self.recipe.model

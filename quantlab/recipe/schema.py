@@ -1,34 +1,25 @@
 """The recipe as frozen models: the words a user may write, and nothing else."""
 
-from typing import Annotated, Any, Literal, get_args
+import re
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from quantlab.architectures.architecture import DEFAULT_TARGETS, QUANTIZABLE_ROLES, QuantizableRole, Role
 from quantlab.documents import nearest
-from quantlab.recipe.schemes import FloatDtype, SchemeName
+from quantlab.recipe.algorithms import Magnitude, PruneAlgorithm, QuantizeAlgorithm, Reap, Rtn, SmoothQuant, Strict
+from quantlab.recipe.schemes import SCHEMES, FloatDtype, SchemeName
 
 VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Rtn(_Strict):
-    """Round to nearest."""
-
-    name: Literal["rtn"] = "rtn"
-    grid: Literal["absmax", "half", "signed"] | None = None
-    """How the scale of a group follows from its weights; by default `signed` for int4 and `absmax` for int8."""
-    clip: Literal["none", "mse"] = "none"
-    """`mse`: search, per group, the shrunken scale with the least squared error."""
-
-
-class Magnitude(_Strict):
-    """Remove the weights of smallest magnitude, matrix by matrix."""
-
-    name: Literal["magnitude"] = "magnitude"
 
 
 def _targets(value: object) -> object:
@@ -43,7 +34,7 @@ def _targets(value: object) -> object:
     return value
 
 
-class _Targeted(_Strict):
+class _Targeted(Strict):
     targets: tuple[QuantizableRole, ...] = Field(default=DEFAULT_TARGETS, min_length=1)
     """The roles whose linears the pass changes."""
 
@@ -53,11 +44,40 @@ class _Targeted(_Strict):
     check_targets = field_validator("targets", mode="before")(_targets)
 
 
-class Cast(_Strict):
+class Cast(Strict):
     """Store the floating-point tensors in another dtype."""
 
     cast: FloatDtype
     """`float16` or `bfloat16`."""
+
+    calibrated: ClassVar[bool] = False
+
+
+class NOfM(Strict):
+    """n of every m consecutive weights of a row are removed; written "n:m"."""
+
+    removed: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.removed}:{self.of}"
+
+
+def _sparsity(value: object) -> object:
+    """A share or an n:m pattern, with a message for everything else."""
+    if isinstance(value, NOfM):
+        return value
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+):(\d+)", value)):
+        removed, of = int(match[1]), int(match[2])
+        if not 0 < removed < of:
+            raise ValueError(f"{value} removes {removed} of {of}; n must lie between 1 and m - 1")
+        return NOfM(removed=removed, of=of)
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    raise ValueError('not a share between 0 and 1; write for example 0.08, or "2:4"')
+
+
+Sparsity = Annotated[float | NOfM, BeforeValidator(_sparsity)]
 
 
 class Quantize(_Targeted):
@@ -65,17 +85,64 @@ class Quantize(_Targeted):
 
     quantize: SchemeName
     """The scheme, for example `int4_g128`."""
-    algorithm: Rtn = Rtn()
+    algorithm: QuantizeAlgorithm = Rtn(name="rtn")
     """How the integers are chosen."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its algorithm needs activations."""
+        return self.algorithm.calibrated
+
+    @model_validator(mode="after")
+    def _check_algorithm(self) -> "Quantize":
+        if isinstance(self.algorithm, SmoothQuant) and not SCHEMES[self.quantize].quantized_activations:
+            raise ValueError(
+                f"smoothquant is for quantized activations, which {self.quantize} has not; use int8, or awq with {self.quantize}"
+            )
+        return self
 
 
 class Prune(_Targeted):
-    """Set weights to zero."""
+    """Set weights to zero, or remove whole experts."""
 
-    prune: float = Field(gt=0, lt=1, strict=True)
-    """Share of each matrix's weights to remove, for example 0.08."""
-    algorithm: Magnitude = Magnitude()
+    prune: Sparsity
+    """Share of each matrix's weights to remove, for example 0.08, or n of every m in a row, for example "2:4"; with the
+    algorithm `reap`, share of the routed experts."""
+    algorithm: PruneAlgorithm = Magnitude(name="magnitude")
     """How the weights to remove are chosen."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its algorithm needs activations."""
+        return self.algorithm.calibrated
+
+    @property
+    def ratio(self) -> float:
+        """Share of weights (or experts) to remove."""
+        return self.prune if isinstance(self.prune, float) else self.prune.removed / self.prune.of
+
+    @property
+    def pattern(self) -> "NOfM | None":
+        """The n:m pattern, None where only the share is given."""
+        return self.prune if isinstance(self.prune, NOfM) else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reap_targets(cls, value: object) -> object:
+        algorithm = value.get("algorithm") if isinstance(value, dict) else None
+        name = algorithm.get("name") if isinstance(algorithm, dict) else getattr(algorithm, "name", None)
+        return {"targets": ["routed_experts"], **value} if isinstance(value, dict) and name == "reap" else value
+
+    @model_validator(mode="after")
+    def _check_reap(self) -> "Prune":
+        if isinstance(self.algorithm, Reap):
+            if self.targets != ("routed_experts",):
+                raise ValueError("reap removes routed experts; write targets: [routed_experts], or leave them out")
+            if self.pattern is not None:
+                raise ValueError("reap removes a share of the experts; write a number such as 0.25")
+            if self.ignore:
+                raise ValueError("reap removes the same number of experts in every layer; leave `ignore` out")
+        return self
 
 
 def _pass_kind(value: object) -> str | None:
@@ -110,7 +177,7 @@ def _check_order(passes: tuple[Cast | Quantize | Prune, ...]) -> tuple[Cast | Qu
 Passes = Annotated[tuple[Pass, ...], AfterValidator(_check_order)]
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """The text that calibrated algorithms watch the model read."""
 
     corpus: str
@@ -121,9 +188,19 @@ class Calibration(_Strict):
     """Tokens per sample."""
     seed: int = Field(default=0, ge=0, strict=True)
     """Seed of the choice of samples."""
+    propagate: Literal["quantized", "original"] = "quantized"
+    """Whose outputs the next block reads: those of the changed blocks, or those of the unchanged model."""
+    memory: str = Field(default="4 GB", pattern=r"^\d+(\.\d+)? ?[KMGT]?B$")
+    """Hidden states kept in memory, for example `4 GB`; above it they lie in files of the output directory. It changes no number."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """The cap in bytes."""
+        number, unit = re.fullmatch(r"([\d.]+) ?([KMGT]?)B", self.memory).groups()  # type: ignore[union-attr]  # the pattern holds
+        return int(float(number) * 1000 ** " KMGT".index(unit or " "))
 
 
-class Evaluate(_Strict):
+class Evaluate(Strict):
     """What is measured of each artifact."""
 
     suite: str
@@ -132,7 +209,7 @@ class Evaluate(_Strict):
     """What losses are relative to: `source`, the checkpoint at its native precision, or a variant."""
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One source model, several variants, one evaluation."""
 
     model: str
@@ -152,3 +229,19 @@ class Recipe(_Strict):
                 "a variant cannot be called `source`, the name of the unchanged checkpoint; choose another name"
             )
         return variants
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether an algorithm of some variant needs activations."""
+        return any(step.calibrated for passes in self.variants.values() for step in passes)
+
+    @model_validator(mode="after")
+    def _check_calibration(self) -> "Recipe":
+        if self.calibration is None:
+            for name, passes in self.variants.items():
+                for step in passes:
+                    if step.calibrated:
+                        raise ValueError(
+                            f"variant {name} watches the model read text, but no text is given; add `calibration: {{corpus: FILE.jsonl}}`"
+                        )
+        return self

@@ -15,7 +15,6 @@ from quantlab.checkpoint.files import write_atomically
 from quantlab.checkpoint.index import INDEX_NAME, read_json
 from quantlab.errors import ArtifactError
 from quantlab.formats.compressed_tensors import QuantizationConfig
-from quantlab.passes.apply import WeightReport
 from quantlab.plan.model import Plan, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schemes import SCHEMES, SchemeName
@@ -40,12 +39,13 @@ def finish_artifact(
     _write_json(directory / INDEX_NAME, _index(variant))
     for path in companions(plan.checkpoint.directory):
         write_atomically(directory / path.name, path.read_bytes())
-    write_atomically(directory / "README.md", model_card(plan, variant, recipe, reports).encode())
+    coverage = {block.name: block.tokens_per_expert for block in blocks if block.tokens_per_expert}
+    write_atomically(directory / "README.md", model_card(plan, variant, recipe, reports, coverage).encode())
     for path in sorted(directory.iterdir()):
         if path.name not in files:
             data = path.read_bytes()
             files[path.name] = FileRecord(path.name, hashlib.sha256(data).hexdigest(), len(data))
-    write_atomically(directory / MANIFEST_NAME, _manifest(plan, variant, recipe, files, reports))
+    write_atomically(directory / MANIFEST_NAME, _manifest(plan, variant, recipe, files, blocks))
     descriptor = os.open(directory, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -165,9 +165,10 @@ def _manifest(
     variant: VariantPlan,
     recipe: LoadedRecipe,
     files: Mapping[str, FileRecord],
-    reports: Mapping[str, WeightReport],
+    blocks: Sequence[FinishedBlock],
 ) -> bytes:
-    head = {
+    reports = {name: report for block in blocks for name, report in block.reports.items()}
+    head: dict[str, Any] = {
         "schema": 1,
         "variant": variant.name,
         "description": variant.description,
@@ -177,11 +178,16 @@ def _manifest(
         "versions": {name: version(name) for name in ("quantlab", "torch", "compressed-tensors")},
         "files": {name: {"sha256": file.sha256, "bytes": file.nbytes} for name, file in sorted(files.items())},
     }
+    if variant.calibration is not None:
+        head["calibration"] = variant.calibration.model_dump() | {"corpus_sha256": recipe.corpus_sha256()}
+        head["tokens_per_expert"] = {
+            block.name: list(block.tokens_per_expert) for block in blocks if block.tokens_per_expert
+        }
     ledger = []
     for step in variant.steps:
         for entry in step.ledger():
             report = reports.get(entry.tensor)
-            ledger.append(asdict(entry) | (asdict(report) if report is not None else {}))
+            ledger.append(asdict(entry) | (report.known() if report is not None else {}))
     # one line per tensor: a ledger of 90,000 entries stays readable with ordinary text tools
     lines = ",\n".join("  " + json.dumps(entry) for entry in ledger)
     return f'{json.dumps(head, indent=1)[:-2]},\n "ledger": [\n{lines}\n ]\n}}\n'.encode()

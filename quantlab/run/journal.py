@@ -25,11 +25,19 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """A block whose shards are on disk, with the reports of the weights that were changed."""
+    """A block whose shards are on disk.
+
+    Attributes:
+        name: of the block.
+        files: its shards.
+        reports: of the weights that were changed.
+        tokens_per_expert: calibration tokens each routed expert got; empty where none was watched.
+    """
 
     name: str
     files: tuple[FileRecord, ...]
     reports: Mapping[str, WeightReport]
+    tokens_per_expert: tuple[int, ...] = ()
 
 
 def journal_key(path: Path) -> str | None:
@@ -119,4 +127,4 @@ def _parse(line: str) -> FinishedBlock:
     fields = json.loads(line)
     files = tuple(FileRecord(**file) for file in fields["files"])
     reports = {name: WeightReport(**report) for name, report in fields["reports"].items()}
-    return FinishedBlock(fields["name"], files, reports)
+    return FinishedBlock(fields["name"], files, reports, tuple(fields["tokens_per_expert"]))

@@ -1,7 +1,7 @@
 """README.md of an artifact: what it is, what changed, how to load it and what not to expect of it."""
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from quantlab.passes.apply import WeightReport
@@ -12,14 +12,29 @@ from quantlab.recipe.schemes import SCHEMES
 _WORST = 10
 
 
-def model_card(plan: Plan, variant: VariantPlan, recipe: LoadedRecipe, reports: Mapping[str, WeightReport]) -> str:
-    """The model card as Markdown."""
+def model_card(
+    plan: Plan,
+    variant: VariantPlan,
+    recipe: LoadedRecipe,
+    reports: Mapping[str, WeightReport],
+    coverage: Mapping[str, Sequence[int]],
+) -> str:
+    """The model card as Markdown.
+
+    Args:
+        plan: the compiled recipe.
+        variant: what was made.
+        recipe: as it was written.
+        reports: of every weight that was changed.
+        coverage: calibration tokens per routed expert, by block.
+    """
     sections = [
         _front_matter(variant),
         f"# {variant.name}: {variant.description}\n",
         f"Made by quantlab from `{recipe.recipe.model}` ({plan.architecture.class_name}) with the recipe `{recipe.name}`, whose text is in "
         "`manifest.json` beside the hash of every file and the outcome of every tensor.\n",
         _roles_table(variant),
+        _calibration_section(variant, coverage),
         _errors_section(reports),
         _loading_section(variant, plan),
     ]
@@ -57,23 +72,73 @@ def _roles_table(variant: VariantPlan) -> str:
     )
 
 
+def _calibration_section(variant: VariantPlan, coverage: Mapping[str, Sequence[int]]) -> str:
+    calibration = variant.calibration
+    if calibration is None:
+        return ""
+    tokens = calibration.samples * calibration.length
+    lines = [
+        "## Calibration\n",
+        f"{calibration.samples} samples of {calibration.length} tokens ({tokens:,} in all), seed {calibration.seed}; the next block reads "
+        f"the outputs of the {'changed blocks' if calibration.propagate == 'quantized' else 'unchanged model'}.\n",
+    ]
+    if coverage:
+        lines += [
+            "Tokens that reached the routed experts by the model's own routing. An expert with fewer tokens than it has inputs is called "
+            "starved; its statistics are those of all experts' tokens to the extent that its own are few.\n",
+            "| layer | fewest | median | most | starved |",
+            "|---|--:|--:|--:|--:|",
+            *(
+                f"| {block.removeprefix('layer ')} | {min(counts):,} | {median(counts):,.0f} | {max(counts):,} | {_starved(variant, block, counts)} |"
+                for block, counts in coverage.items()
+            ),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _starved(variant: VariantPlan, block: str, counts: Sequence[int]) -> int:
+    inputs = max(
+        step.source.shape[1]
+        for step in variant.steps
+        if step.claim.block == block and step.claim.role == "routed_experts" and len(step.source.shape) == 2
+    )
+    return sum(count < inputs for count in counts)
+
+
 def _errors_section(reports: Mapping[str, WeightReport]) -> str:
     if not reports:
         return ""
-    worst = sorted(reports.items(), key=lambda item: (-item[1].relative_error, item[0]))[:_WORST]
     errors = [report.relative_error for report in reports.values()]
-    rows = [f"| {name} | {report.relative_error:.4f} | {100 * report.sparsity:.1f} % |" for name, report in worst]
-    return "\n".join(
-        [
-            "## What it cost\n",
-            f"Relative error of the changed weights (Frobenius norm of the change over that of the weight): median {median(errors):.4f} over "
-            f"{len(errors)} matrices. The worst:\n",
-            "| weight | relative error | zeros |",
-            "|---|--:|--:|",
-            *rows,
-            "",
-        ]
-    )
+    lines = [
+        "## What it cost\n",
+        f"Relative error of the changed weights (Frobenius norm of the change over that of the weight): median {median(errors):.4f} over "
+        f"{len(errors)} matrices.",
+    ]
+    outputs = {name: report.output_error for name, report in reports.items() if report.output_error is not None}
+    if outputs:
+        rounded = [report.rtn_output_error for report in reports.values() if report.rtn_output_error is not None]
+        against = f"; plain rounding on the same grid has {median(rounded):.5f}" if rounded else ""
+        lines.append(
+            f"Relative error of their outputs on the calibration text (squared error over squared output): median {median(outputs.values()):.5f}{against}."
+        )
+    fallbacks = Counter(report.fallback for report in reports.values() if report.fallback)
+    lines += [f"- {count} matrices: {what}" for what, count in sorted(fallbacks.items())]
+    worst = sorted(reports, key=lambda name: (-outputs.get(name, 0), -reports[name].relative_error, name))[:_WORST]
+    lines += [
+        "\nThe worst:\n",
+        "| weight | error of the weight | of its output | by rounding | zeros |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name in worst:
+        report = reports[name]
+        output, rounding = (
+            "–" if value is None else f"{value:.5f}" for value in (report.output_error, report.rtn_output_error)
+        )
+        lines.append(
+            f"| {name} | {report.relative_error:.4f} | {output} | {rounding} | {100 * report.sparsity:.1f} % |"
+        )
+    return "\n".join([*lines, ""])
 
 
 def _loading_section(variant: VariantPlan, plan: Plan) -> str:

@@ -5,32 +5,7 @@ import math
 import pytest
 
 from quantlab.architectures.families import detect
-
-V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 7168, "num_attention_heads": 128,
-    "num_hidden_layers": 61, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512,
-    "q_lora_rank": 1536, "n_routed_experts": 256, "moe_intermediate_size": 2048, "n_shared_experts": 1,
-    "intermediate_size": 18432, "first_k_dense_replace": 3, "num_nextn_predict_layers": 1, "vocab_size": 129280,
-    "topk_method": "noaux_tc", "moe_layer_freq": 1,
-}  # fmt: skip
-V2 = V3 | {
-    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "hidden_size": 5120, "num_hidden_layers": 60,
-    "n_routed_experts": 160, "moe_intermediate_size": 1536, "n_shared_experts": 2, "intermediate_size": 12288,
-    "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "vocab_size": 102400, "topk_method": "group_limited_greedy",
-}  # fmt: skip
-V2_LITE = V2 | {
-    "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "q_lora_rank": None, "n_routed_experts": 64,
-    "moe_intermediate_size": 1408, "intermediate_size": 10944,
-}  # fmt: skip
-LLM_7B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 30,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 102400,
-}  # fmt: skip
-DISTILL_7B = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28,
-    "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
-}  # fmt: skip
-
+from tests.true_shapes import CODER_7B, DISTILL_7B, DISTILL_8B, LLM_7B, V2, V2_LITE, V3
 
 @pytest.mark.parametrize(
     ("config", "with_mtp", "tensors", "billions"),
@@ -40,9 +15,11 @@ DISTILL_7B = {
         (V2, False, 29_102, 235.741),
         (V2_LITE, False, 5_291, 15.706),
         (LLM_7B, False, None, 6.910),
+        (CODER_7B, False, None, 6.740),
         (DISTILL_7B, False, None, 7.616),
+        (DISTILL_8B, False, None, 8.030),
     ],
-    ids=["V3", "V3 with MTP", "V2", "V2-Lite", "LLM-7B", "R1-Distill-Qwen-7B"],
+    ids=["V3", "V3 with MTP", "V2", "V2-Lite", "LLM-7B", "Coder-6.7B", "R1-Distill-Qwen-7B", "R1-Distill-Llama-8B"],
 )
 def test_published_sizes(config: dict, with_mtp: bool, tensors: int | None, billions: float) -> None:
     expected = list(detect(config).expected(config, with_mtp=with_mtp))

@@ -29,8 +29,16 @@ MISTAKES = [
     ("[routed_experts]", "[routed_expert]", "unknown role `routed_expert`", ":6, variants.w4a16-experts[0].targets", "did you mean `routed_experts`?"),
     ("[routed_experts]", "[router]", "`router` is never quantized or pruned", "targets", "routed_experts, shared_experts"),
     ("[routed_experts]", "[]", "`targets` is empty", "targets", "at least one"),
-    ("8e-2", "yes", "wrong type", "variants.pruned-8-w4a16[0].prune", "`prune` takes a number"),
-    ("8e-2", "1.5", "a value out of range", "prune", "less than 1"),
+    ("name: rtn, ", "", "`name` is missing", "[1].algorithm", "{name: …}"),
+    ("8e-2", "yes", "not a share between 0 and 1", "variants.pruned-8-w4a16[0].prune", "0.08"),
+    ("8e-2", "1.5", "not a share between 0 and 1", "prune", "2:4"),
+    ("8e-2", "4:2", "4:2 removes 4 of 2", "prune", "between 1 and m - 1"),
+    ("8e-2", "0.2, algorithm: {name: reap}, targets: [attention]", "reap removes routed experts", "[0]", "leave them out"),
+    ("8e-2", "2:4, algorithm: {name: reap}", "reap removes a share of the experts", "[0]", "0.25"),
+    ("8e-2", "0.2, algorithm: {name: reap}, ignore: [a]", "reap removes the same number", "[0]", "leave `ignore` out"),
+    ("{name: rtn, clip: mse}", "{name: smoothquant}", "smoothquant is for quantized activations", "[1]", "awq"),
+    ("{name: rtn, clip: mse}", "{name: gptq, correction: 2}", "a value out of range", "correction", "less than or equal to 1"),
+    ("length: 512", "memory: 4 potatoes", "a value out of range", "calibration.memory", "pattern"),
     ("  int8:  ", "  fp16:  ", "a key is given twice", ":5", "keep one of the two"),
     ("length: 512", "length: abc", "wrong type", ":2, calibration.length", "`length` takes a whole number"),
     ("suite:", "suit:", "unknown key", ":8, evaluate.suit", "did you mean `suite`?"),
@@ -78,6 +86,23 @@ def test_a_mistake_is_explained(tmp_path: Path, old: str, new: str, what: str, w
     assert where in (error.where or "")
     assert fix in (error.fix or "")
     assert error.found
+
+
+def test_calibration_is_asked_for_where_an_algorithm_needs_it(tmp_path: Path) -> None:
+    text = GOOD.replace("calibration: {corpus: c.jsonl, samples: 128, length: 512, seed: 0}\n", "")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert load_recipe(path).corpus_sha256() == "", "nothing here reads text"
+    error = _load(tmp_path, text.replace("clip: mse", "clip: activations"))
+    assert error.what.startswith("variant pruned-8-w4a16 watches the model read text")
+    assert "calibration" in (error.fix or "")
+
+
+def test_a_missing_corpus(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD.replace("clip: mse", "clip: activations"))
+    with pytest.raises(RecipeError, match="calibration text cannot be read"):
+        load_recipe(path).corpus_sha256()
 
 
 def test_empty_variants(tmp_path: Path) -> None:

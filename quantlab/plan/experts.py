@@ -1,0 +1,66 @@
+"""Plans that remove whole experts: how many stay, and what that makes of every tensor of a layer.
+
+Which experts stay is found when the model has been watched; how many is known before, so every size is too. Until then
+the steps stand for slots: slot 0 … E' - 1 will hold the experts that stay, in their old order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from quantlab.architectures.architecture import Config, size_of
+from quantlab.errors import PlanError
+from quantlab.plan.model import Outcome, Step
+from quantlab.recipe.algorithms import Reap
+from quantlab.recipe.schema import Prune
+
+
+def kept_experts(reap: Prune, config: Config, *, variant: str) -> int:
+    """How many experts of a layer stay: the same number in every routing group, at least what the router picks.
+
+    Raises:
+        PlanError: nothing would be removed, or the router would pick more experts than there are.
+    """
+    experts, groups = size_of(config, "n_routed_experts", default=0), size_of(config, "n_group", default=1) or 1
+    picked = size_of(config, "num_experts_per_tok", default=1)
+    open_groups = (size_of(config, "topk_group", default=1) or 1) if groups > 1 else 1
+    each = experts // groups
+    removed = round(reap.ratio * each)
+    where = f"variant {variant}, prune {reap.ratio:.3g} (reap)"
+    if not removed:
+        raise PlanError(
+            "no expert would be removed",
+            where=where,
+            found=f"{reap.ratio:.3g} of {each} experts in each of {groups} routing groups",
+            fix=f"prune at least {1 / each:.3g}",
+        )
+    if (each - removed) * open_groups < picked:
+        raise PlanError(
+            "the router would pick more experts than stay",
+            where=where,
+            found=f"{each - removed} of {each} experts in each of {open_groups} open groups, {picked} picked for every token",
+            fix=f"prune at most {(each - -(-picked // open_groups)) / each:.3g}",
+        )
+    return (each - removed) * groups
+
+
+def without_experts(steps: Sequence[Step], *, kept: int) -> list[Step]:
+    """The steps of a variant in which every MoE layer keeps `kept` experts, in slots 0 … kept - 1."""
+    return [_without(step, kept) for step in steps]
+
+
+def _without(step: Step, kept: int) -> Step:
+    claim = step.claim
+    passes = tuple(change for change in step.passes if not isinstance(change.algorithm, Reap))
+    if claim.role == "mtp":
+        reason = "its experts are never run in calibration, and the config has one number of experts for all layers"
+        return replace(step, outcome="dropped", reason=reason, outputs=())
+    if claim.role == "routed_experts" and claim.expert is not None and claim.expert >= kept:
+        return replace(step, passes=(), outcome="dropped", reason="its expert is removed (reap)", outputs=())
+    if claim.role == "router":
+        ((name, dtype, shape),) = step.outputs
+        outputs = ((name, dtype, (kept, *shape[1:])),)
+        return replace(step, outcome="pruned", reason="the rows of the experts that stay (reap)", outputs=outputs)
+    if passes == step.passes:
+        return step
+    outcome: Outcome = step.outcome if passes else ("cast" if step.dtype != step.source.dtype else "kept")
+    return replace(step, passes=passes, outcome=outcome, reason=step.reason if passes else "its expert stays (reap)")

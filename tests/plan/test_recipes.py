@@ -1,0 +1,66 @@
+"""The recipes that ship, planned from headers at the true shapes of the models they name."""
+
+from pathlib import Path
+
+import pytest
+
+from quantlab.checkpoint.index import open_checkpoint
+from quantlab.plan.compile import compile_plan
+from quantlab.plan.model import Plan
+from quantlab.recipe.load import load_recipe
+from tests.true_shapes import CODER_7B, DISTILL_7B, DISTILL_8B, LLM_7B, V2_LITE, V3, write_headers
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+MODELS = {
+    "deepseek-v3": (V3, 163),
+    "deepseek-r1": (V3, 163),
+    "deepseek-v2-lite": (V2_LITE, 4),
+    "deepseek-r1-distill-qwen-7b": (DISTILL_7B, 2),
+    "deepseek-r1-distill-llama-8b": (DISTILL_8B, 2),
+    "deepseek-llm-7b": (LLM_7B, 2),
+    "deepseek-coder-6.7b": (CODER_7B, 2),
+}
+
+
+def test_every_recipe_is_planned_here() -> None:
+    assert {path.parent.name for path in RECIPES.glob("*/*.yaml")} == set(MODELS)
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
+    directory = tmp_path_factory.mktemp("shapes")
+    plans: dict[str, Plan] = {}
+    for name, (config, shards) in MODELS.items():
+        if config is V3 and (directory / "v3").exists():
+            continue  # R1 has the shapes of V3
+        place = "v3" if config is V3 else name
+        checkpoint = open_checkpoint(write_headers(directory / place, config, shards=shards, fp8=config is V3))
+        recipe = load_recipe(RECIPES / name / "w4a16.yaml")
+        plans[name] = compile_plan(recipe.recipe, checkpoint, code_version="test", corpus_sha256=recipe.corpus_sha256())
+    return plans
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "deepseek-r1"])
+def test_a_recipe_fits_its_model(plans: dict[str, Plan], name: str) -> None:
+    plan = plans[name]
+    for variant in plan.variants:
+        assert len({entry.tensor for step in variant.steps for entry in step.ledger()}) == len(plan.checkpoint.tensors)
+        if "w4a16" in variant.name:
+            quantized = [step for step in variant.steps if step.quantize and step.quantize.quantize.startswith("int4")]
+            bits = 8 * sum(step.output_bytes for step in quantized) / sum(step.source.elements for step in quantized)
+            assert bits == pytest.approx(4.25 if name == "deepseek-v2-lite" else 4.125, abs=0.001)
+            assert variant.calibration is not None
+        assert variant.tensor_parallel[0] == 1
+
+
+def test_r1_differs_from_v3_by_its_name_alone() -> None:
+    v3, r1 = (load_recipe(RECIPES / name / "w4a16.yaml").recipe for name in ("deepseek-v3", "deepseek-r1"))
+    assert r1.model == "deepseek-ai/DeepSeek-R1-0528"
+    assert r1.model_copy(update={"model": v3.model}) == v3
+
+
+def test_int4_experts_of_v3(plans: dict[str, Plan]) -> None:
+    experts, mixed, whole = plans["deepseek-v3"].variants
+    routed, everything = 58 * 256 * 3 * 7168 * 2048, 684.490e9  # with the multi-token-prediction layer
+    assert experts.artifact_bytes == pytest.approx(routed * 4.125 / 8 + (everything - routed) * 2, rel=1e-3)
+    assert whole.artifact_bytes < mixed.artifact_bytes < experts.artifact_bytes
