@@ -11,7 +11,7 @@ from quantlab.architectures.architecture import DEFAULT_TARGETS, Config, size_of
 from quantlab.architectures.families import detect
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.errors import PlanError
-from quantlab.plan.experts import kept_experts, without_experts
+from quantlab.plan.experts import kept_experts, removal_notes, without_experts
 from quantlab.plan.folds import mark_folds
 from quantlab.plan.memory import peak_memory
 from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, StoredTensor, VariantPlan
@@ -100,9 +100,10 @@ def _plan_variant(
     if isinstance(reap, Prune):
         kept = kept_experts(reap, config, variant=name)
         steps = without_experts(steps, kept=kept)
-    check_serving_rules(steps, variant=name)
     what = json.dumps([step.model_dump() for step in passes], sort_keys=True)
     steps = mark_folds(steps)
+    stored = [step for step in steps if step.outputs]
+    check_serving_rules(stored, variant=name)
     return VariantPlan(
         name=name,
         description=describe(passes),
@@ -112,8 +113,8 @@ def _plan_variant(
         experts=kept,
         key=hashlib.sha256(f"{_LAYOUT_VERSION} {LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),
         peak_memory_bytes=peak_memory(steps),
-        tensor_parallel=tensor_parallel_sizes(steps, heads=size_of(config, "num_attention_heads")),
-        notes=serving_notes(steps),
+        tensor_parallel=tensor_parallel_sizes(stored, heads=size_of(config, "num_attention_heads")),
+        notes=(*serving_notes(stored), *removal_notes(steps, kept=kept)),
     )
 
 
@@ -213,9 +214,13 @@ def _blocks(steps: Sequence[Step]) -> tuple[Block, ...]:
     """Cut the steps into blocks, and the blocks into shards of at most `LARGEST_SHARD` bytes."""
     grouped: list[tuple[str, list[list[Step]]]] = []
     for name, members in itertools.groupby(steps, key=lambda step: step.claim.block):
+        block = list(members)
+        if grouped and not any(step.outputs for step in block):
+            grouped[-1][1][-1].extend(block)  # nothing of it is stored: its ledger goes with the block before
+            continue
         shards: list[list[Step]] = [[]]
         size = 0
-        for step in members:
+        for step in block:
             if shards[-1] and size + step.output_bytes > LARGEST_SHARD:
                 shards.append([])
                 size = 0

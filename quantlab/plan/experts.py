@@ -64,3 +64,13 @@ def _without(step: Step, kept: int) -> Step:
         return step
     outcome: Outcome = step.outcome if passes else ("cast" if step.dtype != step.source.dtype else "kept")
     return replace(step, passes=passes, outcome=outcome, reason=step.reason if passes else "its expert stays (reap)")
+
+
+def removal_notes(steps: Sequence[Step], *, kept: int | None) -> tuple[str, ...]:
+    """What a reader should know of an artifact with fewer experts."""
+    if kept is None:
+        return ()
+    notes = [f"every layer keeps {kept} routed experts; they are numbered anew, and config.json says so"]
+    if any(step.claim.role == "mtp" for step in steps):
+        notes.append("the multi-token-prediction layer is left out: its experts are never run in calibration")
+    return tuple(notes)

@@ -45,6 +45,12 @@ def folds_of(steps: Iterable[Step]) -> tuple[Fold, ...]:
     for (site, expert, norm), members in producers.items():
         consumers = [step for step in readers[site] if norm or step.claim.expert == expert]
         algorithm = next((found for step in consumers if (found := _folding(step))), None)
+        if (
+            isinstance(algorithm, SmoothQuant)
+            and site == "mlp"
+            and any(step.claim.expert is not None for step in consumers)
+        ):
+            continue  # one factor for all experts serves none of them well
         if algorithm is not None:
             folds.append(Fold(site, algorithm, tuple(members), tuple(consumers)))
     order = [site for stage in STAGES for site in stage]

@@ -68,9 +68,12 @@ def serving_notes(steps: Sequence[Step]) -> tuple[str, ...]:
         notes.append(
             "shared and routed experts differ: SGLang needs --disable-shared-experts-fusion for DeepSeek-V3 and R1"
         )
-    if any(step.outcome == "pruned" or len(step.passes) > 1 for step in steps):
+    patterns = {
+        str(change.pattern or "unstructured") for step in steps for change in step.passes if isinstance(change, Prune)
+    }
+    for pattern in sorted(patterns):
         notes.append(
-            "the zeros of unstructured pruning are stored like any other weight: no engine saves memory or time by them"
+            f"the zeros of {pattern} pruning are stored like any other weight: no engine that loads this saves memory or time by them"
         )
     return tuple(notes)
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from quantlab.checkpoint.files import write_atomically
 from quantlab.checkpoint.index import INDEX_NAME, read_json
 from quantlab.errors import ArtifactError
 from quantlab.formats.compressed_tensors import QuantizationConfig
-from quantlab.plan.model import Plan, VariantPlan
+from quantlab.plan.model import LedgerEntry, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.run.journal import FileRecord, FinishedBlock
@@ -86,6 +86,10 @@ def patched_config(plan: Plan, variant: VariantPlan) -> dict[str, Any]:
     config.pop("quantization_config", None)
     for field in [field for field in ("torch_dtype", "dtype") if field in config] or ["torch_dtype"]:
         config[field] = variant.dtype
+    if variant.experts is not None:
+        config["n_routed_experts"] = variant.experts
+        if "num_nextn_predict_layers" in config:
+            config["num_nextn_predict_layers"] = 0
     quantization = quantization_config(variant)
     if quantization is not None:
         config["quantization_config"] = quantization.to_json()
@@ -102,7 +106,8 @@ def quantization_config(variant: VariantPlan) -> QuantizationConfig | None:
     linears = [
         step
         for step in variant.steps
-        if step.claim.name.endswith(".weight")
+        if step.outputs
+        and step.claim.name.endswith(".weight")
         and step.claim.rule is not None
         and (step.claim.rule.linear or step.claim.role == "router")
     ]
@@ -183,14 +188,33 @@ def _manifest(
         head["tokens_per_expert"] = {
             block.name: list(block.tokens_per_expert) for block in blocks if block.tokens_per_expert
         }
+    if variant.experts is not None:
+        head["kept_experts"] = {block.name: list(block.kept_experts) for block in blocks if block.kept_experts}
+    experts = {block.name: _numbering(block, plan) for block in blocks if block.kept_experts}
     ledger = []
     for step in variant.steps:
         for entry in step.ledger():
             report = reports.get(entry.tensor)
-            ledger.append(asdict(entry) | (report.known() if report is not None else {}))
+            line = asdict(_renamed(entry, step, experts))
+            ledger.append(line | (report.known() if report is not None else {}))
     # one line per tensor: a ledger of 90,000 entries stays readable with ordinary text tools
     lines = ",\n".join("  " + json.dumps(entry) for entry in ledger)
     return f'{json.dumps(head, indent=1)[:-2]},\n "ledger": [\n{lines}\n ]\n}}\n'.encode()
+
+
+def _numbering(block: FinishedBlock, plan: Plan) -> tuple[int, ...]:
+    """The expert of the source for every slot: those that stay, then those that go."""
+    gone = set(range(plan.checkpoint.config["n_routed_experts"])) - set(block.kept_experts)
+    return (*block.kept_experts, *sorted(gone))
+
+
+def _renamed(entry: LedgerEntry, step: Step, experts: Mapping[str, Sequence[int]]) -> LedgerEntry:
+    """A ledger entry under the name its tensor has in the source: the plan spoke of slots."""
+    slot = step.claim.expert
+    if slot is None or step.claim.block not in experts:
+        return entry
+    old, new = f".experts.{slot}.", f".experts.{experts[step.claim.block][slot]}."
+    return replace(entry, tensor=entry.tensor.replace(old, new), reason=entry.reason.replace(old, new))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,19 +1,26 @@
 """One decoder layer at work: its weights are changed stage by stage while calibration text enters it."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from quantlab.calibration.collect import Stream, advance, collect
-from quantlab.calibration.hidden import HiddenStates
-from quantlab.calibration.layer import Layer, Skeleton
+from quantlab.algorithms.reap import saliency, surgery
+from quantlab.architectures.architecture import Architecture, Config, size_of
+from quantlab.calibration.collect import Stream, advance, collect, record, settle
+from quantlab.calibration.hidden import HiddenStates, Workspace
+from quantlab.calibration.layer import Half, Layer, Skeleton
 from quantlab.calibration.moe import MoeInputs, collect_moe
 from quantlab.calibration.statistics import Need, SiteStatistics
 from quantlab.checkpoint.reader import TORCH_DTYPES
+from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.passes.apply import Changed, Inputs, apply_passes, needs_of
+from quantlab.plan.folds import Fold, folds_of
 from quantlab.plan.model import Step
+from quantlab.run.folding import FOLD_NEEDS, Change, Knowledge, factors_of, folded, unfolded
 from quantlab.run.weights import check_range
 
 Read = Callable[[Step], Tensor]
@@ -22,50 +29,87 @@ _SAMPLE_PER_CHANNEL = 4
 """Tokens per channel, of any expert, that the prior of an expert's down projection is made of."""
 
 
+@dataclass(frozen=True)
+class Skeletons:
+    """What makes layers: with all experts, and with those that stay (the same where all do)."""
+
+    whole: Skeleton
+    reduced: Skeleton
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """What is to be done to one decoder layer.
+
+    Attributes:
+        index: of the layer.
+        steps: of the block, by name of the weight.
+        architecture: its family.
+        config: config.json.
+        experts: how many routed experts stay, None for all.
+    """
+
+    index: int
+    steps: Mapping[str, Step]
+    architecture: Architecture
+    config: Config
+    experts: int | None
+
+
 class BlockWork:
     """One decoder layer at work.
 
     Args:
-        skeleton: makes the layer.
-        index: of the layer.
-        steps: of the block, by name of the weight.
+        task: what is to be done.
+        skeleton: makes the layer; `reduced` makes it with the experts that stay.
         read: the source weight of a step.
         streams: the hidden states that enter the block: of the model as it is becoming ("changed"), of the unchanged one
             ("original"), or both.
+        workspace: room for what the unchanged model sees.
 
     Attributes:
         changed: what the weights have become, as far as the work has come.
         tokens_per_expert: how many tokens each routed expert got; empty where there are none or none was watched.
+        kept: which routed experts stay; empty where all do.
     """
 
     def __init__(
         self,
-        skeleton: Skeleton,
-        index: int,
-        steps: Mapping[str, Step],
+        task: BlockTask,
+        skeletons: Skeletons,
         read: Read,
         streams: Mapping[str, HiddenStates],
+        workspace: Workspace,
     ) -> None:
-        self._steps, self._read = steps, read
+        self._task, self._steps, self._read_source, self._workspace = task, task.steps, read, workspace
+        self._skeletons = skeletons
         self.changed: dict[str, Changed] = {}
         self.tokens_per_expert: tuple[int, ...] = ()
+        self.kept: tuple[int, ...] = ()
+        self._folds: dict[str, list[Change]] = {}
         self._follows = "changed" in streams
         self._hidden = streams["changed" if self._follows else "original"]
-        self._layer = skeleton.layer(index)
-        self._layer.fill(self._stored if self._follows else self._source)
+        self._layer = skeletons.whole.layer(task.index)
+        self._layer.fill(self._stored if self._follows else self._read)
         self._unchanged: Layer | None = None
         if len(streams) == 2:
-            self._unchanged = skeleton.layer(index)
-            self._unchanged.fill(self._source)
+            self._unchanged = skeletons.whole.layer(task.index)
+            self._unchanged.fill(self._read)
             self._unchanged_hidden = streams["original"]
 
     def run(self) -> None:
         """Change every weight of the block; the hidden states are those after it then."""
-        for number, half in enumerate(self._layer.halves):
-            stream, original = Stream(half, self._hidden), None
+        folds = folds_of(self._steps.values())
+        for number in range(2):
+            half = self._layer.halves[number]
+            if half.experts is not None and self._task.experts is not None:
+                self._remove_experts(Stream(half, self._hidden), self._task.experts)
+                half = self._layer.halves[number]
+            self._fold(Stream(half, self._hidden), [fold for fold in folds if fold.site in _sites_of(half)])
+            stream, original = settle(Stream(half, self._hidden), self._workspace), None
             if self._unchanged is not None:
-                original = Stream(self._unchanged.halves[number], self._unchanged_hidden)
-            for stage in half.stages or ((),):
+                original = record(Stream(self._unchanged.halves[number], self._unchanged_hidden), self._workspace)
+            for stage in half.stages:
                 self._change_stage(stream, stage, original)
             if half.experts is not None:
                 self._change_experts(stream, original)
@@ -76,13 +120,75 @@ class BlockWork:
             if step.outputs and name not in self.changed:
                 self.changed[name] = self._stored(name), None
 
-    def _source(self, name: str) -> Tensor:
-        return self._read(self._steps[name])
+    def _read(self, name: str) -> Tensor:
+        """A weight as the source has it: of the expert that comes into its slot, and with the folds done so far."""
+        step = self._steps[name]
+        expert = step.claim.expert
+        if self.kept and expert is not None:
+            step = self._steps[name.replace(f".experts.{expert}.", f".experts.{self.kept[expert]}.")]
+        weight = self._read_source(step)
+        if self.kept and step.claim.role == "router":
+            weight = weight[list(self.kept)]
+        for change in self._folds.get(name, ()):
+            weight = change(weight)
+        return weight
 
     def _stored(self, name: str) -> Tensor:
         """A weight that no pass changes, as it will be stored."""
-        step = self._steps[name]
-        return self._read(step).to(TORCH_DTYPES[step.dtype])
+        return self._read(name).to(TORCH_DTYPES[self._steps[name].dtype])
+
+    def _remove_experts(self, stream: Stream, stay: int) -> None:
+        """Find the experts that say least, and go on with a layer without them."""
+        moe = collect_moe(stream)
+        prefix = f"model.layers.{self._task.index}.mlp.experts"
+        sums, tokens = torch.zeros(len(moe.tokens_per_expert)), torch.tensor(moe.tokens_per_expert)
+        for expert in range(len(sums)):
+            gate, up, down = (
+                self._layer.weights[f"{prefix}.{expert}.{kind}_proj.weight"] for kind in ("gate", "up", "down")
+            )
+            sums[expert] = moe.activity(expert, gate, up, down).gated_norm
+        config = self._task.config
+        groups = size_of(config, "n_group", default=1) or 1
+        chosen = surgery(
+            saliency(sums, tokens),
+            kept=stay,
+            groups=groups,
+            picked=size_of(config, "num_experts_per_tok", default=1),
+            open_groups=(size_of(config, "topk_group", default=1) or 1) if groups > 1 else 1,
+        )
+        self.kept, self.tokens_per_expert = tuple(chosen.kept.tolist()), moe.tokens_per_expert
+        reduced = self._skeletons.reduced.layer(self._task.index)
+        reduced.fill(self._stored if self._follows else self._read)
+        for name, result in self.changed.items():  # of the attention, which comes first
+            if self._follows:
+                reduced.weights[name].copy_(_dense(result[0]))
+        self._layer = reduced
+
+    def _fold(self, stream: Stream, folds: Sequence[Fold]) -> None:
+        """Find the factors of every fold of half a layer, then apply them."""
+        if not folds:
+            return
+        sites = [fold.site for fold in folds if any(step.claim.expert is None for step in fold.consumers)]
+        wanted = [site for site in stream.half.sites if site in sites]
+        moe = collect_moe(stream, needs=FOLD_NEEDS) if stream.half.experts is not None else None
+        found = collect(stream, wanted, needs=FOLD_NEEDS) if wanted else {}
+        known = Knowledge(found, moe, dict(self._layer.weights), stream.hidden.tokens)
+        for fold in folds:
+            channels = fold.consumers[0].source.shape[1]
+            claim = fold.producers[0].claim
+            rows = self._task.architecture.fed_rows(claim, self._task.config, channels=channels)
+            factors = factors_of(fold, known, rows)
+            for step in fold.consumers:
+                self._add_fold(step, partial(folded, factors=factors))
+            for step in fold.producers:
+                self._add_fold(step, partial(unfolded, factors=factors, rows=rows))
+        for name in self._folds:
+            self._layer.weights[name].copy_(self._stored(name) if self._follows else self._read(name))
+            if self._unchanged is not None:
+                self._unchanged.weights[name].copy_(self._read(name))
+
+    def _add_fold(self, step: Step, change: Change) -> None:
+        self._folds.setdefault(step.claim.name, []).append(change)
 
     def _change_stage(self, stream: Stream, stage: Sequence[str], original: Stream | None) -> None:
         """Change the linears of a stage that are no routed experts."""
@@ -99,11 +205,11 @@ class BlockWork:
         """Change the routed experts, one after the other: gate and up, then down with the changed ones before it."""
         experts: dict[int, list[Step]] = {}
         for step in self._steps.values():
-            if step.claim.expert is not None and step.claim.role == "routed_experts":
+            if step.claim.expert is not None and step.claim.role == "routed_experts" and step.outputs:
                 experts.setdefault(step.claim.expert, []).append(step)
-        needs = _needs([step for steps in experts.values() for step in steps])
+        needs = self._expert_needs([step for steps in experts.values() for step in steps])
         moe = collect_moe(stream, needs=needs, original=original) if needs else None
-        if moe is not None:
+        if moe is not None and not self.kept:
             self.tokens_per_expert = moe.tokens_per_expert
         for expert, steps in experts.items():
             enter = [step for step in steps if step.claim.rule and step.claim.rule.site == "mlp"]
@@ -112,7 +218,7 @@ class BlockWork:
             self._change(leave, self._down_inputs(moe, expert, enter, leave))
 
     def _expert_inputs(self, moe: MoeInputs | None, expert: int, steps: Sequence[Step]) -> Inputs | None:
-        needs = _needs(steps)
+        needs = self._expert_needs(steps)
         if moe is None or not needs:
             return None
         return _inputs(moe.statistics(expert, needs), prior=moe.layer)
@@ -120,7 +226,7 @@ class BlockWork:
     def _down_inputs(
         self, moe: MoeInputs | None, expert: int, enter: Sequence[Step], steps: Sequence[Step]
     ) -> Inputs | None:
-        needs = _needs(steps)
+        needs = self._expert_needs(steps)
         if moe is None or not needs:
             return None
         gate, up = (
@@ -131,21 +237,31 @@ class BlockWork:
         prior = moe.down_statistics(expert, gate, up, needs, rows=rows)
         return _inputs(moe.down_statistics(expert, gate, up, needs), prior=prior)
 
+    def _expert_needs(self, steps: Sequence[Step]) -> set[Need]:
+        """What the passes of experts want to know; after experts were removed the unchanged ones have other numbers."""
+        return _needs(steps) - ({"cross"} if self.kept else set())
+
     def _change(self, steps: Sequence[Step], inputs: Inputs | None) -> None:
         """Change linears that read the same activations; those under the same passes together."""
         for passes, group in groupby(steps, key=lambda step: (step.passes, step.dtype)):
             members = list(group)
             if not passes[0]:
                 continue
-            weights = {step.claim.name: self._read(step).to(self._hidden.device) for step in members}
+            weights = {step.claim.name: self._read(step.claim.name).to(self._hidden.device) for step in members}
             changed = apply_passes(weights, passes[0], dtype=TORCH_DTYPES[passes[1]], inputs=inputs)
             for name, result in changed.items():
                 check_range(self._steps[name], weights[name], result[0])
                 self.changed[name] = result
                 if self._follows:
-                    values = result[0]
-                    dense = values if isinstance(values, Tensor) else values.dequantize(torch.float32)
-                    self._layer.weights[name].copy_(dense)
+                    self._layer.weights[name].copy_(_dense(result[0]))
+
+
+def _dense(changed: Tensor | QuantizedMatrix) -> Tensor:
+    return changed if isinstance(changed, Tensor) else changed.dequantize(torch.float32)
+
+
+def _sites_of(half: Half) -> set[str]:
+    return {site for stage in half.stages for site in stage} | ({"mlp", "down"} if half.experts is not None else set())
 
 
 def _needs(steps: Collection[Step]) -> set[Need]:

@@ -15,7 +15,7 @@ from quantlab.calibration.layer import EMBEDDINGS, Skeleton
 from quantlab.checkpoint.reader import TORCH_DTYPES
 from quantlab.passes.apply import needs_of
 from quantlab.plan.model import Block, Plan, VariantPlan
-from quantlab.run.block import BlockWork, Read
+from quantlab.run.block import BlockTask, BlockWork, Read, Skeletons
 
 
 class CalibratedRun:
@@ -36,14 +36,18 @@ class CalibratedRun:
         assert variant.calibration is not None
         self._variant, self._tokens, self._read, self._directory = variant, tokens, read, directory
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self._skeleton = Skeleton(plan.checkpoint.config, dtype=dtype, device=device)
+        self._architecture, self._config = plan.architecture, plan.checkpoint.config
+        whole = self._skeleton = Skeleton(self._config, dtype=dtype, device=device)
+        fewer = {**self._config, "n_routed_experts": variant.experts}
+        reduced = whole if variant.experts is None else Skeleton(fewer, dtype=dtype, device=device)
+        self._skeletons = Skeletons(whole, reduced)
         names = ["original"]
         if variant.calibration.propagate == "quantized":
             names = ["changed", *(names if any("cross" in needs_of(step.passes) for step in variant.steps) else [])]
-        workspace = Workspace(directory, memory_bytes=variant.calibration.memory_bytes, device=device)
+        self._workspace = Workspace(directory, memory_bytes=variant.calibration.memory_bytes, device=device)
         samples, length = tokens.shape
         width = self._skeleton.width
-        self._streams = {name: workspace.stream(samples, length, width, dtype=dtype) for name in names}
+        self._streams = {name: self._workspace.stream(samples, length, width, dtype=dtype) for name in names}
         self._after: str | None = None
 
     def has(self, block: Block) -> bool:
@@ -60,7 +64,8 @@ class CalibratedRun:
         elif self._after is None:
             load_streams(self._directory, f"layer {index - 1}", self._streams)
         steps = {step.claim.name: step for shard in block.shards for step in shard.steps}
-        work = BlockWork(self._skeleton, index, steps, self._read, self._streams)
+        task = BlockTask(index, steps, self._architecture, self._config, self._variant.experts)
+        work = BlockWork(task, self._skeletons, self._read, self._streams, self._workspace)
         work.run()
         self._after = block.name
         save_streams(self._directory, block.name, self._streams)

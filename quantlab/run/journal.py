@@ -32,12 +32,14 @@ class FinishedBlock:
         files: its shards.
         reports: of the weights that were changed.
         tokens_per_expert: calibration tokens each routed expert got; empty where none was watched.
+        kept_experts: old numbers of the routed experts that stay; empty where all do.
     """
 
     name: str
     files: tuple[FileRecord, ...]
     reports: Mapping[str, WeightReport]
     tokens_per_expert: tuple[int, ...] = ()
+    kept_experts: tuple[int, ...] = ()
 
 
 def journal_key(path: Path) -> str | None:
@@ -127,4 +129,6 @@ def _parse(line: str) -> FinishedBlock:
     fields = json.loads(line)
     files = tuple(FileRecord(**file) for file in fields["files"])
     reports = {name: WeightReport(**report) for name, report in fields["reports"].items()}
-    return FinishedBlock(fields["name"], files, reports, tuple(fields["tokens_per_expert"]))
+    return FinishedBlock(
+        fields["name"], files, reports, tuple(fields["tokens_per_expert"]), tuple(fields["kept_experts"])
+    )

@@ -59,7 +59,7 @@ def run_variant(
         elif calibrated is not None and calibrated.has(block):
             work = calibrated.change(block)
             finished = make_block(block, source, shards, progress, changed=work.changed)
-            journal.commit(replace(finished, tokens_per_expert=work.tokens_per_expert))
+            journal.commit(replace(finished, tokens_per_expert=work.tokens_per_expert, kept_experts=work.kept))
             calibrated.committed()
         else:
             journal.commit(make_block(block, source, shards, progress))

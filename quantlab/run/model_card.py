@@ -55,7 +55,10 @@ def _quantized(variant: VariantPlan) -> list[Step]:
 def _roles_table(variant: VariantPlan) -> str:
     groups: dict[tuple[str, str], list[Step]] = defaultdict(list)
     for step in variant.steps:
-        what = step.quantize.quantize if step.quantize else step.outputs[0][1]
+        if not step.outputs:
+            what = "nothing"
+        else:
+            what = step.quantize.quantize if step.quantize else step.outputs[0][1]
         groups[step.claim.role, what].append(step)
     rows = [
         f"| {role} | {what} | {len(steps)} | {sum(step.source_bytes for step in steps) / 1e6:,.2f} | {sum(step.output_bytes for step in steps) / 1e6:,.2f} |"
@@ -160,7 +163,7 @@ def _loading_section(variant: VariantPlan, plan: Plan) -> str:
     lines.append(
         f"- vLLM: `vllm serve DIR`; SGLang: `python -m sglang.launch_server --model-path DIR`. Tensor parallel sizes that divide its groups: {sizes}."
     )
-    if any(step.claim.role == "mtp" for step in variant.steps):
+    if any(step.claim.role == "mtp" and step.outputs for step in variant.steps):
         lines.append(
             "- The multi-token-prediction layer is carried through in 16 bits; engines use it for speculative decoding, transformers ignores it."
         )
