@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from quantlab.runtime.linear import Activation, gated
 from quantlab.runtime.matrices import Matrices
+from quantlab.runtime.native import kernels
+from quantlab.runtime.native.library import library
 from quantlab.runtime.products import Groups
 
 _ROWS_AT_ONCE: Final = 8192
@@ -49,6 +51,8 @@ class Experts(nn.Module):
             index = top_k_index[0]
             groups = Groups(index.tolist(), (1,) * top_k, index)
             rows = gated(hidden_states.expand(top_k, -1), groups, self.gate_up, self.down, self.act_fn)
+            if rows.dtype != torch.float32 and library() is not None:
+                return kernels.weighted_sum(rows, top_k_weights.to(torch.float32))
             return torch.mm(top_k_weights.to(torch.float32), rows.to(torch.float32)).to(hidden_states.dtype)
         step = max(_ROWS_AT_ONCE // top_k, 1)
         if tokens <= step:

@@ -2,13 +2,19 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Final
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from quantlab.runtime.matrices import Matrices, QuantizedMatrices
+from quantlab.runtime.native import kernels
+from quantlab.runtime.native.library import library
 from quantlab.runtime.products import Groups, dense_product, single
 
+FEW_ROWS: Final = 64
+"""Up to this many rows what lies between the products is done by native kernels, in one thread."""
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -96,5 +102,35 @@ class GatedMLP(nn.Module):
 
 def gated(x: Tensor, groups: Groups, gate_up: Matrices, down: Matrices, act_fn: Activation) -> Tensor:
     """The MLP of each row's group: [T, H] -> [T, H]."""
-    gate, up = gate_up.products(x, groups).chunk(2, dim=-1)
+    both = gate_up.products(x, groups)
+    if (
+        isinstance(act_fn, nn.SiLU | SiLUActivation)
+        and both.dtype != torch.float32
+        and both.shape[0] <= FEW_ROWS
+        and library() is not None
+    ):
+        return down.products(kernels.gate(both), groups)
+    gate, up = both.chunk(2, dim=-1)
     return down.products(act_fn(gate).mul_(up), groups)
+
+
+class Norm(nn.Module):
+    """An RMS norm of transformers, for few rows as one operation.
+
+    Args:
+        module: with `weight` [K] and `variance_epsilon`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.weight = module.get_parameter("weight")
+        self.variance_epsilon = float(module.variance_epsilon)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., K]; statistics are float32, and rounded to the dtype of x before the weight."""
+        few = x.numel() <= FEW_ROWS * x.shape[-1] and x.is_contiguous() and x.dtype == self.weight.dtype
+        if few and x.dtype != torch.float32 and library() is not None:
+            return kernels.norm(x, self.weight, self.variance_epsilon)
+        wide = x.to(torch.float32)
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * scaled.to(x.dtype)

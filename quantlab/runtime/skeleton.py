@@ -16,7 +16,7 @@ from quantlab.errors import ArtifactError
 from quantlab.recipe.schemes import Scheme
 from quantlab.runtime import attention
 from quantlab.runtime.experts import Experts
-from quantlab.runtime.linear import DenseLinear, GatedMLP, PackedLinear, dense_linear
+from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, dense_linear
 from quantlab.runtime.matrices import DenseMatrices, Matrices, QuantizedMatrices, quantized_matrices
 
 MODEL_TYPES: Final = ("deepseek_v2", "deepseek_v3", "llama", "qwen2")
@@ -103,6 +103,9 @@ def _materialize(module: nn.Module, path: str, weights: Weights, *, dtype: torch
                 _materialize(child, prefix + name, weights, dtype=dtype, skip=skip)
             else:
                 setattr(module, name, replacement)
+    for name, child in list(module.named_children()):
+        if type(child).__name__.endswith("RMSNorm"):
+            setattr(module, name, Norm(child))
     attention.keep_latents(module)
 
 

@@ -15,6 +15,7 @@ typedef struct {
     float scaling;
     int dtype;
     void *out; /* [B, H, V] */
+    int64_t taken;
 } Attention;
 
 /* out [width] = the sum of `count` rows, row i counted weights[i] times. */
@@ -49,19 +50,6 @@ INLINE void dots(const uint16_t *rows, int64_t count, int64_t width, const float
         }
         out[i] += _mm512_reduce_add_ps(_mm512_add_ps(sum, other));
     }
-}
-
-/* e^x for x <= 0, to about the last bit of float32. */
-INLINE __m512 exponential(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 y = _mm512_set1_ps(1.0f / 5040);
-    const float terms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
-    UNROLLED
-    for (int i = 0; i < 7; i++)
-        y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(terms[i]));
-    return _mm512_scalef_ps(y, n);
 }
 
 /* The scores, scaled and masked, become weights that add up to 1. */
@@ -107,16 +95,16 @@ INLINE void head(const Attention *job, int64_t h, float *query, float *moved, fl
 }
 
 static void work(void *argument) {
-    const Attention *job = argument;
+    Attention *job = argument;
     int64_t from, to;
-    share(job->heads, &from, &to);
     float *query = scratch((job->nope + job->turned + 16) * 4), *moved = scratch(job->latent * 4);
     float *scores = scratch(job->cached * 4), *result = scratch((job->value + 16) * 4);
-    for (int64_t h = from; h < to; h++)
-        if (job->dtype == FLOAT16)
-            head(job, h, query, moved, scores, result, FLOAT16);
-        else
-            head(job, h, query, moved, scores, result, BFLOAT16);
+    while (take(&job->taken, job->heads, &from, &to))
+        for (int64_t h = from; h < to; h++)
+            if (job->dtype == FLOAT16)
+                head(job, h, query, moved, scores, result, FLOAT16);
+            else
+                head(job, h, query, moved, scores, result, BFLOAT16);
     free(query);
     free(moved);
     free(scores);
@@ -126,6 +114,6 @@ static void work(void *argument) {
 void quantlab_latent_attention(const void *query, const uint16_t *latents, const uint16_t *rotary, const uint16_t *weight,
                                const float *mask, int64_t batch, int64_t heads, int64_t cached, int64_t latent, int64_t nope,
                                int64_t turned, int64_t value, float scaling, int dtype, void *out) {
-    Attention job = {query, latents, rotary, weight, mask, batch, heads, cached, latent, nope, turned, value, scaling, dtype, out};
+    Attention job = {query, latents, rotary, weight, mask, batch, heads, cached, latent, nope, turned, value, scaling, dtype, out, 0};
     GOMP_parallel(work, &job, 0, 0);
 }

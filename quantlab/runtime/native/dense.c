@@ -13,6 +13,7 @@ typedef struct {
     int64_t x_stride;
     void *out;
     int dtype;
+    int64_t taken;
 } Dense;
 
 /* 32 columns. */
@@ -81,30 +82,31 @@ INLINE void products(const Dense *job, int64_t matrix, int64_t row, int64_t toke
 
 #define EACH(wide, tokens)                                          \
     case tokens:                                                    \
-        for (; row + wide <= last; row += wide)                     \
+        for (; together && row + wide <= last; row += wide)         \
             products(job, matrix, row, token, wide, tokens);        \
         for (; row < last; row++)                                   \
             products(job, matrix, row, token, 1, tokens);           \
         break;
 
 /* For one or two tokens row by row: several rows at once would be several streams 2^n bytes apart, which costs a third of the
-   memory's rate. For more, rows share what is loaded of the activations. */
+   memory's rate. For more tokens, or long ones that the rows push out of the cache, rows share what is loaded of them. */
 static void work(void *argument) {
-    const Dense *job = argument;
+    Dense *job = argument;
     const int64_t blocks = (job->rows + ROWS - 1) / ROWS;
     int64_t from, to;
-    share(blocks * job->groups.number, &from, &to);
-    for (int64_t unit = from; unit < to; unit++) {
-        const int64_t i = unit / blocks, top = unit % blocks * ROWS, matrix = job->groups.which[i];
-        const int64_t last = top + ROWS < job->rows ? top + ROWS : job->rows;
-        for (int64_t t = 0; t < job->groups.count[i]; t += TOKENS) {
-            const int64_t token = job->groups.start[i] + t, left = job->groups.count[i] - t;
-            int64_t row = top;
-            switch (left < TOKENS ? left : TOKENS) {
-                EACH(1, 1) EACH(1, 2) EACH(4, 3) EACH(4, 4)
+    while (take(&job->taken, blocks * job->groups.number, &from, &to))
+        for (int64_t unit = from; unit < to; unit++) {
+            const int64_t i = unit / blocks, top = unit % blocks * ROWS, matrix = job->groups.which[i];
+            const int64_t last = top + ROWS < job->rows ? top + ROWS : job->rows;
+            for (int64_t t = 0; t < job->groups.count[i]; t += TOKENS) {
+                const int64_t token = job->groups.start[i] + t, left = job->groups.count[i] - t;
+                const int together = left > 2 || job->columns * (job->dtype == FLOAT16 ? 4 : 2) > LONG;
+                int64_t row = top;
+                switch (left < TOKENS ? left : TOKENS) {
+                    EACH(4, 1) EACH(4, 2) EACH(4, 3) EACH(4, 4)
+                }
             }
         }
-    }
 }
 
 /* out [T, N] = x [T, K] times the matrices of a bank, all of one 16-bit dtype. */
@@ -122,7 +124,7 @@ void quantlab_dense_product(const uint16_t *weight, int64_t rows, int64_t column
             memset((uint16_t *)copy + t * apart + columns, 0, (padded - columns) * 2);
         }
     }
-    Dense job = {weight, rows, columns, {which, start, count, number}, copy, stride ? apart : 0, out, dtype};
+    Dense job = {weight, rows, columns, {which, start, count, number}, copy, stride ? apart : 0, out, dtype, 0};
     GOMP_parallel(work, &job, 0, 0);
     free(copy);
 }

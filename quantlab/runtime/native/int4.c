@@ -25,6 +25,7 @@ typedef struct {
     int64_t x_stride, first_stride;
     void *out;
     int dtype;
+    int64_t taken;
 } Int4;
 
 /* `subs` times 16 rows from row `row` of matrix `which` on, times `tokens` rows of activations. The vectors of neighbouring
@@ -117,12 +118,12 @@ static void block_of_group(const Int4 *job, int64_t i, int64_t top) {
 }
 
 static void work(void *argument) {
-    const Int4 *job = argument;
+    Int4 *job = argument;
     const int64_t blocks = (job->rows + 63) / 64;
     int64_t from, to;
-    share(blocks * job->groups.number, &from, &to);
-    for (int64_t unit = from; unit < to; unit++)
-        block_of_group(job, unit / blocks, unit % blocks * 64);
+    while (take(&job->taken, blocks * job->groups.number, &from, &to))
+        for (int64_t unit = from; unit < to; unit++)
+            block_of_group(job, unit / blocks, unit % blocks * 64);
 }
 
 /* out [T, N] = x [T, K] times the matrices of a bank, in the dtype of x, whose rows are `stride` numbers apart (0: all are
@@ -143,7 +144,7 @@ void quantlab_int4_product(const uint8_t *q, const uint16_t *scale, int64_t rows
         }
     }
     Int4 job = {q,        scale,  rows,    columns, group, scale_dtype, {which, start, count, number},
-                narrowed, starts, stride ? apart : 0, stride ? groups : 0, out, dtype};
+                narrowed, starts, stride ? apart : 0, stride ? groups : 0, out, dtype, 0};
     GOMP_parallel(work, &job, 0, 0);
     free(narrowed);
     free(starts);
@@ -155,33 +156,34 @@ typedef struct {
     int64_t rows, columns, group, from, to;
     int scale_dtype;
     uint16_t *out;
+    int64_t taken;
 } Expansion;
 
 static void expand(void *argument) {
-    const Expansion *job = argument;
+    Expansion *job = argument;
     const int64_t groups = job->columns / job->group, padded = round_up(job->rows, 16), wide = job->to - job->from;
     const __m512i mask = _mm512_set1_epi32(15);
     const int order[8] = {0, 16, 4, 20, 8, 24, 12, 28};
     int64_t step, stop;
-    share(job->columns / STEP, &step, &stop);
-    for (; step < stop; step++)
-        for (int64_t row = job->from; row < job->to; row += 16) {
-            const int64_t top = row / 64 * 64, apart = padded - top < 64 ? (padded - top) / 16 : 4;
-            const __m512i w = _mm512_loadu_si512(job->q + top * job->columns / 2 + (step * apart + (row - top) / 16) * 64);
-            const int64_t at = (row / 16 * groups + step * STEP / job->group) * 16;
-            const __m512 scale = load(job->scale, job->scale_dtype, at, 0xFFFF);
-            for (int k = 0; k < STEP; k++) {
-                __m512i nibble = _mm512_and_si512(_mm512_srli_epi32(w, order[k]), mask);
-                __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(nibble, _mm512_set1_epi32(8)));
-                store(job->out, job->scale_dtype, (step * STEP + k) * wide + row - job->from, first(job->to - row),
-                      _mm512_mul_ps(value, scale));
+    while (take(&job->taken, job->columns / STEP, &step, &stop))
+        for (; step < stop; step++)
+            for (int64_t row = job->from; row < job->to; row += 16) {
+                const int64_t top = row / 64 * 64, apart = padded - top < 64 ? (padded - top) / 16 : 4;
+                const __m512i w = _mm512_loadu_si512(job->q + top * job->columns / 2 + (step * apart + (row - top) / 16) * 64);
+                const int64_t at = (row / 16 * groups + step * STEP / job->group) * 16;
+                const __m512 scale = load(job->scale, job->scale_dtype, at, 0xFFFF);
+                for (int k = 0; k < STEP; k++) {
+                    __m512i nibble = _mm512_and_si512(_mm512_srli_epi32(w, order[k]), mask);
+                    __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(nibble, _mm512_set1_epi32(8)));
+                    store(job->out, job->scale_dtype, (step * STEP + k) * wide + row - job->from, first(job->to - row),
+                          _mm512_mul_ps(value, scale));
+                }
             }
-        }
 }
 
 /* Rows from … to of one matrix, transposed: out [K, to - from] in the dtype of the scales; `from` is a multiple of 16. */
 void quantlab_int4_expand(const uint8_t *q, const uint16_t *scale, int64_t rows, int64_t columns, int64_t group,
                           int scale_dtype, int64_t from, int64_t to, uint16_t *out) {
-    Expansion job = {q, scale, rows, columns, group, from, to, scale_dtype, out};
+    Expansion job = {q, scale, rows, columns, group, from, to, scale_dtype, out, 0};
     GOMP_parallel(expand, &job, 0, 0);
 }

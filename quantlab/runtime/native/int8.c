@@ -18,6 +18,7 @@ typedef struct {
     const float *sums; /* [T, 16] sums of a token's activations, by the lane that meets them */
     void *out;
     int dtype;
+    int64_t taken;
 } Int8;
 
 INLINE void put(const Int8 *job, int64_t token, int64_t row, int64_t matrix, float value) {
@@ -117,7 +118,7 @@ INLINE void floats(const Int8 *job, int64_t matrix, int64_t row, int64_t token, 
 
 #define EACH(kernel, wide, tokens)                                                                     \
     case tokens:                                                                                       \
-        for (; row + wide <= last; row += wide)                                                        \
+        for (; together && row + wide <= last; row += wide)                                            \
             kernel(job, matrix, row, token, wide, tokens);                                             \
         for (; row < last; row++)                                                                      \
             kernel(job, matrix, row, token, 1, tokens);                                                \
@@ -125,27 +126,29 @@ INLINE void floats(const Int8 *job, int64_t matrix, int64_t row, int64_t token, 
 
 #define BLOCK(kernel, wide)                                                                            \
     switch (left < TOKENS ? left : TOKENS) {                                                           \
-        EACH(kernel, 1, 1) EACH(kernel, 1, 2) EACH(kernel, wide, 3) EACH(kernel, wide, 4)              \
+        EACH(kernel, wide, 1) EACH(kernel, wide, 2) EACH(kernel, wide, 3) EACH(kernel, wide, 4)        \
     }
 
 /* Some rows of a matrix times the activations of its group. For one or two tokens row by row: several rows at once would be
-   several streams 2^n bytes apart, which costs a third of the memory's rate. For more, rows share what is loaded of them. */
-INLINE void work(const Int8 *job, const int whole) {
+   several streams 2^n bytes apart, which costs a third of the memory's rate. For more tokens, or long ones that the rows push
+   out of the cache, rows share what is loaded of them. */
+INLINE void work(Int8 *job, const int whole) {
     const int64_t blocks = (job->rows + ROWS - 1) / ROWS;
     int64_t from, to;
-    share(blocks * job->groups.number, &from, &to);
-    for (int64_t unit = from; unit < to; unit++) {
-        const int64_t i = unit / blocks, top = unit % blocks * ROWS, matrix = job->groups.which[i];
-        const int64_t last = top + ROWS < job->rows ? top + ROWS : job->rows;
-        for (int64_t t = 0; t < job->groups.count[i]; t += TOKENS) {
-            const int64_t token = job->groups.start[i] + t, left = job->groups.count[i] - t;
-            int64_t row = top;
-            if (whole)
-                BLOCK(integers, 4)
-            else
-                BLOCK(floats, 2)
+    while (take(&job->taken, blocks * job->groups.number, &from, &to))
+        for (int64_t unit = from; unit < to; unit++) {
+            const int64_t i = unit / blocks, top = unit % blocks * ROWS, matrix = job->groups.which[i];
+            const int64_t last = top + ROWS < job->rows ? top + ROWS : job->rows;
+            for (int64_t t = 0; t < job->groups.count[i]; t += TOKENS) {
+                const int64_t token = job->groups.start[i] + t, left = job->groups.count[i] - t;
+                const int together = left > 2 || job->columns * (whole ? 1 : 2) > LONG;
+                int64_t row = top;
+                if (whole)
+                    BLOCK(integers, 4)
+                else
+                    BLOCK(floats, 2)
+            }
         }
-    }
 }
 
 static void integer_work(void *job) { work(job, 1); }
@@ -188,7 +191,7 @@ void quantlab_int8_product(const int8_t *q, const void *scale, int64_t rows, int
         token_scale[t] = quantize((const char *)x + t * stride * width_of(dtype), dtype, columns, padded,
                                   integer + t * apart, excess + t);
     Int8 job = {q, scale, rows, columns, scale_dtype, {which, start, count, number}, integer, stride ? apart : 0,
-                stride ? 1 : 0, token_scale, excess, NULL, out, dtype};
+                stride ? 1 : 0, token_scale, excess, NULL, out, dtype, 0};
     GOMP_parallel(integer_work, &job, 0, 0);
     free(integer);
     free(token_scale);
@@ -224,7 +227,7 @@ void quantlab_int8_weight_product(const int8_t *q, const void *scale, int64_t ro
     for (int64_t t = 0; t < held; t++)
         sort_token((const char *)x + t * stride * width_of(dtype), dtype, columns, padded, sorted + t * apart, sums + t * 16);
     Int8 job = {q, scale, rows, columns, scale_dtype, {which, start, count, number}, sorted, stride ? apart : 0,
-                stride ? 1 : 0, NULL, NULL, sums, out, dtype};
+                stride ? 1 : 0, NULL, NULL, sums, out, dtype, 0};
     GOMP_parallel(float_work, &job, 0, 0);
     free(sorted);
     free(sums);

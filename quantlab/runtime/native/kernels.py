@@ -7,9 +7,9 @@ Legend: as in `quantlab.runtime.products`.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -23,12 +23,15 @@ _Code: Final = ctypes.c_int
 
 
 _ACTIVATIONS: Final = (_Pointer, _Long, _Long, _Code, _Pointer, _Pointer, _Pointer, _Long, _Pointer)
-_ARGUMENTS: Final = {
+_ARGUMENTS: Final[Mapping[str, Sequence[Any]]] = {
     "quantlab_int4_product": (_Pointer, _Pointer, _Long, _Long, _Long, _Code, *_ACTIVATIONS),
     "quantlab_int4_expand": (_Pointer, _Pointer, _Long, _Long, _Long, _Code, _Long, _Long, _Pointer),
     "quantlab_int8_product": (_Pointer, _Pointer, _Long, _Long, _Code, *_ACTIVATIONS),
     "quantlab_int8_weight_product": (_Pointer, _Pointer, _Long, _Long, _Code, *_ACTIVATIONS),
     "quantlab_dense_product": (_Pointer, _Long, _Long, *_ACTIVATIONS),
+    "quantlab_norm": (_Pointer, _Pointer, _Long, _Long, ctypes.c_float, _Code, _Pointer),
+    "quantlab_gate": (_Pointer, _Long, _Long, _Code, _Pointer),
+    "quantlab_weighted_sum": (_Pointer, _Pointer, _Long, _Long, _Code, _Pointer),
     "quantlab_latent_attention": (*[_Pointer] * 5, *[_Long] * 7, ctypes.c_float, _Code, _Pointer),
 }
 
@@ -110,6 +113,33 @@ def latent_attention(
         _DTYPES[query.dtype],
         out.data_ptr(),
     )
+    return out
+
+
+def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMS norm of contiguous x [..., K] with weight [K] of its dtype."""
+    out = torch.empty_like(x)
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+    _function("quantlab_norm")(
+        x.data_ptr(), weight.data_ptr(), rows, columns, epsilon, _DTYPES[x.dtype], out.data_ptr()
+    )
+    return out
+
+
+def gate(x: Tensor) -> Tensor:
+    """SiLU of the first half of contiguous rows [T, 2 K] times the second: [T, K]."""
+    rows, columns = x.shape[0], x.shape[1] // 2
+    out = torch.empty(rows, columns, dtype=x.dtype)
+    _function("quantlab_gate")(x.data_ptr(), rows, columns, _DTYPES[x.dtype], out.data_ptr())
+    return out
+
+
+def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    """The sum of contiguous rows [T, K] with weights [T] float32: [1, K]."""
+    rows, columns = x.shape
+    out = torch.empty(1, columns, dtype=x.dtype)
+    code = _DTYPES[x.dtype]
+    _function("quantlab_weighted_sum")(x.data_ptr(), weights.data_ptr(), rows, columns, code, out.data_ptr())
     return out
 
 

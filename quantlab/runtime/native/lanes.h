@@ -1,6 +1,6 @@
 /* What all kernels share: threads, the groups of a bank, and numbers of 16 bits on their way to and from float32.
 
-   Threads are those of the OpenMP runtime torch has loaded: nothing is linked, the two functions below are found in the
+   Threads are those of the OpenMP runtime torch has loaded: nothing is linked, the functions below are found in the
    process. So torch's number of threads holds here too, and the same threads serve both. */
 
 #ifndef QUANTLAB_LANES_H
@@ -12,11 +12,12 @@
 #include <string.h>
 
 void GOMP_parallel(void (*work)(void *), void *job, unsigned threads, unsigned flags);
-int omp_get_thread_num(void);
 int omp_get_num_threads(void);
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 16") /* sums in arrays become registers only if no loop over them is left */
+
+#define LONG 16384 /* bytes of a row of activations that do not stay in the first cache beside a stream of weights */
 
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
@@ -26,11 +27,16 @@ typedef struct {
     int64_t number;
 } Groups;
 
-/* The part of `units` pieces of work that is this thread's. */
-INLINE void share(int64_t units, int64_t *from, int64_t *to) {
-    int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    *from = units * thread / threads;
-    *to = units * (thread + 1) / threads;
+/* The next piece of `units` pieces of work, false when none is left. Pieces get smaller towards the end: they are long streams
+   from memory, and no thread waits long for one that was interrupted. */
+INLINE int take(int64_t *taken, int64_t units, int64_t *from, int64_t *to) {
+    const int64_t threads = omp_get_num_threads(), least = units / (32 * threads) + 1;
+    *from = __atomic_load_n(taken, __ATOMIC_RELAXED);
+    do {
+        const int64_t part = (units - *from) / (2 * threads), size = part > least ? part : least;
+        *to = *from + size < units ? *from + size : units;
+    } while (*from < units && !__atomic_compare_exchange_n(taken, from, *to, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return *from < units;
 }
 
 INLINE void *scratch(size_t bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }
@@ -90,6 +96,20 @@ INLINE void narrow(const void *x, int dtype, int64_t count, int64_t padded, uint
     for (int64_t i = 0; i < padded; i += 16)
         _mm256_storeu_si256((__m256i *)(out + i),
                             to_bfloat16(load(x, dtype, i < count ? i : 0, i < count ? first(count - i) : 0)));
+}
+
+/* e^x, to about the last bit of float32; infinity and zero beyond its range. */
+INLINE __m512 exponential(__m512 x) {
+    x = _mm512_min_ps(_mm512_set1_ps(200), _mm512_max_ps(_mm512_set1_ps(-200), x)); /* NaN stays: the second operand */
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 y = _mm512_set1_ps(1.0f / 5040);
+    const float terms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+    UNROLLED
+    for (int i = 0; i < 7; i++)
+        y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(terms[i]));
+    return _mm512_scalef_ps(y, n);
 }
 
 #endif

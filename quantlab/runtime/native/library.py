@@ -28,7 +28,7 @@ _FLAGS: Final = (
     *("-O3", "-std=gnu11", "-fPIC", "-shared"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mfma", "-mf16c"),
 )
-_SOURCES: Final = ("attention.c", "dense.c", "int4.c", "int8.c", "lanes.h")
+_SOURCES: Final = ("attention.c", "dense.c", "int4.c", "int8.c", "lanes.h", "rows.c")
 _SECONDS: Final = 120
 """A compiler that takes longer is given up."""
 
