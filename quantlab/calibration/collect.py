@@ -10,12 +10,13 @@ True-sequential calibration asks for one stage after the other, each with the we
 
 A pass stops as soon as the last site asked for has been seen: nothing behind it is computed. Where the inputs are compared
 with those of the unchanged model, that one runs beside, once per stage too; since it stays what it is, `record` can let it
-run once for all stages, if there is memory for what it sees.
+run once for all stages, if there is memory for what it sees. Likewise `settle` spares the changed model a second way to its
+last linears.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -23,6 +24,14 @@ from quantlab.calibration.experts import RoutedExperts
 from quantlab.calibration.hidden import HiddenStates, Workspace
 from quantlab.calibration.layer import Half
 from quantlab.calibration.statistics import Accumulator, Need, SiteStatistics
+
+
+@dataclass
+class LastInputs:
+    """What enters the last site of half a layer [S, L, K], as the last `collect` saw it; known only if it did."""
+
+    states: HiddenStates
+    known: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,18 +42,38 @@ class Stream:
         half: the half layer.
         hidden: the hidden states.
         recorded: what entered each site [S, L, K], if the hidden states have already gone through the half layer.
+        last: where to keep what enters the last site, see `settle`.
     """
 
     half: Half
     hidden: HiddenStates
     recorded: Mapping[str, HiddenStates] | None = None
+    last: LastInputs | None = None
 
 
 def advance(stream: Stream) -> None:
     """Replace the hidden states by those after the half layer, unless that has been done."""
-    if stream.recorded is None:
-        for which, hidden in stream.hidden.batches():
-            stream.hidden.write(which, stream.half.forward(hidden))
+    if stream.recorded is not None:
+        return
+    for which, hidden in stream.hidden.batches():
+        last = stream.last.states.read(which) if stream.last is not None and stream.last.known else None
+        stream.hidden.write(which, stream.half.forward(hidden) if last is None else stream.half.finish(hidden, last))
+
+
+def settle(stream: Stream, workspace: Workspace) -> Stream:
+    """Let `advance` go on from where the last `collect` stopped, instead of from the start of the half layer.
+
+    The caller promises that once the last stage has been collected, only the linears of that stage change; collecting any
+    stage again takes the promise back. Where there is no memory for it, or where routed experts end the half layer, the
+    stream comes back as it is; the numbers are the same.
+    """
+    half, (samples, length, _), dtype = stream.half, stream.hidden.shape, stream.hidden.dtype
+    if half.last is None:
+        return stream
+    width = half.sites[half.last].width
+    if not workspace.has_memory(stream.hidden.tokens * width * dtype.itemsize):
+        return stream
+    return replace(stream, last=LastInputs(workspace.stream(samples, length, width, dtype=dtype)))
 
 
 def record(stream: Stream, workspace: Workspace) -> Stream:
@@ -73,7 +102,7 @@ def record(stream: Stream, workspace: Workspace) -> Stream:
             stream.hidden.write(which, half.forward(hidden))
         for site, x in seen.items():
             recorded[site].write(which, x.view(-1, length, widths[site]))
-    return Stream(half, stream.hidden, recorded)
+    return replace(stream, recorded=recorded)
 
 
 def collect(
@@ -96,7 +125,9 @@ def collect(
     Raises:
         CheckpointError: an activation is NaN or infinite.
     """
-    half, device = changed.half, changed.hidden.device
+    half, device, last = changed.half, changed.hidden.device, changed.last
+    if last is not None:
+        last.known = False
     accumulators = {site: Accumulator(half.sites[site].width, needs, device=device) for site in sites}
     for which, hidden in changed.hidden.batches():
         before: Mapping[str, Tensor] = {}
@@ -105,6 +136,9 @@ def collect(
             before = _inputs_before(original, sites, which)
         for site, x in _inputs(half, sites, hidden, early_stop=early_stop).items():
             accumulators[site].update(x, before.get(site))
+            if last is not None and site == half.last:
+                last.states.write(which, x.view(*hidden.shape[:2], -1))
+                last.known = True
     return {site: total.result(where=f"{half.block}, input site {site}") for site, total in accumulators.items()}
 
 

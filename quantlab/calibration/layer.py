@@ -85,6 +85,18 @@ class Half:
         with torch.no_grad():
             return hidden + self.body(self.norm(hidden))
 
+    @property
+    def last(self) -> str | None:
+        """The site whose one linear ends the half, None where routed experts add to what it says."""
+        return None if self.experts is not None else self.stages[-1][-1]
+
+    def finish(self, hidden: Tensor, last: Tensor) -> Tensor:
+        """As `forward`, if what enters the last site [B, L, K] is known."""
+        assert self.last is not None
+        with torch.no_grad():
+            output: Tensor = self.sites[self.last].module(last)
+            return hidden + output
+
 
 @dataclass(frozen=True)
 class Layer:

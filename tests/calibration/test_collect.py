@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantlab.calibration.collect import Stream, advance, collect, record
+from quantlab.calibration.collect import Stream, advance, collect, record, settle
 from quantlab.calibration.hidden import HiddenStates, Workspace
 from quantlab.calibration.layer import Half, Layer
 from quantlab.calibration.statistics import SiteStatistics
@@ -194,6 +194,44 @@ def test_recording_without_memory_leaves_the_stream_as_it_is(wholes: dict[str, W
     stream = Stream(filled(skeleton, 0, whole.weights).attention, embedded(skeleton, whole.weights, tmp_path))
     assert record(stream, Workspace(tmp_path, memory_bytes=1000, device=CPU)) is stream
     assert torch.equal(stream.hidden.read(slice(None)), whole.seen.hidden[0])
+
+
+def test_settling_changes_no_bit(whole: Whole, tmp_path: Path) -> None:
+    skeleton, workspace = skeleton_of(whole.source), Workspace(tmp_path, memory_bytes=1 << 30, device=CPU)
+    one, two = (embedded(skeleton, whole.weights, tmp_path) for _ in range(2))
+    for index in (0, 1):
+        layer = filled(skeleton, index, whole.weights)
+        for half in layer.halves:
+            plain, settled = Stream(half, one), settle(Stream(half, two), workspace)
+            assert (settled.last is None) == (half.experts is not None)
+            for stage in half.stages:
+                for stream in (plain, settled):
+                    collect(stream, stage, needs=["hessian"])
+                for name in half.sites[stage[0]].weights:
+                    layer.weights[name].mul_(1.01)
+            advance(plain)
+            advance(settled)
+            assert torch.equal(one.read(slice(None)), two.read(slice(None)))
+
+
+def test_collecting_an_earlier_stage_again_unsettles(wholes: dict[str, Whole], tmp_path: Path) -> None:
+    whole = wholes["deepseek_v3"]
+    skeleton, workspace = skeleton_of(whole.source), Workspace(tmp_path, memory_bytes=1 << 30, device=CPU)
+    layer, hidden = filled(skeleton, 0, whole.weights), embedded(skeleton, whole.weights, tmp_path)
+    stream = settle(Stream(layer.attention, hidden), workspace)
+    collect(stream, ["o"], needs=["hessian"])
+    layer.weights["model.layers.0.self_attn.kv_b_proj.weight"].mul_(2)
+    collect(stream, ["q_latent", "kv_latent"], needs=["hessian"])
+    expected = layer.attention.forward(hidden.read(slice(0, 2))).clone()
+    advance(stream)
+    assert torch.equal(hidden.read(slice(0, 2)), expected)
+
+
+def test_settling_without_memory_leaves_the_stream_as_it_is(wholes: dict[str, Whole], tmp_path: Path) -> None:
+    whole = wholes["llama"]
+    skeleton = skeleton_of(whole.source)
+    stream = Stream(filled(skeleton, 0, whole.weights).attention, embedded(skeleton, whole.weights, tmp_path))
+    assert settle(stream, Workspace(tmp_path, memory_bytes=1000, device=CPU)) is stream
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
