@@ -7,21 +7,24 @@ the columns after it is ``-(e / U_jj) U_j,j+1:`` with ``H⁻¹ = Uᵀ U`` (see `
 - Columns with large inputs go first, while many others are left to make good for them. Each column keeps the scale of the
   group it came from, and the result is given in the order of the columns of W: no index per column is stored.
 - Rows that share their inputs (gate and up of an expert) are one matrix here, so that one H and one order serve them all.
+- Where weights are to be zero, the others are first moved to the real-valued best on that support (`alps`), and rounded from
+  there: the error of every candidate is that of the best plus its distance from it in the same metric.
 - Afterwards integers and scales are improved in turns in the same metric (`quantease`).
 - Rows are independent. One that ends worse than round-to-nearest with the same options is rounded to nearest, and counted.
 
 Where inputs x̃ of the original model are known beside the inputs x of the changed one, the target is not W but the
-real-valued matrix that meets W x̃ best from x (`qronos`), and errors are those of ``E|W x̃ - Ŵ x|²`` above its minimum.
+real-valued matrix that meets W x̃ best from x (`qronos`), and errors are those of ``E|W x̃ - Ŵ x|²`` above that matrix's.
 
 Source: GPTQ (arXiv 2210.17323), section 3 and algorithm 1.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from quantlab.algorithms.alps import fitted_on_support
 from quantlab.algorithms.hessian import (
     check_statistics,
     damped_factor,
@@ -36,6 +39,7 @@ from quantlab.algorithms.scales import GridOptions
 from quantlab.numerics.integer import QuantizedMatrix, integer_range
 
 _BLOCK: Final = 128
+_FIT_STEPS: Final = 20
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class GptqResult:
         energy: [B, N] float32, ``w H wᵀ`` of every row, in units of the mean of diag H, as all errors are.
         rtn_error: [B, N] of rounding to nearest.
         pass_error: [B, N] after the last column, before refinement.
-        error: [B, N] of q and scale. With C, errors are those of ``E|W x̃ - Ŵ x|²`` above its minimum.
+        error: [B, N] of q and scale. With C, errors are those of ``E|W x̃ - Ŵ x|²`` above the real-valued target's.
         kept_rtn: [B, N] bool, rows that are rounded to nearest because that is better.
         damping: [B] float32, λ that was used; more than asked for where H was not positive definite.
         failed: [B] bool, no λ helped: all rows are rounded to nearest.
@@ -166,13 +170,12 @@ def gptq_batch(
     factor = damped_factor(H if order is None else reordered(H, order), damping=options.damping)
     importance = diagonal + factor.damping[:, None]
     target, nearest = W, _round_all(W, grid, importance, removed)
-    chosen = nearest
     if C is not None and options.correction > 0:
         target = _target(W, C / mean[:, None, None], factor.U, order, options.correction)
-        chosen = _round_all(target, grid, importance, removed)
     problem = Problem(target.mT, with_damping(H, factor.damping), grid.bits, None if removed is None else removed.mT)
-    scale = chosen[1].mT.contiguous()
-    q = _column_pass(problem, factor.U, scale, order)
+    start = target if removed is None else _on_support(target, problem.H, removed)
+    scale = (nearest if start is W else _round_all(start, grid, importance, removed))[1].mT.contiguous()
+    q = _column_pass(replace(problem, target=start.mT), factor.U, scale, order)
     judged = _Judge(W, target, H, factor.damping)
     pass_error = judged.errors(q, scale)
     q, scale = _refined(problem, q, scale, options.rounds)
@@ -204,6 +207,11 @@ def _round_all(W: Tensor, grid: GridOptions, importance: Tensor, removed: Tensor
     W = W if removed is None else W.masked_fill(removed, 0)
     each = [round_to_nearest(W[b], grid, importance=importance[b]) for b in range(W.shape[0])]
     return torch.stack([one.q for one in each]), torch.stack([one.scale for one in each])
+
+
+def _on_support(target: Tensor, H: Tensor, removed: Tensor) -> Tensor:
+    """The best real weights on the support: rounding those is the same problem as rounding the target with zeros in it."""
+    return fitted_on_support(target, H, target.masked_fill(removed, 0), removed, steps=_FIT_STEPS)
 
 
 def _target(W: Tensor, C: Tensor, U: Tensor, order: Tensor | None, strength: float) -> Tensor:
@@ -257,9 +265,10 @@ def _refined(problem: Problem, q: Tensor, scale: Tensor, rounds: int) -> tuple[T
 
 @dataclass(frozen=True)
 class _Judge:
-    """Errors of every row: ``E|W x̃ - Ŵ x|²`` above its minimum, which is ``d H dᵀ`` where the target is W itself.
+    """Errors of every row: ``E|W x̃ - Ŵ x|²`` above that of the target, which is ``d H dᵀ`` where the target is W itself.
 
-    The target solves the damped problem, whose objective is the plain one plus ``λ|W - Ŵ|²``; that is taken off again.
+    The target T solves the damped problem, whose objective is the plain one plus ``λ|W - Ŵ|²``: above T it is
+    ``(T - Ŵ) (H + λI) (T - Ŵ)ᵀ``, from which the growth of that term is taken off again.
     """
 
     W: Tensor
@@ -272,6 +281,7 @@ class _Judge:
         chosen = dequantized(q.contiguous(), scale).mT
         result = row_errors(self.target - chosen, self.H)
         if self.target is not self.W:
-            extra = (self.target - chosen).square().sum(dim=2) - (self.W - chosen).square().sum(dim=2)
-            result += self.damping[:, None] * extra
+            moved = self.target - self.W
+            extra = (self.target - chosen).square() - (self.W - chosen).square() + moved.square()
+            result += self.damping[:, None] * extra.sum(dim=2)
         return result

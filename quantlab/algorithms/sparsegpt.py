@@ -5,8 +5,8 @@ error of its row by ``w² / U_jj²``, after the best change of the columns behin
 the score by which weights are chosen, for 128 columns at a time when the pass reaches them, or for every m neighbours. What
 the columns before a removed weight could still do for it is done afterwards, on the support that was chosen (`alps`).
 
-To prune and quantize jointly, take the mask from here and give W and the mask to `gptq`: its pass makes good for zeros and
-rounding together, and its scales are those of the weights that stay.
+To prune and quantize jointly, take the mask from here and give the original W and the mask to `gptq`: it rounds the best
+weights on the support with scales of their own, and answers for zeros and rounding together.
 
 Source: SparseGPT (arXiv 2301.00774), section 3, algorithm 1 and section 3.3 (n:m).
 """
