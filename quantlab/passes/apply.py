@@ -7,7 +7,7 @@ from typing import Final, Literal, assert_never
 import torch
 from torch import Tensor
 
-from quantlab.algorithms.gptq import GptqOptions, gptq
+from quantlab.algorithms.gptq import GptqOptions, GptqResult, gptq_batch
 from quantlab.algorithms.magnitude import magnitude_mask
 from quantlab.algorithms.rtn import round_to_nearest
 from quantlab.algorithms.scales import Grid, GridOptions
@@ -105,34 +105,73 @@ def needs_of(passes: Collection[Prune | Quantize]) -> frozenset[Need]:
     return frozenset(needs)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Weights that read the same activations.
+
+    Attributes:
+        weights: [N, K] each, of any floating dtype, finite, all with the same K.
+        inputs: of these weights; needed by calibrated passes.
+    """
+
+    weights: Mapping[str, Tensor]
+    inputs: Inputs | None = None
+
+
 def apply_passes(
-    weights: Mapping[str, Tensor],
-    passes: Sequence[Prune | Quantize],
-    *,
-    dtype: torch.dtype,
-    inputs: Inputs | None = None,
+    groups: Sequence[Group], passes: Sequence[Prune | Quantize], *, dtype: torch.dtype
 ) -> dict[str, Changed]:
-    """Change weights that read the same activations.
+    """Change weights.
 
     Args:
-        weights: [N, K] each, of any floating dtype, finite, all with the same K.
+        groups: what is changed; several, of one shape, for experts: what one of them leaves a device to do is little.
         passes: at least one, in order; a quantize pass comes last.
         dtype: what the weights, or their scales, will be stored in.
-        inputs: of these weights; needed by calibrated passes.
 
     Returns:
         Each weight in `dtype` or on its integer grid, and its report.
     """
-    work = _Work(weights, inputs)
+    works = [_Work(group.weights, group.inputs) for group in groups]
     for step in passes:
-        match step:
-            case Prune():
-                work.prune(step)
-            case Quantize():
-                work.quantize(step, dtype)
-            case _:
-                assert_never(step)
-    return work.finish(dtype)
+        if isinstance(step, Quantize) and isinstance(step.algorithm, Gptq):
+            _gptq_all(works, step, step.algorithm, dtype)
+            continue
+        for work in works:
+            match step:
+                case Prune():
+                    work.prune(step)
+                case Quantize():
+                    work.quantize(step, dtype)
+                case _:
+                    assert_never(step)
+    return {name: changed for work in works for name, changed in work.finish(dtype).items()}
+
+
+def _gptq_all(works: Sequence["_Work"], step: Quantize, algorithm: Gptq, dtype: torch.dtype) -> None:
+    """GPTQ of matrices of one shape at once."""
+    inputs = [work.known.shrunk(algorithm.shrinkage) for work in works]
+    options = GptqOptions(
+        damping=algorithm.damping,
+        act_order=algorithm.order == "activations",
+        rounds=algorithm.refine,
+        correction=algorithm.correction,
+    )
+    done = gptq_batch(
+        torch.stack([work.original for work in works]),
+        _stacked([one.hessian for one in inputs]),
+        grid_of(step, dtype),
+        options,
+        C=None if inputs[0].cross is None else _stacked([one.cross for one in inputs]),
+        removed=None if works[0].mask is None else _stacked([work.mask for work in works]),
+    )
+    for index, work in enumerate(works):
+        work.take(done.member(index))
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
+    known = [tensor for tensor in tensors if tensor is not None]
+    assert len(known) == len(tensors), "known of all or of none, as needs_of asked"
+    return torch.stack(known)
 
 
 class _Work:
@@ -146,9 +185,9 @@ class _Work:
         self._weights, self._inputs = weights, inputs
         self._rows = [len(weight) for weight in weights.values()]
         first = next(iter(weights.values()))
-        self._original = first if len(weights) == 1 else torch.cat(list(weights.values()))
-        self._matrix: Tensor | QuantizedMatrix = self._original
-        self._mask: Tensor | None = None
+        self.original = first if len(weights) == 1 else torch.cat(list(weights.values()))
+        self._matrix: Tensor | QuantizedMatrix = self.original
+        self.mask: Tensor | None = None
         self._fallback = [""] * len(self._rows)
         self._rtn_errors: list[float] | None = None
 
@@ -158,7 +197,7 @@ class _Work:
         return self._matrix
 
     @property
-    def _known(self) -> Inputs:
+    def known(self) -> Inputs:
         assert self._inputs is not None, "a calibrated pass has inputs"
         return self._inputs
 
@@ -168,15 +207,15 @@ class _Work:
         match step.algorithm:
             case Magnitude():
                 masks = [magnitude_mask(part, ratio=ratio, pattern=pattern) for part in self._apart(self._dense)]
-                self._mask = masks[0] if len(masks) == 1 else torch.cat(masks)
+                self.mask = masks[0] if len(masks) == 1 else torch.cat(masks)
             case Wanda():
-                squares = self._known.shrunk(_PRIOR_STRENGTH).mean_square
-                self._mask = wanda_mask(self._dense, squares, ratio=ratio, pattern=pattern)
+                squares = self.known.shrunk(_PRIOR_STRENGTH).mean_square
+                self.mask = wanda_mask(self._dense, squares, ratio=ratio, pattern=pattern)
             case SparseGpt(damping=damping):
-                H = self._known.shrunk(_PRIOR_STRENGTH).hessian
+                H = self.known.shrunk(_PRIOR_STRENGTH).hessian
                 assert H is not None, "asked for by needs_of"
                 pruned = sparsegpt(self._dense, H, ratio=ratio, pattern=pattern, damping=damping)
-                self._matrix, self._mask = pruned.W, pruned.mask
+                self._matrix, self.mask = pruned.W, pruned.mask
                 if pruned.failed:
                     self._note("pruned without making good, the Hessian is singular at every damping")
                 return
@@ -184,38 +223,27 @@ class _Work:
                 raise AssertionError("the plan turns reap into fewer experts")
             case _:
                 assert_never(step.algorithm)
-        self._matrix = self._dense.masked_fill(self._mask, 0)
+        self._matrix = self._dense.masked_fill(self.mask, 0)
 
     def quantize(self, step: Quantize, dtype: torch.dtype) -> None:
         """Put the matrix on an integer grid."""
         algorithm = step.algorithm
         match algorithm:
             case Gptq():
-                self._gptq(step, algorithm, dtype)
+                raise AssertionError("done for all matrices at once")
             case Rtn(clip="activations") | Awq(clip="activations"):
-                squares = self._known.shrunk(_PRIOR_STRENGTH).mean_square
+                squares = self.known.shrunk(_PRIOR_STRENGTH).mean_square
                 self._matrix = round_to_nearest(self._dense, grid_of(step, dtype), importance=squares)
             case Rtn() | Awq() | SmoothQuant():
                 self._matrix = round_to_nearest(self._dense, grid_of(step, dtype))
             case _:
                 assert_never(algorithm)
 
-    def _gptq(self, step: Quantize, algorithm: Gptq, dtype: torch.dtype) -> None:
-        inputs = self._known.shrunk(algorithm.shrinkage)
-        assert inputs.hessian is not None, "asked for by needs_of"
-        options = GptqOptions(
-            damping=algorithm.damping,
-            act_order=algorithm.order == "activations",
-            rounds=algorithm.refine,
-            correction=algorithm.correction,
-        )
-        grid = grid_of(step, dtype)
-        done = gptq(self._original, inputs.hessian, grid, options, C=inputs.cross, removed=self._mask)
+    def take(self, done: GptqResult) -> None:
+        """Take on what GPTQ made of the matrix."""
         self._matrix = done.matrix()
-        self._rtn_errors = []
         parts = zip(self._apart(done.rtn_error), self._apart(done.energy), strict=True)
-        for error, energy in parts:
-            self._rtn_errors.append(_ratio(float(error.sum()), float(energy.sum())))
+        self._rtn_errors = [_ratio(float(error.sum()), float(energy.sum())) for error, energy in parts]
         if done.failed:
             self._note("rounded to nearest, the Hessian is singular at every damping")
         for index, kept in enumerate(self._apart(done.kept_rtn)):

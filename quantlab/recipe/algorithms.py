@@ -52,7 +52,7 @@ class Gptq(Strict):
     """Weight of the prior in an expert's Hessian, in tokens per input channel: an expert that saw few tokens leans on it."""
     correction: float = Field(default=1.0, ge=0, le=1)
     """How much of the error that earlier layers passed on is made good, 0 to 1; costs a second pass of the unchanged model."""
-    refine: int = Field(default=2, ge=0, le=20)
+    refine: int = Field(default=1, ge=0, le=20)
     """Rounds of improving integers and scales after the columns are done."""
 
     folds: ClassVar[bool] = False

@@ -17,7 +17,7 @@ from quantlab.calibration.moe import MoeInputs, collect_moe
 from quantlab.calibration.statistics import Need, SiteStatistics
 from quantlab.checkpoint.reader import TORCH_DTYPES
 from quantlab.numerics.integer import QuantizedMatrix
-from quantlab.passes.apply import Changed, Inputs, apply_passes, needs_of
+from quantlab.passes.apply import Changed, Group, Inputs, apply_passes, needs_of
 from quantlab.plan.folds import Fold, folds_of
 from quantlab.plan.model import Step
 from quantlab.run.folding import FOLD_NEEDS, Change, Knowledge, factors_of, folded, unfolded
@@ -25,6 +25,8 @@ from quantlab.run.weights import check_range
 
 Read = Callable[[Step], Tensor]
 
+_BATCH_BYTES = 1 << 28
+"""Memory for the Hessians of experts that are changed at once, and their factors."""
 _SAMPLE_PER_CHANNEL = 4
 """Tokens per channel, of any expert, that the prior of an expert's down projection is made of."""
 
@@ -199,7 +201,7 @@ class BlockWork:
         if watched:
             found = collect(stream, watched, needs=set().union(*needs.values()), original=original)
         for site, steps in members.items():
-            self._change(steps, _inputs(found[site]) if site in found else None)
+            self._change([(steps, _inputs(found[site]) if site in found else None)])
 
     def _change_experts(self, stream: Stream, original: Stream | None) -> None:
         """Change the routed experts, one after the other: gate and up, then down with the changed ones before it."""
@@ -211,11 +213,17 @@ class BlockWork:
         moe = collect_moe(stream, needs=needs, original=original) if needs else None
         if moe is not None and not self.kept:
             self.tokens_per_expert = moe.tokens_per_expert
-        for expert, steps in experts.items():
-            enter = [step for step in steps if step.claim.rule and step.claim.rule.site == "mlp"]
-            leave = [step for step in steps if step.claim.rule and step.claim.rule.site == "down"]
-            self._change(enter, self._expert_inputs(moe, expert, enter))
-            self._change(leave, self._down_inputs(moe, expert, enter, leave))
+        width = max(step.source.shape[1] for steps in experts.values() for step in steps)
+        at_once = max(_BATCH_BYTES // (24 * width * width), 1)
+        numbers = list(experts)
+        for start in range(0, len(numbers), at_once):
+            batch = numbers[start : start + at_once]
+            enter = {expert: _at("mlp", experts[expert]) for expert in batch}
+            self._change([(enter[expert], self._expert_inputs(moe, expert, enter[expert])) for expert in batch])
+            leave = {expert: _at("down", experts[expert]) for expert in batch}
+            self._change(
+                [(leave[expert], self._down_inputs(moe, expert, enter[expert], leave[expert])) for expert in batch]
+            )
 
     def _expert_inputs(self, moe: MoeInputs | None, expert: int, steps: Sequence[Step]) -> Inputs | None:
         needs = self._expert_needs(steps)
@@ -241,19 +249,30 @@ class BlockWork:
         """What the passes of experts want to know; after experts were removed the unchanged ones have other numbers."""
         return _needs(steps) - ({"cross"} if self.kept else set())
 
-    def _change(self, steps: Sequence[Step], inputs: Inputs | None) -> None:
-        """Change linears that read the same activations; those under the same passes together."""
-        for passes, group in groupby(steps, key=lambda step: (step.passes, step.dtype)):
-            members = list(group)
-            if not passes[0]:
-                continue
-            weights = {step.claim.name: self._read(step.claim.name).to(self._hidden.device) for step in members}
-            changed = apply_passes(weights, passes[0], dtype=TORCH_DTYPES[passes[1]], inputs=inputs)
-            for name, result in changed.items():
-                check_range(self._steps[name], weights[name], result[0])
-                self.changed[name] = result
-                if self._follows:
-                    self._layer.weights[name].copy_(_dense(result[0]))
+    def _change(self, sites: Sequence[tuple[Sequence[Step], Inputs | None]]) -> None:
+        """Change the linears of one site, or of the same site of several experts; those under the same passes together."""
+        groups: dict[tuple[object, ...], list[Group]] = {}
+        for steps, inputs in sites:
+            for key, members in groupby(steps, key=lambda step: (step.passes, step.dtype)):
+                if not key[0]:
+                    continue
+                weights = {step.claim.name: self._read(step.claim.name).to(self._hidden.device) for step in members}
+                shape = (sum(map(len, weights.values())), next(iter(weights.values())).shape[1])
+                groups.setdefault((*key, shape), []).append(Group(weights, inputs))
+        for together in groups.values():
+            step = self._steps[next(iter(together[0].weights))]
+            changed = apply_passes(together, step.passes, dtype=TORCH_DTYPES[step.dtype])
+            for group in together:
+                for name, weight in group.weights.items():
+                    result = changed[name]
+                    check_range(self._steps[name], weight, result[0])
+                    self.changed[name] = result
+                    if self._follows:
+                        self._layer.weights[name].copy_(_dense(result[0]))
+
+
+def _at(site: str, steps: Sequence[Step]) -> list[Step]:
+    return [step for step in steps if step.claim.rule is not None and step.claim.rule.site == site]
 
 
 def _dense(changed: Tensor | QuantizedMatrix) -> Tensor:

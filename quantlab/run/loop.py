@@ -17,7 +17,7 @@ from quantlab.checkpoint.writer import ShardWriter
 from quantlab.formats.compressed_tensors import encode
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
-from quantlab.passes.apply import Changed, WeightReport, apply_passes
+from quantlab.passes.apply import Changed, Group, WeightReport, apply_passes
 from quantlab.plan.model import Block, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schemes import SCHEMES
@@ -117,7 +117,7 @@ def _change(step: Step, source: StoredWeights) -> Changed:
     weight, dtype = read_finite(step, source), TORCH_DTYPES[step.dtype]
     result: Changed = weight.to(dtype), None
     if step.passes:
-        result = apply_passes({step.claim.name: weight}, step.passes, dtype=dtype)[step.claim.name]
+        result = apply_passes([Group({step.claim.name: weight})], step.passes, dtype=dtype)[step.claim.name]
     check_range(step, weight, result[0])
     return result
 

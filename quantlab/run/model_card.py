@@ -55,11 +55,8 @@ def _quantized(variant: VariantPlan) -> list[Step]:
 def _roles_table(variant: VariantPlan) -> str:
     groups: dict[tuple[str, str], list[Step]] = defaultdict(list)
     for step in variant.steps:
-        if not step.outputs:
-            what = "nothing"
-        else:
-            what = step.quantize.quantize if step.quantize else step.outputs[0][1]
-        groups[step.claim.role, what].append(step)
+        stored = step.outputs[0][1] if step.outputs else "nothing"
+        groups[step.claim.role, step.quantize.quantize if step.quantize else stored].append(step)
     rows = [
         f"| {role} | {what} | {len(steps)} | {sum(step.source_bytes for step in steps) / 1e6:,.2f} | {sum(step.output_bytes for step in steps) / 1e6:,.2f} |"
         for (role, what), steps in groups.items()
