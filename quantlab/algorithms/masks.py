@@ -80,5 +80,8 @@ def _threshold_of_patterns(patterns: Tensor, count: int) -> Tensor:
 def _first_up_to(scores: Tensor, threshold: Tensor, count: int) -> Tensor:
     """All below the threshold and, of those equal to it, the first that make up `count`."""
     mask, ties = scores < threshold, scores == threshold
+    if scores.dim() == 1:
+        mask[ties.nonzero().flatten()[: count - int(mask.sum())]] = True
+        return mask
     room = count - mask.sum(dim=-1, keepdim=True)
     return mask | (ties & (ties.cumsum(dim=-1) <= room))

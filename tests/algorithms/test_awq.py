@@ -1,0 +1,106 @@
+"""The search of scales for a fold, judged on sampled outputs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantlab.algorithms.awq import AwqOptions, awq_scales, balanced
+from quantlab.algorithms.rtn import round_to_nearest
+from quantlab.algorithms.scales import GridOptions
+from quantlab.errors import CalibrationError
+
+GRID = GridOptions(4, 32, torch.bfloat16, "absmax")
+
+
+def site(*, seed: int = 0, columns: int = 64) -> tuple[Tensor, list[Tensor]]:
+    """Inputs with a few large channels, and two weights that read them."""
+    torch.manual_seed(seed)
+    X = torch.randn(300, columns)
+    X[:, :3] *= 20
+    return X, [torch.randn(24, columns), torch.randn(16, columns) * 0.3]
+
+
+def output_error(X: Tensor, weights: list[Tensor], s: Tensor, *, weighted: bool) -> float:
+    total = 0.0
+    for W in weights:
+        importance = (X / s).square().mean(0) if weighted else None
+        changed = round_to_nearest(W * s, GRID, importance=importance).dequantize(torch.float32)
+        total += ((X / s) @ changed.T - X @ W.T).square().mean(0).sum().item()
+    return total
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_are_errors_of_the_outputs_and_the_least_wins(weighted: bool) -> None:
+    X, weights = site()
+    H = X.T @ X / len(X)
+    result = awq_scales(X.abs().mean(0), [(W, H) for W in weights], GRID, AwqOptions(weighted=weighted))
+    assert result.losses[0] == pytest.approx(output_error(X, weights, torch.ones(64), weighted=weighted), rel=1e-3)
+    assert min(result.losses) == pytest.approx(output_error(X, weights, result.s, weighted=weighted), rel=1e-3)
+    assert result.losses[result.best] == min(result.losses)
+    assert min(result.losses) < 0.6 * result.losses[0]
+    assert (result.s[:3] > result.s[3:].max()).all()
+
+
+def test_the_plain_curve_is_powers_of_the_magnitudes() -> None:
+    X, weights = site()
+    x = X.abs().mean(0)
+    H = X.T @ X / len(X)
+    result = awq_scales(x, [(W, H) for W in weights], GRID, AwqOptions(steps=4, both_curves=False))
+    assert len(result.losses) == 5
+    assert result.best > 0
+    expected = x ** (result.best / 4)
+    torch.testing.assert_close(result.s, expected / (expected.max() * expected.min()).sqrt())
+
+
+def test_no_scaling_wins_where_nothing_can_be_gained() -> None:
+    """Weights that are on their grid already: every scaling only moves them off it."""
+    torch.manual_seed(0)
+    W = torch.randint(-7, 8, (8, 64)).float()
+    W[:, ::32] = 7
+    result = awq_scales(torch.rand(64) + 0.1, [(W, torch.eye(64))], GRID)
+    assert result.losses[0] == 0
+    assert result.best == 0
+    assert torch.equal(result.s, torch.ones(64))
+
+
+def test_a_matrix_with_its_own_inputs_counts_by_them() -> None:
+    """An expert that sees nothing has no say."""
+    X, weights = site()
+    H, x, options = X.T @ X / len(X), X.abs().mean(0), AwqOptions(steps=5, both_curves=False)
+    alone = awq_scales(x, [(weights[0], H)], GRID, options)
+    both = awq_scales(x, [(weights[0], H), (weights[1], torch.zeros_like(H))], GRID, options)
+    assert both.losses == pytest.approx(alone.losses)
+    assert torch.equal(both.s, alone.s)
+
+
+def test_factors_stay_finite_and_balanced() -> None:
+    X, weights = site()
+    X[:, 10:13] = 0
+    X[:, 20] *= 1e9
+    result = awq_scales(X.abs().mean(0), [(W, X.T @ X / len(X)) for W in weights], GRID)
+    assert result.s.isfinite().all()
+    assert (result.s > 0).all()
+    assert (result.s[10:13] == 1).all()
+    s = balanced(torch.tensor([0.0, 1e-3, 10.0, float("inf"), float("nan")]), torch.ones(5, dtype=torch.bool))
+    torch.testing.assert_close(s, torch.tensor([1.0, 0.01, 100.0, 1.0, 1.0]))
+    assert torch.equal(balanced(torch.zeros(3), torch.ones(3, dtype=torch.bool)), torch.ones(3))
+
+
+def test_a_fold_needs_the_router_scaled_too() -> None:
+    """What reads the channels and is not rounded takes the factor as well: scores are then what they were."""
+    X, weights = site()
+    result = awq_scales(X.abs().mean(0), [(W, X.T @ X / len(X)) for W in weights], GRID)
+    router = torch.randn(5, 64)
+    torch.testing.assert_close((X / result.s) @ (router * result.s).T, X @ router.T, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose((X / result.s) @ router.T, X @ router.T, rtol=0.1)
+
+
+def test_statistics_that_cannot_be_used_are_refused() -> None:
+    X, weights = site()
+    H, x = X.T @ X / len(X), X.abs().mean(0)
+    with pytest.raises(CalibrationError, match="no usable statistics"):
+        awq_scales(x, [], GRID)
+    with pytest.raises(CalibrationError, match="no usable statistics"):
+        awq_scales(x * float("nan"), [(weights[0], H)], GRID)
+    with pytest.raises(CalibrationError, match="does not fit"):
+        awq_scales(x, [(weights[0], H[:32, :32])], GRID)
