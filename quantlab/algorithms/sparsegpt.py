@@ -60,7 +60,7 @@ def sparsegpt(
     ratio: float,
     pattern: tuple[int, int] | None = None,
     damping: float = 0.01,
-    fit_steps: int = 10,
+    fit_steps: int = 20,
 ) -> SparseGptResult:
     """Prune one matrix; as `sparsegpt_batch` for B = 1, without that dimension: W [N, K], H [K, K]."""
     return sparsegpt_batch(W[None], H[None], ratio=ratio, pattern=pattern, damping=damping, fit_steps=fit_steps).member(
@@ -75,7 +75,7 @@ def sparsegpt_batch(
     ratio: float,
     pattern: tuple[int, int] | None = None,
     damping: float = 0.01,
-    fit_steps: int = 10,
+    fit_steps: int = 20,
 ) -> SparseGptResult:
     """Prune matrices of one shape, each with its own inputs.
 
