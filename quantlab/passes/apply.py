@@ -20,7 +20,9 @@ from quantlab.recipe.schemes import SCHEMES
 
 Need = Literal["squares", "magnitudes", "hessian", "cross"]
 
-_CLIP_STEPS, _CLIP_FLOOR = 20, 0.6
+_CLIP_STEPS = 20
+_CLIP_FLOORS: Final = {"mse": 0.6, "activations": 0.4}
+_REFITS: Final = {"mse": 0, "activations": 2}
 _PRIOR_STRENGTH: Final = 1.0
 """What all experts' tokens weigh beside an expert's own, in tokens per channel, where the recipe does not say."""
 _DEFAULT_GRID: Final[Mapping[int, Grid]] = {4: "signed", 8: "absmax"}
@@ -300,7 +302,8 @@ def grid_of(step: Quantize, dtype: torch.dtype) -> GridOptions:
         scale_dtype=dtype,
         grid=step.algorithm.grid or _DEFAULT_GRID[scheme.bits],
         clip_steps=0 if clip == "none" else _CLIP_STEPS,
-        clip_floor=_CLIP_FLOOR,
+        clip_floor=_CLIP_FLOORS.get(clip, 1.0),
+        refits=_REFITS.get(clip, 0),
     )
 
 

@@ -13,6 +13,9 @@ from quantlab.plan.model import Outcome, Step
 from quantlab.recipe.algorithms import Reap
 from quantlab.recipe.schema import Prune
 
+_SCORED = 2
+"""A routing group is judged by its two best experts."""
+
 
 def kept_experts(reap: Prune, config: Config, *, variant: str) -> int:
     """How many experts of a layer stay: the same number in every routing group, at least what the router picks.
@@ -24,6 +27,7 @@ def kept_experts(reap: Prune, config: Config, *, variant: str) -> int:
     picked = size_of(config, "num_experts_per_tok", default=1)
     open_groups = (size_of(config, "topk_group", default=1) or 1) if groups > 1 else 1
     each = experts // groups
+    needed = max(-(-picked // open_groups), _SCORED if groups > 1 else 1)
     removed = round(reap.ratio * each)
     where = f"variant {variant}, prune {reap.ratio:.3g} (reap)"
     if not removed:
@@ -33,12 +37,12 @@ def kept_experts(reap: Prune, config: Config, *, variant: str) -> int:
             found=f"{reap.ratio:.3g} of {each} experts in each of {groups} routing groups",
             fix=f"prune at least {1 / each:.3g}",
         )
-    if (each - removed) * open_groups < picked:
+    if each - removed < needed:
         raise PlanError(
             "the router would pick more experts than stay",
             where=where,
-            found=f"{each - removed} of {each} experts in each of {open_groups} open groups, {picked} picked for every token",
-            fix=f"prune at most {(each - -(-picked // open_groups)) / each:.3g}",
+            found=f"{each - removed} of {each} experts in each routing group, {needed} needed",
+            fix=f"prune at most {(each - needed) / each:.3g}",
         )
     return (each - removed) * groups
 

@@ -195,7 +195,7 @@ class BlockWork:
     def _change_stage(self, stream: Stream, stage: Sequence[str], original: Stream | None) -> None:
         """Change the linears of a stage that are no routed experts."""
         members = {site: [self._steps[name] for name in stream.half.sites[site].weights] for site in stage}
-        needs = {site: _needs(steps) for site, steps in members.items()}
+        needs = {site: self._needs(steps) for site, steps in members.items()}
         watched = [site for site in stage if needs[site]]
         found: Mapping[str, SiteStatistics] = {}
         if watched:
@@ -245,9 +245,14 @@ class BlockWork:
         prior = moe.down_statistics(expert, gate, up, needs, rows=rows)
         return _inputs(moe.down_statistics(expert, gate, up, needs), prior=prior)
 
-    def _expert_needs(self, steps: Sequence[Step]) -> set[Need]:
-        """What the passes of experts want to know; after experts were removed the unchanged ones have other numbers."""
-        return _needs(steps) - ({"cross"} if self.kept else set())
+    def _needs(self, steps: Collection[Step]) -> set[Need]:
+        """What the passes want to know; the unchanged model's inputs only where it runs beside."""
+        needs = {need for step in steps for need in needs_of(step.passes)}
+        return needs if self._unchanged is not None else needs - {"cross"}
+
+    def _expert_needs(self, steps: Collection[Step]) -> set[Need]:
+        """The same of experts; after some were removed the unchanged ones have other numbers."""
+        return self._needs(steps) - ({"cross"} if self.kept else set())
 
     def _change(self, sites: Sequence[tuple[Sequence[Step], Inputs | None]]) -> None:
         """Change the linears of one site, or of the same site of several experts; those under the same passes together."""
@@ -281,10 +286,6 @@ def _dense(changed: Tensor | QuantizedMatrix) -> Tensor:
 
 def _sites_of(half: Half) -> set[str]:
     return {site for stage in half.stages for site in stage} | ({"mlp", "down"} if half.experts is not None else set())
-
-
-def _needs(steps: Collection[Step]) -> set[Need]:
-    return {need for step in steps for need in needs_of(step.passes)}
 
 
 def _inputs(found: SiteStatistics, *, prior: SiteStatistics | None = None) -> Inputs:

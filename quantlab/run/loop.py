@@ -6,6 +6,7 @@ journal says which blocks are done; the same command continues after them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,16 +51,21 @@ def run_variant(
     shards = directory.shards(variant.name)
     if overwrite and journal_key(directory.journal(variant.name)) != variant.key:
         directory.tidy(variant)
+    tokens = _calibration_tokens(plan, variant, recipe)  # text that cannot be used is told before anything is written
     make_directory(shards)
     journal = Journal(directory.journal(variant.name), shards, key=variant.key)
-    calibrated = _calibrated_run(plan, variant, recipe, source, directory)
+    calibrated = None
+    if tokens is not None:
+        work = directory.work(variant.name)
+        read = partial(read_finite, source=source)
+        calibrated = CalibratedRun(plan, variant, tokens, read, work, device=torch.device("cpu"))
     for block in variant.blocks:
         if journal.has(block.name):
             progress(sum(step.source_bytes for shard in block.shards for step in shard.steps))
         elif calibrated is not None and calibrated.has(block):
-            work = calibrated.change(block)
-            finished = make_block(block, source, shards, progress, changed=work.changed)
-            journal.commit(replace(finished, tokens_per_expert=work.tokens_per_expert, kept_experts=work.kept))
+            done = calibrated.change(block)
+            finished = make_block(block, source, shards, progress, changed=done.changed)
+            journal.commit(replace(finished, tokens_per_expert=done.tokens_per_expert, kept_experts=done.kept))
             calibrated.committed()
         else:
             journal.commit(make_block(block, source, shards, progress))
@@ -67,23 +73,18 @@ def run_variant(
     directory.publish(variant)
 
 
-def _calibrated_run(
-    plan: Plan, variant: VariantPlan, recipe: LoadedRecipe, source: StoredWeights, directory: RunDirectory
-) -> CalibratedRun | None:
+def _calibration_tokens(plan: Plan, variant: VariantPlan, recipe: LoadedRecipe) -> Tensor | None:
+    """The text that the variant's algorithms watch the model read [samples, length]; None if none of them does."""
     calibration = variant.calibration
     if calibration is None:
         return None
     assert recipe.corpus is not None, "a calibrated variant has a corpus"
-    tokens = sample_tokens(
+    return sample_tokens(
         recipe.corpus,
         plan.checkpoint.directory,
         samples=calibration.samples,
         length=calibration.length,
         seed=calibration.seed,
-    )
-    work = directory.work(variant.name)
-    return CalibratedRun(
-        plan, variant, tokens, lambda step: read_finite(step, source), work, device=torch.device("cpu")
     )
 
 

@@ -1,0 +1,267 @@
+"""Calibrated variants on tiny checkpoints: every algorithm in every family, interrupted, spilled, folded and cut short."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+
+from quantlab.architectures.families import detect
+from quantlab.checkpoint.index import open_checkpoint
+from quantlab.errors import CalibrationError, PlanError
+from quantlab.evaluation.verify import verify
+from quantlab.plan.compile import compile_plan
+from quantlab.plan.folds import folds_of
+from quantlab.recipe.load import load_recipe
+from quantlab.run.directory import RunDirectory
+from quantlab.run.execute import make_artifacts
+from quantlab.run.folding import folded, unfolded
+from tests.calibration.oracle import dense_weights, load_model, tokens, write_dense
+from tests.checkpoints import make_checkpoint
+
+ALGORITHMS = """\
+  gptq: [{quantize: int4_g128, algorithm: {name: gptq}}]
+  clip: [{quantize: int4_g64, algorithm: {name: rtn, clip: activations}}]
+  awq: [{quantize: int4_g128, algorithm: {name: awq, steps: 4}}]
+  smooth: [{quantize: int8, algorithm: {name: smoothquant}}]
+  wanda: [{cast: float16}, {prune: 0.3, algorithm: {name: wanda}}]
+  sparse: [{prune: 2:4, algorithm: {name: sparsegpt}}]
+  joint: [{prune: 0.5, algorithm: {name: sparsegpt}}, {quantize: int4_g128, algorithm: {name: gptq}}]
+"""
+FAMILIES = ["llama", "qwen2", "deepseek_v2", "deepseek_v3"]
+
+
+def with_tokenizer(directory: Path) -> Path:
+    """Words w2 … w383 for the tiny vocabulary."""
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0} | {f"w{n}": n for n in range(1, 384)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {family: with_tokenizer(make_checkpoint(root / family, family)) for family in FAMILIES}
+
+
+def write_corpus(path: Path, *, documents: int = 16) -> Path:
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(1, 384, (documents, 70), generator=generator).tolist()
+    path.write_text("".join(json.dumps({"text": " ".join(f"w{n}" for n in row)}) + "\n" for row in words))
+    return path
+
+
+def write_recipe(directory: Path, model: Path, variants: str, *, calibration: str = "") -> Path:
+    corpus = write_corpus(directory / "text.jsonl")
+    path = directory / "recipe.yaml"
+    path.write_text(
+        f"model: {model}\ncalibration: {{corpus: {corpus}, samples: 16, length: 32{calibration}}}\nvariants:\n{variants}"
+    )
+    return path
+
+
+def run(recipe: Path, out: Path) -> RunDirectory:
+    loaded = load_recipe(recipe)
+    source = open_checkpoint(loaded.resolve(loaded.recipe.model))
+    plan = compile_plan(loaded.recipe, source, code_version="test", corpus_sha256=loaded.corpus_sha256())
+    directory = RunDirectory(out)
+    make_artifacts(plan, loaded, directory, lambda _: lambda _: None)
+    return directory
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def manifest(artifact: Path) -> dict:
+    return json.loads((artifact / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_algorithm_makes_an_artifact_that_verifies(family: str, models: dict[str, Path], tmp_path: Path) -> None:
+    directory = run(write_recipe(tmp_path, models[family], ALGORITHMS), tmp_path / "out")
+    for line in ALGORITHMS.splitlines():
+        artifact = directory.artifact(line.split(":")[0].strip())
+        checks = list(verify(artifact))
+        assert [check for check in checks if check.verdict == "failed"] == [], artifact.name
+        ledger = {entry["tensor"]: entry for entry in manifest(artifact)["ledger"]}
+        name = (
+            "model.layers.2.mlp.experts.3.up_proj.weight"
+            if "deepseek" in family
+            else "model.layers.2.mlp.up_proj.weight"
+        )
+        assert artifact.name == "smooth" or ledger[name]["tokens"] > 0
+        assert "## Calibration" in (artifact / "README.md").read_text()
+        if "deepseek" in family and artifact.name not in {"smooth"}:
+            per_expert = manifest(artifact)["tokens_per_expert"]
+            assert {sum(counts) for counts in per_expert.values()} == {16 * 32 * 2}
+    joint = load_all(directory.artifact("joint"))
+    sparse = load_all(directory.artifact("sparse"))
+    assert any(name.endswith("weight_packed") for name in joint)
+    weight = sparse["model.layers.1.self_attn.o_proj.weight"]
+    assert (weight.unflatten(1, (-1, 4)) == 0).sum(dim=2).eq(2).all()
+    gptq = [entry for entry in manifest(directory.artifact("gptq"))["ledger"] if "rtn_output_error" in entry]
+    assert gptq
+    assert sum(entry["output_error"] for entry in gptq) < sum(entry["rtn_output_error"] for entry in gptq)
+
+
+def load_all(artifact: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in artifact.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+DRIVER = """
+import os, signal, sys
+import quantlab.run.journal as journal, quantlab.run.calibrated as calibrated
+owner, name = {"commit": (journal.Journal, "commit"), "save": (calibrated, "save_streams"),
+               "forget": (calibrated, "discard_streams")}[sys.argv[1]]
+function, number, calls = getattr(owner, name), int(sys.argv[2]), 0
+def killing(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args, **kwargs)
+setattr(owner, name, killing)
+sys.argv = ["quantlab", *sys.argv[3:]]
+from quantlab.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("target", "number"), [("commit", 3), ("save", 2), ("forget", 2), ("forget", 3)])
+def test_killed_and_resumed_equals_uninterrupted(
+    target: str, number: int, models: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, models["deepseek_v3"], ALGORITHMS.splitlines()[0] + "\n")
+    arguments = ["run", str(recipe), "--quiet", "--out"]
+    plain = "from quantlab.cli import main; main()"
+    subprocess.run([sys.executable, "-c", plain, *arguments, str(tmp_path / "whole")], check=True)
+    interrupted = [*arguments, str(tmp_path / "out")]
+    killed = subprocess.run([sys.executable, "-c", DRIVER, target, str(number), *interrupted], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    subprocess.run([sys.executable, "-c", plain, *interrupted], check=True)
+    assert hashes(tmp_path / "out" / "artifacts") == hashes(tmp_path / "whole" / "artifacts")
+    assert not (tmp_path / "out" / ".work").exists()
+
+
+def test_a_small_memory_changes_no_number(models: dict[str, Path], tmp_path: Path) -> None:
+    results = []
+    for number, memory in enumerate((", memory: 1 GB", ", memory: 1 KB")):
+        root = tmp_path / str(number)
+        root.mkdir()
+        directory = run(
+            write_recipe(root, models["deepseek_v3"], ALGORITHMS.splitlines()[0] + "\n", calibration=memory),
+            root / "out",
+        )
+        results.append(load_all(directory.artifact("gptq")))
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_statistics_of_the_original_differ_from_those_of_the_changed_model(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    packed = {}
+    for word in ("quantized", "original"):
+        root = tmp_path / word
+        root.mkdir()
+        variants = "  gptq: [{quantize: int4_g128, algorithm: {name: gptq}}]\n"
+        directory = run(write_recipe(root, models["llama"], variants, calibration=f", propagate: {word}"), root / "out")
+        packed[word] = load_all(directory.artifact("gptq"))
+    first, last = (f"model.layers.{layer}.self_attn.q_proj.weight_packed" for layer in (0, 2))
+    assert torch.equal(packed["quantized"][first], packed["original"][first])
+    assert not torch.equal(packed["quantized"][last], packed["original"][last])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """Random factors in every fold of a float32 model, applied through the plan's own list of who takes part."""
+    recipe = load_recipe(write_recipe(tmp_path, models[family], ALGORITHMS.splitlines()[2] + "\n"))
+    source = open_checkpoint(models[family])
+    plan = compile_plan(recipe.recipe, source, code_version="test")
+    weights, architecture = dense_weights(models[family]), detect(source.config)
+    folds = [
+        fold for block in plan.variants[0].blocks for fold in folds_of(s for shard in block.shards for s in shard.steps)
+    ]
+    generator = torch.Generator().manual_seed(3)
+    for fold in folds:
+        channels = fold.consumers[0].source.shape[1]
+        rows = architecture.fed_rows(fold.producers[0].claim, source.config, channels=channels)
+        factors = torch.empty(max(rows) + 1).uniform_(0.3, 3, generator=generator)[torch.tensor(rows)]
+        for step in fold.consumers:
+            weights[step.claim.name] = folded(weights[step.claim.name], factors)
+        for step in fold.producers:
+            weights[step.claim.name] = unfolded(weights[step.claim.name], factors, rows)
+    sites = {fold.site for fold in folds}
+    assert sites == {"attention", "o", "mlp", "down"} | ({"q_latent"} if family == "deepseek_v3" else set())
+    plain, changed = write_dense(models[family], tmp_path / "plain"), write_dense(models[family], tmp_path / "changed")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        changed / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with torch.no_grad():
+        before, after = (load_model(directory)(tokens()).logits for directory in (plain, changed))
+    assert ((after - before).norm() / before.norm()).item() <= 1e-5
+
+
+def test_removed_experts_are_those_no_token_needs(models: dict[str, Path], tmp_path: Path) -> None:
+    """Experts that the router never picks go, and the model without them computes what it did."""
+    model = tmp_path / "model"
+    write_dense(models["deepseek_v3"], model, num_nextn_predict_layers=0, n_group=2, topk_group=1)
+    with_tokenizer(model)
+    weights = {n: t for n, t in load_file(model / "model.safetensors").items() if not n.startswith("model.layers.3.")}
+    config = json.loads((model / "config.json").read_text())
+    each = config["n_routed_experts"] // config["n_group"]
+    unwanted = [group * each + 1 for group in range(config["n_group"])]
+    for name, tensor in weights.items():
+        if name.endswith("e_score_correction_bias"):
+            tensor.zero_()
+            tensor[unwanted] = -100.0
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    variants = f"  fewer: [{{prune: {1 / each:.4f}, algorithm: {{name: reap}}}}]\n"
+    artifact = run(write_recipe(tmp_path, model, variants), tmp_path / "out").artifact("fewer")
+    kept = [expert for expert in range(config["n_routed_experts"]) if expert not in unwanted]
+    assert set(map(tuple, manifest(artifact)["kept_experts"].values())) == {tuple(kept)}
+    assert json.loads((artifact / "config.json").read_text())["n_routed_experts"] == len(kept)
+    assert [check for check in verify(artifact) if check.verdict == "failed"] == []
+    with torch.no_grad():
+        before, after = (load_model(directory)(tokens()).logits for directory in (model, artifact))
+    assert ((after - before).norm() / before.norm()).item() <= 1e-5
+
+
+def test_too_few_experts_for_the_router_is_an_error_of_the_plan(models: dict[str, Path], tmp_path: Path) -> None:
+    for ratio, what in (
+        ("0.9", "the router would pick more experts than stay"),
+        ("0.01", "no expert would be removed"),
+    ):
+        recipe = load_recipe(
+            write_recipe(tmp_path, models["deepseek_v3"], f"  v: [{{prune: {ratio}, algorithm: {{name: reap}}}}]\n")
+        )
+        with pytest.raises(PlanError, match=what):
+            compile_plan(recipe.recipe, open_checkpoint(models["deepseek_v3"]), code_version="test")
+
+
+def test_a_pattern_that_does_not_divide_is_an_error_of_the_plan(models: dict[str, Path], tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, models["llama"], "  v: [{prune: 3:7, algorithm: {name: wanda}}]\n"))
+    with pytest.raises(PlanError, match="the pattern does not divide"):
+        compile_plan(recipe.recipe, open_checkpoint(models["llama"]), code_version="test")
+
+
+def test_text_that_is_too_short_leaves_nothing_behind(models: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, models["llama"], ALGORITHMS.splitlines()[0] + "\n", calibration=", seed: 1")
+    recipe.write_text(recipe.read_text().replace("samples: 16", "samples: 5000"))
+    with pytest.raises(CalibrationError, match="too short"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
