@@ -142,7 +142,7 @@ def test_importing_everything_changes_nothing() -> None:
         if path.name != "__main__.py"
     ]
     code = (
-        "import os, torch\n"
+        "import os, torch, transformers.masking_utils\n"
         "before = (dict(os.environ), torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())\n"
         f"for name in {names!r}: __import__(name)\n"
         "assert before == (dict(os.environ), torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())"

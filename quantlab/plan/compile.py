@@ -13,7 +13,7 @@ from quantlab.checkpoint.index import Checkpoint
 from quantlab.errors import PlanError
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
 from quantlab.plan.folds import mark_folds
-from quantlab.plan.memory import peak_memory
+from quantlab.plan.memory import calibrated_peak_memory, peak_memory
 from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, StoredTensor, VariantPlan
 from quantlab.plan.serving import check_serving_rules, serving_notes, tensor_parallel_sizes
 from quantlab.plan.source import FLOATING, SourceWeight, survey
@@ -112,7 +112,7 @@ def _plan_variant(
         calibration=calibration,
         experts=kept,
         key=hashlib.sha256(f"{_LAYOUT_VERSION} {LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),
-        peak_memory_bytes=peak_memory(steps),
+        peak_memory_bytes=calibrated_peak_memory(steps, calibration) if calibration else peak_memory(steps),
         tensor_parallel=tensor_parallel_sizes(stored, heads=size_of(config, "num_attention_heads")),
         notes=(*serving_notes(stored), *removal_notes(steps, kept=kept)),
     )

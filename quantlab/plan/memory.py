@@ -1,17 +1,26 @@
 """How much memory a run will need, estimated from headers.
 
+A calibrated run holds a decoder layer in float32, the unchanged one beside it where errors of earlier layers are made good,
+the hidden states of its text and what enters the linears of half a layer (all of that under the recipe's cap, and in files
+above it), and the Hessians at work: 1.09 GB measured against 1.23 GB estimated for GPTQ of the 37 M reference model on 65,536
+tokens, 0.73 against 0.78 on 16,384.
+
 The run holds one weight at a time: its bytes as read, the matrix in 16 bits, what it becomes, and float32 copies for the
 report of what changed; the search for scales works in bands and needs no more. The constants are fitted from above to
 the largest resident size of runs over a 2 GB checkpoint of 4096 x 11008 matrices on Linux with torch 2.13: 1.18 GB measured
 against 1.24 GB estimated for int4, 1.16 against 1.21 for pruning, 0.99 against 1.26 for int8, 0.78 against 1.19 for a cast.
 """
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from quantlab.plan.model import Step
-from quantlab.recipe.schema import Prune, Quantize
+from quantlab.recipe.algorithms import Gptq
+from quantlab.recipe.schema import Calibration, Prune, Quantize
 
 _PROCESS_BYTES = 400_000_000
+_CALIBRATION_BYTES = 600_000_000
+_HESSIANS = 8
 _QUANTIZE_BYTES_PER_WEIGHT = 14
 _PRUNE_BYTES_PER_WEIGHT = 12
 
@@ -19,6 +28,29 @@ _PRUNE_BYTES_PER_WEIGHT = 12
 def peak_memory(steps: Iterable[Step]) -> int:
     """Estimated largest resident size of the run in bytes."""
     return _PROCESS_BYTES + max(_step_bytes(step) for step in steps)
+
+
+def calibrated_peak_memory(steps: Sequence[Step], calibration: Calibration) -> int:
+    """Estimated largest resident size in bytes of a run that watches the model read text, on a CPU."""
+    beside = calibration.propagate == "quantized" and any(
+        step.quantize and isinstance(step.quantize.algorithm, Gptq) and step.quantize.algorithm.correction
+        for step in steps
+    )
+    streams, tokens = 2 if beside else 1, calibration.samples * calibration.length
+    blocks: dict[str, list[Step]] = defaultdict(list)
+    for step in steps:
+        if step.claim.layer is not None and step.claim.role != "mtp":
+            blocks[step.claim.block].append(step)
+    largest = 0
+    for members in blocks.values():
+        weights = sum(step.source.elements for step in members)
+        linears = [step for step in members if step.claim.rule is not None and step.claim.rule.linear]
+        widths = {step.claim.rule.site: step.source.shape[1] for step in linears if step.claim.rule}
+        widest, hidden = max(widths.values()), widths["attention"]
+        seen = streams * hidden + (sum(widths.values()) if beside else widest)
+        text = min(4 * tokens * seen, calibration.memory_bytes)
+        largest = max(largest, weights * (4 * streams + 2) + text + _HESSIANS * 4 * widest**2)
+    return _CALIBRATION_BYTES + largest
 
 
 def _step_bytes(step: Step) -> int:
