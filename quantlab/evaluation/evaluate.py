@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from quantlab.checkpoint.files import write_atomically
+from quantlab.checkpoint.index import read_json
 from quantlab.errors import ArtifactError, EvaluationError
 from quantlab.evaluation import hardware
 from quantlab.evaluation.jobs import (
@@ -209,7 +210,15 @@ def _record(
         memory=memory,
         speed=speed,
         failures=failures,
+        tokens_per_expert=_tokens_per_expert(cell.directory),
     )
+
+
+def _tokens_per_expert(artifact: Path) -> dict[str, tuple[int, ...]]:
+    """What the manifest says of the calibration; nothing where there is none."""
+    path = artifact / "manifest.json"
+    found = read_json(path).get("tokens_per_expert", {}) if path.is_file() else {}
+    return {block: tuple(counts) for block, counts in found.items()}
 
 
 def _measure_speed(evaluation: _Evaluation, worker: Worker, cells: list[Cell]) -> None:

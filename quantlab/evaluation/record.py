@@ -115,6 +115,8 @@ class Record(_Frozen):
     memory: Memory | None
     speed: Speed | None
     failures: tuple[Failure, ...]
+    tokens_per_expert: dict[str, tuple[int, ...]] = {}
+    """Calibration tokens of every routed expert by block, as the artifact's manifest has them; empty where none was watched."""
 
 
 def read_record(path: Path) -> Record:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quantlab.report.cells import Cell, Column, cell, columns, failures, notes
+from quantlab.report.coverage import SHARE_NAMES, heat_maps
 from quantlab.report.matrix import Matrix, Row
 from quantlab.report.plot import SPEED_NAMES, Plot, lay_out
 from quantlab.report.recommend import RULES, recommend
@@ -88,6 +89,8 @@ def to_html(matrix: Matrix) -> str:
             tokens=sorted({row.perplexity.n for row in matrix.rows if row.perplexity}),
             versions=_versions(matrix),
             headline=_HEADLINE,
+            heat_maps=heat_maps(matrix),
+            share_names=SHARE_NAMES,
         )
     )
 

@@ -60,6 +60,8 @@ class Row(_Frozen):
     prefill_tokens_per_second: dict[str, Measured | None]
     decode_over_fp16: dict[str, Measured | None]
     prefill_over_fp16: dict[str, Measured | None]
+    tokens_per_expert: dict[str, tuple[int, ...]] = {}
+    """Calibration tokens of every routed expert, by block; empty where none was watched."""
     twin: str | None
     layout: str | None
     """What was timed."""
@@ -199,6 +201,7 @@ def _row(record: Record, *, domains: Sequence[str], decode: Sequence[str], prefi
         layout=speed.layout if speed else None,
         failures=tuple(failures),
         versions=record.versions,
+        tokens_per_expert=record.tokens_per_expert,
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from quantlab.architectures.families import detect
 from tests.true_shapes import CODER_7B, DISTILL_7B, DISTILL_8B, LLM_7B, V2, V2_LITE, V3
 
+
 @pytest.mark.parametrize(
     ("config", "with_mtp", "tensors", "billions"),
     [

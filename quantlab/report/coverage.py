@@ -1,0 +1,62 @@
+"""The heat map of calibration tokens: which routed expert got how many, layer by layer."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from quantlab.report.matrix import Matrix
+
+SHARE_NAMES: Final = ("under a quarter of its share", "under half", "about its share", "from 1.5×", "from 3×")
+_FROM: Final = (0.25, 0.5, 1.5, 3.0)
+CELL: Final = 12
+
+
+@dataclass(frozen=True)
+class Square:
+    """One expert of one layer: where it is drawn, in which of `SHARE_NAMES`' classes, and what is said of it."""
+
+    x: int
+    y: int
+    share: int
+    text: str
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One variant's experts.
+
+    Attributes:
+        variant: its name.
+        width, height: of the drawing in pixels.
+        layers: name and y of every row.
+        squares: the experts.
+        sentence: the extremes in words.
+    """
+
+    variant: str
+    width: int
+    height: int
+    layers: tuple[tuple[str, int], ...]
+    squares: tuple[Square, ...]
+    sentence: str
+
+
+def heat_maps(matrix: Matrix) -> tuple[HeatMap, ...]:
+    """One for every variant whose experts were watched."""
+    return tuple(_draw(row.variant, row.tokens_per_expert) for row in matrix.rows if row.tokens_per_expert)
+
+
+def _draw(variant: str, layers: dict[str, tuple[int, ...]]) -> HeatMap:
+    squares, names = [], []
+    fewest = min((count, expert, name) for name, counts in layers.items() for expert, count in enumerate(counts))
+    for line, (name, counts) in enumerate(layers.items()):
+        names.append((name.removeprefix("layer "), line * CELL))
+        mean = sum(counts) / len(counts)
+        for expert, count in enumerate(counts):
+            ratio = count / mean if mean else 0.0
+            share = sum(ratio >= edge for edge in _FROM)
+            text = f"{name}, expert {expert}: {count:,} tokens, {ratio:.2f}× its share"
+            squares.append(Square(expert * CELL, line * CELL, share, text))
+    count, expert, name = fewest
+    sentence = f"Fewest: {count:,} tokens for expert {expert} of {name}."
+    width = CELL * max(map(len, layers.values()))
+    return HeatMap(variant, width, CELL * len(layers), tuple(names), tuple(squares), sentence)
