@@ -216,20 +216,46 @@ def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path]
     assert ((after - before).norm() / before.norm()).item() <= 1e-5
 
 
-def test_removed_experts_are_those_no_token_needs(models: dict[str, Path], tmp_path: Path) -> None:
-    """Experts that the router never picks go, and the model without them computes what it did."""
-    model = tmp_path / "model"
-    write_dense(models["deepseek_v3"], model, num_nextn_predict_layers=0, n_group=2, topk_group=1)
-    with_tokenizer(model)
-    weights = {n: t for n, t in load_file(model / "model.safetensors").items() if not n.startswith("model.layers.3.")}
-    config = json.loads((model / "config.json").read_text())
+def never_routed(models: dict[str, Path], directory: Path) -> tuple[dict, list[int]]:
+    """Write a DeepSeek-V3 whose router never picks one expert of each group; its config and those experts."""
+    write_dense(models["deepseek_v3"], directory, num_nextn_predict_layers=0, n_group=2, topk_group=1)
+    with_tokenizer(directory)
+    path = directory / "model.safetensors"
+    weights = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("model.layers.3.")}
+    config = json.loads((directory / "config.json").read_text())
     each = config["n_routed_experts"] // config["n_group"]
     unwanted = [group * each + 1 for group in range(config["n_group"])]
     for name, tensor in weights.items():
         if name.endswith("e_score_correction_bias"):
             tensor.zero_()
             tensor[unwanted] = -100.0
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, path, metadata={"format": "pt"})
+    return config, unwanted
+
+
+def test_an_expert_without_tokens_is_told(models: dict[str, Path], tmp_path: Path) -> None:
+    _, unwanted = never_routed(models, tmp_path / "model")
+    recipe = write_recipe(tmp_path, tmp_path / "model", ALGORITHMS.splitlines()[0] + "\n")
+    artifact = run(recipe, tmp_path / "out").artifact("gptq")
+    told = {
+        entry["tensor"]
+        for entry in manifest(artifact)["ledger"]
+        if entry.get("fallback", "").startswith("no calibration token reached it")
+    }
+    assert told == {
+        f"model.layers.{layer}.mlp.experts.{expert}.{kind}_proj.weight"
+        for layer in (1, 2)
+        for expert in unwanted
+        for kind in ("gate", "up", "down")
+    }
+    assert "12 matrices: no calibration token reached it" in (artifact / "README.md").read_text()
+
+
+def test_removed_experts_are_those_no_token_needs(models: dict[str, Path], tmp_path: Path) -> None:
+    """Experts that the router never picks go, and the model without them computes what it did."""
+    model = tmp_path / "model"
+    config, unwanted = never_routed(models, model)
+    each = config["n_routed_experts"] // config["n_group"]
     variants = f"  fewer: [{{prune: {1 / each:.4f}, algorithm: {{name: reap}}}}]\n"
     artifact = run(write_recipe(tmp_path, model, variants), tmp_path / "out").artifact("fewer")
     kept = [expert for expert in range(config["n_routed_experts"]) if expert not in unwanted]
