@@ -27,7 +27,7 @@ _PRIOR_STRENGTH: Final = 1.0
 """What all experts' tokens weigh beside an expert's own, in tokens per channel, where the recipe does not say."""
 _DEFAULT_GRID: Final[Mapping[int, Grid]] = {4: "signed", 8: "absmax"}
 
-_NO_TOKEN: Final = "no calibration token reached it: changed by the statistics of all tokens"
+_UNSEEN: Final = "no calibration token reached it: changed by the statistics of all tokens"
 
 Changed = tuple[Tensor | QuantizedMatrix, "WeightReport | None"]
 """What a weight became, and what that cost; None where no pass changed it."""
@@ -290,7 +290,7 @@ class _Work:
             output_error=output_error,
             rtn_output_error=None if self._rtn_errors is None else _four_digits(self._rtn_errors[index]),
             tokens=None if self._inputs is None else self._inputs.tokens,
-            fallback=_NO_TOKEN if self._inputs is not None and self._inputs.tokens == 0 else self._fallback[index],
+            fallback=_UNSEEN if self._inputs is not None and self._inputs.tokens == 0 else self._fallback[index],
         )
 
 
