@@ -23,7 +23,6 @@ from quantlab.plan.model import Block, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schemes import SCHEMES
 from quantlab.run.artifact import finish_artifact
-from quantlab.run.calibrated import CalibratedRun
 from quantlab.run.directory import RunDirectory, make_directory
 from quantlab.run.journal import FileRecord, FinishedBlock, Journal, journal_key
 from quantlab.run.weights import check_range, read_finite
@@ -56,6 +55,8 @@ def run_variant(
     journal = Journal(directory.journal(variant.name), shards, key=variant.key)
     calibrated = None
     if tokens is not None:
+        from quantlab.run.calibrated import CalibratedRun  # imports transformers, which takes seconds
+
         work = directory.work(variant.name)
         read = partial(read_finite, source=source)
         calibrated = CalibratedRun(plan, variant, tokens, read, work, device=torch.device("cpu"))
