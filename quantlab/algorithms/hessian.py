@@ -90,22 +90,6 @@ def normalised(H: Tensor) -> tuple[Tensor, Tensor]:
     return H.to(torch.float32) / mean[:, None, None], mean
 
 
-def shrunken(H: Tensor, tokens: Tensor, prior: Tensor, *, strength: float) -> Tensor:
-    """What to believe of an expert's inputs after few tokens: ``(n H + τ P) / (n + τ)``.
-
-    Args:
-        H: [B, K, K] float32, means over n tokens each; ignored where n = 0.
-        tokens: n [B].
-        prior: P [K, K] or [B, K, K] float32, such as the mean over all tokens of the layer.
-        strength: τ > 0, the number of tokens the prior is worth.
-
-    Returns:
-        [B, K, K] float32.
-    """
-    n = tokens.to(torch.float32)[:, None, None]
-    return torch.where(n > 0, n * H, torch.zeros_like(H)).add_(strength * prior).div_(n + strength)
-
-
 def damped_factor(H: Tensor, *, damping: float) -> Factor:
     """Factor ``H + λI``, with ten times the damping wherever H is not positive definite.
 

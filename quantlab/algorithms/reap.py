@@ -33,24 +33,6 @@ class Surgery:
     slot: Tensor
 
 
-def routed_sums(index: Tensor, gate: Tensor, norm: Tensor, *, experts: int) -> tuple[Tensor, Tensor]:
-    """What some tokens add to the sums that saliency is made of; sums of batches add up.
-
-    Args:
-        index: [T, k] int64, the experts picked for each token.
-        gate: [T, k], g as it multiplies the expert's output.
-        norm: [T, k], Euclidean norm of the expert's output before that.
-        experts: E.
-
-    Returns:
-        Sum of g ‖f‖ [E] float64, and the number of tokens [E] int64.
-    """
-    flat = index.flatten()
-    values = (gate.to(torch.float64) * norm.to(torch.float64)).flatten()
-    sums = torch.zeros(experts, dtype=torch.float64, device=index.device).index_add_(0, flat, values)
-    return sums, torch.bincount(flat, minlength=experts)
-
-
 def saliency(sums: Tensor, tokens: Tensor) -> Tensor:
     """Mean of g ‖f‖ per token of an expert.
 

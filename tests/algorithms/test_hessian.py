@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantlab.algorithms.hessian import damped_factor, normalised, row_errors, shrunken
+from quantlab.algorithms.hessian import damped_factor, normalised, row_errors
 
 
 @pytest.mark.parametrize("size", [1, 7, 150])
@@ -37,17 +37,6 @@ def test_normalised_has_a_mean_of_one_in_any_unit(factor: float) -> None:
     H, mean = normalised((X.T @ X * factor)[None])
     assert H.diagonal(dim1=1, dim2=2).mean().item() == pytest.approx(1, rel=1e-5)
     assert mean.item() == pytest.approx((X.square().sum() / 8).item() * factor, rel=1e-5)
-
-
-def test_shrunken_is_the_mean_of_own_tokens_and_the_priors() -> None:
-    torch.manual_seed(0)
-    own, prior = torch.randn(30, 6), torch.randn(70, 6)
-    H = torch.stack([own.T @ own / 30, torch.full((6, 6), float("nan"))])
-    P = prior.T @ prior / 70
-    result = shrunken(H, torch.tensor([30, 0]), P, strength=70)
-    together = torch.cat([own, prior])
-    torch.testing.assert_close(result[0], together.T @ together / 100)
-    torch.testing.assert_close(result[1], P)
 
 
 def test_row_errors_are_mean_squares_of_outputs() -> None:

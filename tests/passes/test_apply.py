@@ -1,0 +1,61 @@
+"""What passes make of statistics and of each other's results, against the long way round."""
+
+import torch
+from torch import Tensor
+
+from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.passes.apply import Group, Inputs, apply_passes
+from quantlab.recipe.algorithms import Gptq, SparseGpt
+from quantlab.recipe.schema import Prune, Quantize
+
+
+def inputs_of(X: Tensor, prior: Inputs | None = None) -> Inputs:
+    return Inputs(len(X), X.square().mean(0), X.T @ X / max(len(X), 1), None, prior)
+
+
+def test_shrunk_statistics_are_those_of_own_tokens_and_the_priors_together() -> None:
+    torch.manual_seed(0)
+    own, others = torch.randn(30, 6), torch.randn(60, 6)
+    shrunk = inputs_of(own, inputs_of(others)).shrunk(10)  # a prior of ten tokens for each of six channels
+    together = torch.cat([own, others])
+    assert shrunk.hessian is not None
+    torch.testing.assert_close(shrunk.hessian, together.T @ together / 90)
+    torch.testing.assert_close(shrunk.mean_square, together.square().mean(0))
+
+
+def test_an_expert_without_tokens_has_the_priors_statistics() -> None:
+    torch.manual_seed(0)
+    others = torch.randn(60, 6)
+    none = Inputs(0, torch.zeros(6), torch.zeros(6, 6), None, inputs_of(others))
+    shrunk = none.shrunk(1.0)
+    assert shrunk.hessian is not None
+    torch.testing.assert_close(shrunk.hessian, others.T @ others / 60)
+
+
+def test_zeros_of_pruning_stay_zeros_and_experts_together_are_experts_alone() -> None:
+    torch.manual_seed(0)
+    passes = (
+        Prune(prune=0.5, algorithm=SparseGpt(name="sparsegpt")),
+        Quantize(quantize="int4_g32", algorithm=Gptq(name="gptq", correction=0)),
+    )
+    groups = [
+        Group({f"{e}.gate": torch.randn(8, 64), f"{e}.up": torch.randn(8, 64)}, inputs_of(torch.randn(300, 64)))
+        for e in range(3)
+    ]
+    together = apply_passes(groups, passes, dtype=torch.bfloat16)
+    assert list(together) == [name for group in groups for name in group.weights]
+    for group in groups:
+        for name, (alone, report) in apply_passes([group], passes, dtype=torch.bfloat16).items():
+            found, _ = together[name]
+            assert isinstance(alone, QuantizedMatrix)
+            assert isinstance(found, QuantizedMatrix)
+            assert torch.equal(alone.q, found.q)
+            assert torch.equal(alone.scale, found.scale)
+            assert report is not None
+            assert report.output_error is not None
+        zeros = sum(
+            int((found.q == 0).sum())
+            for name in group.weights
+            if isinstance(found := together[name][0], QuantizedMatrix)
+        )
+        assert zeros >= 8 * 64, "half of both matrices"
