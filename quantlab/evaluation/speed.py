@@ -26,6 +26,7 @@ from quantlab.evaluation.statistics import Floats, median
 from quantlab.evaluation.suite import SpeedSuite, load_suite
 from quantlab.formats.compressed_tensors import QUANT_METHOD, QuantizationConfig, parse_config
 from quantlab.runtime.account import weight_bytes
+from quantlab.runtime.native import library as native
 from quantlab.runtime.twin import random_twin
 
 _LEAST_ROUNDS = 7
@@ -204,7 +205,7 @@ def summarise(
     prefill = {str(task.batch): task for task in rates if task.kind == "prefill"}
     shared = f", timed once with {', '.join(sharing)}" if sharing else ""
     return Speed(
-        twin=f"{suite.description}, {suite.prompt} tokens in the cache",
+        twin=f"{suite.description}, {suite.prompt} tokens in the cache, {native.status()}",
         layout=twin.name + shared,
         decode_tokens_per_second={batch: median(rates[task]) for batch, task in decode.items()},
         prefill_tokens_per_second={batch: median(rates[task]) for batch, task in prefill.items()},

@@ -14,8 +14,8 @@ from quantlab.runtime.products import Groups, by_count, compute_dtype, in_bands,
 _PACKED_ROWS: Final = 24
 """Up to this many rows torch's weight-only operator beats expanding a matrix (Zen 4, 2816x2048)."""
 
-_NATIVE_WEIGHT_ROWS: Final = 16
-_NATIVE_ROWS: Final = 24
+_NATIVE_WEIGHT_ROWS: Final = 64
+_NATIVE_ROWS: Final = 128
 """Up to this many rows the native kernels beat torch's, weight-only and W8A8 (Zen 4, 2816x2048)."""
 _NATIVE_COLUMNS: Final = 1 << 16
 """Up to this many columns the native kernel's 32-bit sums are exact."""

@@ -1,11 +1,13 @@
 """Linears and MLPs on banks of matrices."""
 
+import ctypes
 from collections.abc import Callable
 from functools import cache
 from typing import Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.activations import SiLUActivation
 
 from quantlab.runtime.matrices import Matrices, QuantizedMatrices
@@ -15,6 +17,8 @@ from quantlab.runtime.products import Groups, dense_product, single
 
 FEW_ROWS: Final = 64
 """Up to this many rows what lies between the products is done by native kernels, in one thread."""
+_PAIRED_ROWS: Final = 8
+"""Up to this many rows the native kernel beats oneDNN on the same blocks (Zen 4, 2816x2048)."""
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -37,7 +41,7 @@ class ReorderedLinear(nn.Module):
     """A bfloat16 linear whose weight lies in blocks, as oneDNN multiplies it.
 
     From rows, oneDNN has to block a bfloat16 weight again for every product, which at few rows costs up to half of the
-    time. The blocks replace the rows: there is no second copy.
+    time. The blocks replace the rows: there is no second copy, and the native kernel for few rows reads the same blocks.
     """
 
     weight: Tensor
@@ -47,13 +51,39 @@ class ReorderedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, None))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._paired = library() is not None and _lies_in_pairs(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         if not x.numel():
             return x.new_empty(*x.shape[:-1], self.out_features)
+        if self._paired and x.numel() <= _PAIRED_ROWS * self.in_features:
+            flat = x.reshape(-1, self.in_features)
+            product = kernels.paired_product(flat, _address(self.weight), self.out_features, self.bias)
+            return product.view(*x.shape[:-1], self.out_features)
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return result
+
+
+def _address(weight: Tensor) -> int:
+    """Where a reordered weight lies in memory."""
+    return int(torch.ops.mkldnn.data_ptr(weight))
+
+
+@cache
+def _lies_in_pairs(rows: int, columns: int) -> bool:
+    """Whether oneDNN lays a weight [rows, columns] out as the native kernel reads it.
+
+    The layout is not documented and may depend on the shape, so numbers of this shape are reordered and looked at.
+    """
+    numbers = torch.arange(rows * columns, dtype=torch.int32).remainder(32749).to(torch.int16).view(rows, columns)
+    reordered = torch.ops.mkldnn._reorder_linear_weight(numbers.view(torch.bfloat16), None)
+    padded = functional.pad(numbers, (0, -columns % 32, 0, -rows % 64))
+    expected = padded.view(-1, 64, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+    if torch.ops.mkldnn._nbytes(reordered) != expected.nbytes:
+        return False
+    found = torch.frombuffer((ctypes.c_char * expected.nbytes).from_address(_address(reordered)), dtype=torch.int16)
+    return torch.equal(found, expected.flatten())
 
 
 @cache

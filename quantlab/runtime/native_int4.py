@@ -11,7 +11,7 @@ from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
 from quantlab.runtime.products import Groups, band_rows, by_count, compute_dtype, joined, split
 
-_ROWS: Final = 32
+_ROWS: Final = 128
 """Up to this many rows the native kernel beats expanding a matrix (Zen 4, 2816x2048)."""
 _LANES: Final = 16
 _BLOCK: Final = 64

@@ -40,7 +40,7 @@ Product = Callable[[Tensor, int], Tensor]
 
 _FLOAT16_ROWS: Final = 4
 """Up to this many rows a float16 product beats expanding its matrix to float32 (Zen 4, 2816x2048)."""
-_NATIVE_ROWS: Final = {torch.float16: 64, torch.bfloat16: 16}
+_NATIVE_ROWS: Final = {torch.float16: 128, torch.bfloat16: 48}
 """Up to this many rows the native kernel beats torch (Zen 4, 2816x2048)."""
 _BAND_ELEMENTS: Final = 1 << 19
 """Weights expanded at once: 2 MB in float32."""

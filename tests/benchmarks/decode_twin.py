@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.runtime.account import weight_bytes
+from quantlab.runtime.native.library import status
 from quantlab.runtime.twin import random_twin
 
 V2_LITE: Mapping[str, Any] = {
@@ -115,7 +116,7 @@ def interleaved(runs: Mapping[str, Callable[[], float]], *, rounds: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of each layout (prefill: a third of it)")
-    parser.add_argument("--prompt", type=int, default=8, help="tokens in the cache when decoding starts")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens in the cache when decoding starts")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     parser.add_argument(
         "--layouts",
@@ -145,7 +146,8 @@ def main() -> None:
         runs = {name: prefiller(model, length=128) for name, model in models.items()}
         columns["prefill 128"] = interleaved(runs, rounds=max(arguments.rounds // 3, 1))
     table = Table(
-        title=f"V2-Lite width, 1 dense + 1 MoE layer, {torch.get_num_threads()} threads, ms (ratio to {baseline}; best step)"
+        title=f"V2-Lite width, 1 dense + 1 MoE layer, {arguments.prompt} tokens in the cache, {torch.get_num_threads()} threads, "
+        f"{status()}, ms (ratio to {baseline}; best step)"
     )
     for heading in ("layout", "weights MB", "quantized % of fp16", *columns):
         table.add_column(heading, justify="left" if heading == "layout" else "right")

@@ -29,6 +29,7 @@ _ARGUMENTS: Final[Mapping[str, Sequence[Any]]] = {
     "quantlab_int8_product": (_Pointer, _Pointer, _Long, _Long, _Code, *_ACTIVATIONS),
     "quantlab_int8_weight_product": (_Pointer, _Pointer, _Long, _Long, _Code, *_ACTIVATIONS),
     "quantlab_dense_product": (_Pointer, _Long, _Long, *_ACTIVATIONS),
+    "quantlab_paired_product": (_Pointer, _Long, _Long, _Pointer, _Long, _Long, _Pointer, _Pointer),
     "quantlab_norm": (_Pointer, _Pointer, _Long, _Long, ctypes.c_float, _Code, _Pointer),
     "quantlab_gate": (_Pointer, _Long, _Long, _Code, _Pointer),
     "quantlab_weighted_sum": (_Pointer, _Pointer, _Long, _Long, _Code, _Pointer),
@@ -83,6 +84,27 @@ def int8_weight_product(x: Tensor, q: Tensor, scale: Tensor, groups: Slices, out
 def dense_product(x: Tensor, weight: Tensor, groups: Slices, out: Tensor) -> None:
     """The same with weight [E, N, K]; weights, x and out of one 16-bit dtype."""
     _call("quantlab_dense_product", (weight.data_ptr(), *weight.shape[1:]), x, groups, out)
+
+
+def paired_product(x: Tensor, weight: int, rows: int, bias: Tensor | None) -> Tensor:
+    """x [T, K] bfloat16 times one matrix [rows, K] in the layout of `pairs.c`, given by its address,
+    and bias [rows] added: [T, rows].
+    """
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    tokens, columns = x.shape
+    out = torch.empty(tokens, rows, dtype=x.dtype)
+    _function("quantlab_paired_product")(
+        weight,
+        rows,
+        columns,
+        x.data_ptr(),
+        x.stride(0),
+        tokens,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
 
 
 def latent_attention(

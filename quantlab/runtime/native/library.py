@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -25,10 +26,10 @@ import torch  # noqa: F401 - the kernels find the OpenMP runtime it brings
 SWITCH: Final = "QUANTLAB_NATIVE"
 _CPU: Final = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "fma", "f16c"})
 _FLAGS: Final = (
-    *("-O3", "-std=gnu11", "-fPIC", "-shared"),
+    *("-O2", "-std=gnu11", "-fPIC"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mfma", "-mf16c"),
 )
-_SOURCES: Final = ("attention.c", "dense.c", "int4.c", "int8.c", "lanes.h", "rows.c")
+_SOURCES: Final = ("attention.c", "dense.c", "int4.c", "int8.c", "lanes.h", "pairs.c", "rows.c")
 _SECONDS: Final = 120
 """A compiler that takes longer is given up."""
 
@@ -90,8 +91,14 @@ def _built(compiler: str) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix="building-") as building:
         made = Path(building) / target.name
-        files = [str(sources / name) for name in _SOURCES if name.endswith(".c")]
-        command = [compiler, *_FLAGS, *files, "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        objects = [made.with_name(f"{name}.o") for name in _SOURCES if name.endswith(".c")]
+        with ThreadPoolExecutor() as pool:  # the compiler itself uses one core
+            commands = [[compiler, *_FLAGS, "-c", str(sources / to.stem), "-o", str(to)] for to in objects]
+            list(pool.map(_run, commands))
+        _run([compiler, "-shared", *map(str, objects), "-o", str(made)])
         made.replace(target)
     return target
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)

@@ -1,0 +1,146 @@
+"""What one linear costs at few rows on the CPU: torch's operators and the native kernels, for every number format.
+
+All formats take turns within a round, so that what else the machine does meets them alike; every turn takes other weights,
+more of them than the caches hold. The rate is that of the weights (scales included), beside the rate of reading memory.
+
+    python tests/benchmarks/cpu_linears.py --rows 1 8
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.runtime.int4 import Int4Matrices
+from quantlab.runtime.int8 import Int8Matrices
+from quantlab.runtime.linear import dense_linear
+from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
+from quantlab.runtime.native.library import status
+from quantlab.runtime.products import _torch_dense_product, single
+
+SHAPES = ((22016, 2048), (2816, 2048), (2048, 1408), (2048, 11008), (7680, 2048))
+HELD = 160_000_000
+"""Bytes of weights per format: several times the largest cache."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to compute: a product with one of `count` matrices, each of `nbytes`."""
+
+    product: Callable[[Tensor, int], Tensor]
+    count: int
+    nbytes: int
+    dtype: torch.dtype
+
+
+def sides(rows: int, columns: int) -> dict[str, Side]:
+    """Every format at [rows, columns], torch's way and the way a loaded model takes."""
+    dense = max(HELD // (2 * rows * columns), 2)
+    found: dict[str, Side] = {}
+    for dtype, name in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+        bank = DenseMatrices(dense, rows, columns, dtype)
+        bank.weight.normal_(std=0.02)
+        nbytes = bank.weight.nbytes // dense
+        found[f"{name}, torch"] = Side(
+            lambda x, i, bank=bank: _torch_dense_product(x, bank.weight[i]), dense, nbytes, dtype
+        )
+        layers = [dense_linear(weight.clone(), None) for weight in bank.weight]
+        found[f"{name}, runtime"] = Side(lambda x, i, layers=layers: layers[i](x), dense, nbytes, dtype)
+    for scheme, name in (("int8", "int8"), ("int8_weight", "int8_weight"), ("int4_g128", "int4_g128")):
+        found |= quantized(scheme, name, rows, columns)  # type: ignore[arg-type]
+    return found
+
+
+def quantized(scheme: SchemeName, name: str, rows: int, columns: int) -> dict[str, Side]:
+    """torch's operator and the bank a loaded model uses, on random integers."""
+    count = max(HELD * 8 // (SCHEMES[scheme].bits * rows * columns), 2)
+    bank = quantized_matrices(SCHEMES[scheme], count, rows, columns, scale_dtype=torch.bfloat16)
+    for tensor in bank.buffers():
+        if tensor.is_floating_point():
+            tensor.fill_(0.01)
+        else:
+            tensor.view(torch.uint8).random_(0, 256)
+    nbytes = sum(tensor.nbytes for tensor in bank.buffers()) // count
+    groups = [type(single(1))((index,), (1,), None) for index in range(count)]
+
+    def ours(x: Tensor, index: int) -> Tensor:
+        group = groups[index] if x.shape[0] == 1 else type(single(1))((index,), (x.shape[0],), None)
+        return bank.products(x, group)
+
+    found = {f"{name}, runtime": Side(ours, count, nbytes, torch.bfloat16)}
+    if isinstance(bank, Int8Matrices):
+        return {f"{name}, torch": Side(bank._torch_product, count, nbytes, torch.bfloat16)} | found
+    if scheme == "int8_weight":
+        operator = torch.ops.aten._weight_int8pack_mm.default
+        return {
+            f"{name}, torch": Side(lambda x, i: operator(x, bank.q[i], bank.scale[i]), count, nbytes, torch.bfloat16)
+        } | found
+    if Int4Matrices.fits(rows, columns, group_size=128, scale_dtype=torch.bfloat16):
+        packed = Int4Matrices(count, rows, columns, group_size=128, scale_dtype=torch.bfloat16)
+        packed.packed.random_(0, 256)
+        held = (packed.packed.nbytes + packed.scale.nbytes) // count
+        return {f"{name}, torch": Side(packed._packed_product, count, held, torch.bfloat16)} | found
+    return found
+
+
+def read_rate() -> float:
+    """GB/s of summing a large tensor."""
+    tensor = torch.ones(HELD // 8, dtype=torch.int64)
+    rates = []
+    for _ in range(9):
+        start = time.perf_counter()
+        tensor.sum()
+        rates.append(tensor.nbytes / (time.perf_counter() - start) / 1e9)
+    return statistics.median(rates)
+
+
+def timed(chosen: dict[str, Side], rows: int, columns: int, *, rounds: int) -> Iterator[tuple[str, float]]:
+    """Median seconds of each side."""
+    inputs = {dtype: torch.randn(rows, columns).to(dtype) for dtype in (torch.float16, torch.bfloat16)}
+    turns = {name: itertools.cycle(range(side.count)) for name, side in chosen.items()}
+    times: dict[str, list[float]] = {name: [] for name in chosen}
+    for _ in range(rounds + 2):
+        for name, side in chosen.items():
+            index = next(turns[name])
+            start = time.perf_counter()
+            side.product(inputs[side.dtype], index)
+            times[name].append(time.perf_counter() - start)
+    for name, values in times.items():
+        yield name, statistics.median(values[2:])
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="rows of activations")
+    parser.add_argument("--rounds", type=int, default=20, help="timed turns of each format")
+    arguments = parser.parse_args()
+    title = (
+        f"µs (GB/s of weights), {torch.get_num_threads()} threads, {status()}, memory read at {read_rate():.0f} GB/s"
+    )
+    for rows in arguments.rows:
+        table = Table(title=f"{rows} row{'s' if rows > 1 else ''}: {title}")
+        columns = []
+        for shape in SHAPES:
+            chosen = sides(*shape)
+            medians = dict(timed(chosen, rows, shape[1], rounds=arguments.rounds))
+            columns.append(
+                {name: f"{1e6 * t:.0f} ({chosen[name].nbytes / t / 1e9:.0f})" for name, t in medians.items()}
+            )
+        for heading in ("format", *(f"{n}x{k}" for n, k in SHAPES)):
+            table.add_column(heading, justify="left" if heading == "format" else "right")
+        for name in dict.fromkeys(name for column in columns for name in column):
+            table.add_row(name, *(column.get(name, "–") for column in columns))
+        Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
