@@ -25,11 +25,77 @@ class Measured(_Frozen):
     n: int
 
 
+Verdict = Literal["no measurable loss", "loss", "gain"]
+"""What a paired difference to the baseline says. "no measurable loss": its 95 % interval covers zero."""
+
+
+class Significance(_Frozen):
+    """Whether a difference to the baseline could be chance.
+
+    `p` is two-sided. Where it comes from the bootstrap it inverts the interval that stands beside it: the interval leaves
+    zero out exactly when p < 0.05. `holm_p` corrects for a table's having many rows: of all rows that truly lose nothing,
+    the chance that even one has holm_p <= 0.05 is 5 % (S. Holm 1979, "A simple sequentially rejective multiple test procedure").
+    """
+
+    p: float
+    holm_p: float | None = None
+    """p adjusted over the rows of the matrix that have this number; None until all of them are measured."""
+    verdict: Verdict
+
+
 class Domain(_Frozen):
     """Held-out text of one kind."""
 
     perplexity: Measured
     bits_per_byte: Measured
+    perplexity_change_percent: Measured | None = None
+    """Relative to the baseline, as in `Quality`."""
+    kl_to_baseline: Measured | None = None
+    """Mean per token, in nats."""
+
+
+class Divergence(_Frozen):
+    """How far the artifact's predictions are from the baseline's on the same tokens, and where in the model that begins."""
+
+    kl_mean: Measured
+    """Mean over tokens of KL(baseline || artifact), in nats, as are the next two; the same as `Quality.kl_to_baseline`."""
+    kl_median: Measured
+    kl_p99: Measured
+    """99th percentile: how bad the worst of a hundred tokens is."""
+    top1_agreement: Measured
+    """Share of tokens on which both predict the same."""
+    flips_to_wrong: Measured
+    """Share of tokens that the baseline predicts rightly and the artifact wrongly."""
+    flips_to_right: Measured
+    """Share of tokens that the artifact predicts rightly and the baseline wrongly."""
+    router_agreement: dict[str, Measured] = {}
+    """By layer ("layer 3"): share of tokens sent to the same set of experts as in the baseline; empty without routers."""
+    layer_errors: dict[str, Measured] = {}
+    """By layer: relative error of what the layer adds to the hidden states, when it is given the baseline's own hidden states:
+    the Frobenius norm of the difference of both models' outputs over that of the baseline's output less input. A layer at
+    fault stands out, because no error of the layers before it reaches it. Measured on `layer_error_tokens` tokens."""
+    layer_error_tokens: int = 0
+
+
+class MatrixErrors(_Frozen):
+    """What the making of the artifact did to the matrices of one kind in one layer, as the artifact's manifest says."""
+
+    layer: str
+    """Block as the manifest names it: "layer 3"."""
+    kind: str
+    """Name of the matrices without layer and expert: "mlp.experts.gate_proj"."""
+    count: int
+    """Matrices that were changed."""
+    relative_error: float
+    """Median over the matrices of the Frobenius norm of the change over that of the weight."""
+    relative_error_max: float
+    output_error: float | None = None
+    """Median of squared error over squared outputs on the calibration text; None where no activations were read."""
+    output_error_max: float | None = None
+    worst: str = ""
+    """The matrix with the largest output error (relative error where there is none)."""
+    fallbacks: dict[str, int] = {}
+    """What was done in place of what the recipe asks for, and for how many matrices."""
 
 
 class Quality(_Frozen):
@@ -50,6 +116,50 @@ class Quality(_Frozen):
     """Mean KL(baseline || artifact) per token, in nats."""
     top1_agreement: Measured | None
     """Share of tokens on which both predict the same."""
+    divergence: Divergence | None = None
+    """None for the baseline itself and where the baseline failed."""
+    significance: dict[str, Significance] = {}
+    """Of `perplexity_change_percent` and `accuracy_loss_percent`, by these names; empty for the baseline."""
+
+
+class TaskResult(_Frozen):
+    """One task: a score, and what of it was lost against the baseline on the same items."""
+
+    name: str
+    """As the suite names it: "continuation", "arc_challenge"."""
+    version: str
+    """Of the task's data and construction; scores of different versions cannot be compared."""
+    source: Literal["quantlab", "lm-eval"] = "quantlab"
+    """Who defines the task."""
+    metric: str
+    """ "accuracy", "exact_match" …"""
+    higher_is_better: bool = True
+    score: Measured
+    """In the metric's own unit; shares from 0 to 1. The interval is over documents, or over items where these stand alone."""
+    n: int
+    """Items."""
+    random_baseline: float | None = None
+    """Score of guessing; None where guessing has no meaning."""
+    baseline_score: float | None = None
+    """Score of the baseline; None for the baseline itself, as are the rest."""
+    loss: Measured | None = None
+    """How much worse than the baseline on the same items, in the metric's unit (0.01: one percentage point); positive is worse."""
+    to_wrong: int | None = None
+    """Items that the baseline answers rightly and the artifact wrongly; None where a metric is not right or wrong."""
+    to_right: int | None = None
+    """Items that the artifact answers rightly and the baseline wrongly."""
+    significance: Significance | None = None
+    """McNemar's exact test of the flips where items are right or wrong, else from the bootstrap; the verdict is the loss's."""
+    by_group: dict[str, Measured] = {}
+    """Score within groups of items: length of the context, kind of sentence; empty where there is one group."""
+    decoding: str = ""
+    """How an answer is taken: "log-likelihood", "greedy, at most 256 tokens"."""
+    shots: int = 0
+    """Solved examples before each item."""
+    seed: int = 0
+    """Of what is drawn: order of items, examples."""
+    data_sha256: str = ""
+    """Hash of the task's definition and items; empty for tasks whose data the harness fetches."""
 
 
 class Memory(_Frozen):
@@ -66,6 +176,10 @@ class Memory(_Frozen):
     peak_memory_bytes: int
     """Largest resident size of a process that loaded the artifact at its own dtype and read one window of text."""
     load_seconds: Measured
+    kv_cache_bytes_per_token: int | None = None
+    """What the runtime's cache grows by with each token of a sequence, all layers together, at the dtype it is served at."""
+    kv_cache: str = ""
+    """What that is made of: "latent of 128 + 32 bfloat16 values, 8 layers"."""
 
 
 class Speed(_Frozen):
@@ -79,12 +193,21 @@ class Speed(_Frozen):
     prefill_tokens_per_second: dict[str, Measured]
     decode_over_fp16: dict[str, Measured]
     prefill_over_fp16: dict[str, Measured]
+    time_to_first_token_seconds: dict[str, Measured] = {}
+    """From a prompt in hand to its first new token, on the twin."""
+    energy_joules_per_token: dict[str, Measured] | None = None
+    """Of decoding; None where the device does not report its energy."""
+    quartiles: dict[str, tuple[float, float]] = {}
+    """First and third quartile over rounds, by cell: "decode_tokens_per_second.1"."""
+    noise: dict[str, str] = {}
+    """Why a cell cannot be taken for a fact, by cell as in `quartiles`: "other processes took 0.9 of 2 cores". A cell that is not
+    named was measured in quiet."""
 
 
 class Failure(_Frozen):
     """A measurement that could not be made."""
 
-    cell: Literal["quality", "memory", "speed"]
+    cell: Literal["quality", "memory", "speed", "tasks"]
     reason: str
 
 
@@ -108,7 +231,14 @@ class Record(_Frozen):
     suite: str
     """Name and version of the suite."""
     suite_sha256: str
-    """Hash of the suite and of the text it names."""
+    """Hash of the suite, of the text and of the tasks it names."""
+    suite_name: str = ""
+    """Name and version apart, as in `suite`; a leaderboard mixes no two versions in a column."""
+    suite_version: int = 0
+    seeds: dict[str, int] = {}
+    """Every seed a number depends on, by what it draws: "bootstrap", "speed twin", "task continuation"."""
+    command: str = ""
+    """What was run: "quantlab run recipes/quickstart.yaml"."""
     hardware: str
     versions: dict[str, str]
     quality: Quality | None
@@ -117,6 +247,10 @@ class Record(_Frozen):
     failures: tuple[Failure, ...]
     tokens_per_expert: dict[str, tuple[int, ...]] = {}
     """Calibration tokens of every routed expert by block, as the artifact's manifest has them; empty where none was watched."""
+    tasks: tuple[TaskResult, ...] = ()
+    """In the order of the suite."""
+    matrix_errors: tuple[MatrixErrors, ...] = ()
+    """Of the matrices that were changed, by layer and kind; empty where nothing was, or the manifest does not say."""
 
 
 def read_record(path: Path) -> Record:
