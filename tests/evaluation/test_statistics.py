@@ -1,27 +1,151 @@
 """Intervals hold what they promise, on data whose truth is known."""
 
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
-from quantlab.evaluation.statistics import median, resample
+from quantlab.evaluation.record import Measured
+from quantlab.evaluation.statistics import RESAMPLES, holm, mcnemar, median, percentile, resample
+
+EXPERIMENTS = 2000
 
 
-@pytest.mark.parametrize("documents", [12, 40, 120])
-def test_ninety_five_percent_intervals_of_a_ratio_of_sums_cover_the_truth(documents: int) -> None:
-    # documents of unequal length whose difficulty varies, in two domains
+def covered(measure: Callable[[np.random.Generator], Measured], truth: float) -> float:
+    """Share of simulated experiments whose interval holds the truth."""
     generator = np.random.default_rng(7)
+    found = [measure(generator) for _ in range(EXPERIMENTS)]
+    return float(np.mean([one.low <= truth <= one.high for one in found]))
+
+
+@pytest.mark.parametrize("documents", [20, 40, 120])
+def test_ninety_five_percent_intervals_of_a_perplexity_cover_the_truth(documents: int) -> None:
+    # documents of unequal length whose difficulty varies, in two domains
     strata = np.arange(documents) % 2
     mean = np.where(strata == 0, 2.0, 4.0)
-    truth = 3.0
-    covered, trials = 0, 1000
-    for _ in range(trials):
+
+    def experiment(generator: np.random.Generator) -> Measured:
         tokens = generator.integers(200, 600, documents).astype(float)
         nll = tokens * (mean + generator.normal(0, 0.5, documents))
-        measured = resample(np.stack([tokens, nll], axis=1), strata).measure(
-            lambda sums: sums[..., 1] / sums[..., 0], n=1
-        )
-        covered += measured.low <= truth <= measured.high
-    assert 0.92 <= covered / trials <= 0.98
+        sums = resample(np.stack([tokens, nll], axis=1), strata)
+        return sums.measure(lambda row: np.exp(row[..., 1] / row[..., 0]), n=1)
+
+    assert 0.93 <= covered(experiment, float(np.exp(3.0))) <= 0.97
+
+
+def test_intervals_of_a_mean_kl_cover_the_truth() -> None:
+    documents = 120
+    strata = np.arange(documents) % 4
+
+    def experiment(generator: np.random.Generator) -> Measured:
+        tokens = generator.integers(100, 250, documents).astype(float)
+        kl = tokens * generator.lognormal(-4, 0.4, documents)  # skewed: some documents are far worse than others
+        sums = resample(np.stack([tokens, kl], axis=1), strata)
+        return sums.measure(lambda row: row[..., 1] / row[..., 0], n=1)
+
+    assert 0.93 <= covered(experiment, float(np.exp(-4 + 0.4**2 / 2))) <= 0.97
+
+
+def correct_of_two(generator: np.random.Generator, documents: int, loss: float) -> np.ndarray:
+    """Tokens, right ones of the baseline and of an artifact that loses a share of them [D, 3]; documents differ, tokens flip."""
+    tokens = generator.integers(100, 250, documents)
+    easy = np.clip(generator.normal(0.4, 0.1, documents), 0.05, 0.95)
+    flips = 0.02 * np.exp(generator.normal(0, 0.3, documents))
+    baseline = generator.binomial(tokens, easy)
+    lost = generator.binomial(baseline, np.clip(flips / easy + loss, 0, 1))
+    won = generator.binomial(tokens - baseline, flips / (1 - easy))
+    return np.stack([tokens, baseline, baseline - lost + won], axis=1).astype(float)
+
+
+def accuracy_loss(row: np.ndarray) -> np.ndarray:
+    return 100 * (row[..., 1] - row[..., 2]) / row[..., 1]
+
+
+def test_intervals_of_a_paired_accuracy_loss_cover_the_truth() -> None:
+    strata = np.arange(120) % 4
+
+    def experiment(generator: np.random.Generator) -> Measured:
+        return resample(correct_of_two(generator, 120, 0.01), strata).measure(accuracy_loss, n=1)
+
+    assert 0.93 <= covered(experiment, 1.0) <= 0.97
+
+
+@pytest.mark.parametrize(("share", "documents", "tokens"), [(0.5, 40, 10), (0.99, 60, 50)])
+def test_intervals_of_a_percentile_of_tokens_cover_the_truth(share: float, documents: int, tokens: int) -> None:
+    index, strata = np.repeat(np.arange(documents), tokens), np.arange(documents) % 2
+    spread = np.hypot(1.0, 0.3)
+
+    def experiment(generator: np.random.Generator) -> Measured:
+        kl = generator.lognormal(0, 1.0, documents * tokens) * generator.lognormal(0, 0.3, documents)[index]
+        return percentile(kl, index, strata, share=share)
+
+    assert 0.93 <= covered(experiment, float(np.exp(spread * NormalDist().inv_cdf(share)))) <= 0.97
+
+
+def test_a_percentile_is_that_of_every_draws_tokens() -> None:
+    generator = np.random.default_rng(5)
+    sizes = generator.integers(20, 60, 12)
+    index, strata = np.repeat(np.arange(12), sizes), np.zeros(12, dtype=np.int64)
+    values = generator.lognormal(0, 1, len(index)) * generator.lognormal(0, 1, 12)[index]
+    drawn = []
+    for _ in range(RESAMPLES):
+        chosen = generator.integers(0, 12, 12)
+        drawn.append(np.quantile(np.concatenate([values[index == one] for one in chosen]), 0.9, method="inverted_cdf"))
+    measured = percentile(values, index, strata, share=0.9)
+    assert measured.value == np.quantile(values, 0.9, method="inverted_cdf")
+    # the quantiles that twelve documents' 95 % interval reads
+    low, high = np.quantile(drawn, [0.0108, 1 - 0.0108])
+    assert measured.low == pytest.approx(low, rel=0.15)
+    assert measured.high == pytest.approx(high, rel=0.15)
+
+
+def test_a_row_that_loses_nothing_is_called_a_loss_one_time_in_twenty_at_most() -> None:
+    """Over all rows of a matrix together, by Holm; alone, by interval and by p, which agree."""
+    generator, strata = np.random.default_rng(11), np.arange(120) % 4
+    rows, matrices = 5, EXPERIMENTS // 5
+    found = [
+        [resample(correct_of_two(generator, 120, 0.0), strata).compare(accuracy_loss, n=1) for _ in range(rows)]
+        for _ in range(matrices)
+    ]
+    alone = [one.p < 0.05 for matrix in found for _, one in matrix]
+    excluded = [one.verdict != "no measurable loss" for matrix in found for _, one in matrix]
+    assert 0.03 <= np.mean(alone) <= 0.06
+    assert np.mean(np.array(alone) != np.array(excluded)) <= 0.002
+    any_row = [min(holm([one.p for _, one in matrix])) <= 0.05 for matrix in found]
+    assert 0.02 <= np.mean(any_row) <= 0.07
+
+
+def test_a_row_that_loses_something_is_found() -> None:
+    generator, strata = np.random.default_rng(12), np.arange(120) % 4
+    found = [resample(correct_of_two(generator, 120, 0.03), strata).compare(accuracy_loss, n=1)[1] for _ in range(200)]
+    assert np.mean([one.verdict == "loss" for one in found]) > 0.9
+    gained = resample(correct_of_two(generator, 120, 0.05)[:, [0, 2, 1]], strata).compare(accuracy_loss, n=1)[1]
+    assert gained.verdict == "gain"
+    same = np.tile([[100.0, 40.0, 40.0]], (12, 1))
+    _, nothing = resample(same, np.zeros(12, dtype=np.int64)).compare(accuracy_loss, n=1)
+    assert (nothing.p, nothing.verdict) == (1.0, "no measurable loss")
+
+
+def test_mcnemars_p_is_that_of_a_fair_coin() -> None:
+    for wrong, right in ((0, 0), (3, 3), (1, 9), (9, 1), (30, 12)):
+        flips = wrong + right
+        heads = [math.comb(flips, k) / 2**flips for k in range(flips + 1)]
+        expected = min(1.0, 2 * sum(heads[: min(wrong, right) + 1]))
+        assert mcnemar(wrong, right) == pytest.approx(expected)
+    generator = np.random.default_rng(13)
+    flips = generator.poisson(25, EXPERIMENTS)
+    to_wrong = generator.binomial(flips, 0.5)
+    alarms = np.mean([mcnemar(int(w), int(n - w)) <= 0.05 for w, n in zip(to_wrong, flips, strict=True)])
+    assert 0.01 <= alarms <= 0.05
+    assert mcnemar(40, 10) < 0.001
+
+
+def test_holms_p_values_are_those_of_stepping_down() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
 
 
 @pytest.mark.parametrize("rounds", [9, 15, 31])
