@@ -1,40 +1,24 @@
-"""What the tables show: the columns, what their heads mean, and every cell as text.
+"""What the tables show: every cell as text, and the notes a reader needs.
 
 Terminal, Markdown and HTML differ in how much room they have, not in what a number looks like; that is decided here
 once. A cell is in one of four states: a value, the baseline (there is nothing to compare it with), a failure with its
 reason, or not measured.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from quantlab.evaluation.record import Measured
-from quantlab.report.matrix import Matrix, Row
+from quantlab.evaluation.record import Measured, Significance, Verdict
+from quantlab.report.columns import Column, Unit, task_of
+from quantlab.report.matrix import Matrix
+from quantlab.report.rows import Row, noise_of
+from quantlab.report.verdict import judge, tested
 
 State = Literal["value", "baseline", "failed", "missing"]
-Unit = Literal["percent", "change", "ratio", "plain", "nats", "share", "bytes", "seconds", "rate"]
-Group = Literal["quality", "memory", "speed"]
 
 INTERVALS = "Intervals are 95 % intervals; losses and changes are paired with the baseline on the same tokens."
+HOLM_NOTE = "A loss is called measurable only if it stays so after correction for the number of rows (Holm)."
 PRUNED_NOTE = "Pruned weights are stored as zeros in dense tensors: pruning alone saves neither memory nor time."
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of the tables."""
-
-    key: str
-    """Name in matrix.json, with the batch size behind a dot."""
-    heading: str
-    meaning: str
-    """One sentence for people."""
-    group: Group
-    unit: Unit
-    read: Callable[[Row], Measured | float | None]
-    better: Literal["low", "high"]
-    relative: bool = False
-    """Compares with the baseline, so the baseline itself has none."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +37,11 @@ class Cell:
     low: float | None = None
     high: float | None = None
     n: int | None = None
-
-
-def columns(matrix: Matrix) -> tuple[Column, ...]:
-    """All columns behind the variant's name: the three that decide first, then the details."""
-    decode, prefill = _batches(matrix, "decode"), _batches(matrix, "prefill")
-    return (
-        *_HEADLINE,
-        *_DETAILS,
-        *(_rate_column("decode", batch) for batch in decode),
-        *(_rate_column("prefill", batch) for batch in prefill),
-        *(_ratio_column("decode", batch) for batch in decode if batch != "1"),
-        *(_ratio_column("prefill", batch) for batch in prefill),
-    )
+    verdict: Verdict | None = None
+    """Of a loss: what its interval says."""
+    significance: Significance | None = None
+    noise: str | None = None
+    """Why the number cannot be taken for a fact."""
 
 
 def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
@@ -83,8 +59,43 @@ def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
             low=found.low,
             high=found.high,
             n=found.n,
+            verdict=judge(found, _significance(row, column)) if _is_loss(column) else None,
+            significance=_significance(row, column),
+            noise=noise_of(row, column.key.partition("@")[0]),
         )
     return Cell(state="value", text=number(found, column.unit), number=float(found))
+
+
+def _is_loss(column: Column) -> bool:
+    return column.relative and column.unit in ("change", "points")
+
+
+def _significance(row: Row, column: Column) -> Significance | None:
+    if column.key.startswith("task_loss."):
+        task = task_of(row, column.key.removeprefix("task_loss."))
+        return task.significance if task else None
+    return row.significance.get(column.key)
+
+
+def details(row: Row, column: Column, found: Cell) -> str:
+    """All that is known of one number, in one line."""
+    parts = [f"{row.variant}, {column.heading}: {found.text}"]
+    if found.interval:
+        parts[0] += f" ({found.interval})"
+    if found.n is not None:
+        parts.append(f"n = {found.n:,}")
+    if found.verdict:
+        parts.append({"loss": "measurable loss", "gain": "measurable gain"}.get(found.verdict, found.verdict))
+    if found.significance:
+        p, holm = found.significance.p, found.significance.holm_p
+        parts.append(f"p = {p:.2g}" if holm is None else f"p = {holm:.2g} after Holm")
+    if found.noise:
+        parts.append(f"noisy: {found.noise}")
+    if found.state in ("failed", "missing"):
+        parts.append(found.reason or "not measured")
+    if row.record:
+        parts.append(f"{row.record}, {column.field}")
+    return " · ".join(parts)
 
 
 def _empty_cell(matrix: Matrix, row: Row, column: Column) -> Cell:
@@ -105,8 +116,10 @@ def number(value: float, unit: Unit) -> str:
             text = f"{value:.2f}"
         case "nats":
             text = f"{value:.4f}" if value == 0 or abs(value) >= 0.00005 else f"{value:.1e}".replace("e-0", "e-")
-        case "share":
+        case "share" | "points":
             text = f"{100 * value:.2f}"
+        case "milliseconds":
+            text = f"{1000 * value:.1f}" if abs(value) < 0.1 else f"{1000 * value:,.0f}"
         case "bytes":
             return human_bytes(value)
         case "seconds":
@@ -153,6 +166,13 @@ def failures(matrix: Matrix) -> tuple[str, ...]:
 def notes(matrix: Matrix) -> tuple[str, ...]:
     """What a reader must know to read the numbers rightly."""
     found = [INTERVALS]
+    if any(tested(row) for row in matrix.rows):
+        found.append(HOLM_NOTE)
+    noisy = sum(len(row.noise) for row in matrix.rows)
+    if noisy:
+        found.append(
+            f"{noisy} measurements of speed were disturbed; they are marked noisy and no recommendation rests on them."
+        )
     twins = sorted({row.twin for row in matrix.rows if row.twin})
     if twins:
         twin = f"a random-weight twin ({'; '.join(twins)})"
@@ -177,163 +197,3 @@ def _signed(text: str) -> str:
     if not digits.strip("0.,"):
         return digits
     return text if digits == text else "−" + digits
-
-
-def _batches(matrix: Matrix, phase: Literal["decode", "prefill"]) -> list[str]:
-    """Batch sizes that some row has a number for."""
-    rates = [
-        row.decode_tokens_per_second if phase == "decode" else row.prefill_tokens_per_second for row in matrix.rows
-    ]
-    return [batch for batch in rates[0] if any(rate[batch] is not None for rate in rates)]
-
-
-def _rate_column(phase: Literal["decode", "prefill"], batch: str) -> Column:
-    return Column(
-        key=f"{phase}_tokens_per_second.{batch}",
-        heading=f"{phase} tok/s at {batch}",
-        meaning=f"Tokens per second of {phase} at batch size {batch}, all sequences together, measured on a random-weight twin.",
-        group="speed",
-        unit="rate",
-        read=lambda row: (row.decode_tokens_per_second if phase == "decode" else row.prefill_tokens_per_second)[batch],
-        better="high",
-    )
-
-
-def _ratio_column(phase: Literal["decode", "prefill"], batch: str) -> Column:
-    return Column(
-        key=f"{phase}_over_fp16.{batch}",
-        heading=f"{phase} × FP16 at {batch}",
-        meaning=f"Speed of {phase} at batch size {batch} over that of FP16, measured on a random-weight twin.",
-        group="speed",
-        unit="ratio",
-        read=lambda row: (row.decode_over_fp16 if phase == "decode" else row.prefill_over_fp16)[batch],
-        better="high",
-    )
-
-
-_HEADLINE = (
-    Column(
-        key="accuracy_loss_percent",
-        heading="accuracy loss %",
-        meaning="Next-token accuracy lost on held-out text, in percent of the baseline's. An interval that reaches zero shows no measurable loss.",
-        group="quality",
-        unit="change",
-        read=lambda row: row.accuracy_loss_percent,
-        better="low",
-        relative=True,
-    ),
-    Column(
-        key="memory_percent_of_fp16",
-        heading="memory % of FP16",
-        meaning="Bytes the runtime holds for all weights, scales included, in percent of the same weights at two bytes each.",
-        group="memory",
-        unit="percent",
-        read=lambda row: row.memory_percent_of_fp16,
-        better="low",
-    ),
-    Column(
-        key="speed_over_fp16",
-        heading="speed × FP16",
-        meaning="Decode speed at batch size 1 over that of FP16, measured on a random-weight twin in runs interleaved with it.",
-        group="speed",
-        unit="ratio",
-        read=lambda row: row.speed_over_fp16,
-        better="high",
-    ),
-)
-
-_DETAILS = (
-    Column(
-        key="perplexity_change_percent",
-        heading="perplexity change %",
-        meaning="Change of perplexity against the baseline on the same tokens.",
-        group="quality",
-        unit="change",
-        read=lambda row: row.perplexity_change_percent,
-        better="low",
-        relative=True,
-    ),
-    Column(
-        key="kl_to_baseline",
-        heading="KL, nats",
-        meaning="Mean KL divergence of the predictions from the baseline's, per token, in nats.",
-        group="quality",
-        unit="nats",
-        read=lambda row: row.kl_to_baseline,
-        better="low",
-        relative=True,
-    ),
-    Column(
-        key="top1_agreement",
-        heading="top-1 agreement %",
-        meaning="Tokens for which baseline and variant hold the same next token most likely.",
-        group="quality",
-        unit="share",
-        read=lambda row: row.top1_agreement,
-        better="high",
-        relative=True,
-    ),
-    Column(
-        key="perplexity",
-        heading="perplexity",
-        meaning="Perplexity on held-out text.",
-        group="quality",
-        unit="plain",
-        read=lambda row: row.perplexity,
-        better="low",
-    ),
-    Column(
-        key="next_token_accuracy",
-        heading="accuracy %",
-        meaning="Tokens whose most likely prediction was right.",
-        group="quality",
-        unit="share",
-        read=lambda row: row.next_token_accuracy,
-        better="high",
-    ),
-    Column(
-        key="artifact_bytes",
-        heading="size on disk",
-        meaning="Size of the artifact's shards, configuration and tokenizer, in powers of 1000.",
-        group="memory",
-        unit="bytes",
-        read=lambda row: row.artifact_bytes,
-        better="low",
-    ),
-    Column(
-        key="weights_bytes",
-        heading="weights",
-        meaning="Bytes the runtime holds for weights, scales included.",
-        group="memory",
-        unit="bytes",
-        read=lambda row: row.weights_bytes,
-        better="low",
-    ),
-    Column(
-        key="quantized_weights_percent_of_fp16",
-        heading="quantized part %",
-        meaning="The same as memory % of FP16, of the quantized tensors only.",
-        group="memory",
-        unit="percent",
-        read=lambda row: row.quantized_weights_percent_of_fp16,
-        better="low",
-    ),
-    Column(
-        key="peak_memory_bytes",
-        heading="peak memory",
-        meaning="Largest resident size of a process that loads the artifact and reads one window of text, libraries included.",
-        group="memory",
-        unit="bytes",
-        read=lambda row: row.peak_memory_bytes,
-        better="low",
-    ),
-    Column(
-        key="load_seconds",
-        heading="load, s",
-        meaning="Seconds until the artifact is ready to compute.",
-        group="memory",
-        unit="seconds",
-        read=lambda row: row.load_seconds_interval,
-        better="low",
-    ),
-)

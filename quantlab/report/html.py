@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quantlab.report.cells import Cell, Column, cell, columns, failures, notes
+from quantlab.report.cells import Cell, cell, failures, notes
+from quantlab.report.columns import Column, columns
 from quantlab.report.coverage import SHARE_NAMES, heat_maps
-from quantlab.report.matrix import Matrix, Row
+from quantlab.report.matrix import Matrix
 from quantlab.report.plot import SPEED_NAMES, Plot, lay_out
 from quantlab.report.recommend import RULES, recommend
+from quantlab.report.rows import Row
 
 _HEADLINE = ("accuracy_loss_percent", "memory_percent_of_fp16", "speed_over_fp16")
 _MAIN = (

@@ -2,9 +2,11 @@
 
 import re
 
-from quantlab.report.cells import Cell, Column, cell, columns, failures, notes
-from quantlab.report.matrix import Matrix, Row
+from quantlab.report.cells import Cell, cell, failures, notes
+from quantlab.report.columns import Column, columns
+from quantlab.report.matrix import Matrix
 from quantlab.report.recommend import RULES, recommend
+from quantlab.report.rows import Row
 
 _HEADLINE_COLUMNS = 3
 

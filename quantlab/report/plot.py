@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from quantlab.evaluation.record import Measured
 from quantlab.report.cells import interval, number
-from quantlab.report.matrix import Matrix, Row
+from quantlab.report.matrix import Matrix
+from quantlab.report.rows import Row
 
 SPEED_STEPS = (0.95, 1.25, 2.0, 3.0)
 """Where the classes of speed over FP16 begin, but the slowest."""

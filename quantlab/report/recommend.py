@@ -12,7 +12,8 @@ from typing import Literal
 
 from quantlab.evaluation.record import Measured
 from quantlab.report.cells import interval, number
-from quantlab.report.matrix import Matrix, Row
+from quantlab.report.matrix import Matrix
+from quantlab.report.rows import Row
 
 NEGLIGIBLE_PERCENT = 0.1
 """A perplexity surely within this of the baseline's is as good as equal, even where the difference can be measured."""

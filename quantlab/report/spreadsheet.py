@@ -8,7 +8,8 @@ import csv
 import io
 
 from quantlab.evaluation.record import Measured
-from quantlab.report.matrix import Matrix, Row
+from quantlab.report.matrix import Matrix
+from quantlab.report.rows import Row
 
 _PLAIN = (
     "memory_percent_of_fp16",

@@ -8,7 +8,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from quantlab.report.cells import Cell, Column, cell, columns, failures, notes
+from quantlab.report.cells import Cell, cell, failures, notes
+from quantlab.report.columns import Column, columns
 from quantlab.report.matrix import Matrix
 from quantlab.report.recommend import recommend
 

@@ -86,7 +86,7 @@ def test_no_records_is_an_error(tmp_path: Path) -> None:
 
 def test_imports_without_torch() -> None:
     modules = sorted(f"quantlab.report.{path.stem}" for path in Path(files.__file__).parent.glob("[!_]*.py"))
-    assert len(modules) == 10
+    assert len(modules) >= 10
     code = f"import sys, {', '.join(modules)}; print(*sorted(set(sys.modules) & {{'torch', 'transformers', 'numpy', 'matplotlib'}}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
