@@ -44,3 +44,11 @@ class EvaluationError(QuantlabError):
 
 class CalibrationError(QuantlabError):
     """A calibration text, or statistics of activations, that cannot be worked with."""
+
+
+class DeviceError(QuantlabError):
+    """A device that is not there, cannot compute what is asked of it, or has too little memory."""
+
+
+class CacheError(QuantlabError):
+    """More sequences or tokens than a cache of fixed size has room for."""

@@ -7,20 +7,25 @@ runtime reads back, so an artifact of ours and one made elsewhere take the same 
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantlab.checkpoint.header import TensorEntry
 from quantlab.errors import ArtifactError
+from quantlab.formats.checks import asymmetric, check_order, misfit
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.packing import pack_int32, unpack_int32
-from quantlab.recipe.schemes import SCHEMES, Scheme
+from quantlab.recipe.schemes import READABLE, Scheme, find_scheme
 
 QUANT_METHOD = "compressed-tensors"
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 _VERSION = "0.20.0"
+_LAYOUTS = ("pack-quantized", "int-quantized", "naive-quantized")
+"""Layouts that are read; the last is an old name of the second."""
 
 
 def encode(name: str, matrix: QuantizedMatrix, scheme: Scheme) -> dict[str, Tensor]:
@@ -35,22 +40,42 @@ def encode(name: str, matrix: QuantizedMatrix, scheme: Scheme) -> dict[str, Tens
     }
 
 
-def decode(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedMatrix:
-    """The inverse of `encode`.
+def decode(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> QuantizedMatrix:
+    """The inverse of `encode`, also for what llm-compressor writes.
 
     Args:
         name: the weight's name, ending in ".weight".
-        read: returns a stored tensor by name.
+        stored: its parts by name. Integers are packed where there is a `weight_packed`, else int8; scales per row may lack
+            their second dimension; `weight_shape` may be missing; zero points have to be zero, `weight_g_idx` in order.
         scheme: as found by `QuantizationConfig.scheme_of`.
+
+    Raises:
+        ArtifactError: the parts do not fit the scheme or each other, or hold numbers quantlab does not read.
     """
     prefix = name.removesuffix("weight")
-    scale = read(prefix + "weight_scale")
-    if not scheme.packed:
-        return QuantizedMatrix(read(name), scale, scheme.bits)
-    columns = int(read(prefix + "weight_shape")[1])
-    return QuantizedMatrix(
-        unpack_int32(read(prefix + "weight_packed"), bits=scheme.bits, columns=columns), scale, scheme.bits
-    )
+    scale, words = stored[prefix + "weight_scale"], stored.get(prefix + "weight_packed")
+    if scale.dim() == 1:
+        scale = scale[:, None]
+    q = stored[name] if words is None else _unpacked(name, words, stored.get(prefix + "weight_shape"), scheme)
+    if q.dtype != torch.int8:
+        raise misfit(name, f"integers of {q.dtype}")
+    rows, columns = q.shape
+    if (scheme.group_size and columns % scheme.group_size) or tuple(scale.shape) != (rows, scheme.groups(columns)):
+        raise misfit(name, f"scales {list(scale.shape)} for a weight of {[rows, columns]} as {scheme.name}")
+    if (order := stored.get(prefix + "weight_g_idx")) is not None:
+        check_order(name, order, columns=columns, groups=scale.shape[1])
+    zeros = stored.get(prefix + "weight_zero_point")
+    if zeros is not None and bool((zeros != 0).any()):
+        raise asymmetric(name)
+    return QuantizedMatrix(q, scale, scheme.bits)
+
+
+def _unpacked(name: str, words: Tensor, shape: Tensor | None, scheme: Scheme) -> Tensor:
+    per_word = 32 // scheme.bits
+    columns = words.shape[1] * per_word if shape is None else int(shape.flatten()[-1])
+    if words.dtype != torch.int32 or words.shape[1] != -(-columns // per_word):
+        raise misfit(name, f"{list(words.shape)} words of {words.dtype} for {columns} columns of {scheme.bits} bits")
+    return unpack_int32(words, bits=scheme.bits, columns=columns)
 
 
 @dataclass(frozen=True)
@@ -64,6 +89,27 @@ class QuantizationConfig:
 
     groups: tuple[tuple[tuple[str, ...], Scheme], ...]
     ignore: tuple[str, ...]
+
+    def scheme_stored(self, name: str, tensors: Mapping[str, TensorEntry]) -> Scheme | None:
+        """The scheme of the weight `name`, None if its tensors are floating point.
+
+        Raises:
+            ArtifactError: its tensors are integers, and config.json gives them no scheme.
+        """
+        prefix = name.removesuffix("weight")
+        integers = tensors.get(prefix + "weight_packed") or tensors.get(name)
+        if integers is None or integers.dtype not in {"I8", "I32"}:
+            return None
+        if prefix + "weight_scale" not in tensors:
+            raise misfit(name, f"no {prefix}weight_scale")
+        scheme = self.scheme_of(prefix.removesuffix("."))
+        if scheme is None:
+            raise misfit(name, "integers, which config.json gives no scheme")
+        return scheme
+
+    def decode(self, name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> QuantizedMatrix:
+        """See the function `decode`."""
+        return decode(name, stored, scheme)
 
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of the linear `module` (its weight's name without ".weight"), None if it is not quantized."""
@@ -98,6 +144,15 @@ def parse_config(quantization_config: Mapping[str, Any], *, where: str) -> Quant
     Raises:
         ArtifactError: it describes numbers quantlab has no scheme for.
     """
+    for key, plain in (("sparsity_config", {None, "dense"}), ("transform_config", {None})):
+        described = quantization_config.get(key) or {}
+        if described.get("format") not in plain or described.get("config_groups"):
+            raise ArtifactError(
+                "the artifact's weights are stored in a way quantlab does not read",
+                where=f"{where}, {key}",
+                found=repr(described)[:120],
+                fix="export without sparse storage and without transforms at run time",
+            )
     groups = []
     for name, group in quantization_config.get("config_groups", {}).items():
         if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping | None):
@@ -115,32 +170,29 @@ def parse_config(quantization_config: Mapping[str, Any], *, where: str) -> Quant
 
 def _scheme(group: Mapping[str, Any], layout: str | None, *, where: str) -> Scheme:
     weights, activations = group["weights"], group.get("input_activations")
-    group_size = weights.get("group_size") if weights.get("strategy") == "group" else None
-    # columns ordered by activation need an index per column, which no layout here has
     regular = (
-        weights.get("actorder") not in {"group", "dynamic"}
-        and weights.get("type") == "int"
+        weights.get("type", "int") == "int"
         and weights.get("symmetric", True)
         and weights.get("strategy") in {"group", "channel"}
+        and layout in _LAYOUTS
     )
-    kind = activations and (activations.get("num_bits"), activations.get("strategy"), bool(activations.get("dynamic")))
-    per_token = kind == (8, "token", True)
-    for scheme in SCHEMES.values():
-        same_numbers = (scheme.bits, scheme.group_size) == (weights.get("num_bits"), group_size)
-        if (
-            regular
-            and same_numbers
-            and scheme.quantized_activations == bool(activations) == per_token
-            and scheme.format == layout
-        ):
-            return scheme
+    group_size = weights.get("group_size") if weights.get("strategy") == "group" else None
+    scheme = find_scheme(weights.get("num_bits"), group_size, quantized_activations=bool(activations))
+    if regular and scheme is not None and (not activations or _per_token(activations)):
+        return scheme
     raise ArtifactError(
         "the artifact's numbers are of a kind quantlab does not read",
         where=where,
         found=f"{weights} with activations {activations} as {layout}",
         fix="readable: symmetric integers as "
-        + "; ".join(f"{scheme.name} ({scheme.description})" for scheme in SCHEMES.values()),
+        + "; ".join(f"{scheme.name} ({scheme.description})" for scheme in READABLE),
     )
+
+
+def _per_token(activations: Mapping[str, Any]) -> bool:
+    """Whether activations become symmetric int8 with a scale per token found at run time."""
+    kind = activations.get("num_bits"), activations.get("strategy"), activations.get("type", "int")
+    return kind == (8, "token", "int") and bool(activations.get("dynamic")) and bool(activations.get("symmetric", True))
 
 
 def _group_json(targets: Sequence[str], scheme: Scheme) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def absorbed(
         [B, T, H, V].
     """
     batch, heads, new, width = query.shape
-    if new == 1 and query.dtype != torch.float32 and query.dtype == weight.dtype and library() is not None:
+    native = query.device.type == "cpu" and query.dtype != torch.float32 and query.dtype == weight.dtype
+    if new == 1 and native and library() is not None:
         added = None if mask is None else _added(mask, latents.shape)
         tensors = (query.contiguous(), latents.contiguous(), rotary.contiguous(), weight)
         return kernels.latent_attention(*tensors, mask=added, scaling=scaling)

@@ -94,7 +94,7 @@ def reorders_bfloat16() -> bool:
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> DenseLinear | ReorderedLinear:
     """The module that multiplies a floating-point weight [N, K] fastest."""
-    if weight.dtype == torch.bfloat16 and reorders_bfloat16():
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and reorders_bfloat16():
         return ReorderedLinear(weight, bias)
     return DenseLinear(nn.Parameter(weight, requires_grad=False), bias)
 

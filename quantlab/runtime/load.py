@@ -8,32 +8,44 @@ the weights of one matrix.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from quantlab.checkpoint.index import open_checkpoint
-from quantlab.checkpoint.reader import TORCH_DTYPES, Reader
+from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError
+from quantlab.formats.fused import unfused
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import Scheme
+from quantlab.runtime.device import check_room, find_device, free_bytes, out_of_memory
 from quantlab.runtime.matrices import DenseMatrices, Matrices
-from quantlab.runtime.skeleton import DTYPES, build, config_of
+from quantlab.runtime.skeleton import DTYPES, Weights, build, config_of, held_as
 
 Progress = Callable[[int, int], None]
 
+_WORK_BYTES: Final = 8
+"""Per weight of a matrix while it is unpacked and laid out."""
 
-def load(artifact: Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None) -> PreTrainedModel:
-    """Load an artifact of quantlab, a compressed-tensors artifact made elsewhere, or a plain or FP8 checkpoint.
+
+def load(
+    artifact: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """Load an artifact of quantlab, a compressed-tensors or GPTQ checkpoint made elsewhere, or a plain or FP8 checkpoint.
 
     Args:
         artifact: its directory.
         dtype: dtype of the activations and of the weights that are not quantized; the artifact's own if None, bfloat16
             for FP8 checkpoints. With float32 the numbers are those of the expanded weights; with 16 bits, packed
             products round activations to bfloat16.
+        device: "cpu", "cuda" or "cuda:1"; every tensor goes there as it is stored and is unpacked there.
         progress: called with the number of weights read and their total after each.
 
     Returns:
@@ -42,17 +54,38 @@ def load(artifact: Path, *, dtype: torch.dtype | None = None, progress: Progress
     Raises:
         ArtifactError: a tensor is missing, left over or of the wrong shape, or the model is of an unknown kind.
         CheckpointError: the files are damaged.
+        DeviceError: there is no such device, or the model does not fit into its memory.
     """
-    checkpoint = open_checkpoint(artifact)
+    found = find_device(device)
+    checkpoint = unfused(open_checkpoint(artifact))
     where = str(artifact / "config.json")
     config = config_of(checkpoint.config, where=where)
-    stored = StoredWeights(Reader(checkpoint))
+    stored = StoredWeights(Reader(checkpoint), device=found)
     weights = _Artifact(stored, checkpoint.config, progress)
-    model = build(config, weights, dtype=_dtype_of(checkpoint.config, where=where) if dtype is None else dtype)
+    chosen = _dtype_of(checkpoint.config, where=where) if dtype is None else dtype
+    needed = weights.needed_bytes(chosen)
+    check_room(needed, found, where=str(artifact))
+    model = _built(config, weights, dtype=chosen)
+    if model is None:
+        raise out_of_memory(needed, free_bytes(found), found, where=str(artifact))
     weights.check_all_taken()
     if (artifact / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(artifact)
+    # generate would compile a model with a static cache, and the kernels cannot be traced
+    model.generation_config.disable_compile = True
     return model
+
+
+def _built(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The model, None if memory ran out: the error would keep what was loaded alive, so it ends here."""
+    try:
+        return build(config, weights, dtype=dtype)
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch has no class of its own for this on the CPU
+            raise
+        return None
 
 
 def _dtype_of(config: Mapping[str, Any], *, where: str) -> torch.dtype:
@@ -77,11 +110,20 @@ class _Artifact:
         self._left = dict.fromkeys(name for name in stored.names() if not _outside_the_model(name, config))
         self._total = len(self._left)
 
+    @property
+    def device(self) -> torch.device:
+        return self._stored.device
+
+    def needed_bytes(self, dtype: torch.dtype) -> int:
+        """What the model takes: its weights as they are held, and the work of unpacking the largest."""
+        sizes = [self._stored.held_bytes(name, dtype) for name in self._left]
+        return sum(size for size, _ in sizes) + _WORK_BYTES * max((elements for _, elements in sizes), default=0)
+
     def scheme_of(self, name: str) -> Scheme | None:
         return self._stored.scheme_of(name)
 
     def scale_dtype_of(self, name: str) -> torch.dtype:
-        return TORCH_DTYPES[self._stored.reader.checkpoint.tensors[name.removesuffix("weight") + "weight_scale"].dtype]
+        return self._stored.scale_dtype_of(name)
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         tensor = self._take(name)
@@ -112,7 +154,10 @@ class _Artifact:
             torch.cat(tensors) if len(tensors) > 1 else tensors[0]
             for tensors in ([m.q for m in parts], [m.scale for m in parts])
         )
-        matrices.fill(index, QuantizedMatrix(q, scale, parts[0].bits))
+        scheme = self.scheme_of(names[0])
+        assert scheme is not None, f"{names[0]} has a scheme"
+        copies = held_as(scheme, columns).groups(columns) // scale.shape[1]
+        matrices.fill(index, QuantizedMatrix(q, scale.repeat_interleave(copies, dim=1), parts[0].bits))
 
     def _take(self, name: str) -> Tensor | QuantizedMatrix:
         if name not in self._left:
@@ -138,9 +183,16 @@ class _Artifact:
             )
 
     def check_all_taken(self) -> None:
-        """Raise ArtifactError if the checkpoint holds a tensor the model has no place for."""
-        if self._left:
-            names = list(self._left)
+        """Raise ArtifactError if the checkpoint holds a tensor the model has no place for.
+
+        Biases of zeros are let pass: older tools store one for every quantized linear.
+        """
+        names = [
+            name
+            for name in self._left
+            if not name.endswith(".bias") or self._stored.read_dense(name, torch.float32).any()
+        ]
+        if names:
             raise ArtifactError(
                 "the artifact holds tensors the model has no place for",
                 where=self._where,

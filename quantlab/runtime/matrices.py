@@ -107,12 +107,17 @@ Matrices = DenseMatrices | QuantizedMatrices
 
 
 def quantized_matrices(
-    scheme: Scheme, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype
+    scheme: Scheme, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype, device: torch.device | None = None
 ) -> QuantizedMatrices:
-    """An unfilled bank of the kind that computes `scheme` best at this shape.
+    """An unfilled bank on `device` (the CPU if None) of the kind that computes `scheme` best at this shape.
 
     Every device has its own layouts; this is the one place that chooses among them.
     """
+    if device is not None and device.type != "cpu":
+        with device:
+            return ExpandedMatrices(
+                count, rows, columns, bits=scheme.bits, groups=scheme.groups(columns), scale_dtype=scale_dtype
+            )
     if scheme.quantized_activations:
         return Int8Matrices(count, rows, columns, scale_dtype=scale_dtype)
     for bank in (NativeInt4Matrices, Int4Matrices) if scheme.bits == 4 else ():

@@ -102,7 +102,7 @@ def by_count(
 
 def native_dense_limit(x: Tensor, weight: Tensor) -> int:
     """Up to how many rows the native kernel multiplies weight [..., N, K] with x fastest; -1 if it cannot."""
-    if x.dtype != weight.dtype or library() is None:
+    if x.dtype != weight.dtype or x.device.type != "cpu" or library() is None:
         return -1
     return _NATIVE_ROWS.get(weight.dtype, -1)
 
@@ -118,7 +118,7 @@ def dense_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _torch_dense_product(x: Tensor, weight: Tensor) -> Tensor:
-    if weight.dtype != torch.float16 or x.numel() <= _FLOAT16_ROWS * weight.shape[1]:
+    if weight.dtype != torch.float16 or x.device.type != "cpu" or x.numel() <= _FLOAT16_ROWS * weight.shape[1]:
         return functional.linear(x, weight)
     flat = x.reshape(-1, x.shape[-1])
     buffer = torch.empty(band_rows(weight.shape[1]), weight.shape[1], dtype=torch.float32)
@@ -139,7 +139,7 @@ def in_bands(x: Tensor, rows: int, band: Callable[[int, int], Tensor], *, dtype:
     step = band_rows(x.shape[1])
     if rows <= step:
         return functional.linear(x, band(0, rows)).to(dtype)
-    result = torch.empty(x.shape[0], rows, dtype=dtype)
+    result = torch.empty(x.shape[0], rows, dtype=dtype, device=x.device)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         result[:, start:stop] = functional.linear(x, band(start, stop))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from quantlab.errors import ArtifactError
-from quantlab.recipe.schemes import Scheme
+from quantlab.recipe.schemes import SCHEMES, Scheme, SchemeName
 from quantlab.runtime import attention
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, dense_linear
@@ -27,6 +27,9 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 
 
+_INT4_GROUPS: Final[Sequence[tuple[SchemeName, int]]] = (("int4_g128", 128), ("int4_g64", 64), ("int4_g32", 32))
+
+
 class Weights(Protocol):
     """Where a model's weights come from, by their names in the checkpoint (``….weight``)."""
 
@@ -35,6 +38,10 @@ class Weights(Protocol):
 
     def scale_dtype_of(self, name: str) -> torch.dtype:
         """The dtype of the scales of the quantized weight `name`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are handed out, and with them the model."""
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A floating-point tensor."""
@@ -62,7 +69,7 @@ def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
 
 
 def build(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of `config` in evaluation mode, every parameter taken from `weights` once.
+    """A model of `config` in evaluation mode on the device of the weights, every parameter taken from `weights` once.
 
     Args:
         config: without quantization.
@@ -120,7 +127,7 @@ def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch
     if isinstance(module, nn.Linear):
         return _linear(module, path, weights, dtype=dtype)
     if any(buffer.is_meta for buffer in module.buffers(recurse=False)) and hasattr(module, "rope_type"):
-        return type(module)(config=module.config)  # rotary frequencies are computed, never stored
+        return type(module)(config=module.config).to(weights.device)  # rotary frequencies are computed, never stored
     return None
 
 
@@ -139,8 +146,20 @@ def _bank(name: str, shape: tuple[int, int, int], weights: Weights, *, dtype: to
     """An unfilled bank of the kind the weight `name` needs."""
     scheme = weights.scheme_of(name)
     if scheme is None:
-        return DenseMatrices(*shape, dtype=dtype)
-    return quantized_matrices(scheme, *shape, scale_dtype=weights.scale_dtype_of(name))
+        with weights.device:
+            return DenseMatrices(*shape, dtype=dtype)
+    held = held_as(scheme, shape[2])
+    return quantized_matrices(held, *shape, scale_dtype=weights.scale_dtype_of(name), device=weights.device)
+
+
+def held_as(scheme: Scheme, columns: int) -> Scheme:
+    """The scheme a matrix is held in: int4 with one scale per row as int4 in groups that share it, which kernels take.
+
+    The numbers are the same, and no other scheme is changed; groups of 128 cost 3 % of the bytes.
+    """
+    if scheme.bits != 4 or scheme.group_size is not None:
+        return scheme
+    return next((SCHEMES[name] for name, size in _INT4_GROUPS if columns % size == 0), scheme)
 
 
 def _linear(module: nn.Linear, path: str, weights: Weights, *, dtype: torch.dtype) -> nn.Module:

@@ -16,13 +16,19 @@ from transformers import PreTrainedModel
 
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import Scheme
+from quantlab.runtime.device import find_device
 from quantlab.runtime.int4 import Int4Matrices
 from quantlab.runtime.matrices import DenseMatrices, Matrices
 from quantlab.runtime.skeleton import build, config_of
 
 
 def random_twin(
-    config: Mapping[str, Any], quantization: QuantizationConfig | None, *, dtype: torch.dtype, seed: int
+    config: Mapping[str, Any],
+    quantization: QuantizationConfig | None,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
     """A model of `config` with random weights, in the form `runtime.load` would hold them.
 
@@ -30,9 +36,14 @@ def random_twin(
         config: as in config.json; its own `quantization_config` is ignored.
         quantization: which linears are quantized, and how; None for none.
         dtype: of activations and unquantized weights.
-        seed: of the weights.
+        seed: of the weights; another kind of device makes other numbers of it.
+        device: where they are made and stay.
+
+    Raises:
+        DeviceError: there is no such device here.
     """
-    weights = _RandomWeights(quantization, torch.Generator().manual_seed(seed))
+    found = find_device(device)
+    weights = _RandomWeights(quantization, torch.Generator(found).manual_seed(seed))
     return build(config_of(config, where="the config of the twin"), weights, dtype=dtype)
 
 
@@ -53,6 +64,7 @@ _FLOATS: Final = {
 
 class _RandomWeights:
     def __init__(self, quantization: QuantizationConfig | None, generator: torch.Generator) -> None:
+        self.device = generator.device
         self._quantization = quantization
         self._generator = generator
 
@@ -64,8 +76,9 @@ class _RandomWeights:
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if len(shape) == 1:  # norms are ones, biases zeros
-            return torch.ones(*shape, dtype=dtype) if name.endswith("weight") else torch.zeros(*shape, dtype=dtype)
-        tensor = torch.empty(*shape, dtype=dtype)
+            made = torch.ones if name.endswith("weight") else torch.zeros
+            return made(*shape, dtype=dtype, device=self.device)
+        tensor = torch.empty(*shape, dtype=dtype, device=self.device)
         self._randomize(tensor, size=1.0 if "embed" in name else shape[-1] ** -0.5)
         return tensor
 

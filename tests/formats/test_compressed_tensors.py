@@ -37,7 +37,7 @@ def test_their_decompressor_reads_what_we_write(name: str, grid: str) -> None:
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     theirs = compressor.decompress({key.removeprefix("m."): t.clone() for key, t in stored.items()}, _theirs(name))
     assert torch.equal(theirs["weight"], matrix.dequantize(torch.bfloat16))
-    again = decode("m.weight", stored.__getitem__, scheme)
+    again = decode("m.weight", stored, scheme)
     assert torch.equal(again.q, matrix.q)
     assert torch.equal(again.scale, matrix.scale)
 
