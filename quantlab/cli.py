@@ -23,7 +23,10 @@ from quantlab.plan.compile import code_version, compile_plan
 from quantlab.plan.model import Plan
 from quantlab.plan.source import survey
 from quantlab.recipe.load import LoadedRecipe, load_recipe
-from quantlab.report.files import read_records, write_report
+from quantlab.report.compare import GRAMMAR
+from quantlab.report.compare import compare as compare_records
+from quantlab.report.compare_terminal import print_comparison
+from quantlab.report.files import find_records, read_records, write_report
 from quantlab.report.matrix import Matrix
 from quantlab.report.terminal import print_matrix
 
@@ -172,6 +175,24 @@ def report(
         order = ["source", *load_recipe(copy).recipe.variants]
         records.sort(key=lambda record: order.index(record.variant) if record.variant in order else len(order))
     _show_matrix(write_report(records, directory), directory, quiet=False, as_json=as_json)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help=f"{GRAMMAR[0].upper()}{GRAMMAR[1:]}.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The same.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what differs between two runs, or two variants, and which differences of their numbers can be measured.
+
+    `quantlab compare runs/old runs/new` compares every variant of both;
+    `quantlab compare runs/new/artifacts/int8 runs/new/artifacts/w4a16` compares two variants.
+    """
+    comparison = compare_records(find_records(a), find_records(b), names=(str(a), str(b)))
+    if as_json:
+        typer.echo(comparison.model_dump_json(indent=1))
+    else:
+        print_comparison(comparison, _out)
 
 
 @app.command()

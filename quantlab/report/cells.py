@@ -151,7 +151,7 @@ def human_bytes(value: float) -> str:
             break
         size /= 1000
     digits = 0 if name == "B" or abs(size) >= 99.95 else 1 if abs(size) >= 9.995 else 2
-    return f"{size:.{digits}f} {name}"
+    return _signed(f"{size:.{digits}f}") + f" {name}"
 
 
 def failures(matrix: Matrix) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record, read_record
+from quantlab.report.compare import GRAMMAR
 from quantlab.report.html import to_html, to_svg
 from quantlab.report.markdown import to_markdown
 from quantlab.report.matrix import Matrix, build_matrix
@@ -18,13 +19,37 @@ def read_records(directory: Path) -> list[Record]:
     Raises:
         ArtifactError: there is none, or a file is no record.
     """
-    records = [read_record(path) for path in sorted(directory.glob("*.json"))]
+    return [record for _, record in _read(directory)]
+
+
+def find_records(path: Path) -> list[tuple[Path, Record]]:
+    """The records that a path stands for, each with its file.
+
+    Args:
+        path: a run's directory, a directory of records, an artifact of a run, or a record.
+
+    Raises:
+        ArtifactError: there is nothing of the kind, or a file is no record.
+    """
+    if path.is_file():
+        return [(path, read_record(path))]
+    if path.parent.name == "artifacts" and not (path / "records").is_dir():
+        record = path.parent.parent / "records" / f"{path.name}.json"
+        return [(record, read_record(record))]
+    if not path.is_dir():
+        raise ArtifactError("there is no such file or directory", where=str(path), fix=f"give {GRAMMAR}")
+    return _read(path / "records" if (path / "records").is_dir() else path)
+
+
+def _read(directory: Path) -> list[tuple[Path, Record]]:
+    records = [(path, read_record(path)) for path in sorted(directory.glob("*.json"))]
     if not records:
         raise ArtifactError(
             "there are no records to report", where=str(directory), found="no *.json", fix="run `quantlab eval` first"
         )
     return sorted(
-        records, key=lambda record: (record.variant != "source", record.variant != record.baseline, record.variant)
+        records,
+        key=lambda found: (found[1].variant != "source", found[1].variant != found[1].baseline, found[1].variant),
     )
 
 

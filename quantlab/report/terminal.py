@@ -48,7 +48,7 @@ _IN_ASCII = str.maketrans({"±": "+-", "×": "x", "−": "-", "–": "-", "…":
 
 def print_matrix(matrix: Matrix, console: Console) -> None:
     """Print the table, the recommendations and what a reader must know."""
-    console.print(Text(_in(console, f"{matrix.recipe} · {matrix.suite} · {matrix.hardware}"), style="dim"))
+    console.print(Text(in_encoding(console, f"{matrix.recipe} · {matrix.suite} · {matrix.hardware}"), style="dim"))
     console.print(table_that_fits(matrix, console))
     for found in recommend(matrix):
         _print_labelled(
@@ -81,7 +81,7 @@ def _table(matrix: Matrix, shown: list[Column], console: Console) -> Table:
     table.add_column("\nvariant", overflow="fold", style="bold", ratio=None)
     for column in shown:
         table.add_column(
-            _in(console, _HEADS[column.key]),
+            in_encoding(console, _HEADS[column.key]),
             justify="right",
             no_wrap=True,
             style=None if column.key in _HEADLINE else "dim",
@@ -95,24 +95,24 @@ def _table(matrix: Matrix, shown: list[Column], console: Console) -> Table:
 def _text(found: Cell, column: Column, console: Console) -> Text:
     match found.state:
         case "baseline":
-            return Text(_in(console, found.text), style="italic dim")
+            return Text(in_encoding(console, found.text), style="italic dim")
         case "failed":
             return Text(found.text, style="red")
         case "missing":
-            return Text(_in(console, found.text), style="dim")
+            return Text(in_encoding(console, found.text), style="dim")
         case "value":
-            text = Text(_in(console, found.text))
+            text = Text(in_encoding(console, found.text))
             if column.relative and found.low is not None and found.low > 0 and column.unit == "change":
                 text.stylize("bold")
             if found.margin and column.key in _WITH_MARGIN:
-                text.append(" " + _in(console, found.margin), style="dim not bold")
+                text.append(" " + in_encoding(console, found.margin), style="dim not bold")
             return text
 
 
 def _print_labelled(label: str, text: str, console: Console, *, label_style: str, style: str = "") -> None:
     """A paragraph beside its label; wrapped lines stand under the text."""
     width = max(_LABEL_WIDTH + 20, min(console.width, _LONGEST_LINE))
-    lines = textwrap.wrap(_in(console, text), width - _LABEL_WIDTH, break_on_hyphens=False)
+    lines = textwrap.wrap(in_encoding(console, text), width - _LABEL_WIDTH, break_on_hyphens=False)
     for index, line in enumerate(lines):
         console.print(
             Text.assemble(((label if index == 0 else "").ljust(_LABEL_WIDTH), label_style), (line, style)),
@@ -120,6 +120,6 @@ def _print_labelled(label: str, text: str, console: Console, *, label_style: str
         )
 
 
-def _in(console: Console, text: str) -> str:
+def in_encoding(console: Console, text: str) -> str:
     """The text in what the console's encoding can hold."""
     return text if console.encoding.lower().startswith("utf") else text.translate(_IN_ASCII)
