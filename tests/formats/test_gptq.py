@@ -1,0 +1,119 @@
+"""Our GPTQ layout against an independent decoder, and what is refused of it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantlab.algorithms.rtn import rtn
+from quantlab.checkpoint.header import TensorEntry
+from quantlab.checkpoint.reader import DTYPE_NAMES
+from quantlab.errors import ArtifactError
+from quantlab.formats.gptq import GptqConfig, encode, parse_config
+from quantlab.numerics.integer import QuantizedMatrix
+from tests.benchmarks.peers.dense import GPTQ_PARTS, decode_gptq
+
+NUMBERS = [(bits, group) for bits in (4, 8) for group in (None, 32, 64, 128)]
+
+
+def described(**changes: object) -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True} | changes
+
+
+def entries(stored: dict[str, Tensor], tmp_path: Any) -> dict[str, TensorEntry]:
+    return {name: TensorEntry(name, DTYPE_NAMES[t.dtype], tuple(t.shape), tmp_path, 0) for name, t in stored.items()}
+
+
+def matrix(bits: int, group: int | None) -> QuantizedMatrix:
+    torch.manual_seed(bits)
+    grid = "signed" if bits == 4 else "absmax"
+    return rtn(torch.randn(64, 256) * 0.02, bits=bits, group_size=group, scale_dtype=torch.float16, grid=grid)
+
+
+def decoded(stored: dict[str, Tensor], config: GptqConfig, tmp_path: Any) -> QuantizedMatrix:
+    scheme = config.scheme_stored("m.weight", entries(stored, tmp_path))
+    assert scheme is not None
+    return config.decode("m.weight", stored, scheme)
+
+
+@pytest.mark.parametrize(("bits", "group"), NUMBERS)
+def test_an_independent_decoder_reads_what_is_encoded(bits: int, group: int | None) -> None:
+    wanted = matrix(bits, group)
+    assert {int(wanted.q.min()), int(wanted.q.max())} & {-(2 ** (bits - 1)), 2 ** (bits - 1) - 1}, (
+        "the grid's ends occur"
+    )
+    stored = encode("m.weight", wanted)
+    found = decode_gptq(*(stored[f"m.{part}"] for part in GPTQ_PARTS), bits=bits)
+    scale = wanted.scale.float().repeat_interleave(256 // wanted.scale.shape[1], dim=1)
+    assert torch.equal(found, wanted.q.float() * scale)
+    assert [stored[f"m.{part}"].dtype for part in GPTQ_PARTS] == [torch.int32, torch.int32, torch.float16, torch.int32]
+
+
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2", None])
+@pytest.mark.parametrize(("bits", "group"), NUMBERS)
+def test_round_trip_of_both_formats(bits: int, group: int | None, layout: str | None, tmp_path: Any) -> None:
+    wanted = matrix(bits, group)
+    stored = encode("m.weight", wanted)
+    if layout == "gptq_v2":  # every zero point is one more: one in every field of the words
+        stored["m.qzeros"] += 0x11111111 if bits == 4 else 0x01010101
+    config = parse_config(described(bits=bits, group_size=group or -1, checkpoint_format=layout), where="config.json")
+    scheme = config.scheme_stored("m.weight", entries(stored, tmp_path))
+    assert scheme is not None
+    assert (scheme.bits, scheme.group_size, scheme.quantized_activations) == (bits, group, False)
+    found = config.decode("m.weight", stored, scheme)
+    assert torch.equal(found.q, wanted.q)
+    assert torch.equal(found.scale, wanted.scale)
+
+
+def test_zero_points_of_the_other_format_are_refused(tmp_path: Any) -> None:
+    stored = encode("m.weight", matrix(4, 128))
+    with pytest.raises(ArtifactError, match="asymmetrically"):
+        decoded(stored, parse_config(described(checkpoint_format="gptq_v2"), where="here"), tmp_path)
+    stored["m.qzeros"][1, 3] ^= 0x40  # one zero point of one group
+    with pytest.raises(ArtifactError, match=r"asymmetrically[^$]*sym=True"):
+        decoded(stored, parse_config(described(), where="here"), tmp_path)
+
+
+def test_columns_out_of_order_are_refused_and_missing_indices_are_not(tmp_path: Any) -> None:
+    config = parse_config(described(desc_act=True), where="here")
+    stored = encode("m.weight", matrix(4, 128))
+    assert torch.equal(decoded(stored, config, tmp_path).q, matrix(4, 128).q), "desc_act alone is no obstacle"
+    stored["m.g_idx"] = stored["m.g_idx"].flip(0).contiguous()
+    with pytest.raises(ArtifactError, match=r"ordered by activation[^$]*desc_act=False"):
+        decoded(stored, config, tmp_path)
+    del stored["m.g_idx"]
+    assert torch.equal(decoded(stored, config, tmp_path).q, matrix(4, 128).q)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 3}, "3 bits in groups of 128"),
+        ({"bits": None}, "bits None"),
+        ({"group_size": 100}, "4 bits in groups of 100"),
+        ({"group_size": "wide"}, "'wide'"),
+        ({"checkpoint_format": "marlin"}, "'marlin'"),
+        ({"is_marlin_format": True}, "marlin"),
+    ],
+)
+def test_what_is_not_read_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        parse_config(described(**change), where="config.json")
+
+
+@pytest.mark.parametrize("change", [{"bits": 8}, {"group_size": 64}, {"group_size": -1}])
+def test_a_description_of_other_numbers_is_refused(change: dict, tmp_path: Any) -> None:
+    stored = encode("m.weight", matrix(4, 128))
+    with pytest.raises(ArtifactError, match=r"disagree[^$]*4 bits in 2 groups"):
+        decoded(stored, parse_config(described(**change), where="here"), tmp_path)
+
+
+def test_parts_that_do_not_fit_are_refused(tmp_path: Any) -> None:
+    config = parse_config(described(), where="here")
+    whole = encode("m.weight", matrix(4, 128))
+    for broken in ({"m.scales": whole["m.scales"][:, :32]}, {"m.qzeros": whole["m.qzeros"][:1]}):
+        with pytest.raises(ArtifactError, match="disagree"):
+            decoded(whole | broken, config, tmp_path)
+    with pytest.raises(ArtifactError, match=r"disagree[^$]*missing"):
+        decoded({name: t for name, t in whole.items() if name != "m.scales"}, config, tmp_path)
