@@ -16,6 +16,7 @@ from torch import Tensor
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
 from quantlab.formats.stored import StoredWeights
+from quantlab.numerics.integer import QuantizedMatrix
 
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -54,12 +55,18 @@ def dequantize(artifact: Path) -> tuple[dict[str, Tensor], set[str]]:
     reader = Reader(checkpoint)
     if any(name.endswith(".qweight") for name in checkpoint.tensors):
         return _from_gptq(reader, bits=checkpoint.config["quantization_config"]["bits"])
-    stored = StoredWeights(reader)
-    names = list(stored.names())
-    return (
-        {name: stored.read_dense(name, torch.float32) for name in names},
-        {name for name in names if stored.scheme_of(name) is not None},
-    )
+    return _from_compressed_tensors(StoredWeights(reader))
+
+
+def _from_compressed_tensors(stored: StoredWeights) -> tuple[dict[str, Tensor], set[str]]:
+    dense, quantized = {}, set()
+    for name in stored.names():
+        weight = stored.read(name)
+        if isinstance(weight, QuantizedMatrix):  # integer times scale in float32, not in the scale's dtype
+            quantized.add(name)
+            weight = QuantizedMatrix(weight.q, weight.scale.float(), weight.bits).dequantize(torch.float32)
+        dense[name] = weight.float()
+    return dense, quantized
 
 
 def _from_gptq(reader: Reader, *, bits: int) -> tuple[dict[str, Tensor], set[str]]:

@@ -6,6 +6,7 @@ Imported by scripts that run in environments of different peers, so it needs tor
 import argparse
 import importlib.metadata
 import json
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -49,23 +50,35 @@ def parse_task(variants: tuple[str, ...]) -> Task:
 
 
 def report(task: Task, quantize: Callable[[], object], save: Callable[[], object]) -> None:
-    """Quantize, save, and write seconds and peak memory beside the artifact (`<out>.json`)."""
-    before = peak_bytes()
+    """Quantize, save, and write seconds and peak memory beside the artifact (`<out>.json`).
+
+    Seconds of the processor, all threads together, stand beside those of the clock: other work on the machine lengthens
+    the clock's much and the processor's little. The load says how much other work there was.
+    """
+    before, busy = peak_bytes(), processor_seconds()
     start = time.perf_counter()
     quantize()
     quantized = time.perf_counter()
-    peak = peak_bytes()
+    busy, peak, load = processor_seconds() - busy, peak_bytes(), os.getloadavg()[1]
     save()
     saved = time.perf_counter()
     result = {
         "variant": task.variant,
         "quantize_seconds": round(quantized - start, 1),
+        "processor_seconds": round(busy, 1),
+        "load_average_5_minutes": round(load, 1),
         "save_seconds": round(saved - quantized, 1),
         "peak_rss_bytes": peak,
         "peak_rss_before_bytes": before,
         "versions": installed(),
     }
     task.out.with_name(task.out.name + ".json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def processor_seconds() -> float:
+    """Seconds that processors have spent on this process and the children it waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def peak_bytes() -> int:

@@ -19,7 +19,7 @@ TORCH = "torch==2.13.0"  # named to pip so that no peer pulls another one
 REQUIREMENTS = {
     "llmcompressor": ("llmcompressor==0.14.0.1",),
     "gptqmodel": ("gptqmodel==7.6.0",),
-    "autoround": ("auto-round==0.16.1", "transformers==5.23.0"),
+    "autoround": ("auto-round==0.16.1", "transformers==5.23.0", "compressed-tensors==0.20.0"),
 }
 VARIANTS = {
     "quantlab": ("rtn-absmax", "rtn", "rtn-activations", "gptq", "awq"),
