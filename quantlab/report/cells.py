@@ -168,11 +168,8 @@ def notes(matrix: Matrix) -> tuple[str, ...]:
     found = [INTERVALS]
     if any(tested(row) for row in matrix.rows):
         found.append(HOLM_NOTE)
-    noisy = sum(len(row.noise) for row in matrix.rows)
-    if noisy:
-        found.append(
-            f"{noisy} measurements of speed were disturbed; they are marked noisy and no recommendation rests on them."
-        )
+    if any(row.noise for row in matrix.rows):
+        found.append("Measurements of speed that were disturbed are marked noisy; no recommendation rests on them.")
     twins = sorted({row.twin for row in matrix.rows if row.twin})
     if twins:
         twin = f"a random-weight twin ({'; '.join(twins)})"

@@ -6,6 +6,8 @@ from typing import Final
 from quantlab.report.matrix import Matrix
 
 SHARE_NAMES: Final = ("under a quarter of its share", "under half", "about its share", "from 1.5×", "from 3×")
+SHARE_MARKS: Final = ("!", "−", "", "+", "*")
+"""Drawn into the squares, so that colour is not all that tells them apart."""
 _FROM: Final = (0.25, 0.5, 1.5, 3.0)
 CELL: Final = 12
 
@@ -18,6 +20,10 @@ class Square:
     y: int
     share: int
     text: str
+
+    @property
+    def mark(self) -> str:
+        return SHARE_MARKS[self.share]
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def write_report(records: Sequence[Record], directory: Path) -> Matrix:
     Raises:
         ArtifactError: the records do not belong together, or the directory cannot be written.
     """
-    matrix = build_matrix(records)
+    matrix = build_matrix(records, links=_links(records, directory))
     plot = to_svg(matrix)
     texts = {
         "matrix.svg": plot,
@@ -87,6 +87,12 @@ def write_report(records: Sequence[Record], directory: Path) -> Matrix:
             fix="give a directory that can be written",
         ) from error
     return matrix
+
+
+def _links(records: Sequence[Record], directory: Path) -> dict[str, str]:
+    """Where the records of a run lie beside its report."""
+    links = {record.variant: f"records/{record.variant}.json" for record in records}
+    return {variant: link for variant, link in links.items() if (directory / link).is_file()}
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,20 +1,20 @@
 """matrix.html and matrix.svg: the matrix as one page that needs no network, and its plot alone for README files."""
 
-from dataclasses import dataclass
-
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quantlab.report.cells import Cell, cell, failures, notes
-from quantlab.report.columns import Column, columns
-from quantlab.report.coverage import SHARE_NAMES, heat_maps
+from quantlab.report.bars import lay_out_bars
+from quantlab.report.cells import cell, failures, notes, number
+from quantlab.report.columns import HEADLINE, Column, columns
+from quantlab.report.coverage import SHARE_MARKS, SHARE_NAMES, heat_maps
+from quantlab.report.layers import layer_maps, matrix_maps
 from quantlab.report.matrix import Matrix
 from quantlab.report.plot import SPEED_NAMES, Plot, lay_out
-from quantlab.report.recommend import RULES, recommend
-from quantlab.report.rows import Row
+from quantlab.report.recommend import RULES, Recommendation, recommend
+from quantlab.report.sheets import Sheet, make_sheet
+from quantlab.report.spreadsheet import to_csv
 
-_HEADLINE = ("accuracy_loss_percent", "memory_percent_of_fp16", "speed_over_fp16")
-_MAIN = (
-    *_HEADLINE,
+MAIN = (
+    *HEADLINE,
     "perplexity_change_percent",
     "kl_to_baseline",
     "top1_agreement",
@@ -25,74 +25,38 @@ _MAIN = (
     "decode_tokens_per_second.8",
     "prefill_tokens_per_second.1",
 )
-_LONGEST_REASON = 120
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A cell with the small graphic under its number; positions in percent of the cell's width."""
-
-    cell: Cell
-    bar: float | None = None
-    """Length of a bar from the left."""
-    zero: float | None = None
-    """Where no loss lies; with `start`, `length` and `dot` a value and its interval."""
-    start: float = 0.0
-    length: float = 0.0
-    dot: float = 0.0
-    reason: str | None = None
-    """Shown once per row and group."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One row of a table."""
-
-    row: Row
-    is_baseline: bool
-    picked_for: tuple[str, ...]
-    """Goals it is recommended for."""
-    cells: tuple[Drawn, ...]
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """One sortable table."""
-
-    name: str
-    caption: str
-    columns: tuple[Column, ...]
-    lines: tuple[Line, ...]
+"""Columns of the first table."""
 
 
 def to_html(matrix: Matrix) -> str:
     """The text of matrix.html."""
-    every = columns(matrix)
-    main = tuple(column for key in _MAIN for column in every if column.key == key)
-    rest = tuple(column for column in every if column.key not in _MAIN)
-    wide, narrow = lay_out(matrix, width=900, height=440), lay_out(matrix, width=358, height=380)
+    every, found = columns(matrix), recommend(matrix)
     return (
-        _environment()
+        environment()
         .get_template("matrix.html.j2")
         .render(
             matrix=matrix,
-            recommendations=recommend(matrix),
+            cards=tuple((each, _facts(matrix, each, every)) for each in found),
             rules=RULES,
-            sheets=(
-                _sheet(matrix, "main", "Accuracy, memory and speed of every variant", main),
-                _sheet(matrix, "rest", "All other numbers", rest),
-            ),
+            sheets=_sheets(matrix, every, found),
+            headline=HEADLINE,
             every=every,
-            plots=tuple((name, plot) for name, plot in (("wide", wide), ("narrow", narrow)) if plot),
+            csv=to_csv(matrix),
+            plots=plots(matrix),
             speed_names=SPEED_NAMES,
+            panels=lay_out_bars(matrix),
+            noisy=any(row.noise for row in matrix.rows),
+            layer_maps=layer_maps(matrix),
+            matrix_maps=matrix_maps(matrix),
+            claims=None,
             notes=notes(matrix),
             failures=failures(matrix),
             domains=tuple(matrix.rows[0].domains),
             tokens=sorted({row.perplexity.n for row in matrix.rows if row.perplexity}),
-            versions=_versions(matrix),
-            headline=_HEADLINE,
+            versions=versions(matrix),
             heat_maps=heat_maps(matrix),
             share_names=SHARE_NAMES,
+            share_marks=SHARE_MARKS,
         )
     )
 
@@ -100,15 +64,20 @@ def to_html(matrix: Matrix) -> str:
 def to_svg(matrix: Matrix) -> str | None:
     """The text of matrix.svg, or None where there is nothing to draw."""
     plot = lay_out(matrix, width=760, height=420)
-    return None if plot is None else _standalone(matrix, plot)
-
-
-def _standalone(matrix: Matrix, plot: Plot) -> str:
-    template = _environment().get_template("pareto.svg.j2")
+    if plot is None:
+        return None
+    template = environment().get_template("pareto.svg.j2")
     return template.render(matrix=matrix, plot=plot, name="wide", standalone=True, speed_names=SPEED_NAMES) + "\n"
 
 
-def _environment() -> Environment:
+def plots(matrix: Matrix) -> tuple[tuple[str, Plot], ...]:
+    """The plot for wide and for narrow windows; nothing where there is nothing to draw."""
+    sizes = (("wide", lay_out(matrix, width=900, height=440)), ("narrow", lay_out(matrix, width=358, height=380)))
+    return tuple((name, plot) for name, plot in sizes if plot)
+
+
+def environment() -> Environment:
+    """Where the templates come from; what is not given to them is an error."""
     return Environment(
         loader=PackageLoader("quantlab.report", "templates"),
         autoescape=True,
@@ -119,58 +88,7 @@ def _environment() -> Environment:
     )
 
 
-def _sheet(matrix: Matrix, name: str, caption: str, shown: tuple[Column, ...]) -> Sheet:
-    picked = {
-        row.variant: tuple(found.goal for found in recommend(matrix) if found.variant == row.variant)
-        for row in matrix.rows
-    }
-    by_column = [_drawn_column([cell(matrix, row, column) for row in matrix.rows], column) for column in shown]
-    lines = []
-    for index, row in enumerate(matrix.rows):
-        told: set[str] = set()
-        drawn = []
-        for column, cells in zip(shown, by_column, strict=True):
-            found = cells[index]
-            if found.cell.state == "failed" and column.group not in told:
-                told.add(column.group)
-                found = Drawn(cell=found.cell, reason=_shortened(found.cell.reason or ""))
-            drawn.append(found)
-        lines.append(
-            Line(
-                row=row, is_baseline=row.variant == matrix.baseline, picked_for=picked[row.variant], cells=tuple(drawn)
-            )
-        )
-    return Sheet(name=name, caption=caption, columns=shown, lines=tuple(lines))
-
-
-def _drawn_column(cells: list[Cell], column: Column) -> list[Drawn]:
-    """The cells of one column on their common scale; only the columns that decide are drawn."""
-    if column.key not in _HEADLINE:
-        return [Drawn(cell=found) for found in cells]
-    ends = [end for found in cells for end in (found.number, found.low, found.high) if end is not None]
-    least, most = min([0.0, *ends]), max([0.0, *ends])
-    span = (most - least) or 1.0
-    if column.key != "accuracy_loss_percent":
-        return [
-            Drawn(cell=found, bar=None if found.number is None else round(100 * found.number / span, 1))
-            for found in cells
-        ]
-    return [_whisker(found, least=least, span=span) for found in cells]
-
-
-def _whisker(found: Cell, *, least: float, span: float) -> Drawn:
-    if found.number is None or found.low is None or found.high is None:
-        return Drawn(cell=found)
-    return Drawn(
-        cell=found,
-        zero=round(100 * -least / span, 1),
-        start=round(100 * (found.low - least) / span, 1),
-        length=round(100 * (found.high - found.low) / span, 1),
-        dot=round(100 * (found.number - least) / span, 1),
-    )
-
-
-def _versions(matrix: Matrix) -> tuple[tuple[str, str], ...]:
+def versions(matrix: Matrix) -> tuple[tuple[str, str], ...]:
     """Each package with its version; with all of them where rows differ."""
     names = sorted({name for row in matrix.rows for name in row.versions})
     return tuple(
@@ -179,5 +97,29 @@ def _versions(matrix: Matrix) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _shortened(reason: str) -> str:
-    return reason if len(reason) <= _LONGEST_REASON else reason[: _LONGEST_REASON - 1] + "…"
+def _sheets(matrix: Matrix, every: tuple[Column, ...], found: tuple[Recommendation, ...]) -> tuple[Sheet, ...]:
+    picked = {row.variant: tuple(one.goal for one in found if one.variant == row.variant) for row in matrix.rows}
+    main = tuple(column for key in MAIN for column in every if column.key == key)
+    tasks = tuple(column for column in every if column.group == "tasks")
+    rest = tuple(column for column in every if column.key not in MAIN and column.group != "tasks")
+    caption = "Accuracy, memory and speed of every variant"
+    sheets = [make_sheet(matrix, "main", caption, main, picked=picked)]
+    if tasks:
+        sheets.append(make_sheet(matrix, "tasks", "Tasks: what each variant lost, and its score", tasks))
+    return (*sheets, make_sheet(matrix, "rest", "All other numbers", rest))
+
+
+def _facts(matrix: Matrix, found: Recommendation, every: tuple[Column, ...]) -> tuple[str, ...]:
+    """The three numbers of a recommended row in a few words."""
+    row = next((row for row in matrix.rows if row.variant == found.variant), None)
+    if row is None:
+        return ()
+    loss = cell(matrix, row, every[0])
+    facts = []
+    if loss.state == "value":
+        facts.append("no measurable accuracy loss" if loss.verdict != "loss" else f"{loss.text} % accuracy loss")
+    if row.memory_percent_of_fp16 is not None:
+        facts.append(f"{number(row.memory_percent_of_fp16, 'percent')} % memory")
+    if row.speed_over_fp16 is not None:
+        facts.append(f"{number(row.speed_over_fp16.value, 'ratio')}× speed{' (noisy)' if row.noise else ''}")
+    return tuple(facts)

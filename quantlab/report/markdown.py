@@ -4,11 +4,14 @@ import re
 
 from quantlab.report.cells import Cell, cell, failures, notes
 from quantlab.report.columns import Column, columns
+from quantlab.report.layers import layer_maps
 from quantlab.report.matrix import Matrix
 from quantlab.report.recommend import RULES, recommend
 from quantlab.report.rows import Row
+from quantlab.report.verdict import summary
 
 _HEADLINE_COLUMNS = 3
+_MOST_LAYERS = 16
 
 
 def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
@@ -22,9 +25,11 @@ def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
         "## Details",
         *(
             _table(matrix, [column for column in every[_HEADLINE_COLUMNS:] if column.group == group])
-            for group in ("quality", "memory", "speed")
+            for group in ("quality", "tasks", "memory", "speed")
+            if any(column.group == group for column in every[_HEADLINE_COLUMNS:])
         ),
         *_domains(matrix),
+        *_layers(matrix),
         "## How to read this",
         "\n".join(f"- {_escaped(note)}" for note in notes(matrix)),
         "\n".join(f"- **{_escaped(column.heading)}:** {_escaped(column.meaning)}" for column in every),
@@ -43,16 +48,17 @@ def _table(matrix: Matrix, shown: tuple[Column, ...] | list[Column], *, with_des
     heads = [
         "variant",
         *(column.heading + (twin if column.group == "speed" else "") for column in shown),
-        *(["passes"] if with_description else []),
+        *(["verdict", "passes"] if with_description else []),
     ]
     lines = [
         _line([_escaped(head) for head in heads]),
-        _line(["---", *("---:" for _ in shown), *(["---"] if with_description else [])]),
+        _line(["---", *("---:" for _ in shown), *(["---", "---"] if with_description else [])]),
     ]
     for row in matrix.rows:
         told: set[str] = set()
         cells = [_text(cell(matrix, row, column), column, told) for column in shown]
-        lines.append(_line([_variant(matrix, row), *cells, *([_escaped(row.description)] if with_description else [])]))
+        told_of = [_escaped(summary(row) or "–"), _escaped(row.description)] if with_description else []
+        lines.append(_line([_variant(matrix, row), *cells, *told_of]))
     return "\n".join(lines)
 
 
@@ -62,7 +68,8 @@ def _text(found: Cell, column: Column, told: set[str]) -> str:
         reason = "" if column.group in told else f": {_escaped(found.reason or '')}"
         told.add(column.group)
         return f"failed{reason}"
-    return f"{found.text} ({found.interval})" if found.interval else found.text
+    noise = " noisy" if found.noise else ""
+    return f"{found.text} ({found.interval}){noise}" if found.interval else found.text + noise
 
 
 def _variant(matrix: Matrix, row: Row) -> str:
@@ -82,6 +89,23 @@ def _domains(matrix: Matrix) -> list[str]:
             _line([_variant(matrix, row), *(f"{domain.perplexity.value:.2f}" if domain else "–" for domain in domains)])
         )
     return ["\n".join(lines)]
+
+
+def _layers(matrix: Matrix) -> list[str]:
+    """What stands out by layer, and the numbers where they fit on a page."""
+    blocks = []
+    for found in layer_maps(matrix):
+        blocks += [
+            f"### {found.caption}",
+            _escaped(found.meaning),
+            *(f"**{_escaped(text)}**" for text in found.sentences),
+        ]
+        if len(found.layers) <= _MOST_LAYERS:
+            heads = [found.corner, *(f"layer {layer}" for layer in found.layers)]
+            lines = [_line(heads), _line(["---", *("---:" for _ in found.layers)])]
+            lines += [_line([f"`{name}`", *(tile.text for tile in tiles)]) for name, tiles in found.lines]
+            blocks.append("\n".join(lines))
+    return blocks
 
 
 def _provenance(matrix: Matrix) -> str:

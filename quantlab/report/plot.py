@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from quantlab.evaluation.record import Measured
 from quantlab.report.cells import interval, number
 from quantlab.report.matrix import Matrix
-from quantlab.report.rows import Row
+from quantlab.report.rows import Row, noise_of
 
 SPEED_STEPS = (0.95, 1.25, 2.0, 3.0)
 """Where the classes of speed over FP16 begin, but the slowest."""
@@ -64,6 +64,8 @@ class Mark:
     speed_class: int | None
     is_baseline: bool
     on_frontier: bool
+    noise: str | None
+    """Why its speed is no fact."""
     details: str
     """Everything about the point in one line."""
 
@@ -218,6 +220,7 @@ def _marks(
                 speed_class=speed_class,
                 is_baseline=point.is_baseline,
                 on_frontier=point.row.variant in best,
+                noise=noise_of(point.row, "speed_over_fp16"),
                 details=_details(point),
             )
             for shift in _SHIFTS
@@ -234,6 +237,8 @@ def _details(point: _Point) -> str:
     )
     speed = point.row.speed_over_fp16
     pace = f"speed {number(speed.value, 'ratio')}× FP16 ({interval(speed, 'ratio')})" if speed else "speed not measured"
+    noise = noise_of(point.row, "speed_over_fp16")
+    pace += f", noisy: {noise}" if noise else ""
     return f"{point.row.variant}: {loss}, memory {number(point.memory, 'percent')} % of FP16, {pace}"
 
 

@@ -13,7 +13,8 @@ from typing import Literal
 from quantlab.evaluation.record import Measured
 from quantlab.report.cells import interval, number
 from quantlab.report.matrix import Matrix
-from quantlab.report.rows import Row
+from quantlab.report.rows import Row, noise_of
+from quantlab.report.verdict import verdicts
 
 NEGLIGIBLE_PERCENT = 0.1
 """A perplexity surely within this of the baseline's is as good as equal, even where the difference can be measured."""
@@ -25,11 +26,11 @@ SAME_MEMORY_POINTS = 0.5
 """Rows this close in percent of FP16 take the same memory."""
 
 RULES = {
-    "quality": "The least memory among variants whose accuracy-loss interval reaches zero and whose perplexity is not measurably above the baseline's "
+    "quality": "The least memory among variants without a measurable loss of accuracy or in a task and whose perplexity is not measurably above the baseline's "
     f"(or surely at most {NEGLIGIBLE_PERCENT:g} % above it), where the interval rules out a rise of more than {EXCLUDED_PERCENT:g} %.",
     "memory": f"The least memory among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %.",
     "speed": f"The fastest decode at batch size 1 among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %; "
-    "among those whose speeds overlap, the one that can have lost least.",
+    "among those whose speeds overlap, the one that can have lost least. Speeds marked noisy do not count.",
 }
 """How each goal is decided, for people."""
 
@@ -59,8 +60,14 @@ class _Judged:
 
     @property
     def keeps_quality(self) -> bool:
-        no_rise = self.rise.low <= 0 or self.rise.high <= NEGLIGIBLE_PERCENT
-        return self.loss.low <= 0 and no_rise and self.rise.high <= EXCLUDED_PERCENT
+        lost = {name for name, verdict in verdicts(self.row).items() if verdict == "loss"}
+        if self.rise.high <= NEGLIGIBLE_PERCENT:
+            lost.discard("perplexity")
+        return not lost and self.rise.high <= EXCLUDED_PERCENT
+
+    @property
+    def lost_nothing(self) -> bool:
+        return "loss" not in verdicts(self.row).values()
 
     @property
     def is_bounded(self) -> bool:
@@ -92,12 +99,22 @@ def _with_absent(
     present = {
         other.row.variant
         for other in judged
-        if (other.row.memory_percent_of_fp16 if need == "memory" else other.row.speed_over_fp16) is not None
+        if (other.row.memory_percent_of_fp16 if need == "memory" else _quiet_speed(other.row)) is not None
     } | {matrix.baseline}
     absent = [row.variant for row in matrix.rows if row.variant not in present]
     if not absent:
         return found
-    return replace(found, sentence=f"{found.sentence} Not considered, for want of numbers: {_listed(absent)}.")
+    why = (
+        "for want of quiet numbers"
+        if need == "speed" and any(row.noise for row in matrix.rows)
+        else "for want of numbers"
+    )
+    return replace(found, sentence=f"{found.sentence} Not considered, {why}: {_listed(absent)}.")
+
+
+def _quiet_speed(row: Row) -> Measured | None:
+    """The speed that decides, unless it is noise."""
+    return None if noise_of(row, "speed_over_fp16") else row.speed_over_fp16
 
 
 def _for_quality(matrix: Matrix, judged: Sequence[_Judged]) -> Recommendation:
@@ -116,7 +133,7 @@ def _for_quality(matrix: Matrix, judged: Sequence[_Judged]) -> Recommendation:
         )
         seen = (
             "no measurable loss"
-            if pick.rise.low <= 0
+            if pick.lost_nothing
             else f"a perplexity surely within {NEGLIGIBLE_PERCENT:g} % of the baseline's"
         )
         sentence = f"{pick.row.variant} is the smallest variant with {seen} over {pick.rise.n:,} tokens: {pick.losses}, {saving}"
@@ -160,7 +177,7 @@ def _for_memory(judged: Sequence[_Judged]) -> Recommendation:
 
 
 def _for_speed(judged: Sequence[_Judged]) -> Recommendation:
-    timed = [(found.row.speed_over_fp16, found) for found in judged if found.is_bounded]
+    timed = [(_quiet_speed(found.row), found) for found in judged if found.is_bounded]
     faster = [(speed, found) for speed, found in timed if speed is not None and speed.low > 1]
     if not any(speed for speed, _ in timed):
         return Recommendation(
@@ -213,7 +230,11 @@ def _saves(memory: float) -> bool:
 
 def _largest_batch(row: Row) -> tuple[str, Measured | None]:
     """The largest batch size above 1 whose decode speed was compared with FP16."""
-    measured = [(batch, ratio) for batch, ratio in row.decode_over_fp16.items() if ratio is not None and batch != "1"]
+    measured = [
+        (batch, ratio)
+        for batch, ratio in row.decode_over_fp16.items()
+        if ratio is not None and batch != "1" and not noise_of(row, f"decode_over_fp16.{batch}")
+    ]
     return measured[-1] if measured else ("", None)
 
 

@@ -10,8 +10,10 @@ from rich.text import Text
 
 from quantlab.report.cells import Cell, cell, failures, notes
 from quantlab.report.columns import Column, columns
+from quantlab.report.layers import layer_maps
 from quantlab.report.matrix import Matrix
 from quantlab.report.recommend import recommend
+from quantlab.report.verdict import summary
 
 _HEADLINE = ("accuracy_loss_percent", "memory_percent_of_fp16", "speed_over_fp16")
 _DETAILS = (
@@ -50,14 +52,24 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
     """Print the table, the recommendations and what a reader must know."""
     console.print(Text(in_encoding(console, f"{matrix.recipe} · {matrix.suite} · {matrix.hardware}"), style="dim"))
     console.print(table_that_fits(matrix, console))
+    tasks = [column for column in columns(matrix) if column.key.startswith("task_loss.")]
+    if tasks:
+        console.print(_tasks(matrix, tasks, console))
+    unharmed = [
+        row.variant for row in matrix.rows if row.variant != matrix.baseline and summary(row) == "no measurable loss"
+    ]
+    if unharmed:
+        _print_labelled("no loss", f"No measurable loss: {', '.join(unharmed)}.", console, label_style="bold green")
     for found in recommend(matrix):
         _print_labelled(
             found.goal, found.sentence, console, label_style="bold green" if found.variant else "bold yellow"
         )
+    for sentence in (sentence for found in layer_maps(matrix) for sentence in found.sentences):
+        _print_labelled("layers", sentence, console, label_style="bold red")
     for failure in failures(matrix):
         _print_labelled("failed", failure, console, label_style="bold red")
     for note in (
-        "± is the wider side of the interval; bold is a change whose interval leaves out zero.",
+        "± is the wider side of the interval; bold is a change that can be measured.",
         *notes(matrix),
     ):
         _print_labelled("note", note, console, label_style="dim", style="dim")
@@ -92,6 +104,18 @@ def _table(matrix: Matrix, shown: list[Column], console: Console) -> Table:
     return table
 
 
+def _tasks(matrix: Matrix, tasks: list[Column], console: Console) -> Table:
+    """What every variant lost in every task, in percentage points."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
+    table.add_column("points lost\nin tasks", overflow="fold", style="bold")
+    for column in tasks:
+        table.add_column(column.key.removeprefix("task_loss."), justify="right")
+    for row in matrix.rows:
+        if row.variant != matrix.baseline:
+            table.add_row(row.variant, *(_text(cell(matrix, row, column), column, console) for column in tasks))
+    return table
+
+
 def _text(found: Cell, column: Column, console: Console) -> Text:
     match found.state:
         case "baseline":
@@ -102,10 +126,12 @@ def _text(found: Cell, column: Column, console: Console) -> Text:
             return Text(in_encoding(console, found.text), style="dim")
         case "value":
             text = Text(in_encoding(console, found.text))
-            if column.relative and found.low is not None and found.low > 0 and column.unit == "change":
+            if found.verdict in ("loss", "gain"):
                 text.stylize("bold")
-            if found.margin and column.key in _WITH_MARGIN:
+            if found.margin and (column.key in _WITH_MARGIN or column.group == "tasks"):
                 text.append(" " + in_encoding(console, found.margin), style="dim not bold")
+            if found.noise:
+                text.append(" noisy", style="yellow not bold")
             return text
 
 

@@ -10,8 +10,6 @@ from quantlab.evaluation.record import Measured, Significance, Verdict
 from quantlab.report.rows import Row
 
 LEVEL = 0.05
-NAMES = {"accuracy_loss_percent": "accuracy", "perplexity_change_percent": "perplexity"}
-"""The losses of every row that a verdict is given on, as people call them."""
 
 
 def judge(measured: Measured | None, significance: Significance | None) -> Verdict | None:
@@ -37,12 +35,15 @@ def _verdicts(row: Row) -> Iterator[tuple[str, Verdict | None]]:
 
 
 def summary(row: Row) -> str | None:
-    """All verdicts of a row in a few words; None where no loss was measured."""
+    """All verdicts of a row in a few words: "loss: perplexity, 2 of 5 tasks"; None where no loss was measured."""
     found = verdicts(row)
     if not found:
         return None
-    lost = [name for name, verdict in found.items() if verdict == "loss"]
-    return f"measurable loss: {', '.join(lost)}" if lost else "no measurable loss"
+    lost = [name for name, verdict in found.items() if verdict == "loss" and not name.startswith("task ")]
+    tasks = sum(verdict == "loss" and name.startswith("task ") for name, verdict in found.items())
+    if tasks:
+        lost.append(f"{tasks} of {len(row.tasks)} tasks")
+    return f"loss: {', '.join(lost)}" if lost else "no measurable loss"
 
 
 def tested(row: Row) -> bool:

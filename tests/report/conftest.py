@@ -4,7 +4,20 @@ from collections.abc import Callable
 
 import pytest
 
-from quantlab.evaluation.record import Domain, Failure, Measured, Memory, Quality, Record, Speed
+from quantlab.evaluation.record import (
+    Divergence,
+    Domain,
+    Failure,
+    MatrixErrors,
+    Measured,
+    Memory,
+    Quality,
+    Record,
+    Significance,
+    Speed,
+    TaskResult,
+    Verdict,
+)
 
 FP16_BYTES = 31_457_280
 TOKENS = 65_536
@@ -109,9 +122,128 @@ def make_recipe() -> list[Record]:
     ]  # fmt: skip
 
 
+def make_divergence(kl: float, *, layers: int = 8, at_fault: int | None = None) -> Divergence:
+    """Errors of a few percent in every layer; twenty times that in the one at fault."""
+    error = kl**0.5 * 0.3
+
+    def of(layer: int) -> float:
+        return error * (20 if layer == at_fault else 1 + 0.05 * layer)
+
+    return Divergence(
+        kl_mean=measured(kl, 0.04 * kl),
+        kl_median=measured(0.4 * kl, 0.03 * kl),
+        kl_p99=measured(9 * kl, kl),
+        top1_agreement=measured(0.95, 0.004),
+        flips_to_wrong=measured(0.021, 0.002),
+        flips_to_right=measured(0.018, 0.002),
+        router_agreement={f"layer {layer}": measured(1 - of(layer), 0.002) for layer in range(1, layers)},
+        layer_errors={f"layer {layer}": measured(of(layer), 0.02 * error, 512) for layer in range(layers)},
+        layer_error_tokens=512,
+    )
+
+
+def make_task(
+    name: str, score: float, loss: float | None, *, p: float = 0.4, chance: float | None = 0.25
+) -> TaskResult:
+    found = None if loss is None else measured(loss, 0.012, 600)
+    verdict: Verdict = "no measurable loss" if loss is None or abs(loss) <= 0.012 else "loss" if loss > 0 else "gain"
+    return TaskResult(
+        name=name,
+        version="1",
+        metric="accuracy",
+        score=measured(score, 0.02, 600),
+        n=600,
+        random_baseline=chance,
+        baseline_score=score + (loss or 0.0),
+        loss=found,
+        significance=None if loss is None else Significance(p=p, holm_p=min(1.0, 4 * p), verdict=verdict),
+    )
+
+
+def enrich(record: Record) -> Record:
+    """The same record with everything that later evaluations add."""
+    quality, memory, speed = record.quality, record.memory, record.speed
+    assert quality is not None
+    assert memory is not None
+    assert speed is not None
+    is_baseline = record.variant == record.baseline
+    rise, loss = quality.perplexity_change_percent, quality.accuracy_loss_percent
+    kl = quality.kl_to_baseline.value if quality.kl_to_baseline else 0.0
+    if rise is not None and loss is not None:
+        significance = {
+            name: Significance(p=p, holm_p=min(1.0, 3 * p), verdict="no measurable loss" if found.low <= 0 else "loss")
+            for name, found in (("perplexity_change_percent", rise), ("accuracy_loss_percent", loss))
+            for p in (0.5 if found.low <= 0 else 0.001,)
+        }
+        quality = quality.model_copy(update={"divergence": make_divergence(kl), "significance": significance})
+    lost = 0.0 if loss is None else loss.value / 30
+    tasks = tuple(
+        make_task(name, score - lost, None if is_baseline else lost, p=0.001 if lost > 0.012 else 0.4)
+        for name, score in (("continuation", 0.71), ("last-word", 0.32), ("retrieval", 0.88))
+    )
+    at_1 = speed.decode_tokens_per_second["1"].value
+    speed = speed.model_copy(
+        update={
+            "decode_over_fp16": speed.decode_over_fp16
+            | {"32": measured(speed.decode_over_fp16["8"].value * 0.8, 0.04, 9)},
+            "decode_tokens_per_second": speed.decode_tokens_per_second | {"32": measured(4 * at_1, 2, 9)},
+            "time_to_first_token_seconds": {"1": measured(0.9 / at_1, 0.004, 9)},
+            "noise": {"decode_tokens_per_second.8": "other processes took 0.9 of 2 cores"}
+            if record.variant == "int8"
+            else {},
+        }
+    )
+    errors = tuple(
+        MatrixErrors(layer=f"layer {layer}", kind=kind, count=96, relative_error=0.11, relative_error_max=0.14, output_error=0.008 * (1 + layer), output_error_max=0.012 * (1 + layer), worst=f"model.layers.{layer}.{kind}.3")
+        for layer in range(8)
+        for kind in ("mlp.experts.gate_proj", "mlp.experts.down_proj")
+    )  # fmt: skip
+    return record.model_copy(
+        update={
+            "quality": quality,
+            "memory": memory.model_copy(update={"kv_cache_bytes_per_token": 2560, "kv_cache": "latent of 128 + 32"}),
+            "speed": speed,
+            "tasks": tasks,
+            "matrix_errors": errors if "int" in record.description else (),
+            "tokens_per_expert": {f"layer {layer}": tuple(range(40, 72)) for layer in range(1, 8)}
+            if "gptq" in record.description
+            else {},
+            "suite_name": "quick",
+            "suite_version": 1,
+            "seeds": {"bootstrap": 0},
+            "command": "quantlab run recipes/quickstart.yaml",
+        }
+    )
+
+
+def make_faulty(record: Record) -> Record:
+    """The record with the errors of an artifact in which one expert of layer 3 is damaged."""
+    quality = record.quality
+    assert quality is not None
+    return record.model_copy(
+        update={
+            "variant": "faulty",
+            "quality": quality.model_copy(
+                update={
+                    "divergence": make_divergence(0.0187, at_fault=3),
+                    "accuracy_loss_percent": measured(3.1, 0.4),
+                    "perplexity_change_percent": measured(6.2, 0.5),
+                }
+            ),
+        }
+    )
+
+
 @pytest.fixture
 def recipe() -> list[Record]:
     return make_recipe()
+
+
+@pytest.fixture
+def rich() -> list[Record]:
+    """The recipe with every field filled, and a variant with a damaged layer."""
+    records = [enrich(record) for record in make_recipe()]
+    return [*records, make_faulty(records[4])]
 
 
 @pytest.fixture

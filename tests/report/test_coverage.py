@@ -19,7 +19,7 @@ def test_every_expert_is_drawn(recipe: list[Record]) -> None:
     assert found.squares[4].text == "layer 2, expert 0: 10 tokens, 0.10× its share"
     assert found.sentence == "Fewest: 0 tokens for expert 0 of layer 3."
     page = to_html(matrix)
-    assert page.count("<rect") == 12
+    assert page.count('width="11" height="11"') == 12
     assert "layer 2, expert 3: 200 tokens, 2.00× its share" in page
 
 

@@ -42,7 +42,14 @@ def plain(text: str) -> float:
 def test_markdown_tables_hold_the_numbers(recipe: list[Record]) -> None:
     matrix = build_matrix(recipe)
     first, *details = tables(to_markdown(matrix, with_plot=True))
-    assert first[0] == ["variant", "accuracy loss %", "memory % of FP16", "speed × FP16 (random-weight twin)", "passes"]
+    assert first[0] == [
+        "variant",
+        "accuracy loss %",
+        "memory % of FP16",
+        "speed × FP16 (random-weight twin)",
+        "verdict",
+        "passes",
+    ]
     assert all(len(line) == len(table[0]) for table in (first, *details) for line in table)
     assert [line[0] for line in first[1:]] == ["source (baseline)", *(row.variant for row in matrix.rows[1:])]
     assert first[1][1] == "baseline"
