@@ -68,7 +68,7 @@ def make(peer: str, variant: str, python: str, work: Path) -> bool:
     settings = {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     command = [python, HERE / f"with_{peer}.py", variant, "--model", work / "bf16", "--tokens", work / "tokens.pt"]
     with out.with_name(out.name + ".log").open("w") as log:
-        done = subprocess.run([*command, "--out", out], stdout=log, stderr=log, env=os.environ | settings)
+        done = subprocess.run([*command, "--out", out], stdout=log, stderr=log, env=os.environ | settings, cwd=work)
     return done.returncode == 0
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from quantlab.evaluation.statistics import resample
 
 Row = dict[str, object]
+NOTES = Path(__file__).with_name("notes.md")
 REFERENCE = "quantlab-rtn-absmax"
 # columns of quantlab.evaluation.quality.document_sums
 TOKENS, KL = 0, 4
@@ -23,7 +24,7 @@ NAMES = {
     "llmcompressor-gptq-mse": "llm-compressor GPTQ, observer mse",
     "llmcompressor-gptq-imatrix": "llm-compressor GPTQ, observer imatrix_mse",
     "llmcompressor-rtn-imatrix": "llm-compressor RTN, observer imatrix_mse",
-    "llmcompressor-awq": "llm-compressor AWQ",
+    "llmcompressor-awq": "llm-compressor AWQ (16 of the 128 samples)",
     "gptqmodel-gptq": "GPTQModel GPTQ",
     "gptqmodel-gptq-mse": "GPTQModel GPTQ, mse 2.4",
     "autoround-opt-rtn": "auto-round, optimised RTN (iters 0)",
@@ -46,8 +47,8 @@ def write_table(results: dict[str, Row], strata: NDArray[np.int64], about: Row, 
     lines = [
         "# int4 in groups of 128 by quantlab and its peers, on the reference DeepSeek-V3",
         "",
-        "| made by | KL to source, nats | KL relative to RTN absmax | perplexity change % | quantize, s | peak RSS, GB |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| made by | KL to source, nats | KL relative to RTN absmax | perplexity change % | seconds | processor seconds | peak RSS, GB |",
+        "|---|--:|--:|--:|--:|--:|--:|",
         *(line(name, results[name]) for name in ordered),
         "",
         f"{about['tokens']:,} held-out tokens of {about['documents']} documents (suite {about['suite']}); in brackets 95 % "
@@ -64,9 +65,7 @@ def write_table(results: dict[str, Row], strata: NDArray[np.int64], about: Row, 
         *(f"- {NAMES.get(name, name)}: {versions(results[name])}" for name in ordered if results[name]["run"]),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    notes = out.with_name(out.name + ".notes.md")
-    extra = ["", notes.read_text().rstrip()] if notes.is_file() else []
-    out.with_suffix(".md").write_text("\n".join(lines + extra) + "\n")
+    out.with_suffix(".md").write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
     kept = {name: {key: value for key, value in row.items() if key != "sums"} for name, row in results.items()}
     out.with_suffix(".json").write_text(json.dumps({"about": about, "rows": kept}, indent=1) + "\n")
 
@@ -90,11 +89,12 @@ def line(name: str, row: Row) -> str:
     """One row of the main table."""
     value, low, high = kl(row)
     ratio, change, run = row["kl_relative"], row["quality"]["perplexity_change_percent"], row["run"]
-    cost = f"{run['quantize_seconds']:.0f} | {run['peak_rss_bytes'] / 1e9:.2f}" if run else "– | –"
+    seconds = f"{run['quantize_seconds']:.0f} | {run['processor_seconds']:.0f}" if run else "– | –"
+    memory = f"{run['peak_rss_bytes'] / 1e9:.2f}" if run else "–"
     return (
         f"| {NAMES.get(name, name)} | {value:.4f} ({low:.4f} to {high:.4f}) "
         f"| {ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}) "
-        f"| {change['value']:.2f} ({change['low']:.2f} to {change['high']:.2f}) | {cost} |"
+        f"| {change['value']:.2f} ({change['low']:.2f} to {change['high']:.2f}) | {seconds} | {memory} |"
     )
 
 
