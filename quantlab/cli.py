@@ -27,6 +27,8 @@ from quantlab.report.compare import GRAMMAR
 from quantlab.report.compare import compare as compare_records
 from quantlab.report.compare_terminal import print_comparison
 from quantlab.report.files import find_records, read_records, write_report
+from quantlab.report.leaderboard_files import write_leaderboard
+from quantlab.report.leaderboard_terminal import print_leaderboard
 from quantlab.report.matrix import Matrix
 from quantlab.report.terminal import print_matrix
 
@@ -108,6 +110,9 @@ def run(
     recipe: RecipeArgument,
     out: OutOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts that another recipe made.")] = False,
+    device: Annotated[
+        str, typer.Option(help="Where layers compute while they are calibrated: cpu, cuda, cuda:1, …")
+    ] = "cpu",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -116,11 +121,14 @@ def run(
     loaded, compiled = _compile(recipe)
     if loaded.recipe.evaluate is not None:
         load_suite(loaded.resolve(loaded.recipe.evaluate.suite))  # a mistake in it is better told before the work
-    from quantlab.stages import make, measure  # imports torch, which `plan` and `--help` do without
+    from quantlab.run.loop import Settings  # imports torch, which `plan` and `--help` do without
+    from quantlab.runtime.device import find_device
+    from quantlab.stages import make, measure
 
     directory = _directory(loaded, out)
+    settings = Settings(device=find_device(device), overwrite=overwrite)
     with _interruptible():
-        made = make(loaded, compiled, directory, console=_err, quiet=quiet or as_json, overwrite=overwrite)
+        made = make(loaded, compiled, directory, settings, console=_err, quiet=quiet or as_json)
     if not (quiet or as_json):
         show.print_artifacts(_err, made.made, made.kept, directory)
     if loaded.recipe.evaluate is None:
@@ -193,6 +201,27 @@ def compare(
         typer.echo(comparison.model_dump_json(indent=1))
     else:
         print_comparison(comparison, _out)
+
+
+@app.command()
+def leaderboard(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", help="Output directories of runs, or directories of records.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output directory.")] = Path("leaderboard"),
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge runs into one ranked table: leaderboard.html, .md, .csv and .json."""
+    board = write_leaderboard(directories, out)
+    if as_json:
+        typer.echo(board.to_json())
+    elif not quiet:
+        print_leaderboard(board, _out)
+        _err.print(f"{out}/leaderboard.html, .md, .csv, .json", style="dim", highlight=False, markup=False)
 
 
 @app.command()

@@ -16,10 +16,11 @@ from quantlab.report.matrix import Matrix
 from quantlab.run.artifact import MANIFEST_NAME
 from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import MadeArtifacts, make_artifacts
+from quantlab.run.loop import Settings
 
 
 def make(
-    recipe: LoadedRecipe, plan: Plan, out: Path, *, console: Console, quiet: bool, overwrite: bool
+    recipe: LoadedRecipe, plan: Plan, out: Path, settings: Settings, *, console: Console, quiet: bool
 ) -> MadeArtifacts:
     """Make the artifacts that are not there yet, with a progress bar each.
 
@@ -33,7 +34,7 @@ def make(
             task = bars.add_task(variant.name, total=plan.source_bytes, detail=variant.description)
             return lambda nbytes: bars.advance(task, nbytes)
 
-        return make_artifacts(plan, recipe, directory, announce, overwrite=overwrite)
+        return make_artifacts(plan, recipe, directory, announce, settings)
 
 
 def measure(recipe: LoadedRecipe, plan: Plan, out: Path, *, console: Console, quiet: bool, reuse: bool) -> Matrix:

@@ -150,8 +150,17 @@ class Workspace:
         return data.view(shape)
 
 
+_PREFIX: Final = "hidden-after-"
+
+
 def _file(directory: Path, block: str) -> Path:
-    return directory / f"hidden-after-{block.replace(' ', '-')}.safetensors"
+    return directory / f"{_PREFIX}{block.replace(' ', '-')}.safetensors"
+
+
+def saved_streams(directory: Path) -> dict[str, Path]:
+    """The files of `save_streams` in a directory, by the block that they were written after."""
+    files = directory.glob(f"{_PREFIX}*.safetensors")
+    return {path.stem.removeprefix(_PREFIX).replace("-", " "): path for path in files}
 
 
 def save_streams(directory: Path, block: str, streams: Mapping[str, HiddenStates]) -> None:
@@ -210,6 +219,6 @@ def load_streams(directory: Path, block: str, streams: Mapping[str, HiddenStates
 def discard_streams(directory: Path, *, keep: str | None) -> None:
     """Remove what was saved after every block but `keep`."""
     kept = None if keep is None else _file(directory, keep)
-    for path in directory.glob("hidden-after-*"):
+    for path in directory.glob(f"{_PREFIX}*"):
         if path != kept:
             path.unlink()

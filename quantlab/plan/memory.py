@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from quantlab.plan.model import Step
-from quantlab.recipe.algorithms import Gptq
 from quantlab.recipe.schema import Calibration, Prune, Quantize
 
 _PROCESS_BYTES = 400_000_000
@@ -32,10 +31,7 @@ def peak_memory(steps: Iterable[Step]) -> int:
 
 def calibrated_peak_memory(steps: Sequence[Step], calibration: Calibration) -> int:
     """Estimated largest resident size in bytes of a run that watches the model read text, on a CPU."""
-    beside = calibration.propagate == "quantized" and any(
-        step.quantize and isinstance(step.quantize.algorithm, Gptq) and step.quantize.algorithm.correction
-        for step in steps
-    )
+    beside = calibration.propagate == "quantized" and any(step.corrects for step in steps)
     streams, tokens = 2 if beside else 1, calibration.samples * calibration.length
     blocks: dict[str, list[Step]] = defaultdict(list)
     for step in steps:

@@ -7,6 +7,7 @@ from typing import Literal
 from quantlab.architectures.architecture import Architecture, Claim
 from quantlab.checkpoint.header import DTYPE_BITS, TensorEntry
 from quantlab.checkpoint.index import Checkpoint
+from quantlab.recipe.algorithms import Gptq
 from quantlab.recipe.schema import Calibration, Prune, Quantize
 
 Outcome = Literal["cast", "quantized", "pruned", "folded", "kept", "dropped"]
@@ -69,6 +70,12 @@ class Step:
     def quantize(self) -> Quantize | None:
         """The pass that puts it on an integer grid, if one does."""
         return next((step for step in self.passes if isinstance(step, Quantize)), None)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether its algorithm compares with the unchanged model, to make good for the errors of earlier layers."""
+        algorithm = self.quantize.algorithm if self.quantize else None
+        return isinstance(algorithm, Gptq) and bool(algorithm.correction)
 
     @property
     def source_bytes(self) -> int:
@@ -138,6 +145,13 @@ class VariantPlan:
     @property
     def steps(self) -> Iterator[Step]:
         return (step for block in self.blocks for shard in block.shards for step in shard.steps)
+
+    @property
+    def watches_unchanged(self) -> bool:
+        """Whether text flows through the unchanged model: alone, or to make good for the errors of earlier layers."""
+        return self.calibration is not None and (
+            self.calibration.propagate == "original" or any(step.corrects for step in self.steps)
+        )
 
     @property
     def artifact_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 
 import torch
@@ -21,9 +21,12 @@ from quantlab.passes.apply import Changed, Group, Inputs, apply_passes, needs_of
 from quantlab.plan.folds import Fold, folds_of
 from quantlab.plan.model import Step
 from quantlab.run.folding import FOLD_NEEDS, Change, Knowledge, factors_of, folded, unfolded
+from quantlab.run.shared import Unchanged
 from quantlab.run.weights import check_range
 
 Read = Callable[[Step], Tensor]
+At = Callable[[], Stream]
+"""Half a layer with the hidden states that enter it, computed when somebody asks."""
 
 _BATCH_BYTES = 1 << 28
 """Memory for the Hessians of experts that are changed at once, and their factors."""
@@ -58,6 +61,14 @@ class BlockTask:
     experts: int | None
 
 
+@dataclass(frozen=True)
+class Streams:
+    """What flows into a block: the hidden states of the model as it is becoming, those of the unchanged one, or both."""
+
+    changed: HiddenStates | None
+    unchanged: Unchanged | None
+
+
 class BlockWork:
     """One decoder layer at work.
 
@@ -65,8 +76,7 @@ class BlockWork:
         task: what is to be done.
         skeleton: makes the layer; `reduced` makes it with the experts that stay.
         read: the source weight of a step.
-        streams: the hidden states that enter the block: of the model as it is becoming ("changed"), of the unchanged one
-            ("original"), or both.
+        streams: the hidden states that enter the block. Without those of the changed model the unchanged one is watched.
         workspace: room for what the unchanged model sees.
 
     Attributes:
@@ -80,47 +90,89 @@ class BlockWork:
         task: BlockTask,
         skeletons: Skeletons,
         read: Read,
-        streams: Mapping[str, HiddenStates],
+        streams: Streams,
         workspace: Workspace,
     ) -> None:
         self._task, self._steps, self._read_source, self._workspace = task, task.steps, read, workspace
-        self._skeletons = skeletons
+        self._skeletons, self._streams = skeletons, streams
         self.changed: dict[str, Changed] = {}
         self.tokens_per_expert: tuple[int, ...] = ()
         self.kept: tuple[int, ...] = ()
         self._folds: dict[str, list[Change]] = {}
-        self._follows = "changed" in streams
-        self._hidden = streams["changed" if self._follows else "original"]
+        self._follows = streams.changed is not None
         self._layer = skeletons.whole.layer(task.index)
         self._layer.fill(self._stored if self._follows else self._read)
         self._unchanged: Layer | None = None
-        if len(streams) == 2:
+        if self._follows and streams.unchanged is not None:
             self._unchanged = skeletons.whole.layer(task.index)
             self._unchanged.fill(self._read)
-            self._unchanged_hidden = streams["original"]
+        self._shares = False
 
     def run(self) -> None:
         """Change every weight of the block; the hidden states are those after it then."""
         folds = folds_of(self._steps.values())
-        for number in range(2):
-            half = self._layer.halves[number]
-            if half.experts is not None and self._task.experts is not None:
-                self._remove_experts(Stream(half, self._hidden), self._task.experts)
-                half = self._layer.halves[number]
-            self._fold(Stream(half, self._hidden), [fold for fold in folds if fold.site in _sites_of(half)])
-            stream, original = settle(Stream(half, self._hidden), self._workspace), None
-            if self._unchanged is not None:
-                original = record(Stream(self._unchanged.halves[number], self._unchanged_hidden), self._workspace)
-            for stage in half.stages:
-                self._change_stage(stream, stage, original)
-            if half.experts is not None:
-                self._change_experts(stream, original)
-            advance(stream)
-            if original is not None:
-                advance(original)
+        if not self._follows and not folds and self._task.experts is None:
+            self._run_unchanged()
+        else:
+            self._run_in_order(folds)
         for name, step in self._steps.items():
             if step.outputs and name not in self.changed:
                 self.changed[name] = self._stored(name), None
+
+    def _run_unchanged(self) -> None:
+        """Watch the unchanged model only. What another variant has seen of it is not computed again."""
+        unchanged, index = self._streams.unchanged, self._task.index
+        assert unchanged is not None, "one of the two models is watched"
+        self._shares = True
+        hidden, entered = cache(partial(unchanged.enter, index)), 0
+
+        def at(number: int) -> Stream:
+            nonlocal entered
+            while entered < number:
+                advance(Stream(self._layer.halves[entered], hidden()))
+                entered += 1
+            return Stream(self._layer.halves[min(number, 1)], hidden())
+
+        for number, half in enumerate(self._layer.halves):
+            self._change_half(partial(at, number), half, None)
+        if not unchanged.knows(index):
+            at(2)
+            unchanged.leave(index)
+
+    def _run_in_order(self, folds: Sequence[Fold]) -> None:
+        """Watch the model as it is becoming, and the unchanged one beside it where errors are made good."""
+        index, unchanged = self._task.index, self._streams.unchanged
+        before = unchanged.enter(index) if unchanged is not None else None
+        known = unchanged is not None and unchanged.knows(index)
+        entering = self._streams.changed or before
+        assert entering is not None, "one of the two models is watched"
+        for number in range(2):
+            half = self._layer.halves[number]
+            if half.experts is not None and self._task.experts is not None:
+                self._remove_experts(Stream(half, entering), self._task.experts)
+                half = self._layer.halves[number]
+            self._fold(Stream(half, entering), [fold for fold in folds if fold.site in _sites_of(half)])
+            stream, original = settle(Stream(half, entering), self._workspace), None
+            if self._unchanged is not None and before is not None:
+                original = record(Stream(self._unchanged.halves[number], before), self._workspace)
+            self._change_half(partial(_itself, stream), half, original)
+            advance(stream)
+            if original is not None and (number == 0 or not known):
+                advance(original)
+        if self._unchanged is not None and unchanged is not None and not known:
+            unchanged.leave(index)
+
+    def _change_half(self, at: At, half: Half, original: Stream | None) -> None:
+        for stage in half.stages:
+            self._change_stage(at, half, stage, original)
+        if half.experts is not None:
+            self._change_experts(at, original)
+
+    def _known(self, what: str, needs: Collection[Need], compute: Callable[[], SiteStatistics]) -> SiteStatistics:
+        """Statistics of this block: from another variant, where they do not depend on this one."""
+        if not self._shares or self._streams.unchanged is None:
+            return compute()
+        return self._streams.unchanged.stages.statistics(f"layer {self._task.index} {what}", needs, compute)
 
     def _read(self, name: str) -> Tensor:
         """A weight as the source has it: of the expert that comes into its slot, and with the folds done so far."""
@@ -192,27 +244,27 @@ class BlockWork:
     def _add_fold(self, step: Step, change: Change) -> None:
         self._folds.setdefault(step.claim.name, []).append(change)
 
-    def _change_stage(self, stream: Stream, stage: Sequence[str], original: Stream | None) -> None:
+    def _change_stage(self, at: At, half: Half, stage: Sequence[str], original: Stream | None) -> None:
         """Change the linears of a stage that are no routed experts."""
-        members = {site: [self._steps[name] for name in stream.half.sites[site].weights] for site in stage}
+        members = {site: [self._steps[name] for name in half.sites[site].weights] for site in stage}
         needs = {site: self._needs(steps) for site, steps in members.items()}
         watched = [site for site in stage if needs[site]]
-        found: Mapping[str, SiteStatistics] = {}
-        if watched:
-            found = collect(stream, watched, needs=set().union(*needs.values()), original=original)
+        together = set().union(*needs.values())
+        collected = cache(lambda: collect(at(), watched, needs=together, original=original))
+        found = {site: self._known(site, together, partial(_of_site, collected, site)) for site in watched}
         for site, steps in members.items():
             self._change([(steps, _inputs(found[site]) if site in found else None)])
 
-    def _change_experts(self, stream: Stream, original: Stream | None) -> None:
+    def _change_experts(self, at: At, original: Stream | None) -> None:
         """Change the routed experts, one after the other: gate and up, then down with the changed ones before it."""
         experts: dict[int, list[Step]] = {}
         for step in self._steps.values():
             if step.claim.expert is not None and step.claim.role == "routed_experts" and step.outputs:
                 experts.setdefault(step.claim.expert, []).append(step)
         needs = self._expert_needs([step for steps in experts.values() for step in steps])
-        moe = collect_moe(stream, needs=needs, original=original) if needs else None
+        moe = cache(lambda: collect_moe(at(), needs=needs, original=original)) if needs else None
         if moe is not None and not self.kept:
-            self.tokens_per_expert = moe.tokens_per_expert
+            self.tokens_per_expert = self._count_tokens(moe)
         width = max(step.source.shape[1] for steps in experts.values() for step in steps)
         at_once = max(_BATCH_BYTES // (24 * width * width), 1)
         numbers = list(experts)
@@ -225,14 +277,24 @@ class BlockWork:
                 [(leave[expert], self._down_inputs(moe, expert, enter[expert], leave[expert])) for expert in batch]
             )
 
-    def _expert_inputs(self, moe: MoeInputs | None, expert: int, steps: Sequence[Step]) -> Inputs | None:
+    def _count_tokens(self, moe: Callable[[], MoeInputs]) -> tuple[int, ...]:
+        if not self._shares or self._streams.unchanged is None:
+            return moe().tokens_per_expert
+        found = self._streams.unchanged.stages.tensors(
+            f"layer {self._task.index} tokens per expert",
+            lambda: {"tokens_per_expert": torch.tensor(moe().tokens_per_expert)},
+        )
+        return tuple(found["tokens_per_expert"].tolist())
+
+    def _expert_inputs(self, moe: Callable[[], MoeInputs] | None, expert: int, steps: Sequence[Step]) -> Inputs | None:
         needs = self._expert_needs(steps)
         if moe is None or not needs:
             return None
-        return _inputs(moe.statistics(expert, needs), prior=moe.layer)
+        prior = self._known("mlp of all tokens", needs, lambda: moe().layer)
+        return _inputs(self._known(f"expert {expert} mlp", needs, lambda: moe().statistics(expert, needs)), prior=prior)
 
     def _down_inputs(
-        self, moe: MoeInputs | None, expert: int, enter: Sequence[Step], steps: Sequence[Step]
+        self, moe: Callable[[], MoeInputs] | None, expert: int, enter: Sequence[Step], steps: Sequence[Step]
     ) -> Inputs | None:
         needs = self._expert_needs(steps)
         if moe is None or not needs:
@@ -241,9 +303,16 @@ class BlockWork:
             self._layer.weights[next(step.claim.name for step in enter if f".{kind}_proj." in step.claim.name)]
             for kind in ("gate", "up")
         )
-        rows = moe.sample(_SAMPLE_PER_CHANNEL * gate.shape[0])
-        prior = moe.down_statistics(expert, gate, up, needs, rows=rows)
-        return _inputs(moe.down_statistics(expert, gate, up, needs), prior=prior)
+
+        def own() -> SiteStatistics:
+            return moe().down_statistics(expert, gate, up, needs)
+
+        def prior() -> SiteStatistics:
+            rows = moe().sample(_SAMPLE_PER_CHANNEL * gate.shape[0])
+            return moe().down_statistics(expert, gate, up, needs, rows=rows)
+
+        name = f"expert {expert} down"
+        return _inputs(self._known(name, needs, own), prior=self._known(f"{name} of all tokens", needs, prior))
 
     def _needs(self, steps: Collection[Step]) -> set[Need]:
         """What the passes want to know; the unchanged model's inputs only where it runs beside."""
@@ -261,7 +330,7 @@ class BlockWork:
             for key, members in groupby(steps, key=lambda step: (step.passes, step.dtype)):
                 if not key[0]:
                     continue
-                weights = {step.claim.name: self._read(step.claim.name).to(self._hidden.device) for step in members}
+                weights = {step.claim.name: self._read(step.claim.name).to(self._workspace.device) for step in members}
                 shape = (sum(map(len, weights.values())), next(iter(weights.values())).shape[1])
                 groups.setdefault((*key, shape), []).append(Group(weights, inputs))
         for together in groups.values():
@@ -274,6 +343,14 @@ class BlockWork:
                     self.changed[name] = result
                     if self._follows:
                         self._layer.weights[name].copy_(_dense(result[0]))
+
+
+def _itself(stream: Stream) -> Stream:
+    return stream
+
+
+def _of_site(collected: Callable[[], Mapping[str, SiteStatistics]], site: str) -> SiteStatistics:
+    return collected()[site]
 
 
 def _at(site: str, steps: Sequence[Step]) -> list[Step]:

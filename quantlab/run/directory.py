@@ -21,7 +21,8 @@ class RunDirectory:
     """The output directory of a recipe: artifacts/, records/, the matrix, and .work/ while something is unfinished.
 
     Everything unfinished is in .work/, one directory a variant: `shards` becomes the artifact by one rename, `journal`
-    says which of its blocks are done, `replaced` is an older artifact on its way out.
+    says which of its blocks are done, `replaced` is an older artifact on its way out. `shared` beside them is what variants
+    share.
     """
 
     path: Path
@@ -37,6 +38,11 @@ class RunDirectory:
 
     def journal(self, variant: str) -> Path:
         return self.work(variant) / "journal.jsonl"
+
+    @property
+    def shared(self) -> Path:
+        """What variants in the making share."""
+        return self.path / ".work" / "shared"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -134,8 +140,11 @@ class RunDirectory:
         """Remove what a run that was killed after the last rename has left."""
         shutil.rmtree(self.work(variant.name), ignore_errors=True)
 
-    def check_space(self, plan: Plan, complete: set[str]) -> None:
+    def check_space(self, plan: Plan, complete: set[str]) -> int:
         """Refuse to begin what the disk cannot hold.
+
+        Returns:
+            The bytes that will still be free.
 
         Raises:
             PlanError: less space is free than the missing artifacts need.
@@ -151,6 +160,7 @@ class RunDirectory:
                 found=f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed",
                 fix="free space, choose another --out, or make fewer variants",
             )
+        return max(free - needed - _COMPANIONS_BYTES, 0)
 
 
 def make_directory(path: Path) -> None:

@@ -1,16 +1,18 @@
 """Make every artifact of a recipe."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantlab.checkpoint.files import write_atomically
 from quantlab.plan.model import Plan, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.run.directory import RunDirectory
-from quantlab.run.loop import Progress, run_variant
+from quantlab.run.loop import Progress, Settings, run_variant
 
 RECIPE_COPY = ".recipe.yaml"
 """The recipe of a run, kept for the order of its rows."""
+
+_DEFAULTS = Settings()
 
 Announce = Callable[[VariantPlan], Progress]
 """Called when work on a variant begins; returns what is told its progress."""
@@ -25,7 +27,7 @@ class MadeArtifacts:
 
 
 def make_artifacts(
-    plan: Plan, recipe: LoadedRecipe, directory: RunDirectory, announce: Announce, *, overwrite: bool = False
+    plan: Plan, recipe: LoadedRecipe, directory: RunDirectory, announce: Announce, settings: Settings = _DEFAULTS
 ) -> MadeArtifacts:
     """Make the artifacts that are not there yet, one variant after the other.
 
@@ -34,7 +36,7 @@ def make_artifacts(
         recipe: the recipe it was compiled from.
         directory: where results go.
         announce: told which variant begins.
-        overwrite: replace artifacts and unfinished work of other recipes instead of refusing.
+        settings: how to go about it; the disk space for what variants share is found here.
 
     Raises:
         ArtifactError: the directory is in use, or holds artifacts of another recipe, or cannot be written.
@@ -43,14 +45,18 @@ def make_artifacts(
     """
     made, kept = [], []
     with directory.locked():
-        complete = {variant.name for variant in plan.variants if directory.is_complete(variant, overwrite=overwrite)}
-        directory.check_space(plan, complete)
+        complete = {
+            variant.name for variant in plan.variants if directory.is_complete(variant, overwrite=settings.overwrite)
+        }
+        free = directory.check_space(plan, complete)
+        sharing = sum(variant.watches_unchanged for variant in plan.variants if variant.name not in complete)
+        settings = replace(settings, shared_bytes=free // 2 if sharing > 1 else 0)
         for variant in plan.variants:
             if variant.name in complete:
                 directory.tidy(variant)
                 kept.append(variant.name)
             else:
-                run_variant(plan, variant, recipe, directory, announce(variant), overwrite=overwrite)
+                run_variant(plan, variant, recipe, directory, announce(variant), settings)
                 made.append(variant.name)
         write_atomically(directory.path / RECIPE_COPY, recipe.content)
     return MadeArtifacts(tuple(made), tuple(kept))

@@ -5,7 +5,7 @@ journal says which blocks are done; the same command continues after them.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,14 +31,28 @@ Progress = Callable[[int], None]
 """Told the bytes of the source that have just been dealt with."""
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a run goes about its work; its artifacts do not depend on it, but for the rounding of calibration on a GPU.
+
+    Attributes:
+        device: where layers compute while they are calibrated: float32 on a CPU, bfloat16 on a GPU.
+        overwrite: replace artifacts and unfinished work of other recipes instead of refusing.
+        shared_bytes: disk space for what calibrated variants share.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    overwrite: bool = False
+    shared_bytes: int = 0
+
+
 def run_variant(
     plan: Plan,
     variant: VariantPlan,
     recipe: LoadedRecipe,
     directory: RunDirectory,
     progress: Progress,
-    *,
-    overwrite: bool = False,
+    settings: Settings,
 ) -> None:
     """Make the artifact of one variant, or finish it where an earlier run stopped.
 
@@ -48,18 +62,18 @@ def run_variant(
     """
     source = StoredWeights(Reader(plan.checkpoint))
     shards = directory.shards(variant.name)
-    if overwrite and journal_key(directory.journal(variant.name)) != variant.key:
+    key = variant.key if settings.device.type == "cpu" else f"{variant.key} on {settings.device.type}"
+    if settings.overwrite and journal_key(directory.journal(variant.name)) != key:
         directory.tidy(variant)
     tokens = _calibration_tokens(plan, variant, recipe)  # text that cannot be used is told before anything is written
     make_directory(shards)
-    journal = Journal(directory.journal(variant.name), shards, key=variant.key)
+    journal = Journal(directory.journal(variant.name), shards, key=key)
     calibrated = None
     if tokens is not None:
-        from quantlab.run.calibrated import CalibratedRun  # imports transformers, which takes seconds
+        from quantlab.run.calibrated import CalibratedRun, Places  # imports transformers, which takes seconds
 
-        work = directory.work(variant.name)
-        read = partial(read_finite, source=source)
-        calibrated = CalibratedRun(plan, variant, tokens, read, work, device=torch.device("cpu"))
+        places = Places(directory.work(variant.name), directory.shared, settings.shared_bytes, settings.device)
+        calibrated = CalibratedRun(plan, variant, tokens, partial(read_finite, source=source), places)
     for block in variant.blocks:
         if journal.has(block.name):
             progress(sum(step.source_bytes for shard in block.shards for step in shard.steps))
