@@ -1,7 +1,7 @@
 """Records in, the files of a report out."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quantlab.errors import ArtifactError
@@ -72,6 +72,16 @@ def write_report(records: Sequence[Record], directory: Path) -> Matrix:
         "matrix.html": to_html(matrix),
         "matrix.json": matrix.to_json(),  # last: it is what other tools wait for
     }
+    write_texts(directory, texts)
+    return matrix
+
+
+def write_texts(directory: Path, texts: Mapping[str, str | None]) -> None:
+    """Write files by atomic rename; a text that is None removes its file.
+
+    Raises:
+        ArtifactError: the directory cannot be written.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -86,7 +96,6 @@ def write_report(records: Sequence[Record], directory: Path) -> Matrix:
             found=error.strerror,
             fix="give a directory that can be written",
         ) from error
-    return matrix
 
 
 def _links(records: Sequence[Record], directory: Path) -> dict[str, str]:

@@ -18,9 +18,9 @@ def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
     """The text of matrix.md; `with_plot` shows matrix.svg, which must lie beside it."""
     every = columns(matrix)
     blocks = [
-        f"# {_escaped(matrix.recipe)}: accuracy loss × memory × speed",
+        f"# {escaped(matrix.recipe)}: accuracy loss × memory × speed",
         "![Accuracy loss against memory, coloured by speed](matrix.svg)" if with_plot else "",
-        "\n".join(f"- **{found.goal.capitalize()}:** {_escaped(found.sentence)}" for found in recommend(matrix)),
+        "\n".join(f"- **{found.goal.capitalize()}:** {escaped(found.sentence)}" for found in recommend(matrix)),
         _table(matrix, every[:_HEADLINE_COLUMNS], with_description=True),
         "## Details",
         *(
@@ -31,14 +31,14 @@ def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
         *_domains(matrix),
         *_layers(matrix),
         "## How to read this",
-        "\n".join(f"- {_escaped(note)}" for note in notes(matrix)),
-        "\n".join(f"- **{_escaped(column.heading)}:** {_escaped(column.meaning)}" for column in every),
+        "\n".join(f"- {escaped(note)}" for note in notes(matrix)),
+        "\n".join(f"- **{escaped(column.heading)}:** {escaped(column.meaning)}" for column in every),
         "\n".join(
-            f"- **{goal.capitalize()} is recommended by this rule:** {_escaped(rule)}" for goal, rule in RULES.items()
+            f"- **{goal.capitalize()} is recommended by this rule:** {escaped(rule)}" for goal, rule in RULES.items()
         ),
     ]
     if failures(matrix):
-        blocks += ["## Not measured", "\n".join(f"- {_escaped(line)}" for line in failures(matrix))]
+        blocks += ["## Not measured", "\n".join(f"- {escaped(line)}" for line in failures(matrix))]
     blocks += ["## Provenance", _provenance(matrix)]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -51,23 +51,28 @@ def _table(matrix: Matrix, shown: tuple[Column, ...] | list[Column], *, with_des
         *(["verdict", "passes"] if with_description else []),
     ]
     lines = [
-        _line([_escaped(head) for head in heads]),
-        _line(["---", *("---:" for _ in shown), *(["---", "---"] if with_description else [])]),
+        table_line([escaped(head) for head in heads]),
+        table_line(["---", *("---:" for _ in shown), *(["---", "---"] if with_description else [])]),
     ]
     for row in matrix.rows:
         told: set[str] = set()
         cells = [_text(cell(matrix, row, column), column, told) for column in shown]
-        told_of = [_escaped(summary(row) or "–"), _escaped(row.description)] if with_description else []
-        lines.append(_line([_variant(matrix, row), *cells, *told_of]))
+        told_of = [escaped(summary(row) or "–"), escaped(row.description)] if with_description else []
+        lines.append(table_line([_variant(matrix, row), *cells, *told_of]))
     return "\n".join(lines)
 
 
 def _text(found: Cell, column: Column, told: set[str]) -> str:
     """A cell; the reason of a failure stands in the first cell it cost."""
     if found.state == "failed":
-        reason = "" if column.group in told else f": {_escaped(found.reason or '')}"
+        reason = "" if column.group in told else f": {escaped(found.reason or '')}"
         told.add(column.group)
         return f"failed{reason}"
+    return cell_text(found)
+
+
+def cell_text(found: Cell) -> str:
+    """A number with its interval and the mark of noise."""
     noise = " noisy" if found.noise else ""
     return f"{found.text} ({found.interval}){noise}" if found.interval else found.text + noise
 
@@ -82,11 +87,16 @@ def _domains(matrix: Matrix) -> list[str]:
     names = list(matrix.rows[0].domains)
     if len(names) < 2:
         return []
-    lines = [_line(["perplexity on", *(_escaped(name) for name in names)]), _line(["---", *("---:" for _ in names)])]
+    lines = [
+        table_line(["perplexity on", *(escaped(name) for name in names)]),
+        table_line(["---", *("---:" for _ in names)]),
+    ]
     for row in matrix.rows:
         domains = [row.domains[name] for name in names]
         lines.append(
-            _line([_variant(matrix, row), *(f"{domain.perplexity.value:.2f}" if domain else "–" for domain in domains)])
+            table_line(
+                [_variant(matrix, row), *(f"{domain.perplexity.value:.2f}" if domain else "–" for domain in domains)]
+            )
         )
     return ["\n".join(lines)]
 
@@ -97,13 +107,13 @@ def _layers(matrix: Matrix) -> list[str]:
     for found in layer_maps(matrix):
         blocks += [
             f"### {found.caption}",
-            _escaped(found.meaning),
-            *(f"**{_escaped(text)}**" for text in found.sentences),
+            escaped(found.meaning),
+            *(f"**{escaped(text)}**" for text in found.sentences),
         ]
         if len(found.layers) <= _MOST_LAYERS:
             heads = [found.corner, *(f"layer {layer}" for layer in found.layers)]
-            lines = [_line(heads), _line(["---", *("---:" for _ in found.layers)])]
-            lines += [_line([f"`{name}`", *(tile.text for tile in tiles)]) for name, tiles in found.lines]
+            lines = [table_line(heads), table_line(["---", *("---:" for _ in found.layers)])]
+            lines += [table_line([f"`{name}`", *(tile.text for tile in tiles)]) for name, tiles in found.lines]
             blocks.append("\n".join(lines))
     return blocks
 
@@ -112,19 +122,20 @@ def _provenance(matrix: Matrix) -> str:
     tokens = sorted({row.perplexity.n for row in matrix.rows if row.perplexity})
     versions = ", ".join(f"{name} {version}" for name, version in sorted(matrix.rows[0].versions.items()))
     entries = [
-        ("Recipe", f"{_escaped(matrix.recipe)}, sha256 `{matrix.recipe_sha256}`"),
-        ("Suite", f"{_escaped(matrix.suite)}, sha256 `{matrix.suite_sha256}`"),
+        ("Recipe", f"{escaped(matrix.recipe)}, sha256 `{matrix.recipe_sha256}`"),
+        ("Suite", f"{escaped(matrix.suite)}, sha256 `{matrix.suite_sha256}`"),
         ("Tokens", ", ".join(f"{count:,}" for count in tokens)),
-        ("Hardware", _escaped(matrix.hardware)),
-        ("Versions", _escaped(versions)),
+        ("Hardware", escaped(matrix.hardware)),
+        ("Versions", escaped(versions)),
     ]
     return "\n".join(f"- {label}: {text}" for label, text in entries if text)
 
 
-def _line(cells: list[str]) -> str:
+def table_line(cells: list[str]) -> str:
+    """One line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that neither breaks a table nor turns into markup."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
