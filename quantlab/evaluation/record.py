@@ -189,6 +189,8 @@ class Speed(_Frozen):
     """What was timed: width, layers and context of the twin."""
     layout: str
     """In which layout: "int4_g128 on 95 % of the weights, the rest bfloat16"."""
+    twin_memory_percent_of_fp16: float | None = None
+    """Bytes the twin holds for its weights, scales included, in percent of the same weights at two bytes each."""
     decode_tokens_per_second: dict[str, Measured]
     prefill_tokens_per_second: dict[str, Measured]
     decode_over_fp16: dict[str, Measured]

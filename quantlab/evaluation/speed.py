@@ -204,9 +204,11 @@ def summarise(
     decode = {str(task.batch): task for task in rates if task.kind == "decode"}
     prefill = {str(task.batch): task for task in rates if task.kind == "prefill"}
     shared = f", timed once with {', '.join(sharing)}" if sharing else ""
+    held = weight_bytes(twin.model)
     return Speed(
         twin=f"{suite.description}, {suite.prompt} tokens in the cache, {native.status()}",
         layout=twin.name + shared,
+        twin_memory_percent_of_fp16=100 * held.total / held.fp16,
         decode_tokens_per_second={batch: median(rates[task]) for batch, task in decode.items()},
         prefill_tokens_per_second={batch: median(rates[task]) for batch, task in prefill.items()},
         decode_over_fp16={batch: median(rates[task] / fp16[task]) for batch, task in decode.items()},
