@@ -1,0 +1,206 @@
+"""Decoding with a cache of fixed size; on CUDA one step is captured as a graph and replayed.
+
+A step of one token runs hundreds of small kernels, which the host takes longer to launch than a GPU to run. Captured once,
+a step is one launch. That asks for tensors that stay where they are: the cache is transformers' `StaticCache`, and tokens,
+position and mask are written in place. On the CPU the same step runs without being captured.
+
+The prompt is read with a growing cache, whose attention costs what the prompt costs and not what the fixed cache could hold,
+and is then moved over, layer by layer.
+
+Legend: B sequences, T tokens of the prompt, S tokens the cache has room for, V vocabulary.
+"""
+
+from typing import Final, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from quantlab.errors import CacheError
+from quantlab.runtime.device import check_room
+
+_WARM_UPS: Final = 2
+"""Steps that run before one is captured: kernels are compiled and memory is taken in the first."""
+
+
+class Decoder:
+    """Reads prompts into a fixed cache and decodes from it.
+
+    Args:
+        model: of `runtime.load` or `runtime.random_twin`.
+        batch: sequences, B.
+        length: tokens per sequence, prompt included, S.
+        capture: whether a step is captured; None for yes on CUDA.
+
+    Raises:
+        CacheError: the model attends to fewer than `length` tokens, or in windows.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, batch: int, length: int, capture: bool | None = None) -> None:
+        longest = int(model.config.max_position_embeddings)
+        if not 0 < length <= longest or batch < 1:
+            raise CacheError(
+                "the cache is of a size the model cannot use",
+                where="decoding with a fixed cache",
+                found=f"{batch} sequences of {length} tokens, the model attends to 1 … {longest}",
+                fix="ask for a shorter context",
+            )
+        self.batch, self.length = batch, length
+        self._model, self._device = model, model.device
+        self._capture = self._device.type == "cuda" if capture is None else capture
+        self._cache = StaticCache(config=model.config, max_cache_len=length)
+        if any(type(layer) is not StaticLayer for layer in self._cache.layers):
+            raise CacheError(
+                "the model attends in windows",
+                where="decoding with a fixed cache",
+                found=", ".join(sorted({type(layer).__name__ for layer in self._cache.layers})),
+                fix="use generate, with the cache it makes itself",
+            )
+        self._used = 0
+        self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._padding = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
+        self._places = torch.arange(length, device=self._device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    @property
+    def used(self) -> int:
+        """Tokens per sequence in the cache, padding included."""
+        return self._used
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Read prompts into the emptied cache.
+
+        Args:
+            ids: [B, T].
+            attention_mask: [B, T], 0 for padding, which stands before a prompt; None if there is none.
+
+        Returns:
+            [B, V] logits of the token after each prompt.
+
+        Raises:
+            CacheError: not B sequences, or more than S tokens.
+            DeviceError: the cache does not fit into memory.
+        """
+        batch, tokens = ids.shape
+        if batch != self.batch or not 0 < tokens <= self.length:
+            raise CacheError(
+                "the prompts do not fit the cache",
+                where="decoding with a fixed cache",
+                found=f"{batch} sequences of {tokens} tokens, made for {self.batch} of 1 … {self.length}",
+                fix="make a cache for as many sequences and tokens",
+            )
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(torch.int64)
+        growing = DynamicCache(config=self._model.config)
+        output = self._model(
+            input_ids=ids.to(self._device),
+            attention_mask=None if attention_mask is None else mask.to(self._device),
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(self._device),
+            past_key_values=growing,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        if not self._cache.layers[0].is_initialized:
+            taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in growing.layers)
+            where = f"a cache of {self.batch} sequences of {self.length} tokens"
+            check_room(taken // tokens * self.length, self._device, where=where)
+        self._cache.reset()
+        for index, layer in enumerate(growing.layers):
+            self._cache.update(layer.keys, layer.values, index)
+            layer.keys = layer.values = None
+        self._padding.copy_((1 - mask).sum(1, keepdim=True))
+        self._position.fill_(tokens)
+        self._used = tokens
+        return cast("Tensor", output.logits[:, -1])
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Decode one more token of each sequence.
+
+        Args:
+            tokens: [B] or [B, 1], what follows the tokens in the cache.
+
+        Returns:
+            [B, V] logits of the tokens after those. Where steps are captured the next one overwrites them.
+
+        Raises:
+            CacheError: the cache is full or empty.
+        """
+        if not 0 < self._used < self.length:
+            raise CacheError(
+                "the cache is full" if self._used else "the cache is empty",
+                where="decoding with a fixed cache",
+                found=f"{self._used} of {self.length} tokens",
+                fix="make a longer cache" if self._used else "read a prompt first",
+            )
+        self._tokens.copy_(tokens.reshape(self.batch, 1))
+        if self._capture and self._graph is None:
+            self._capture_step()
+        if self._graph is None:
+            self._logits = self._step()
+        else:
+            self._graph.replay()
+        self._used += 1
+        assert self._logits is not None, "a step was run or captured"
+        return self._logits
+
+    @torch.inference_mode()
+    def rewind(self, used: int) -> None:
+        """Forget all but the first `used` tokens; a decode can then be repeated from there."""
+        assert 0 < used <= self._used, f"{used} of {self._used} tokens"
+        self._back(self._used - used)
+        self._used = used
+
+    def generate(self, ids: Tensor, count: int, attention_mask: Tensor | None = None) -> Tensor:
+        """The prompts [B, T] with `count` tokens after each, always the likeliest: [B, T + count].
+
+        Raises:
+            CacheError: they do not fit the cache; nothing is computed then.
+        """
+        if ids.shape[1] + count - 1 > self.length:
+            raise CacheError(
+                "the text does not fit the cache",
+                where="decoding with a fixed cache",
+                found=f"{ids.shape[1]} and {count} new tokens, room for {self.length}",
+                fix="make a longer cache, or ask for fewer tokens",
+            )
+        found = [ids.to(self._device)]
+        logits = self.prefill(ids, attention_mask)
+        for number in range(count):
+            found.append(logits.argmax(-1, keepdim=True))
+            if number + 1 < count:
+                logits = self.step(found[-1])
+        return torch.cat(found, dim=1)
+
+    def _step(self) -> Tensor:
+        """One step on the tensors that stay in place; nothing in it waits for the device."""
+        seen = (self._places <= self._position) & (self._places >= self._padding)
+        output = self._model(
+            input_ids=self._tokens,
+            attention_mask=seen[:, None, None, :],
+            position_ids=self._position - self._padding,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._position += 1
+        return cast("Tensor", output.logits[:, -1])
+
+    def _back(self, tokens: int) -> None:
+        self._position -= tokens
+        for layer in self._cache.layers:
+            layer.cumulative_length -= tokens
+
+    def _capture_step(self) -> None:
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._step()
+                self._back(1)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._step()

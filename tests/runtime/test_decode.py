@@ -1,0 +1,140 @@
+"""Decoding with a fixed cache against transformers' growing one, and what does not fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from quantlab.errors import CacheError, DeviceError
+from quantlab.runtime import attention, device
+from quantlab.runtime.decode import Decoder
+from quantlab.runtime.load import load
+from quantlab.runtime.twin import random_twin
+from tests.runtime.tiny import FAMILIES, relative_error, tokens
+
+LENGTHS = (7, 11)
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints: dict[str, Path]) -> dict[str, PreTrainedModel]:
+    return {family: load(checkpoints[family], dtype=torch.float32) for family in FAMILIES}
+
+
+def growing(model: PreTrainedModel, ids: Tensor, mask: Tensor, prompt: int) -> list[Tensor]:
+    """Logits after the prompt and after each further token, one at a time."""
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache, found = DynamicCache(config=model.config), []
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
+        with torch.no_grad():
+            output = model(
+                input_ids=ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        found.append(output.logits[:, -1])
+    return found
+
+
+@pytest.mark.parametrize(("batch", "padding"), [(1, 0), (3, 0), (3, 4)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_equal_those_with_a_growing_cache(
+    family: str, batch: int, padding: int, models: dict[str, PreTrainedModel]
+) -> None:
+    model, ids = models[family], tokens(batch, LENGTHS[1])
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    expected = growing(model, ids, mask, LENGTHS[0])
+    decoder = Decoder(model, batch=batch, length=16)
+    for _ in range(2):  # the second time over what the first left behind
+        found = [decoder.prefill(ids[:, : LENGTHS[0]], mask[:, : LENGTHS[0]] if padding else None)]
+        found += [decoder.step(ids[:, i]) for i in range(*LENGTHS)]
+        assert decoder.used == LENGTHS[1]
+        for one, other in zip(found, expected, strict=True):
+            assert relative_error(one, other) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_rewinding_a_step_is_the_same_again(family: str, models: dict[str, PreTrainedModel]) -> None:
+    decoder = Decoder(models[family], batch=2, length=12)
+    decoder.prefill(tokens(2, 7))
+    first = [decoder.step(tokens(2, 11)[:, i]).clone() for i in range(7, 11)]
+    decoder.rewind(7)
+    assert decoder.used == 7
+    again = [decoder.step(tokens(2, 11)[:, i]) for i in range(7, 11)]
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+def test_a_whole_cache_can_be_used(models: dict[str, PreTrainedModel]) -> None:
+    model = models["deepseek_v3"]
+    found = Decoder(model, batch=1, length=12).generate(tokens(1, 5), 8)
+    assert found.shape == (1, 13), "the last token is not read, so it needs no room"
+    assert torch.equal(
+        found, model.generate(tokens(1, 5), max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None)
+    )
+
+
+def test_latents_are_what_a_fixed_cache_of_mla_holds(
+    models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models["deepseek_v3"]
+    decoder = Decoder(model, batch=2, length=9)
+    decoder.prefill(tokens(2, 5))
+    layer = decoder._cache.layers[0]
+    assert layer.keys.shape == (2, 1, 9, 128), "the latents"
+    assert layer.values.shape == (2, 1, 9, 16), "the rotary keys"
+    calls = []
+    whole = attention.absorbed
+    monkeypatch.setattr(attention, "absorbed", lambda *a, **k: (calls.append(1), whole(*a, **k))[1])
+    for each in model.model.layers:
+        monkeypatch.setattr(each.self_attn.kv_b_proj, "forward", None)
+    decoder.step(tokens(2, 6)[:, 5])
+    assert len(calls) == len(model.model.layers), "nothing is expanded"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_steps(dtype: torch.dtype, checkpoints: dict[str, Path]) -> None:
+    for family in ("deepseek_v2", "llama"):
+        model = load(checkpoints[family], dtype=dtype)
+        expected = growing(model, tokens(1, 9), torch.ones(1, 9, dtype=torch.int64), 7)
+        decoder = Decoder(model, batch=1, length=16)
+        found = [decoder.prefill(tokens(1, 7)), *(decoder.step(tokens(1, 9)[:, i]) for i in (7, 8))]
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() / other.norm() <= 0.02
+
+
+def test_what_does_not_fit_is_told_before_anything_is_computed(models: dict[str, PreTrainedModel]) -> None:
+    decoder = Decoder(models["llama"], batch=2, length=8)
+    with pytest.raises(CacheError, match="the cache is empty"):
+        decoder.step(torch.zeros(2, dtype=torch.int64))
+    for shape in ((3, 4), (1, 4), (2, 9), (2, 0)):
+        with pytest.raises(CacheError, match=rf"{shape[0]} sequences of {shape[1]} tokens, made for 2 of 1 … 8"):
+            decoder.prefill(torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(CacheError, match=r"does not fit[^$]*6 and 4 new tokens, room for 8"):
+        decoder.generate(tokens(2, 6), 4)
+    assert decoder.used == 0
+    decoder.prefill(tokens(2, 8))
+    with pytest.raises(CacheError, match=r"the cache is full[^$]*8 of 8 tokens"):
+        decoder.step(torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(CacheError, match="attends to 1 … 128"):
+        Decoder(models["llama"], batch=1, length=129)
+
+
+def test_a_cache_that_memory_has_no_room_for(
+    models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "free_bytes", lambda _: 4096)
+    decoder = Decoder(models["llama"], batch=1, length=100)
+    needed = 2 * 2 * 100 * 2 * 32 * 4  # keys and values, layers, tokens, heads, width, float32
+    with pytest.raises(DeviceError, match=rf"{needed:,} bytes needed, 4,096 bytes free"):
+        decoder.prefill(tokens(1, 7))
+
+
+def test_attention_in_windows_is_refused() -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    model = random_twin({"model_type": "qwen2", **FAMILIES["qwen2"]} | windows, None, dtype=torch.float32, seed=0)
+    with pytest.raises(CacheError, match=r"windows[^$]*StaticSlidingWindowLayer"):
+        Decoder(model, batch=1, length=16)
