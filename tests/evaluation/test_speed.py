@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.jobs import SpeedRequest
@@ -95,7 +96,9 @@ def test_ratios_are_taken_within_a_round(suite: Path) -> None:
     assert speed is not None
     drift = np.array([1.0, 5, 2, 9, 4, 3, 8])  # the machine's, the same for both
     task = Task("decode", 1, 2)
-    summary = summarise(speed, Twin(None, {}, "float16"), {task: 3 * drift}, {task: drift}, sharing=[])  # type: ignore[arg-type]
+    twin = Twin(torch.nn.Linear(2, 2), {}, "float32")  # type: ignore[arg-type]
+    summary = summarise(speed, twin, {task: 3 * drift}, {task: drift}, sharing=[])
     ratio = summary.decode_over_fp16["1"]
     assert (ratio.value, ratio.low, ratio.high) == (3, 3, 3)
+    assert summary.twin_memory_percent_of_fp16 == 200
     assert summary.decode_tokens_per_second["1"].high > 3 * summary.decode_tokens_per_second["1"].low
