@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from quantlab import console as show
+from quantlab.architectures.architecture import Architecture
 from quantlab.architectures.families import detect
 from quantlab.checkpoint.hub import download
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
@@ -23,10 +24,11 @@ from quantlab.plan.compile import code_version, compile_plan
 from quantlab.plan.model import Plan
 from quantlab.plan.source import survey
 from quantlab.recipe.load import LoadedRecipe, load_recipe
+from quantlab.report.claims import load_claims
 from quantlab.report.compare import GRAMMAR
 from quantlab.report.compare import compare as compare_records
 from quantlab.report.compare_terminal import print_comparison
-from quantlab.report.files import find_records, read_records, write_report
+from quantlab.report.files import CLAIMS_NAME, find_records, read_records, write_report
 from quantlab.report.leaderboard_files import write_leaderboard
 from quantlab.report.leaderboard_terminal import print_leaderboard
 from quantlab.report.matrix import Matrix
@@ -83,9 +85,13 @@ def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is in a checkpoint: family, roles, dtypes, parameters, bytes."""
+    """Say what is in a checkpoint: family, roles, dtypes or schemes, parameters, bytes."""
     opened = open_checkpoint(checkpoint)
     architecture = detect(opened.config)
+    described = opened.config.get("quantization_config") or {"quant_method": "fp8"}
+    if described["quant_method"] != "fp8" or (checkpoint / "quantize_config.json").is_file():
+        _inspect_quantized(opened, architecture, as_json=as_json)
+        return
     weights = survey(opened, architecture)
     if as_json:
         tensors = [
@@ -121,6 +127,8 @@ def run(
     loaded, compiled = _compile(recipe)
     if loaded.recipe.evaluate is not None:
         load_suite(loaded.resolve(loaded.recipe.evaluate.suite))  # a mistake in it is better told before the work
+        if loaded.recipe.evaluate.claims is not None:
+            load_claims(loaded.resolve(loaded.recipe.evaluate.claims))
     from quantlab.run.loop import Settings  # imports torch, which `plan` and `--help` do without
     from quantlab.runtime.device import find_device
     from quantlab.stages import make, measure
@@ -182,7 +190,9 @@ def report(
     if copy.is_file():
         order = ["source", *load_recipe(copy).recipe.variants]
         records.sort(key=lambda record: order.index(record.variant) if record.variant in order else len(order))
-    _show_matrix(write_report(records, directory), directory, quiet=False, as_json=as_json)
+    claims = directory / CLAIMS_NAME
+    matrix = write_report(records, directory, claims=claims if claims.is_file() else None)
+    _show_matrix(matrix, directory, quiet=False, as_json=as_json)
 
 
 @app.command()
@@ -241,6 +251,26 @@ def verify(
         typer.echo(json.dumps([asdict(check) for check in results], indent=1))
     if any(check.verdict == "failed" for check in results):
         raise typer.Exit(1)
+
+
+def _inspect_quantized(checkpoint: Checkpoint, architecture: Architecture, *, as_json: bool) -> None:
+    """What is in a checkpoint of integers, made here or elsewhere."""
+    from quantlab.checkpoint.reader import Reader
+    from quantlab.formats.fused import unfused
+    from quantlab.formats.stored import StoredWeights
+
+    stored = StoredWeights(Reader(unfused(checkpoint)))
+    layers = int(checkpoint.config["num_hidden_layers"])
+    weights = [(architecture.claim(held.name, hidden_layers=layers).role, held) for held in stored.contents()]
+    if as_json:
+        tensors = [{"role": role} | asdict(held) for role, held in weights]
+        content = {"architecture": architecture.class_name, "quantization": stored.method, "tensors": tensors}
+        typer.echo(json.dumps(content, indent=1))
+        return
+    schemes = "; ".join(dict.fromkeys(held.description for _, held in weights if held.description))
+    text = f"{architecture.class_name} in {len(checkpoint.files)} files, {stored.method}: {schemes}"
+    _out.print(text, highlight=False, markup=False)
+    _out.print(show.contents_table((role, held.numbers, held.parameters, held.nbytes) for role, held in weights))
 
 
 def main() -> None:

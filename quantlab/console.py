@@ -73,12 +73,25 @@ def print_error(console: Console, error: QuantlabError) -> None:
 
 def checkpoint_table(weights: Iterable[SourceWeight]) -> Table:
     """Roles, dtypes, tensors, parameters and bytes of a checkpoint."""
+    return contents_table(
+        (
+            weight.claim.role,
+            weight.entry.dtype,
+            weight.entry.elements,
+            weight.entry.nbytes + (weight.scale.nbytes if weight.scale else 0),
+        )
+        for weight in weights
+    )
+
+
+def contents_table(weights: Iterable[tuple[str, str, int, int]]) -> Table:
+    """Weights by role and number format: each of them as role, format, parameters and bytes."""
     rows: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
-    for weight in weights:
-        row = rows[weight.claim.role, weight.entry.dtype]
+    for role, numbers, parameters, nbytes in weights:
+        row = rows[role, numbers]
         row[0] += 1
-        row[1] += weight.entry.elements
-        row[2] += weight.entry.nbytes + (weight.scale.nbytes if weight.scale else 0)
+        row[1] += parameters
+        row[2] += nbytes
     total = sum(row[2] for row in rows.values())
     table = Table(title="What is in the checkpoint", title_justify="left")
     table.add_column("role")

@@ -11,6 +11,8 @@ import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.evaluation.conftest import TINY_SUITE, write_corpus, write_tokenizer
+from tests.runtime.foreign import gptq_description, gptq_parts, quantized
+from tests.runtime.tiny import write_checkpoint
 
 SHAPE = json.dumps(
     {
@@ -121,6 +123,27 @@ def test_inspect(arguments: tuple[str, ...], recipe: Path) -> None:
     if "--json" in arguments:
         roles = {tensor["role"] for tensor in json.loads(done.stdout)["tensors"]}
         assert {"routed_experts", "mtp", "router", "kv_b"} <= roles
+
+
+@pytest.mark.parametrize("arguments", [("inspect",), ("inspect", "--json")])
+def test_inspect_of_artifacts_and_foreign_checkpoints(arguments: tuple[str, ...], out: Path, tmp_path: Path) -> None:
+    plain = write_checkpoint(tmp_path / "plain", "deepseek_v2")
+    gptq = quantized(plain, tmp_path / "gptq", gptq_parts(8), gptq_description(8, 32), numbers=lambda name: (8, 32))
+    for directory, method, scheme in (
+        (out / "artifacts" / "w4a16", "compressed-tensors", "int4_g128"),
+        (gptq.directory, "gptq", "int8_weight_g32"),
+    ):
+        done = quantlab(*arguments, directory)
+        assert done.returncode == 0, done.stderr
+        assert method in done.stdout
+        assert scheme in done.stdout
+        if "--json" in arguments:
+            tensors = json.loads(done.stdout)["tensors"]
+            numbers = {tensor["role"]: tensor["numbers"] for tensor in tensors}
+            assert numbers["routed_experts"] == scheme
+            assert numbers["router"] == "BF16"
+            stored = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+            assert 0.9 * stored <= sum(tensor["nbytes"] for tensor in tensors) <= stored
 
 
 def test_plan_prints_a_ledger_and_names_a_wrong_variant(recipe: Path) -> None:

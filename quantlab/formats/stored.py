@@ -1,6 +1,7 @@
 """The weights of any checkpoint quantlab reads, whatever their encoding: plain, FP8 blocks, compressed-tensors or GPTQ."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -19,6 +20,25 @@ _INTEGERS: Final = ("weight_packed", "qweight", "weight")
 """The part of a quantized weight that stands for the whole; the first there is."""
 _PARTS: Final = tuple(dict.fromkeys((*compressed_tensors.PARTS, *gptq.PARTS)))
 _OTHER_PARTS: Final = tuple(f".{part}" for part in (*_PARTS, "weight" + FP8_SCALE_SUFFIX) if part not in _INTEGERS)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds of one weight.
+
+    Attributes:
+        name: its logical name.
+        numbers: name of the scheme, or the dtype word of a weight that is floating point.
+        description: of the scheme for people; empty for floating point.
+        parameters: weights it stands for.
+        nbytes: of all its parts.
+    """
+
+    name: str
+    numbers: str
+    description: str
+    parameters: int
+    nbytes: int
 
 
 class StoredWeights:
@@ -65,6 +85,26 @@ class StoredWeights:
     def scale_dtype_of(self, name: str) -> torch.dtype:
         """The dtype of the scales of the quantized weight `name`."""
         return TORCH_DTYPES[self._scales(name).dtype]
+
+    @property
+    def method(self) -> str:
+        """How the checkpoint is quantized: the word of its description."""
+        match self.quantization:
+            case compressed_tensors.QuantizationConfig():
+                return compressed_tensors.QUANT_METHOD
+            case gptq.GptqConfig():
+                return gptq.QUANT_METHOD
+        return "fp8" if self._block else "not quantized"
+
+    def contents(self) -> Iterator[Content]:
+        """What there is of every weight, from headers alone."""
+        for name in self.names():
+            scheme, prefix = self.scheme_of(name), name.removesuffix("weight")
+            parts = (prefix + part for part in _PARTS) if scheme else (name, name + FP8_SCALE_SUFFIX)
+            nbytes = sum(self._tensors[part].nbytes for part in parts if part in self._tensors)
+            _, parameters = self.held_bytes(name, torch.float16)
+            numbers, description = (scheme.name, scheme.description) if scheme else (self._tensors[name].dtype, "")
+            yield Content(name, numbers, description, parameters, nbytes)
 
     def held_bytes(self, name: str, dtype: torch.dtype) -> tuple[int, int]:
         """What the weight `name` takes where integers stay packed and all else is of `dtype`, in bytes; its elements."""
