@@ -55,7 +55,8 @@ def measure(recipe: LoadedRecipe, plan: Plan, out: Path, *, console: Console, qu
     request = _request(recipe, plan, RunDirectory(out), reuse=reuse)
     with show.progress_bars(console, quiet=quiet) as bars:
         records = evaluate(request, progress=show.StageBars(bars))
-    return write_report(records, out)
+    claims = recipe.recipe.evaluate.claims if recipe.recipe.evaluate else None
+    return write_report(records, out, claims=recipe.resolve(claims) if claims else None)
 
 
 def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, *, reuse: bool) -> EvaluationRequest:

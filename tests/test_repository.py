@@ -15,6 +15,7 @@ from quantlab.checkpoint.index import open_checkpoint
 from quantlab.evaluation.suite import load_suite
 from quantlab.plan.compile import compile_plan
 from quantlab.recipe.load import load_recipe
+from quantlab.report.claims import load_claims
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "quantlab").rglob("*.py"))
@@ -39,6 +40,8 @@ def test_every_recipe_finds_what_it_names(path: Path) -> None:
         assert loaded.resolve(loaded.recipe.calibration.corpus).is_file()
     if loaded.recipe.evaluate is not None:
         load_suite(loaded.resolve(loaded.recipe.evaluate.suite))
+        if loaded.recipe.evaluate.claims is not None:
+            load_claims(loaded.resolve(loaded.recipe.evaluate.claims))
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
@@ -159,5 +162,5 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 def test_help_names_every_verb() -> None:
     done = subprocess.run([sys.executable, "-m", "quantlab", "--help"], capture_output=True, text=True, check=True)
-    for verb in ("plan", "run", "eval", "report", "inspect", "verify"):
+    for verb in ("plan", "run", "eval", "report", "compare", "leaderboard", "inspect", "verify"):
         assert re.search(rf"^\W*{verb} ", done.stdout, flags=re.MULTILINE)

@@ -93,6 +93,7 @@ def load_recipe(path: Path) -> LoadedRecipe:
         recipe.model,
         *([recipe.calibration.corpus] if recipe.calibration else []),
         *([recipe.evaluate.suite] if recipe.evaluate else []),
+        *([recipe.evaluate.claims] if recipe.evaluate and recipe.evaluate.claims else []),
     ]
     for place in places:
         try:

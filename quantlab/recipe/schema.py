@@ -207,6 +207,8 @@ class Evaluate(Strict):
     """A file of eval/suites; path relative to the recipe."""
     baseline: str = "source"
     """What losses are relative to: `source`, the checkpoint at its native precision, or a variant."""
+    claims: str | None = None
+    """A file of eval/claims to hold against the matrix; path relative to the recipe."""
 
 
 class Recipe(Strict):

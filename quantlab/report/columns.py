@@ -66,6 +66,7 @@ def columns_of(rows: Sequence[Row]) -> tuple[Column, ...]:
         *(_DIVERGENCE if any(row.divergence for row in rows) else ()),
         *_task_columns(rows),
         *((_KV_CACHE,) if any(row.kv_cache_bytes_per_token is not None for row in rows) else ()),
+        *((_TWIN_MEMORY,) if any(row.twin_memory_percent_of_fp16 is not None for row in rows) else ()),
         *(_rate_column("decode", batch) for batch in decode),
         *(_rate_column("prefill", batch) for batch in prefill),
         *(_ratio_column("decode", batch) for batch in decode if batch != "1"),
@@ -257,6 +258,17 @@ _KV_CACHE = Column(
     group="memory",
     unit="bytes",
     read=lambda row: row.kv_cache_bytes_per_token,
+    better="low",
+)
+
+_TWIN_MEMORY = Column(
+    key="twin_memory_percent_of_fp16",
+    field="speed.twin_memory_percent_of_fp16",
+    heading="twin's memory %",
+    meaning="Bytes a random-weight twin of real width holds for its weights, in percent of the same weights at two bytes each.",
+    group="speed",
+    unit="percent",
+    read=lambda row: row.twin_memory_percent_of_fp16,
     better="low",
 )
 

@@ -1,13 +1,5 @@
-"""Two records side by side: what differs about them, every number with its interval, and which differences can be measured.
+"""Two records side by side: what differs about them, every number with its interval, and which differences can be measured."""
 
-Records hold intervals, not items, so the interval of a difference is put together from both: for independent estimates
-a and b with 95 % limits, the difference d = b - a has the limits d - sqrt((b - low_b)² + (high_a - a)²) and
-d + sqrt((high_b - b)² + (a - low_a)²) (G. Y. Zou and A. Donner, "Construction of confidence limits about effect
-measures", Statistics in Medicine 2008, equation 8). Two artifacts measured on the same text err alike, which makes
-the interval wider than it need be: a difference that it calls measurable is one.
-"""
-
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,6 +7,7 @@ from typing import Literal
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Measured, Record
 from quantlab.report.columns import Column, Need, Unit, columns_of
+from quantlab.report.difference import exact, subtract
 from quantlab.report.rows import Frozen, Row, build_row, keys_of, noise_of
 
 Verdict = Literal["A is better", "B is better", "no measurable difference", "equal", "not comparable", "not judged"]
@@ -168,7 +161,7 @@ def _number(column: Column, rows: tuple[Row, Row], records: tuple[Record, Record
     noise = [
         f"noisy in {side}: {why}" for side, row in zip("AB", rows, strict=True) if (why := noise_of(row, column.key))
     ]
-    difference = subtract(_measured(b), _measured(a))
+    difference = subtract(exact(b), exact(a))
     if column.of_machine and difference.low == difference.high != 0:
         return judged("not judged", "measured once, so without an interval", difference)
     if noise:
@@ -195,18 +188,6 @@ def _why_not(column: Column, records: tuple[Record, Record], barriers: dict[Need
         if need in barriers and not (need == "suite" and column.group == "tasks"):
             return barriers[need].partition(" (")[0]
     return ""
-
-
-def _measured(found: Measured | float) -> Measured:
-    return found if isinstance(found, Measured) else Measured(value=found, low=found, high=found, n=0)
-
-
-def subtract(b: Measured, a: Measured) -> Measured:
-    """b - a with the interval of Zou and Donner."""
-    difference = b.value - a.value
-    below = math.hypot(b.value - b.low, a.high - a.value)
-    above = math.hypot(b.high - b.value, a.value - a.low)
-    return Measured(value=difference, low=difference - below, high=difference + above, n=min(a.n, b.n))
 
 
 def _verdict(difference: Measured, column: Column) -> Verdict:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record, read_record
+from quantlab.report.claims import load_claims
 from quantlab.report.compare import GRAMMAR
 from quantlab.report.html import to_html, to_svg
 from quantlab.report.markdown import to_markdown
 from quantlab.report.matrix import Matrix, build_matrix
 from quantlab.report.spreadsheet import to_csv
+
+CLAIMS_NAME = "claims.yaml"
 
 
 def read_records(directory: Path) -> list[Record]:
@@ -53,19 +56,23 @@ def _read(directory: Path) -> list[tuple[Path, Record]]:
     )
 
 
-def write_report(records: Sequence[Record], directory: Path) -> Matrix:
+def write_report(records: Sequence[Record], directory: Path, *, claims: Path | None = None) -> Matrix:
     """Write matrix.json, .md, .csv, .html and .svg; each file appears complete or not at all.
 
     Args:
         records: one per variant, in the order the rows shall have.
         directory: made where it does not exist.
+        claims: a file of claims to check; it is kept beside the report as claims.yaml.
 
     Raises:
+        RecipeError: the claims cannot be read, or are about a variant without a record.
         ArtifactError: the records do not belong together, or the directory cannot be written.
     """
-    matrix = build_matrix(records, links=_links(records, directory))
+    found, content = (None, None) if claims is None else load_claims(claims)
+    matrix = build_matrix(records, links=_links(records, directory), claims=found)
     plot = to_svg(matrix)
     texts = {
+        CLAIMS_NAME: content,
         "matrix.svg": plot,
         "matrix.csv": to_csv(matrix),
         "matrix.md": to_markdown(matrix, with_plot=plot is not None),
@@ -86,7 +93,7 @@ def write_texts(directory: Path, texts: Mapping[str, str | None]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             if text is None:
-                (directory / name).unlink(missing_ok=True)  # a plot of earlier records would be stale
+                (directory / name).unlink(missing_ok=True)  # of an earlier report, so stale
             else:
                 _replace(directory / name, text)
     except OSError as error:

@@ -4,6 +4,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quantlab.report.bars import lay_out_bars
 from quantlab.report.cells import cell, failures, notes, number
+from quantlab.report.claims_text import claims_table
 from quantlab.report.columns import HEADLINE, Column, columns
 from quantlab.report.coverage import SHARE_MARKS, SHARE_NAMES, heat_maps
 from quantlab.report.layers import layer_maps, matrix_maps
@@ -48,7 +49,7 @@ def to_html(matrix: Matrix) -> str:
             noisy=any(row.noise for row in matrix.rows),
             layer_maps=layer_maps(matrix),
             matrix_maps=matrix_maps(matrix),
-            claims=None,
+            claims=claims_table(matrix),
             notes=notes(matrix),
             failures=failures(matrix),
             domains=tuple(matrix.rows[0].domains),

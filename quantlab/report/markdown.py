@@ -3,6 +3,7 @@
 import re
 
 from quantlab.report.cells import Cell, cell, failures, notes
+from quantlab.report.claims_text import claims_table
 from quantlab.report.columns import Column, columns
 from quantlab.report.layers import layer_maps
 from quantlab.report.matrix import Matrix
@@ -30,6 +31,7 @@ def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
         ),
         *_domains(matrix),
         *_layers(matrix),
+        *_claims(matrix),
         "## How to read this",
         "\n".join(f"- {escaped(note)}" for note in notes(matrix)),
         "\n".join(f"- **{escaped(column.heading)}:** {escaped(column.meaning)}" for column in every),
@@ -116,6 +118,18 @@ def _layers(matrix: Matrix) -> list[str]:
             lines += [table_line([f"`{name}`", *(tile.text for tile in tiles)]) for name, tiles in found.lines]
             blocks.append("\n".join(lines))
     return blocks
+
+
+def _claims(matrix: Matrix) -> list[str]:
+    table = claims_table(matrix)
+    if table is None:
+        return []
+    lines = [table_line(list(table.heads)), table_line(["---" for _ in table.heads])]
+    for line in table.lines:
+        lines.append(
+            table_line([escaped(text) for text in (line.text, line.claimed, line.measured, line.verdict, line.note)])
+        )
+    return [f"## {escaped(table.title)}", "\n".join(lines)]
 
 
 def _provenance(matrix: Matrix) -> str:

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record
+from quantlab.report.claims import CheckedClaims, Claims, check_claims
 from quantlab.report.rows import Frozen, Row, build_row, keys_of
 
 
@@ -28,26 +29,33 @@ class Matrix(Frozen):
     suite: str
     suite_sha256: str
     rows: tuple[Row, ...]
+    claims: CheckedClaims | None = None
+    """What others print, held against the rows; null where the recipe names no claims."""
 
     def to_json(self) -> str:
         """The text of matrix.json."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
 
-def build_matrix(records: Sequence[Record], *, links: Mapping[str, str] | None = None) -> Matrix:
+def build_matrix(
+    records: Sequence[Record], *, links: Mapping[str, str] | None = None, claims: Claims | None = None
+) -> Matrix:
     """Put the records of one recipe side by side.
 
     Args:
         records: one per variant, in the order the rows shall have.
         links: where the record of a variant lies, relative to the directory of the report.
+        claims: to be checked.
 
     Raises:
+        RecipeError: a claim is about a variant that has no record.
         ArtifactError: there is no record, a variant appears twice, or the records do not belong together.
     """
     if not records:
         raise ArtifactError("there are no records to report", fix="run `quantlab eval` first")
     _refuse_strangers(records)
     first, keys = records[0], keys_of(records)
+    rows = tuple(build_row(record, keys, link=(links or {}).get(record.variant)) for record in records)
     return Matrix(
         recipe=first.recipe,
         recipe_sha256=first.recipe_sha256,
@@ -55,7 +63,8 @@ def build_matrix(records: Sequence[Record], *, links: Mapping[str, str] | None =
         hardware=first.hardware,
         suite=first.suite,
         suite_sha256=first.suite_sha256,
-        rows=tuple(build_row(record, keys, link=(links or {}).get(record.variant)) for record in records),
+        rows=rows,
+        claims=check_claims(claims, rows, baseline=first.baseline) if claims else None,
     )
 
 

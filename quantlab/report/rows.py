@@ -91,6 +91,8 @@ class Row(Frozen):
     tokens_per_expert: dict[str, tuple[int, ...]] = {}
     """Calibration tokens of every routed expert, by block; empty where none was watched."""
     matrix_errors: tuple[MatrixErrors, ...] = ()
+    twin_memory_percent_of_fp16: float | None = None
+    """Bytes the twin holds for its weights, in percent of the same weights at two bytes each."""
     twin: str | None
     layout: str | None
     """What was timed."""
@@ -221,6 +223,7 @@ def _speed_fields(speed: Speed | None, keys: Keys) -> dict[str, Any]:
         "energy_joules_per_token": by_batch(keys.energy, "energy_joules_per_token"),
         "quartiles": speed.quartiles if speed else {},
         "noise": speed.noise if speed else {},
+        "twin_memory_percent_of_fp16": speed.twin_memory_percent_of_fp16 if speed else None,
         "twin": speed.twin if speed else None,
         "layout": speed.layout if speed else None,
     }

@@ -22,6 +22,7 @@ _PLAIN = (
     "artifact_bytes",
     "peak_memory_bytes",
     "kv_cache_bytes_per_token",
+    "twin_memory_percent_of_fp16",
 )
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantlab.report.cells import Cell, cell, failures, notes
+from quantlab.report.claims_text import ClaimsTable, claims_table
 from quantlab.report.columns import Column, columns
 from quantlab.report.layers import layer_maps
 from quantlab.report.matrix import Matrix
@@ -55,6 +56,9 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
     tasks = [column for column in columns(matrix) if column.key.startswith("task_loss.")]
     if tasks:
         console.print(_tasks(matrix, tasks, console))
+    claims = claims_table(matrix)
+    if claims:
+        console.print(_claims(claims, console))
     unharmed = [
         row.variant for row in matrix.rows if row.variant != matrix.baseline and summary(row) == "no measurable loss"
     ]
@@ -113,6 +117,17 @@ def _tasks(matrix: Matrix, tasks: list[Column], console: Console) -> Table:
     for row in matrix.rows:
         if row.variant != matrix.baseline:
             table.add_row(row.variant, *(_text(cell(matrix, row, column), column, console) for column in tasks))
+    return table
+
+
+def _claims(claims: ClaimsTable, console: Console) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
+    for head in claims.heads[:4]:
+        table.add_column(head, overflow="fold")
+    for line in claims.lines:
+        texts = [Text(in_encoding(console, text)) for text in (line.text, line.claimed, line.measured, line.verdict)]
+        texts[-1].stylize({"good": "green", "bad": "red"}.get(line.mood, "yellow"))
+        table.add_row(*texts)
     return table
 
 

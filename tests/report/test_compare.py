@@ -11,8 +11,9 @@ from rich.console import Console
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Measured, Record, TaskResult
-from quantlab.report.compare import Comparison, Number, Pair, compare, subtract
+from quantlab.report.compare import Comparison, Number, Pair, compare
 from quantlab.report.compare_terminal import print_comparison
+from quantlab.report.difference import subtract
 from quantlab.report.files import find_records
 from tests.report.conftest import measured
 

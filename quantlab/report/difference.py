@@ -1,0 +1,25 @@
+"""The difference of two numbers that were not measured together.
+
+Records hold intervals, not items, so the interval of a difference is put together from both: for independent estimates
+a and b with 95 % limits, the difference d = b - a has the limits d - sqrt((b - low_b)² + (high_a - a)²) and
+d + sqrt((high_b - b)² + (a - low_a)²) (G. Y. Zou and A. Donner, "Construction of confidence limits about effect
+measures", Statistics in Medicine 2008, equation 8). Two artifacts measured on the same text err alike, which makes
+the interval wider than it need be: a difference that it calls measurable is one.
+"""
+
+import math
+
+from quantlab.evaluation.record import Measured
+
+
+def exact(found: Measured | float) -> Measured:
+    """A number without an interval as one whose interval is a point."""
+    return found if isinstance(found, Measured) else Measured(value=found, low=found, high=found, n=0)
+
+
+def subtract(b: Measured, a: Measured) -> Measured:
+    """b - a with its 95 % interval; n is the smaller count."""
+    difference = b.value - a.value
+    below = math.hypot(b.value - b.low, a.high - a.value)
+    above = math.hypot(b.high - b.value, a.value - a.low)
+    return Measured(value=difference, low=difference - below, high=difference + above, n=min(a.n, b.n))
