@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantlab.evaluation.record import Measured, Significance, Verdict
-from quantlab.report.columns import Column, Unit, task_of
+from quantlab.report.column import Column, Unit
+from quantlab.report.columns import task_of
 from quantlab.report.matrix import Matrix
 from quantlab.report.rows import Row, noise_of
 from quantlab.report.verdict import judge, tested

@@ -1,53 +1,13 @@
-"""The columns of the tables: what they are called, what their heads mean, and where their numbers stand in a record."""
+"""The columns of a table: the fixed ones, and those that follow from batch sizes, tasks and machines."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from quantlab.evaluation.record import Divergence, Measured, TaskResult
+from quantlab.evaluation.record import Measured, TaskResult
+from quantlab.report.column import Column, Phase
+from quantlab.report.fixed_columns import DETAILS_COLUMNS, DIVERGENCE_COLUMNS, HEADLINE_COLUMNS, KV_CACHE, TWIN_MEMORY
 from quantlab.report.matrix import Matrix
 from quantlab.report.rows import Row
-
-Unit = Literal[
-    "percent", "change", "ratio", "plain", "nats", "share", "points", "bytes", "seconds", "milliseconds", "rate"
-]
-Group = Literal["quality", "tasks", "memory", "speed"]
-Phase = Literal["decode", "prefill"]
-Need = Literal["suite", "baseline", "hardware"]
-
-HEADLINE = ("accuracy_loss_percent", "memory_percent_of_fp16", "speed_over_fp16")
-"""The columns that decide."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of the tables."""
-
-    key: str
-    """Name in matrix.json, with the batch size or task behind a dot."""
-    field: str
-    """Where the number stands in a record."""
-    heading: str
-    meaning: str
-    """One sentence for people."""
-    group: Group
-    unit: Unit
-    read: Callable[[Row], Measured | float | None]
-    better: Literal["low", "high"]
-    relative: bool = False
-    """Compares with the baseline, so the baseline itself has none."""
-    of_machine: bool = False
-    """Depends on the hardware it was measured on."""
-
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        """What two records must share for their numbers to be comparable."""
-        needs: list[Need] = [] if self.group == "memory" else ["suite"]
-        if self.relative:
-            needs.append("baseline")
-        if self.group == "speed" or self.of_machine:
-            needs.append("hardware")
-        return tuple(needs)
 
 
 def columns(matrix: Matrix) -> tuple[Column, ...]:
@@ -61,12 +21,12 @@ def columns_of(rows: Sequence[Row]) -> tuple[Column, ...]:
     decode = _measured_batches([row.decode_tokens_per_second for row in rows])
     prefill = _measured_batches([row.prefill_tokens_per_second for row in rows])
     found = (
-        *_HEADLINE,
-        *_DETAILS,
-        *(_DIVERGENCE if any(row.divergence for row in rows) else ()),
+        *HEADLINE_COLUMNS,
+        *DETAILS_COLUMNS,
+        *(DIVERGENCE_COLUMNS if any(row.divergence for row in rows) else ()),
         *_task_columns(rows),
-        *((_KV_CACHE,) if any(row.kv_cache_bytes_per_token is not None for row in rows) else ()),
-        *((_TWIN_MEMORY,) if any(row.twin_memory_percent_of_fp16 is not None for row in rows) else ()),
+        *((KV_CACHE,) if any(row.kv_cache_bytes_per_token is not None for row in rows) else ()),
+        *((TWIN_MEMORY,) if any(row.twin_memory_percent_of_fp16 is not None for row in rows) else ()),
         *(_rate_column("decode", batch) for batch in decode),
         *(_rate_column("prefill", batch) for batch in prefill),
         *(_ratio_column("decode", batch) for batch in decode if batch != "1"),
@@ -198,218 +158,3 @@ def _columns_of_task(task: TaskResult) -> tuple[Column, Column]:
             better="high" if task.higher_is_better else "low",
         ),
     )
-
-
-def _divergence_column(field: str, heading: str, meaning: str, *, unit: Unit, better: Literal["low", "high"]) -> Column:
-    def read(row: Row) -> Measured | None:
-        found: Divergence | None = row.divergence
-        value = getattr(found, field) if found else None
-        return value if isinstance(value, Measured) else None
-
-    return Column(
-        key=f"divergence.{field}",
-        field=f"quality.divergence.{field}",
-        heading=heading,
-        meaning=meaning,
-        group="quality",
-        unit=unit,
-        read=read,
-        better=better,
-        relative=True,
-    )
-
-
-_DIVERGENCE = (
-    _divergence_column(
-        "kl_median",
-        "KL median, nats",
-        "Median over tokens of the KL divergence from the baseline.",
-        unit="nats",
-        better="low",
-    ),
-    _divergence_column(
-        "kl_p99",
-        "KL 99th %ile, nats",
-        "99th percentile over tokens of the KL divergence from the baseline: the worst of a hundred.",
-        unit="nats",
-        better="low",
-    ),
-    _divergence_column(
-        "flips_to_wrong",
-        "right → wrong %",
-        "Tokens that the baseline predicts rightly and the variant wrongly.",
-        unit="share",
-        better="low",
-    ),
-    _divergence_column(
-        "flips_to_right",
-        "wrong → right %",
-        "Tokens that the variant predicts rightly and the baseline wrongly.",
-        unit="share",
-        better="high",
-    ),
-)
-
-_KV_CACHE = Column(
-    key="kv_cache_bytes_per_token",
-    field="memory.kv_cache_bytes_per_token",
-    heading="cache per token",
-    meaning="Bytes by which the runtime's cache grows with every token of a sequence, all layers together.",
-    group="memory",
-    unit="bytes",
-    read=lambda row: row.kv_cache_bytes_per_token,
-    better="low",
-)
-
-_TWIN_MEMORY = Column(
-    key="twin_memory_percent_of_fp16",
-    field="speed.twin_memory_percent_of_fp16",
-    heading="twin's memory %",
-    meaning="Bytes a random-weight twin of real width holds for its weights, in percent of the same weights at two bytes each.",
-    group="speed",
-    unit="percent",
-    read=lambda row: row.twin_memory_percent_of_fp16,
-    better="low",
-)
-
-_HEADLINE = (
-    Column(
-        key="accuracy_loss_percent",
-        field="quality.accuracy_loss_percent",
-        heading="accuracy loss %",
-        meaning="Next-token accuracy lost on held-out text, in percent of the baseline's. An interval that reaches zero shows no measurable loss.",
-        group="quality",
-        unit="change",
-        read=lambda row: row.accuracy_loss_percent,
-        better="low",
-        relative=True,
-    ),
-    Column(
-        key="memory_percent_of_fp16",
-        field="memory.weights_bytes",
-        heading="memory % of FP16",
-        meaning="Bytes the runtime holds for all weights, scales included, in percent of the same weights at two bytes each.",
-        group="memory",
-        unit="percent",
-        read=lambda row: row.memory_percent_of_fp16,
-        better="low",
-    ),
-    Column(
-        key="speed_over_fp16",
-        field="speed.decode_over_fp16.1",
-        heading="speed × FP16",
-        meaning="Decode speed at batch size 1 over that of FP16, measured on a random-weight twin in runs interleaved with it.",
-        group="speed",
-        unit="ratio",
-        read=lambda row: row.speed_over_fp16,
-        better="high",
-    ),
-)
-
-_DETAILS = (
-    Column(
-        key="perplexity_change_percent",
-        field="quality.perplexity_change_percent",
-        heading="perplexity change %",
-        meaning="Change of perplexity against the baseline on the same tokens.",
-        group="quality",
-        unit="change",
-        read=lambda row: row.perplexity_change_percent,
-        better="low",
-        relative=True,
-    ),
-    Column(
-        key="kl_to_baseline",
-        field="quality.kl_to_baseline",
-        heading="KL, nats",
-        meaning="Mean KL divergence of the predictions from the baseline's, per token, in nats.",
-        group="quality",
-        unit="nats",
-        read=lambda row: row.kl_to_baseline,
-        better="low",
-        relative=True,
-    ),
-    Column(
-        key="top1_agreement",
-        field="quality.top1_agreement",
-        heading="top-1 agreement %",
-        meaning="Tokens for which baseline and variant hold the same next token most likely.",
-        group="quality",
-        unit="share",
-        read=lambda row: row.top1_agreement,
-        better="high",
-        relative=True,
-    ),
-    Column(
-        key="perplexity",
-        field="quality.perplexity",
-        heading="perplexity",
-        meaning="Perplexity on held-out text.",
-        group="quality",
-        unit="plain",
-        read=lambda row: row.perplexity,
-        better="low",
-    ),
-    Column(
-        key="next_token_accuracy",
-        field="quality.next_token_accuracy",
-        heading="accuracy %",
-        meaning="Tokens whose most likely prediction was right.",
-        group="quality",
-        unit="share",
-        read=lambda row: row.next_token_accuracy,
-        better="high",
-    ),
-    Column(
-        key="artifact_bytes",
-        field="memory.artifact_bytes",
-        heading="size on disk",
-        meaning="Size of the artifact's shards, configuration and tokenizer, in powers of 1000.",
-        group="memory",
-        unit="bytes",
-        read=lambda row: row.artifact_bytes,
-        better="low",
-    ),
-    Column(
-        key="weights_bytes",
-        field="memory.weights_bytes",
-        heading="weights",
-        meaning="Bytes the runtime holds for weights, scales included.",
-        group="memory",
-        unit="bytes",
-        read=lambda row: row.weights_bytes,
-        better="low",
-    ),
-    Column(
-        key="quantized_weights_percent_of_fp16",
-        field="memory.quantized_weights_percent_of_fp16",
-        heading="quantized part %",
-        meaning="The same as memory % of FP16, of the quantized tensors only.",
-        group="memory",
-        unit="percent",
-        read=lambda row: row.quantized_weights_percent_of_fp16,
-        better="low",
-    ),
-    Column(
-        key="peak_memory_bytes",
-        field="memory.peak_memory_bytes",
-        heading="peak memory",
-        meaning="Largest resident size of a process that loads the artifact and reads one window of text, libraries included.",
-        group="memory",
-        unit="bytes",
-        read=lambda row: row.peak_memory_bytes,
-        better="low",
-        of_machine=True,
-    ),
-    Column(
-        key="load_seconds",
-        field="memory.load_seconds",
-        heading="load, s",
-        meaning="Seconds until the artifact is ready to compute.",
-        group="memory",
-        unit="seconds",
-        read=lambda row: row.load_seconds_interval,
-        better="low",
-        of_machine=True,
-    ),
-)

@@ -6,7 +6,8 @@ from typing import Literal
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Measured, Record
-from quantlab.report.columns import Column, Need, Unit, columns_of
+from quantlab.report.column import Column, Need, Unit
+from quantlab.report.columns import columns_of
 from quantlab.report.difference import exact, subtract
 from quantlab.report.rows import Frozen, Row, build_row, keys_of, noise_of
 

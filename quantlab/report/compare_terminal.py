@@ -7,7 +7,7 @@ from rich.text import Text
 
 from quantlab.evaluation.record import Measured
 from quantlab.report.cells import interval, number
-from quantlab.report.columns import Unit
+from quantlab.report.column import Unit
 from quantlab.report.compare import Comparison, Number, Pair
 from quantlab.report.terminal import in_encoding
 

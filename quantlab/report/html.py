@@ -5,7 +5,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from quantlab.report.bars import lay_out_bars
 from quantlab.report.cells import cell, failures, notes, number
 from quantlab.report.claims_text import claims_table
-from quantlab.report.columns import HEADLINE, Column, columns
+from quantlab.report.column import HEADLINE, Column
+from quantlab.report.columns import columns
 from quantlab.report.coverage import SHARE_MARKS, SHARE_NAMES, heat_maps
 from quantlab.report.layers import layer_maps, matrix_maps
 from quantlab.report.matrix import Matrix

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from quantlab.evaluation.record import Record
 from quantlab.report.cells import cell, notes
-from quantlab.report.columns import HEADLINE, Column, columns
+from quantlab.report.column import HEADLINE, Column
+from quantlab.report.columns import columns
 from quantlab.report.files import find_records, write_texts
 from quantlab.report.html import MAIN, environment, plots, versions
 from quantlab.report.leaderboard import NAME, Leaderboard, Place, build_leaderboard

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from quantlab.report.cells import Cell, cell, details
-from quantlab.report.columns import HEADLINE, Column
+from quantlab.report.column import HEADLINE, Column
 from quantlab.report.matrix import Matrix
 from quantlab.report.rows import Row, noise_of
 from quantlab.report.verdict import summary, verdicts

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from quantlab.report.cells import Cell, cell, failures, notes
 from quantlab.report.claims_text import ClaimsTable, claims_table
-from quantlab.report.columns import Column, columns
+from quantlab.report.column import Column
+from quantlab.report.columns import columns
 from quantlab.report.layers import layer_maps
 from quantlab.report.matrix import Matrix
 from quantlab.report.recommend import recommend
