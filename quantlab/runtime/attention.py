@@ -1,4 +1,4 @@
-"""Attention on the CPU: multi-head latent attention (MLA) without expanding its cache, and torch's fused kernel elsewhere.
+"""Attention: multi-head latent attention (MLA) without expanding its cache, and torch's fused kernel elsewhere.
 
 MLA caches one latent vector and one rotary key per token. transformers multiplies the whole cache with kv_b to get keys
 and values for every head, at every step: for one new token that costs S times the token's own share. The products can be
@@ -27,24 +27,45 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available
 
+from quantlab.errors import DeviceError
 from quantlab.runtime.linear import DenseLinear
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
 
 LATENT_SDPA: Final = "quantlab_latent_sdpa"
+IMPLEMENTATIONS: Final = (LATENT_SDPA, "sdpa", "eager", "flash_attention_2")
+"""This one, and those of transformers it can be compared with."""
 
 
-def register() -> None:
-    """Make the implementation known to transformers under the name `LATENT_SDPA`."""
+def register(implementation: str) -> None:
+    """Make the implementation of this file known to transformers under the name `LATENT_SDPA`.
+
+    Raises:
+        DeviceError: `implementation`, which a model is about to use, is none of `IMPLEMENTATIONS` or not installed.
+    """
+    missing = implementation == "flash_attention_2" and not is_flash_attn_2_available()
+    if missing or implementation not in IMPLEMENTATIONS:
+        raise DeviceError(
+            "there is no such implementation of attention here",
+            where=f"attention {implementation}",
+            found="the package flash-attn, with CUDA, is not installed" if missing else "an unknown name",
+            fix="use one of " + ", ".join(IMPLEMENTATIONS[:3]),
+        )
     AttentionInterface.register(LATENT_SDPA, latent_sdpa)
     AttentionMaskInterface.register(LATENT_SDPA, sdpa_mask)
 
 
 def keep_latents(module: nn.Module) -> None:
-    """Let an attention module of MLA hand its latents on, where its kv_b is a plain matrix; else leave it as it is."""
+    """Let an attention module of MLA hand its latents on, where its kv_b is a plain matrix; else leave it as it is.
+
+    Only the implementation of this file takes latents.
+    """
     kv_b = getattr(module, "kv_b_proj", None)
-    if hasattr(type(module), "expand_kv") and isinstance(kv_b, DenseLinear) and kv_b.bias is None:
+    if not hasattr(type(module), "expand_kv") or module.config._attn_implementation != LATENT_SDPA:  # type: ignore[union-attr]
+        return
+    if isinstance(kv_b, DenseLinear) and kv_b.bias is None:
         module.expand_kv = _as_they_are
 
 

@@ -21,6 +21,7 @@ from quantlab.formats.fused import unfused
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import Scheme
+from quantlab.runtime.attention import LATENT_SDPA
 from quantlab.runtime.device import check_room, find_device, free_bytes, out_of_memory
 from quantlab.runtime.matrices import DenseMatrices, Matrices
 from quantlab.runtime.skeleton import DTYPES, Weights, build, config_of, held_as
@@ -36,6 +37,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    attention: str = LATENT_SDPA,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Load an artifact of quantlab, a compressed-tensors or GPTQ checkpoint made elsewhere, or a plain or FP8 checkpoint.
@@ -46,6 +48,7 @@ def load(
             for FP8 checkpoints. With float32 the numbers are those of the expanded weights; with 16 bits, packed
             products round activations to bfloat16.
         device: "cpu", "cuda" or "cuda:1"; every tensor goes there as it is stored and is unpacked there.
+        attention: its implementation, one of `quantlab.runtime.attention.IMPLEMENTATIONS`.
         progress: called with the number of weights read and their total after each.
 
     Returns:
@@ -54,7 +57,7 @@ def load(
     Raises:
         ArtifactError: a tensor is missing, left over or of the wrong shape, or the model is of an unknown kind.
         CheckpointError: the files are damaged.
-        DeviceError: there is no such device, or the model does not fit into its memory.
+        DeviceError: there is no such device or attention here, or the model does not fit into memory.
     """
     found = find_device(device)
     checkpoint = unfused(open_checkpoint(artifact))
@@ -65,7 +68,7 @@ def load(
     chosen = _dtype_of(checkpoint.config, where=where) if dtype is None else dtype
     needed = weights.needed_bytes(chosen)
     check_room(needed, found, where=str(artifact))
-    model = _built(config, weights, dtype=chosen)
+    model = _built(config, weights, dtype=chosen, attention=attention)
     if model is None:
         raise out_of_memory(needed, free_bytes(found), found, where=str(artifact))
     weights.check_all_taken()
@@ -76,10 +79,10 @@ def load(
     return model
 
 
-def _built(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype) -> PreTrainedModel | None:
+def _built(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype, attention: str) -> PreTrainedModel | None:
     """The model, None if memory ran out: the error would keep what was loaded alive, so it ends here."""
     try:
-        return build(config, weights, dtype=dtype)
+        return build(config, weights, dtype=dtype, attention=attention)
     except (torch.OutOfMemoryError, MemoryError):
         return None
     except RuntimeError as error:

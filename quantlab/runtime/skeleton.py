@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from quantlab.errors import ArtifactError
 from quantlab.recipe.schemes import SCHEMES, Scheme, SchemeName
-from quantlab.runtime import attention
+from quantlab.runtime.attention import LATENT_SDPA, keep_latents, register
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, dense_linear
 from quantlab.runtime.matrices import DenseMatrices, Matrices, QuantizedMatrices, quantized_matrices
@@ -68,17 +68,23 @@ def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type].from_dict(plain)
 
 
-def build(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype) -> PreTrainedModel:
+def build(
+    config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype, attention: str = LATENT_SDPA
+) -> PreTrainedModel:
     """A model of `config` in evaluation mode on the device of the weights, every parameter taken from `weights` once.
 
     Args:
         config: without quantization.
         weights: where the parameters come from.
         dtype: of activations and unquantized weights.
+        attention: its implementation, one of `quantlab.runtime.attention.IMPLEMENTATIONS`.
+
+    Raises:
+        DeviceError: there is no such implementation of attention here.
     """
-    attention.register()
+    register(attention)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.LATENT_SDPA)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     tied = bool(config.tie_word_embeddings)
     with torch.no_grad():
         _materialize(model, "", weights, dtype=dtype, skip={"lm_head"} if tied else set())
@@ -113,7 +119,7 @@ def _materialize(module: nn.Module, path: str, weights: Weights, *, dtype: torch
     for name, child in list(module.named_children()):
         if type(child).__name__.endswith("RMSNorm"):
             setattr(module, name, Norm(child))
-    attention.keep_latents(module)
+    keep_latents(module)
 
 
 def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> nn.Module | None:

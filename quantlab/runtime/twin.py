@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import Scheme
+from quantlab.runtime.attention import LATENT_SDPA
 from quantlab.runtime.device import find_device
 from quantlab.runtime.int4 import Int4Matrices
 from quantlab.runtime.matrices import DenseMatrices, Matrices
@@ -29,6 +30,7 @@ def random_twin(
     dtype: torch.dtype,
     seed: int,
     device: str | torch.device = "cpu",
+    attention: str = LATENT_SDPA,
 ) -> PreTrainedModel:
     """A model of `config` with random weights, in the form `runtime.load` would hold them.
 
@@ -38,13 +40,14 @@ def random_twin(
         dtype: of activations and unquantized weights.
         seed: of the weights; another kind of device makes other numbers of it.
         device: where they are made and stay.
+        attention: its implementation, one of `quantlab.runtime.attention.IMPLEMENTATIONS`.
 
     Raises:
-        DeviceError: there is no such device here.
+        DeviceError: there is no such device or attention here.
     """
     found = find_device(device)
     weights = _RandomWeights(quantization, torch.Generator(found).manual_seed(seed))
-    return build(config_of(config, where="the config of the twin"), weights, dtype=dtype)
+    return build(config_of(config, where="the config of the twin"), weights, dtype=dtype, attention=attention)
 
 
 class _Float(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from quantlab.errors import DeviceError
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES
 from quantlab.runtime import attention
@@ -134,3 +135,23 @@ def test_one_new_token_expands_nothing(checkpoints: dict[str, Path], monkeypatch
         for layer in model.model.layers:
             monkeypatch.setattr(layer.self_attn.kv_b_proj, "forward", None)
         model(input_ids=tokens()[:, :1], past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+def test_other_implementations_compute_the_same(
+    implementation: str, family: str, checkpoints: dict[str, Path], expansions: list[int]
+) -> None:
+    expected = steps(dense_reference(checkpoints[family]), (7, 1, 1), batch=2, padding=3)
+    model = load(checkpoints[family], dtype=torch.float32, attention=implementation)
+    assert model.config._attn_implementation == implementation
+    for found, truth in zip(steps(model, (7, 1, 1), batch=2, padding=3), expected, strict=True):
+        assert relative_error(found, truth) <= 1e-5
+    assert not expansions, "latents are expanded before they come to these"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention may be installed")
+def test_an_implementation_that_is_not_here(checkpoints: dict[str, Path]) -> None:
+    for name, found in (("flash_attention_2", "not installed"), ("fast", "an unknown name")):
+        with pytest.raises(DeviceError, match=rf"no such implementation[^$]*{name}[^$]*{found}[^$]*eager"):
+            load(checkpoints["llama"], attention=name)
