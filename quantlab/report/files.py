@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record, read_record
+from quantlab.report.cards import filled_cards
 from quantlab.report.claims import load_claims
 from quantlab.report.compare import GRAMMAR
 from quantlab.report.html import to_html, to_svg
@@ -57,7 +58,9 @@ def _read(directory: Path) -> list[tuple[Path, Record]]:
 
 
 def write_report(records: Sequence[Record], directory: Path, *, claims: Path | None = None) -> Matrix:
-    """Write matrix.json, .md, .csv, .html and .svg; each file appears complete or not at all.
+    """Write matrix.json, .md, .csv, .html and .svg, and the numbers into the cards of the run's artifacts.
+
+    Each file appears complete or not at all.
 
     Args:
         records: one per variant, in the order the rows shall have.
@@ -80,6 +83,8 @@ def write_report(records: Sequence[Record], directory: Path, *, claims: Path | N
         "matrix.json": matrix.to_json(),  # last: it is what other tools wait for
     }
     write_texts(directory, texts)
+    for card, text in filled_cards(matrix, directory):
+        write_texts(card.parent, {card.name: text})
     return matrix
 
 

@@ -19,7 +19,7 @@ from quantlab.plan.model import LedgerEntry, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.run.journal import FileRecord, FinishedBlock
-from quantlab.run.model_card import model_card
+from quantlab.run.model_card import CARD_NAME, model_card
 
 MANIFEST_NAME = "manifest.json"
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
@@ -40,9 +40,9 @@ def finish_artifact(
     for path in companions(plan.checkpoint.directory):
         write_atomically(directory / path.name, path.read_bytes())
     coverage = {block.name: block.tokens_per_expert for block in blocks if block.tokens_per_expert}
-    write_atomically(directory / "README.md", model_card(plan, variant, recipe, reports, coverage).encode())
+    write_atomically(directory / CARD_NAME, model_card(plan, variant, recipe, reports, coverage).encode())
     for path in sorted(directory.iterdir()):
-        if path.name not in files:
+        if path.name not in files and path.name != CARD_NAME:  # the card gets its measured numbers later
             data = path.read_bytes()
             files[path.name] = FileRecord(path.name, hashlib.sha256(data).hexdigest(), len(data))
     write_atomically(directory / MANIFEST_NAME, _manifest(plan, variant, recipe, files, blocks))

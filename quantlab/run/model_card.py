@@ -9,6 +9,9 @@ from quantlab.plan.model import Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schemes import SCHEMES
 
+CARD_NAME = "README.md"
+MEASURED_START, MEASURED_END = "<!-- measured by quantlab -->", "<!-- end of what was measured -->"
+"""Between these two lines a report writes the variant's numbers; everything else in the card is of the making."""
 _WORST = 10
 
 
@@ -31,15 +34,21 @@ def model_card(
     sections = [
         _front_matter(variant),
         f"# {variant.name}: {variant.description}\n",
-        f"Made by quantlab from `{recipe.recipe.model}` ({plan.architecture.class_name}) with the recipe `{recipe.name}`, whose text is in "
-        "`manifest.json` beside the hash of every file and the outcome of every tensor.\n",
+        f"Made by quantlab from `{recipe.recipe.model}` ({plan.architecture.class_name}) with the recipe `{recipe.name}`, which stands below. "
+        "`manifest.json` has the hash of every file but this one, and the outcome of every tensor.\n",
+        f"## What was measured\n\n{MEASURED_START}\nNothing yet.\n{MEASURED_END}\n",
         _roles_table(variant),
         _calibration_section(variant, coverage),
         _errors_section(reports),
         _loading_section(variant, plan),
     ]
-    if variant.notes:
-        sections.append("## Limits\n\n" + "\n".join(f"- {note}" for note in variant.notes) + "\n")
+    limits = [
+        "It is derived from the source model and has its licence and its limits.",
+        "What was measured holds for that text, those tasks and that hardware.",
+        *variant.notes,
+    ]
+    sections.append("## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits) + "\n")
+    sections.append(f"## Recipe\n\n~~~yaml\n{recipe.content.decode().rstrip()}\n~~~\n")
     return "\n".join(section for section in sections if section)
 
 

@@ -62,7 +62,7 @@ def _append(path: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "changed": (lambda d: _append(d / "config.json"), "config.json was changed"),
-    "missing": (lambda d: (d / "README.md").unlink(), "README.md is missing"),
+    "missing": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
     "extra": (
         lambda d: (d / "model-extra.safetensors").write_bytes(b""),
         "model-extra.safetensors is not in the manifest",

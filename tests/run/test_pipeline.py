@@ -150,10 +150,22 @@ def test_config_is_the_original_with_two_fields_patched(
 def test_manifest_and_companions(family: str, runs: dict[str, RunDirectory]) -> None:
     for artifact in (runs[family].path / "artifacts").iterdir():
         manifest = json.loads((artifact / "manifest.json").read_text())
-        assert set(manifest["files"]) == {path.name for path in artifact.iterdir()} - {"manifest.json"}
+        assert set(manifest["files"]) == {path.name for path in artifact.iterdir()} - {"manifest.json", "README.md"}
         for name, record in manifest["files"].items():
             assert hashlib.sha256((artifact / name).read_bytes()).hexdigest() == record["sha256"]
-        assert {"tokenizer_config.json", "generation_config.json", "README.md"} <= set(manifest["files"])
+        assert {"tokenizer_config.json", "generation_config.json"} <= set(manifest["files"])
+        card = (artifact / "README.md").read_text()
+        for needed in (
+            "## What was measured",
+            "## How to load it",
+            "transformers",
+            "vLLM",
+            "SGLang",
+            "## Limits",
+            "## Recipe",
+        ):
+            assert needed in card
+        assert manifest["recipe"]["text"].strip() in card
         assert not list(artifact.glob("*.tmp"))
     assert not (runs[family].path / ".work").exists()
 

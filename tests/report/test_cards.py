@@ -1,0 +1,74 @@
+"""A card gets the numbers of the artifact that was measured, in its marked place, and of no other."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from quantlab.evaluation.record import Record
+from quantlab.report.cards import END, START
+from quantlab.report.files import write_report
+from quantlab.run.model_card import MEASURED_END, MEASURED_START
+
+BEFORE, AFTER = "# w4a16\n\n## What was measured\n\n", "\n## How to load it\n\n- as you like\n"
+
+
+@pytest.fixture
+def run(rich: list[Record], tmp_path: Path) -> tuple[list[Record], Path]:
+    """Records whose w4a16 has an artifact with a card."""
+    artifact = tmp_path / "artifacts" / "w4a16"
+    artifact.mkdir(parents=True)
+    (artifact / "README.md").write_text(f"{BEFORE}{START}\nNothing yet.\n{END}\n{AFTER}")
+    (artifact / "manifest.json").write_text(json.dumps({"files": {"config.json": {}}}))
+    return [at_home(record, artifact) for record in rich], artifact
+
+
+def at_home(record: Record, artifact: Path) -> Record:
+    digest = hashlib.sha256((artifact / "manifest.json").read_bytes()).hexdigest()
+    return record.model_copy(update={"artifact_sha256": digest}) if record.variant == artifact.name else record
+
+
+def test_both_sides_agree_on_the_place() -> None:
+    assert (START, END) == (MEASURED_START, MEASURED_END)
+
+
+def test_the_row_stands_in_its_place(run: tuple[list[Record], Path]) -> None:
+    records, artifact = run
+    write_report(records, artifact.parents[1])
+    card = (artifact / "README.md").read_text()
+    assert card.startswith(BEFORE + START)
+    assert card.endswith(f"{END}\n{AFTER}")
+    assert "Nothing yet" not in card
+    tokens = MarkdownIt("commonmark").enable("table").parse(card)
+    assert "table_open" in [token.type for token in tokens]
+    for needed in (
+        "0.92 (0.61 to 1.23)",
+        "34.9",
+        "2.61 (2.55 to 2.67)",
+        "65,536",
+        "loss: accuracy",
+        "continuation",
+        "AMD EPYC",
+    ):
+        assert needed in card
+    write_report(records, artifact.parents[1])
+    assert (artifact / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("spoiled", ["manifest", "markers", "hashed", "elsewhere"])
+def test_other_cards_are_left_alone(run: tuple[list[Record], Path], spoiled: str) -> None:
+    records, artifact = run
+    if spoiled == "manifest":
+        (artifact / "manifest.json").write_text("{}")
+    elif spoiled == "markers":
+        (artifact / "README.md").write_text(BEFORE + START + "\nmine now\n" + AFTER)
+    elif spoiled == "hashed":
+        (artifact / "manifest.json").write_text(json.dumps({"files": {"README.md": {}}}))
+        records = [at_home(record, artifact) for record in records]
+    else:
+        records = [record.model_copy(update={"artifact": "../elsewhere"}) for record in records]
+    before = (artifact / "README.md").read_bytes()
+    write_report(records, artifact.parents[1])
+    assert (artifact / "README.md").read_bytes() == before
