@@ -4,6 +4,8 @@ How long a step takes depends on shapes and layouts, not on what the weights are
 model, a few of its layers, and random weights in exactly the layout of the artifact. Machines drift: clocks, caches and
 neighbours change within seconds. So all twins are alive at once, every round times each of them in a new random order,
 and a ratio to the FP16 twin is taken within the round; its median over rounds is what the table shows.
+
+On CUDA a decode step is captured as a graph and replayed, with a cache of fixed size, as serving engines do it.
 """
 
 import copy
@@ -26,6 +28,7 @@ from quantlab.evaluation.statistics import Floats, median
 from quantlab.evaluation.suite import SpeedSuite, load_suite
 from quantlab.formats.compressed_tensors import QUANT_METHOD, QuantizationConfig, parse_config
 from quantlab.runtime.account import weight_bytes
+from quantlab.runtime.decode import Decoder
 from quantlab.runtime.native import library as native
 from quantlab.runtime.twin import random_twin
 
@@ -53,18 +56,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Twin:
-    """A model ready to be timed, with a filled cache for every batch size."""
+    """A model ready to be timed, with a filled cache for every batch size: one that grows, or one of fixed size."""
 
     model: PreTrainedModel
-    caches: Mapping[int, DynamicCache]
+    caches: Mapping[int, DynamicCache | Decoder]
     name: str
 
 
 FP16 = Layout("float16", None)
 
 
-def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
-    """Time the layouts of all artifacts, interleaved.
+def measure_speed(request: SpeedRequest, progress: Progress, *, device: str = "cpu") -> SpeedResult:
+    """Time the layouts of all artifacts, interleaved, on a device.
 
     Raises:
         QuantlabError: the FP16 twin cannot be made, so no ratio can be taken.
@@ -78,7 +81,7 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
     for index, layout in enumerate(distinct):
         progress("building twins", index, len(distinct))
         try:
-            twins[layout] = build(layout, suite)
+            twins[layout] = build(layout, suite, device=device)
         except (QuantlabError, RuntimeError, ValueError) as error:  # torch's own errors are of the last two kinds
             if layout == FP16:
                 raise
@@ -121,21 +124,33 @@ def layout_of(directory: Path) -> Layout:
     return Layout(dtype, quantization)
 
 
-def build(layout: Layout, suite: SpeedSuite) -> Twin:
+def build(layout: Layout, suite: SpeedSuite, *, device: str = "cpu", fixed: bool | None = None) -> Twin:
     """A twin with its caches filled, every kind of step having run once so that nothing is timed cold.
 
     All sequences of a batch share one context: what it holds does not change how long a step takes.
+
+    Args:
+        layout: of the weights.
+        suite: the twin's shape, its batches and lengths.
+        device: where it computes.
+        fixed: whether it decodes from a cache of fixed size; None for yes on CUDA.
     """
-    model = random_twin(suite.shape, layout.quantization, dtype=_DTYPES[layout.dtype], seed=_SEED)
-    model.eval()
-    vocabulary = int(model.config.vocab_size)
-    filled = DynamicCache(config=model.config)
-    caches = {}
-    with torch.inference_mode():
-        model(input_ids=_tokens(1, suite.prompt, vocabulary), past_key_values=filled, use_cache=True, logits_to_keep=1)
+    model = random_twin(suite.shape, layout.quantization, dtype=_DTYPES[layout.dtype], seed=_SEED, device=device)
+    prompt = _tokens(1, suite.prompt, int(model.config.vocab_size)).to(model.device)
+    caches: dict[int, DynamicCache | Decoder] = {}
+    if model.device.type == "cuda" if fixed is None else fixed:
         for batch in suite.batches:
-            caches[batch] = copy.deepcopy(filled)
-            caches[batch].batch_repeat_interleave(batch)
+            decoder = Decoder(model, batch=batch, length=suite.prompt + suite.steps)
+            decoder.prefill(prompt.expand(batch, -1))
+            caches[batch] = decoder
+    else:
+        filled = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(input_ids=prompt, past_key_values=filled, use_cache=True, logits_to_keep=1)
+            for batch in suite.batches:
+                grown = copy.deepcopy(filled)
+                grown.batch_repeat_interleave(batch)
+                caches[batch] = grown
     twin = Twin(model, caches, layout_name(layout, model))
     for task in tasks(suite):
         if task.kind == "decode":  # filling the cache was a prefill
@@ -181,20 +196,33 @@ def time_rounds(
 @torch.inference_mode()
 def run_task(twin: Twin, task: Task) -> float:
     """Seconds one task takes. A decode starts from the same filled cache every time."""
-    vocabulary = int(twin.model.config.vocab_size)
-    tokens = _tokens(task.batch, task.tokens, vocabulary)
+    model = twin.model
+    tokens = _tokens(task.batch, task.tokens, int(model.config.vocab_size)).to(model.device)
     if task.kind == "prefill":
-        cache = DynamicCache(config=twin.model.config)
-        start = time.perf_counter()
-        twin.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return time.perf_counter() - start
-    cache = twin.caches[task.batch]
-    start = time.perf_counter()
+        cache = DynamicCache(config=model.config)
+        start = _now(model.device)
+        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return _now(model.device) - start
+    context = twin.caches[task.batch]
+    start = _now(model.device)
     for step in range(task.tokens):
-        twin.model(input_ids=tokens[:, step : step + 1], past_key_values=cache, use_cache=True)
-    seconds = time.perf_counter() - start
-    cache.crop(-task.tokens)
+        if isinstance(context, Decoder):
+            context.step(tokens[:, step])
+        else:
+            model(input_ids=tokens[:, step : step + 1], past_key_values=context, use_cache=True)
+    seconds = _now(model.device) - start
+    if isinstance(context, Decoder):
+        context.rewind(context.used - task.tokens)
+    else:
+        context.crop(-task.tokens)
     return seconds
+
+
+def _now(device: torch.device) -> float:
+    """The time at which everything asked of a device so far is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def summarise(
@@ -206,7 +234,7 @@ def summarise(
     shared = f", timed once with {', '.join(sharing)}" if sharing else ""
     held = weight_bytes(twin.model)
     return Speed(
-        twin=f"{suite.description}, {suite.prompt} tokens in the cache, {native.status()}",
+        twin=f"{suite.description}, {suite.prompt} tokens in the cache, {_computed_by(twin)}",
         layout=twin.name + shared,
         twin_memory_percent_of_fp16=100 * held.total / held.fp16,
         decode_tokens_per_second={batch: median(rates[task]) for batch, task in decode.items()},
@@ -214,6 +242,13 @@ def summarise(
         decode_over_fp16={batch: median(rates[task] / fp16[task]) for batch, task in decode.items()},
         prefill_over_fp16={batch: median(rates[task] / fp16[task]) for batch, task in prefill.items()},
     )
+
+
+def _computed_by(twin: Twin) -> str:
+    device = next(twin.model.parameters()).device
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, captured steps"
+    return native.status()
 
 
 def _tokens(batch: int, length: int, vocabulary: int) -> Tensor:
