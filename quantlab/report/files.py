@@ -1,5 +1,6 @@
 """Records in, the files of a report out."""
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,8 +70,10 @@ def write_report(records: Sequence[Record], directory: Path, *, claims: Path | N
 
     Raises:
         RecipeError: the claims cannot be read, or are about a variant without a record.
-        ArtifactError: the records do not belong together, or the directory cannot be written.
+        ArtifactError: the records do not belong together, an artifact was changed since its record, or the directory cannot
+            be written.
     """
+    _refuse_changed_artifacts(records, directory)
     found, content = (None, None) if claims is None else load_claims(claims)
     matrix = build_matrix(records, links=_links(records, directory), claims=found)
     plot = to_svg(matrix)
@@ -86,6 +89,22 @@ def write_report(records: Sequence[Record], directory: Path, *, claims: Path | N
     for card, text in filled_cards(matrix, directory):
         write_texts(card.parent, {card.name: text})
     return matrix
+
+
+def _refuse_changed_artifacts(records: Sequence[Record], directory: Path) -> None:
+    """Numbers of an artifact that is no longer there must not stand beside the one that is."""
+    for record in records:
+        manifest = directory / record.artifact / "manifest.json"
+        if record.artifact != f"artifacts/{record.variant}" or not manifest.is_file():
+            continue
+        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        if digest != record.artifact_sha256:
+            raise ArtifactError(
+                "an artifact was changed since it was measured",
+                where=str(manifest),
+                found=f"sha256 {digest[:12]}, but {record.artifact_sha256[:12]} in its record",
+                fix="run `quantlab eval` again",
+            )
 
 
 def write_texts(directory: Path, texts: Mapping[str, str | None]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
+from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record
 from quantlab.report.cards import END, START
 from quantlab.report.files import write_report
@@ -57,12 +58,10 @@ def test_the_row_stands_in_its_place(run: tuple[list[Record], Path]) -> None:
     assert (artifact / "README.md").read_text() == card
 
 
-@pytest.mark.parametrize("spoiled", ["manifest", "markers", "hashed", "elsewhere"])
+@pytest.mark.parametrize("spoiled", ["markers", "hashed", "elsewhere"])
 def test_other_cards_are_left_alone(run: tuple[list[Record], Path], spoiled: str) -> None:
     records, artifact = run
-    if spoiled == "manifest":
-        (artifact / "manifest.json").write_text("{}")
-    elif spoiled == "markers":
+    if spoiled == "markers":
         (artifact / "README.md").write_text(BEFORE + START + "\nmine now\n" + AFTER)
     elif spoiled == "hashed":
         (artifact / "manifest.json").write_text(json.dumps({"files": {"README.md": {}}}))
@@ -72,3 +71,12 @@ def test_other_cards_are_left_alone(run: tuple[list[Record], Path], spoiled: str
     before = (artifact / "README.md").read_bytes()
     write_report(records, artifact.parents[1])
     assert (artifact / "README.md").read_bytes() == before
+
+
+def test_an_artifact_changed_since_its_record_is_refused(run: tuple[list[Record], Path]) -> None:
+    records, artifact = run
+    (artifact / "manifest.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="changed since it was measured") as caught:
+        write_report(records, artifact.parents[1])
+    assert str(caught.value.where).endswith("artifacts/w4a16/manifest.json")
+    assert [path.name for path in artifact.parents[1].iterdir()] == ["artifacts"]
