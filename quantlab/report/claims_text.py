@@ -16,6 +16,7 @@ _MOODS: Final[dict[Verdict, tuple[Mood, str]]] = {
     "not decided": ("plain", "?"),
     "not measured here": ("plain", "–"),
 }
+_SHARES: Final = ("memory_percent_of_fp16", "quantized_weights_percent_of_fp16", "twin_memory_percent_of_fp16")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _line(claim: CheckedClaim) -> ClaimLine:
 def _measured(claim: CheckedClaim) -> str:
     if claim.value is None:
         return "–"
-    unit: Literal["percent", "change"] = "percent" if claim.metric and "memory" in claim.metric else "change"
+    unit: Literal["percent", "change"] = "percent" if claim.metric in _SHARES else "change"
     if isinstance(claim.value, Measured):
         return f"{number(claim.value.value, unit)} ({interval(claim.value, unit)})"
     return number(claim.value, unit)
