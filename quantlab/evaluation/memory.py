@@ -31,9 +31,13 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
         QuantlabError: the artifact cannot be loaded.
     """
     suite = load_suite(request.suite).suite
-    progress("loading", 0, 1)
+
+    def loading(done: int, total: int) -> None:
+        if 100 * done // total > 100 * (done - 1) // total:  # a hundred times for a bar, however many weights
+            progress("loading", done, total)
+
     start = time.perf_counter()
-    model = load(request.directory)
+    model = load(request.directory, progress=loading)
     seconds = [time.perf_counter() - start]
     counted = weight_bytes(model)
     ids = torch.arange(suite.text.length)[None] % model.config.vocab_size
@@ -48,7 +52,6 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
         model = load(request.directory)
         seconds.append(time.perf_counter() - start)
     quantized = 100 * counted.quantized / counted.quantized_fp16 if counted.quantized_fp16 else None
-    progress("loading", 1, 1)
     return Memory(
         weights_bytes=counted.total,
         fp16_weights_bytes=counted.fp16,
