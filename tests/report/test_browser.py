@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from quantlab.report.files import write_report
+from quantlab.report.leaderboard_files import write_leaderboard
 from tests.report.conftest import enrich, make_faulty, make_recipe
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -23,6 +24,7 @@ DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no chromium with chromedriver here")
 
 Driver = Any
+GUIDE = Path(__file__).parents[2] / "eval" / "claims" / "guide.yaml"
 
 CONTRAST = """
 const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
@@ -51,7 +53,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "records").mkdir()
     for record in records:
         (directory / "records" / f"{record.variant}.json").write_text(record.model_dump_json())
-    write_report(records, directory)
+    write_report(records, directory, claims=GUIDE)
+    write_leaderboard([directory], directory / "board")
     return directory
 
 
@@ -167,11 +170,12 @@ def test_the_theme_follows_the_system_and_then_the_reader(page: Driver) -> None:
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True])
-def test_every_look_is_quiet_fits_and_can_be_read(page: Driver, run: Path, width: int, dark: bool) -> None:
+@pytest.mark.parametrize("file", ["matrix.html", "board/leaderboard.html"])
+def test_every_look_is_quiet_fits_and_can_be_read(page: Driver, run: Path, width: int, dark: bool, file: str) -> None:
     for kind in ("browser", "performance"):
         page.get_log(kind)
     look(page, width=width, dark=dark)
-    page.get((run / "matrix.html").as_uri())
+    page.get((run / file).as_uri())
     page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
     assert page.execute_script(CONTRAST) == []
@@ -220,6 +224,16 @@ def test_every_number_leads_to_its_record(page: Driver, run: Path) -> None:
         for part in field.split("."):
             value = value[part]
         assert value is not None
+
+
+def test_a_leaderboard_sorts_and_filters(page: Driver, run: Path) -> None:
+    page.get((run / "board" / "leaderboard.html").as_uri())
+    assert shown(page)[0] == "fp16"
+    assert shown(page)[-2:] == ["faulty", "source"]
+    choose(page, "memory", "40")
+    assert set(shown(page)) == {"w4a16", "pruned-8-w4a16", "faulty"}
+    link = page.execute_script("return document.querySelector('#main a.value').getAttribute('href')")
+    assert (run / "board" / link.partition("#")[0]).resolve().parent == (run / "records").resolve()
 
 
 def wait_for(path: Path) -> bytes:
