@@ -34,7 +34,7 @@ class Decoder:
         capture: whether a step is captured; None for yes on CUDA.
 
     Raises:
-        CacheError: the model attends to fewer than `length` tokens, or in windows.
+        CacheError: the model attends to fewer than `length` tokens, in windows, or by flash attention, which takes no mask.
     """
 
     def __init__(self, model: PreTrainedModel, *, batch: int, length: int, capture: bool | None = None) -> None:
@@ -50,13 +50,15 @@ class Decoder:
         self._model, self._device = model, model.device
         self._capture = self._device.type == "cuda" if capture is None else capture
         self._cache = StaticCache(config=model.config, max_cache_len=length)
-        if any(type(layer) is not StaticLayer for layer in self._cache.layers):
+        kinds = {type(layer).__name__ for layer in self._cache.layers} - {StaticLayer.__name__}
+        if kinds or model.config._attn_implementation == "flash_attention_2":
             raise CacheError(
-                "the model attends in windows",
+                "the model attends in a way a fixed cache does not serve",
                 where="decoding with a fixed cache",
-                found=", ".join(sorted({type(layer).__name__ for layer in self._cache.layers})),
-                fix="use generate, with the cache it makes itself",
+                found=", ".join(sorted(kinds)) or "flash_attention_2",
+                fix="use generate, with the cache it makes itself, or another implementation of attention",
             )
+        self._adds = model.config._attn_implementation == "eager"
         self._used = 0
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
         self._position = torch.zeros(1, dtype=torch.int64, device=self._device)
@@ -177,10 +179,13 @@ class Decoder:
 
     def _step(self) -> Tensor:
         """One step on the tensors that stay in place; nothing in it waits for the device."""
-        seen = (self._places <= self._position) & (self._places >= self._padding)
+        mask = ((self._places <= self._position) & (self._places >= self._padding))[:, None, None, :]
+        if self._adds:
+            least = torch.finfo(self._model.dtype).min
+            mask = torch.zeros(mask.shape, dtype=self._model.dtype, device=self._device).masked_fill(~mask, least)
         output = self._model(
             input_ids=self._tokens,
-            attention_mask=seen[:, None, None, :],
+            attention_mask=mask,
             position_ids=self._position - self._padding,
             past_key_values=self._cache,
             use_cache=True,

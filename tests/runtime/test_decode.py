@@ -57,6 +57,20 @@ def test_steps_equal_those_with_a_growing_cache(
             assert relative_error(one, other) <= 1e-5
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_steps_under_other_implementations_of_attention(
+    implementation: str, models: dict[str, PreTrainedModel], checkpoints: dict[str, Path]
+) -> None:
+    for family in ("deepseek_v3", "llama"):
+        ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
+        mask[0, :3] = 0
+        expected = growing(models[family], ids, mask, 7)
+        decoder = Decoder(load(checkpoints[family], dtype=torch.float32, attention=implementation), batch=2, length=12)
+        found = [decoder.prefill(ids[:, :7], mask[:, :7]), *(decoder.step(ids[:, i]) for i in (7, 8))]
+        for one, other in zip(found, expected, strict=True):
+            assert relative_error(one, other) <= 1e-5
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_after_rewinding_a_step_is_the_same_again(family: str, models: dict[str, PreTrainedModel]) -> None:
     decoder = Decoder(models[family], batch=2, length=12)
@@ -133,8 +147,12 @@ def test_a_cache_that_memory_has_no_room_for(
         decoder.prefill(tokens(1, 7))
 
 
-def test_attention_in_windows_is_refused() -> None:
+def test_attention_a_fixed_cache_cannot_serve_is_refused() -> None:
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
     model = random_twin({"model_type": "qwen2", **FAMILIES["qwen2"]} | windows, None, dtype=torch.float32, seed=0)
-    with pytest.raises(CacheError, match=r"windows[^$]*StaticSlidingWindowLayer"):
+    with pytest.raises(CacheError, match=r"does not serve[^$]*StaticSlidingWindowLayer"):
         Decoder(model, batch=1, length=16)
+    plain = random_twin({"model_type": "llama", **FAMILIES["llama"]}, None, dtype=torch.float32, seed=0)
+    plain.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(CacheError, match=r"does not serve[^$]*flash_attention_2"):
+        Decoder(plain, batch=1, length=16)
