@@ -14,7 +14,7 @@ from quantlab.report.plot import Tick, nice_ticks
 from quantlab.report.rows import Row, noise_of
 
 WIDTH = 360.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 118.0, 62.0, 8.0, 24.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 118.0, 74.0, 8.0, 24.0
 _STEP, _THICK = 24.0, 13.0
 
 

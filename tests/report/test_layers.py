@@ -1,0 +1,71 @@
+"""Heat maps by layer, and bars by batch size: a damaged layer is named, an even model is not accused, nothing is lost."""
+
+import pytest
+
+from quantlab.evaluation.record import MatrixErrors, Record
+from quantlab.report.bars import WIDTH, lay_out_bars
+from quantlab.report.html import to_html
+from quantlab.report.layers import LEVELS, layer_maps, matrix_maps
+from quantlab.report.leaderboard import build_leaderboard
+from quantlab.report.matrix import build_matrix
+from tests.report.conftest import enrich, make_recipe
+
+
+def test_a_damaged_layer_is_named_and_its_variant_ranks_last(rich: list[Record]) -> None:
+    errors, routers = layer_maps(build_matrix(rich))
+    assert errors.sentences == (
+        "faulty: the error of layer 3 stands out, 82.0 %, 16.3 times as far off as the median of its layers.",
+    )
+    assert len(routers.sentences) == 1
+    tiles = dict(errors.lines)["faulty"]
+    assert [tile.stands_out for tile in tiles] == [index == 3 for index in range(8)]
+    assert (
+        max(tile.level for _, line in errors.lines for tile in line if tile.level is not None)
+        == tiles[3].level
+        == LEVELS - 1
+    )
+    board = build_leaderboard([("run", [(record.variant, record) for record in rich])])
+    assert board.places[-1].row.variant == "faulty"
+    assert board.places[-1].best == len(board.places)
+    assert "stands out" in to_html(build_matrix(rich))
+
+
+def test_an_even_model_is_not_accused() -> None:
+    matrix = build_matrix([enrich(record) for record in make_recipe()])
+    assert [found.sentences for found in layer_maps(matrix)] == [(), ()]
+
+
+def test_no_map_where_nothing_was_measured(recipe: list[Record]) -> None:
+    assert layer_maps(build_matrix(recipe)) == matrix_maps(build_matrix(recipe)) == ()
+    assert "Where in the model" not in to_html(build_matrix(recipe))
+
+
+def test_layers_stand_in_the_order_of_their_numbers(rich: list[Record]) -> None:
+    def error(layer: int) -> MatrixErrors:
+        return MatrixErrors(layer=f"layer {layer}", kind="q_proj", count=1, relative_error=0.1, relative_error_max=0.1)
+
+    rich[4] = rich[4].model_copy(update={"matrix_errors": tuple(error(layer) for layer in (10, 2, 1))})
+    (found,) = [one for one in matrix_maps(build_matrix(rich)) if one.name == "matrices-w4a16"]
+    assert found.layers == ("1", "2", "10")
+    assert [tile.level for tile in found.lines[0][1]] == [0, 0, 0]
+
+
+def test_bars_have_one_scale_and_room_for_their_text(rich: list[Record]) -> None:
+    panels = lay_out_bars(build_matrix(rich))
+    assert [panel.key for panel in panels] == ["decode-1", "decode-8", "decode-32", "prefill-1"]
+    assert len({panel.one for panel in panels}) == 1
+    for panel in panels:
+        assert [bar.variant for bar in panel.bars] == [record.variant for record in rich]
+        for bar in panel.bars:
+            ratio = float(bar.text.partition("×")[0])
+            assert bar.length == pytest.approx(ratio * (panel.one - panel.left), abs=1)
+            assert max(bar.high, panel.left + bar.length) + 50 <= WIDTH
+    noisy = [(panel.key, bar.variant) for panel in panels for bar in panel.bars if bar.noise]
+    assert noisy == [("decode-8", "int8")]
+    assert "hatch-decode-8)" in to_html(build_matrix(rich))
+
+
+def test_no_bars_without_speed(recipe: list[Record]) -> None:
+    untimed = [record.model_copy(update={"speed": None}) for record in recipe]
+    assert lay_out_bars(build_matrix(untimed)) == ()
+    assert "Speed by batch size" not in to_html(build_matrix(untimed))
