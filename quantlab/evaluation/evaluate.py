@@ -9,28 +9,32 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from quantlab.checkpoint.files import write_atomically
-from quantlab.checkpoint.index import read_json
 from quantlab.errors import ArtifactError, EvaluationError
 from quantlab.evaluation import hardware
 from quantlab.evaluation.jobs import (
     MemoryRequest,
     Progress,
     QualityRequest,
+    Role,
     SpeedRequest,
     SpeedResult,
+    TasksRequest,
+    TasksResult,
     predictions_complete,
 )
+from quantlab.evaluation.manifest import check_unchanged, matrix_errors, read_manifest, tokens_per_expert
 from quantlab.evaluation.processes import CellError, Worker
-from quantlab.evaluation.record import Failure, Memory, Quality, Record, Speed, read_record
+from quantlab.evaluation.record import Failure, Memory, Quality, Record, Speed, TaskResult, read_record
+from quantlab.evaluation.rows import adjusted
+from quantlab.evaluation.scores import kept_scores, next_token_result
 from quantlab.evaluation.suite import LoadedSuite, load_suite
 
 RECORDS = "records"
 _WORK = ".work"
 _PREDICTIONS = ".baseline"
-_WORDS = {"recipe", "recipe_sha256", "description", "artifact"}  # these change without changing a number
+_WORDS = {"recipe", "recipe_sha256", "description", "artifact", "command"}  # these change without changing a number
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class EvaluationRequest:
         cells: what to evaluate, in the order of the rows.
         reuse: whether records that still hold are kept.
         time_limit: seconds that one measurement may take.
+        command: what was run, for the records.
     """
 
     directory: Path
@@ -75,6 +80,7 @@ class EvaluationRequest:
     cells: tuple[Cell, ...]
     reuse: bool = True
     time_limit: float = 3600.0
+    command: str = ""
 
 
 @dataclass
@@ -105,6 +111,11 @@ class _Evaluation:
         parts = (self.baseline.artifact_sha256, self.suite.sha256, self.hardware, str(sorted(self.versions.items())))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    def baseline_is_kept(self) -> bool:
+        """Whether all that other rows are compared with is there."""
+        answered = kept_scores(self.predictions, self.key) is not None
+        return predictions_complete(self.predictions, self.key) and (answered or not self.suite.suite.tasks)
+
     def path(self, variant: str) -> Path:
         return self.records / f"{variant}.json"
 
@@ -122,12 +133,12 @@ def evaluate(request: EvaluationRequest, *, progress: Progress | None = None) ->
     Raises:
         RecipeError: the suite is malformed.
         EvaluationError: the corpus cannot be read, the baseline is no cell, or no process can be started.
-        ArtifactError: a record cannot be written.
+        ArtifactError: an artifact was changed since it was made, or a record cannot be written.
     """
     evaluation = _prepare(request, progress or _silent)
     kept = {cell.variant: record for cell in request.cells if (record := _kept(evaluation, cell)) is not None}
     missing = [cell for cell in request.cells if cell.variant not in kept]
-    if missing and not predictions_complete(evaluation.predictions, evaluation.key):
+    if missing and not evaluation.baseline_is_kept():
         kept.pop(request.baseline, None)
     missing = [cell for cell in request.cells if cell.variant not in kept]
     if kept:
@@ -140,7 +151,11 @@ def evaluate(request: EvaluationRequest, *, progress: Progress | None = None) ->
             for cell in sorted(missing, key=lambda cell: cell.variant != request.baseline):
                 kept[cell.variant] = _measure(evaluation, worker, cell)
                 _write(evaluation, kept[cell.variant])
-    return [kept[cell.variant] for cell in request.cells]
+    records = adjusted([kept[cell.variant] for cell in request.cells])
+    for record in records:
+        if record != kept[record.variant]:
+            _write(evaluation, record)
+    return records
 
 
 def _prepare(request: EvaluationRequest, progress: Progress) -> _Evaluation:
@@ -152,8 +167,12 @@ def _prepare(request: EvaluationRequest, progress: Progress) -> _Evaluation:
             found=request.baseline,
             fix="use one of: " + ", ".join(cell.variant for cell in request.cells),
         )
+    for cell in request.cells:
+        check_unchanged(cell.directory)
     suite = load_suite(request.suite)
-    evaluation = _Evaluation(request, suite, baselines[0], hardware.describe(), hardware.versions(), progress)
+    bridged = any(not task.ours for task in suite.suite.tasks)
+    versions = hardware.versions() | (hardware.version_of("lm-eval") if bridged else {})
+    evaluation = _Evaluation(request, suite, baselines[0], hardware.describe(), versions, progress)
     try:
         evaluation.records.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -175,7 +194,7 @@ def _kept(evaluation: _Evaluation, cell: Cell) -> Record | None:
         found = read_record(path)
     except ArtifactError:  # of another version: measured again
         return None
-    current = _record(evaluation, cell, quality=found.quality, memory=found.memory, speed=found.speed, failures=())
+    current = _record(evaluation, cell, Measurements(found.quality, found.tasks, found.memory, found.speed))
     if found.model_dump(exclude=_WORDS) != current.model_dump(exclude=_WORDS):
         return None
     if found != current:
@@ -183,16 +202,20 @@ def _kept(evaluation: _Evaluation, cell: Cell) -> Record | None:
     return current
 
 
-def _record(
-    evaluation: _Evaluation,
-    cell: Cell,
-    *,
-    quality: Quality | None,
-    memory: Memory | None,
-    speed: Speed | None,
-    failures: tuple[Failure, ...],
-) -> Record:
-    request = evaluation.request
+@dataclass(frozen=True)
+class Measurements:
+    """What was found out about one artifact."""
+
+    quality: Quality | None
+    tasks: tuple[TaskResult, ...]
+    memory: Memory | None
+    speed: Speed | None
+    failures: tuple[Failure, ...] = ()
+
+
+def _record(evaluation: _Evaluation, cell: Cell, found: Measurements) -> Record:
+    request, suite = evaluation.request, evaluation.suite
+    manifest = read_manifest(cell.directory)
     return Record(
         recipe=request.recipe,
         recipe_sha256=request.recipe_sha256,
@@ -202,23 +225,32 @@ def _record(
         artifact_sha256=cell.artifact_sha256,
         baseline=request.baseline,
         baseline_sha256=evaluation.baseline.artifact_sha256,
-        suite=evaluation.suite.title,
-        suite_sha256=evaluation.suite.sha256,
+        suite=suite.title,
+        suite_sha256=suite.sha256,
+        suite_name=suite.suite.name,
+        suite_version=suite.suite.version,
+        seeds=_seeds(suite),
+        command=request.command,
         hardware=evaluation.hardware,
         versions=evaluation.versions,
-        quality=quality,
-        memory=memory,
-        speed=speed,
-        failures=failures,
-        tokens_per_expert=_tokens_per_expert(cell.directory),
+        quality=found.quality,
+        memory=found.memory,
+        speed=found.speed,
+        failures=found.failures,
+        tokens_per_expert=tokens_per_expert(manifest),
+        tasks=found.tasks,
+        matrix_errors=matrix_errors(manifest),
     )
 
 
-def _tokens_per_expert(artifact: Path) -> dict[str, tuple[int, ...]]:
-    """What the manifest says of the calibration; nothing where there is none."""
-    path = artifact / "manifest.json"
-    found = read_json(path).get("tokens_per_expert", {}) if path.is_file() else {}
-    return {block: tuple(counts) for block, counts in found.items()}
+def _seeds(suite: LoadedSuite) -> dict[str, int]:
+    seeds = {"bootstrap": 0}
+    if suite.suite.speed is not None:
+        seeds |= {"speed twin": 0, "order of rounds": 0}
+    for wanted in suite.suite.tasks:
+        for number, seed in enumerate(wanted.seeds, start=1):
+            seeds[f"task {Path(wanted.task).stem}" + (f", {number}" if len(wanted.seeds) > 1 else "")] = seed
+    return seeds
 
 
 def _measure_speed(evaluation: _Evaluation, worker: Worker, cells: list[Cell]) -> None:
@@ -238,10 +270,23 @@ def _measure_speed(evaluation: _Evaluation, worker: Worker, cells: list[Cell]) -
 
 
 def _measure(evaluation: _Evaluation, worker: Worker, cell: Cell) -> Record:
-    """Quality and memory of one artifact, joined with its speed."""
-    failures = []
-    quality, memory = None, None
+    """Quality, tasks and memory of one artifact, joined with its speed."""
+    failures: list[Failure] = []
+    quality = _measure_quality(evaluation, worker, cell, failures)
+    tasks = _measure_tasks(evaluation, worker, cell, quality, failures)
+    memory = None
+    try:
+        request = MemoryRequest(directory=cell.directory, suite=evaluation.suite.path)
+        memory = worker.run(f"{cell.variant}-memory", request, Memory, progress=_silent)
+    except CellError as error:
+        failures.append(Failure(cell="memory", reason=str(error)))
+    if cell.variant in evaluation.speed_failures:
+        failures.append(Failure(cell="speed", reason=evaluation.speed_failures[cell.variant]))
+    speed = evaluation.speeds.get(cell.variant)
+    return _record(evaluation, cell, Measurements(quality, tasks, memory, speed, tuple(failures)))
 
+
+def _measure_quality(evaluation: _Evaluation, worker: Worker, cell: Cell, failures: list[Failure]) -> Quality | None:
     def progress(_: str, done: int, total: int) -> None:
         """One bar per row, whatever it is busy with."""
         evaluation.progress(f"{cell.variant}: quality", done, total)
@@ -252,23 +297,48 @@ def _measure(evaluation: _Evaluation, worker: Worker, cell: Cell) -> Record:
         failures.append(Failure(cell="quality", reason=str(error)))
         if cell.variant == evaluation.request.baseline:
             evaluation.baseline_failure = str(error)
-    else:
-        if cell.variant != evaluation.request.baseline and evaluation.baseline_failure is not None:
-            reason = f"nothing to compare with: the baseline failed: {evaluation.baseline_failure}"
-            failures.append(Failure(cell="quality", reason=reason))
-    try:
-        request = MemoryRequest(directory=cell.directory, suite=evaluation.suite.path)
-        memory = worker.run(f"{cell.variant}-memory", request, Memory, progress=_silent)
-    except CellError as error:
-        failures.append(Failure(cell="memory", reason=str(error)))
-    if cell.variant in evaluation.speed_failures:
-        failures.append(Failure(cell="speed", reason=evaluation.speed_failures[cell.variant]))
-    speed = evaluation.speeds.get(cell.variant)
-    return _record(evaluation, cell, quality=quality, memory=memory, speed=speed, failures=tuple(failures))
+        return None
+    if cell.variant != evaluation.request.baseline and evaluation.baseline_failure is not None:
+        reason = f"nothing to compare with: the baseline failed: {evaluation.baseline_failure}"
+        failures.append(Failure(cell="quality", reason=reason))
+    return quality
+
+
+def _measure_tasks(
+    evaluation: _Evaluation, worker: Worker, cell: Cell, quality: Quality | None, failures: list[Failure]
+) -> tuple[TaskResult, ...]:
+    """The suite's tasks in its order; next-token accuracy is taken from the quality."""
+    suite = evaluation.suite
+    wanted = [
+        task for task in suite.suite.tasks if not (task.ours and suite.tasks[task.task].task.kind == "next_token")
+    ]
+    answered: tuple[TaskResult, ...] = ()
+    if wanted:
+        request = TasksRequest(**_quality_request(evaluation, cell).model_dump(exclude={"kind"}))
+
+        def progress(_: str, done: int, total: int) -> None:
+            evaluation.progress(f"{cell.variant}: tasks", done, total)
+
+        try:
+            result = worker.run(f"{cell.variant}-tasks", request, TasksResult, progress=progress)
+        except CellError as error:
+            failures.append(Failure(cell="tasks", reason=str(error)))
+        else:
+            answered = result.tasks
+            failures += [Failure(cell="tasks", reason=f"{name}: {why}") for name, why in result.failures.items()]
+    results: list[TaskResult] = []
+    for task in suite.suite.tasks:
+        if task in wanted:
+            name = suite.tasks[task.task].task.name if task.ours else task.task
+            results += [one for one in answered if one.name == name and one not in results]
+        elif quality is not None:
+            loaded = suite.tasks[task.task]
+            results.append(next_token_result(loaded.task, quality, loaded.sha256))
+    return tuple(results)
 
 
 def _quality_request(evaluation: _Evaluation, cell: Cell) -> QualityRequest:
-    role: Literal["baseline", "compared", "alone"] = "compared"
+    role: Role = "compared"
     if cell.variant == evaluation.request.baseline:
         role = "baseline"
     elif evaluation.baseline_failure is not None:

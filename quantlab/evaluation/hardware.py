@@ -2,7 +2,7 @@
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGES = ("quantlab", "torch", "transformers")
@@ -27,6 +27,14 @@ def describe() -> str:
 def versions() -> dict[str, str]:
     """Versions of everything that computes."""
     return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
+
+
+def version_of(package: str) -> dict[str, str]:
+    """The version of a package that need not be there."""
+    try:
+        return {package: version(package)}
+    except PackageNotFoundError:
+        return {}
 
 
 def _processors() -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quantlab.evaluation.record import Speed
+from quantlab.evaluation.record import Speed, TaskResult
 
 Progress = Callable[[str, int, int], None]
 """Told of a stage, how much of it is done and how much there is (0 when that is not known)."""
@@ -15,6 +15,8 @@ Progress = Callable[[str, int, int], None]
 EXPLAINED = 3
 """Exit code of a cell that could say what is wrong; the file of its result then holds the reason as text."""
 
+
+Role = Literal["baseline", "compared", "alone"]
 
 PREDICTIONS_COMPLETE = "complete.json"
 """Written last into the directory of the baseline's predictions."""
@@ -34,10 +36,35 @@ class QualityRequest(_Strict):
     """The suite."""
     predictions: Path
     """Directory of the baseline's predictions."""
-    role: Literal["baseline", "compared", "alone"]
+    role: Role
     """Whether the artifact is the baseline (its predictions are kept), is compared with it, or has none to be compared with."""
     key: str
     """Names the baseline and the suite; kept with the predictions."""
+
+
+class TasksRequest(_Strict):
+    """One artifact's answers to the suite's tasks; answered with a `TasksResult`."""
+
+    kind: Literal["tasks"] = "tasks"
+    directory: Path
+    """The artifact."""
+    suite: Path
+    """The suite."""
+    predictions: Path
+    """Directory of the baseline's predictions, its scores of items among them."""
+    role: Role
+    """As in `QualityRequest`."""
+    key: str
+    """As in `QualityRequest`."""
+
+
+class TasksResult(_Strict):
+    """Every task of the suite is in one of the two."""
+
+    tasks: tuple[TaskResult, ...]
+    """What was measured, in the order of the suite."""
+    failures: dict[str, str]
+    """Task -> why it could not be."""
 
 
 class MemoryRequest(_Strict):
@@ -69,7 +96,7 @@ class SpeedResult(_Strict):
     """Why it could not be."""
 
 
-CellRequest = Annotated[QualityRequest | MemoryRequest | SpeedRequest, Field(discriminator="kind")]
+CellRequest = Annotated[QualityRequest | TasksRequest | MemoryRequest | SpeedRequest, Field(discriminator="kind")]
 
 
 class Job(_Strict):

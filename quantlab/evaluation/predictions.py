@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.baseline import Baseline, BaselineWriter, TokenScores
+from quantlab.evaluation.layers import Routes
 from quantlab.evaluation.text import HeldOut, Window
 
 BATCH_TOKENS = 4096
@@ -33,6 +34,7 @@ def score(
     baseline: Baseline | None = None,
     keep: BaselineWriter | None = None,
     progress: Callable[[int, int], None] | None = None,
+    routes: Routes | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> TokenScores:
     """Score every token of the windows, in their order.
@@ -43,6 +45,7 @@ def score(
         baseline: predictions to compare with.
         keep: takes this model's predictions, as those of the baseline.
         progress: told how many of all tokens are done.
+        routes: takes the experts of every scored token.
         batch_tokens: tokens computed at once, padding included.
 
     Raises:
@@ -55,6 +58,8 @@ def score(
     done = 0
     for windows in held_out.batches(batch_tokens):
         hidden = _hidden_states(model, windows)
+        if routes is not None:
+            routes.take(_scored_positions(windows))
         targets = torch.cat([torch.from_numpy(window.tokens[window.first :]) for window in windows])
         span = slice(done, done + len(targets))
         if keep is not None:
@@ -63,14 +68,7 @@ def score(
         done = span.stop
         if progress is not None:
             progress(done, held_out.tokens)
-    kl = torch.cat([part.kl for part in parts if part.kl is not None]) if baseline is not None else None
-    scores = TokenScores(
-        nll=torch.cat([part.nll for part in parts]),
-        top1=torch.cat([part.top1 for part in parts]),
-        lse=torch.cat([part.lse for part in parts]),
-        correct=torch.cat([part.correct for part in parts]),
-        kl=kl,
-    )
+    scores = joined(parts)
     _check_finite(scores)
     if keep is not None:
         keep.finish(scores)
@@ -85,6 +83,15 @@ def _hidden_states(model: PreTrainedModel, windows: Sequence[Window]) -> Tensor:
         ids[row, : len(window.tokens)] = torch.from_numpy(window.tokens)
     states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return torch.cat([states[row, window.first - 1 : len(window.tokens) - 1] for row, window in enumerate(windows)])
+
+
+def _scored_positions(windows: Sequence[Window]) -> Tensor:
+    """Where the hidden states of `_hidden_states` stand in the padded batch, counted through all rows [t]."""
+    longest = max(len(window.tokens) for window in windows)
+    parts = [
+        torch.arange(window.first - 1, len(window.tokens) - 1) + row * longest for row, window in enumerate(windows)
+    ]
+    return torch.cat(parts)
 
 
 def _score_batch(
@@ -117,6 +124,23 @@ def _score_batch(
             kl = divergence(reference_logits, reference_lse, logits, lse)
         parts.append(TokenScores(nll, top1, lse, top1 == target, kl))
     return parts
+
+
+def score_states(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> TokenScores:
+    """Scores of the tokens `targets` [t], predicted from the final hidden states `hidden` [t, H]."""
+    return joined(_score_batch(head, hidden, targets, None, slice(0, len(targets))))
+
+
+def joined(parts: Sequence[TokenScores]) -> TokenScores:
+    """Scores one after the other."""
+    kl = [part.kl for part in parts if part.kl is not None]
+    return TokenScores(
+        nll=torch.cat([part.nll for part in parts]),
+        top1=torch.cat([part.top1 for part in parts]),
+        lse=torch.cat([part.lse for part in parts]),
+        correct=torch.cat([part.correct for part in parts]),
+        kl=torch.cat(kl) if kl else None,
+    )
 
 
 def divergence(reference: Tensor, reference_lse: Tensor, logits: Tensor, lse: Tensor) -> Tensor:

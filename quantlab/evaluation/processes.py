@@ -24,6 +24,7 @@ _STARTING_SECONDS = 300.0
 _PASSED_ON = (
     "PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "XDG_CACHE_HOME",
     "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "TRITON_CACHE_DIR",
+    "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ALLOW_CODE_EVAL",
 )  # fmt: skip
 
 
@@ -164,7 +165,7 @@ def _environment() -> dict[str, str]:
     paths = [ours, environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else [ours]
     return environment | {
         "PYTHONPATH": os.pathsep.join(paths),
-        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),  # a task's data is fetched only when asked to
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         # a thread that waits in a loop takes a core from one that works as soon as anything else runs on the machine;

@@ -1,24 +1,28 @@
 """Quality: what an artifact predicts on held-out text, and how far it is from the baseline on the same tokens."""
 
 import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.baseline import Baseline, BaselineWriter, TokenScores
 from quantlab.evaluation.jobs import Progress, QualityRequest
+from quantlab.evaluation.layers import LayerErrors, Routes, agreeing, keep_routes, keep_states, layer_errors, sample
+from quantlab.evaluation.manifest import kept_experts, read_manifest
 from quantlab.evaluation.predictions import score
-from quantlab.evaluation.record import Domain, Measured, Quality
-from quantlab.evaluation.statistics import Floats, Resampled, resample
+from quantlab.evaluation.record import Divergence, Domain, Measured, Quality, Significance
+from quantlab.evaluation.statistics import Floats, Resampled, percentile, resample
 from quantlab.evaluation.suite import load_suite
 from quantlab.evaluation.text import HeldOut, cut, load_tokenizer, read_corpus
 from quantlab.runtime.load import load
 
 # the sums over documents that every number of the table is made of
-_COLUMNS = ("tokens", "bytes", "nll", "correct", "kl", "agreeing", "baseline_nll", "baseline_correct")
-_TOKENS, _BYTES, _NLL, _CORRECT, _KL, _AGREEING, _BASELINE_NLL, _BASELINE_CORRECT = range(len(_COLUMNS))
+_TOKENS, _BYTES, _NLL, _CORRECT, _KL, _AGREEING, _BASELINE_NLL, _BASELINE_CORRECT, _TO_WRONG, _TO_RIGHT = range(10)
+_COLUMNS = 10
 
 
 def measure_quality(request: QualityRequest, progress: Progress) -> Quality:
@@ -36,15 +40,24 @@ def measure_quality(request: QualityRequest, progress: Progress) -> Quality:
     )
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[suite.dtype]
     model = load(request.directory, dtype=dtype)
+    windows = sample(held_out, model, text.suite.layer_error_tokens)
     scored = lambda done, total: progress("scoring", done, total)  # noqa: E731 - the stage's name and nothing else
+    with Routes(model, kept_experts(read_manifest(request.directory))) as routes:
+        if request.role == "compared":
+            with Baseline(request.predictions, tokens_sha256=held_out.sha256, dtype=dtype) as baseline:
+                scores = score(model, held_out, baseline=baseline, progress=scored, routes=routes)
+        else:
+            keep = None
+            if request.role == "baseline":
+                keep = BaselineWriter(request.predictions, key=request.key, tokens_sha256=held_out.sha256)
+            scores = score(model, held_out, keep=keep, progress=scored, routes=routes)
     if request.role == "compared":
-        with Baseline(request.predictions, tokens_sha256=held_out.sha256, dtype=dtype) as baseline:
-            scores = score(model, held_out, baseline=baseline, progress=scored)
-        return summarise(held_out, scores, baseline.scores, compute_dtype=suite.dtype)
-    keep = None
+        quality = summarise(held_out, scores, baseline.scores, compute_dtype=suite.dtype)
+        inside = agreeing(request.predictions, routes.found()), layer_errors(request.predictions, model, windows)
+        return with_layers(quality, held_out, *inside)
     if request.role == "baseline":
-        keep = BaselineWriter(request.predictions, key=request.key, tokens_sha256=held_out.sha256)
-    scores = score(model, held_out, keep=keep, progress=scored)
+        keep_routes(request.predictions, routes.found())
+        keep_states(request.predictions, model, windows)
     return summarise(held_out, scores, None, compute_dtype=suite.dtype)
 
 
@@ -64,24 +77,90 @@ def summarise(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | No
         one = resample(table[rows], held_out.strata[rows])
         tokens = int(one.totals[_TOKENS])
         domains[name] = Domain(perplexity=_perplexity(one), bits_per_byte=one.measure(_bits_per_byte, n=tokens))
+        if baseline is not None:
+            change = one.measure(_perplexity_change, n=tokens), one.measure(_mean_of(_KL), n=tokens)
+            domains[name] = domains[name].model_copy(
+                update={"perplexity_change_percent": change[0], "kl_to_baseline": change[1]}
+            )
     compared = everything if baseline is not None else None
     return Quality(
         compute_dtype=compute_dtype,
         perplexity=_perplexity(everything),
         bits_per_byte=everything.measure(_bits_per_byte, n=n),
-        next_token_accuracy=everything.measure(lambda sums: sums[..., _CORRECT] / sums[..., _TOKENS], n=n),
+        next_token_accuracy=everything.measure(_mean_of(_CORRECT), n=n),
         domains=domains,
         perplexity_change_percent=compared and compared.measure(_perplexity_change, n=n),
         accuracy_loss_percent=compared and _accuracy_loss(compared, n),
-        kl_to_baseline=compared and compared.measure(lambda sums: sums[..., _KL] / sums[..., _TOKENS], n=n),
-        top1_agreement=compared and compared.measure(lambda sums: sums[..., _AGREEING] / sums[..., _TOKENS], n=n),
+        accuracy_loss=compared and compared.measure(_accuracy_difference, n=n),
+        kl_to_baseline=compared and compared.measure(_mean_of(_KL), n=n),
+        top1_agreement=compared and compared.measure(_mean_of(_AGREEING), n=n),
+        divergence=_divergence(held_out, scores, baseline, everything) if baseline is not None else None,
+        significance=_significance(compared, n) if compared is not None else {},
     )
+
+
+def _divergence(held_out: HeldOut, scores: TokenScores, baseline: TokenScores, sums: Resampled) -> Divergence:
+    assert scores.kl is not None, "scored against a baseline"
+    kl, n = scores.kl.double().numpy(), held_out.tokens
+    document = held_out.documents()
+    return Divergence(
+        kl_mean=sums.measure(_mean_of(_KL), n=n),
+        kl_median=percentile(kl, document, held_out.strata, share=0.5),
+        kl_p99=percentile(kl, document, held_out.strata, share=0.99),
+        top1_agreement=sums.measure(_mean_of(_AGREEING), n=n),
+        flips_to_wrong=sums.measure(_mean_of(_TO_WRONG), n=n),
+        flips_to_right=sums.measure(_mean_of(_TO_RIGHT), n=n),
+    )
+
+
+def _significance(sums: Resampled, n: int) -> dict[str, Significance]:
+    """Accuracy is tested as a difference of shares: it is zero exactly when the loss in percent is."""
+    return {
+        "perplexity_change_percent": sums.compare(_perplexity_change, n=n)[1],
+        "accuracy_loss_percent": sums.compare(_accuracy_difference, n=n)[1],
+    }
+
+
+def with_layers(
+    quality: Quality, held_out: HeldOut, agreement: Mapping[str, NDArray[np.bool_]], errors: LayerErrors | None
+) -> Quality:
+    """The quality with what each layer does.
+
+    Args:
+        quality: compared with a baseline.
+        held_out: what was scored.
+        agreement: layer -> whether the tokens go to the baseline's experts [T].
+        errors: of each layer alone, None where they were not measured.
+    """
+    assert quality.divergence is not None, "compared with a baseline"
+    document, documents = held_out.documents(), len(held_out.strata)
+    counts = np.bincount(document, minlength=documents)
+    columns = [counts, *(np.bincount(document, weights=same, minlength=documents) for same in agreement.values())]
+    seen = counts > 0
+    sums = resample(np.stack(columns, axis=1).astype(np.float64)[seen], held_out.strata[seen])
+    router = {
+        name: sums.measure(lambda row, at=at: row[..., at] / row[..., 0], n=held_out.tokens)  # type: ignore[misc]
+        for at, name in enumerate(agreement, start=1)
+    }
+    update: dict[str, object] = {"router_agreement": router}
+    if errors is not None:
+        update |= {"layer_errors": _relative(errors), "layer_error_tokens": errors.tokens}
+    return quality.model_copy(update={"divergence": quality.divergence.model_copy(update=update)})
+
+
+def _relative(errors: LayerErrors) -> dict[str, Measured]:
+    """Norm of the difference over norm of what the layer adds, with intervals over windows."""
+    count = len(errors.layers)
+    sums = resample(np.hstack([errors.difference, errors.added]), np.zeros(len(errors.difference), dtype=np.int64))
+    return {
+        name: sums.measure(lambda row, at=at: np.sqrt(row[..., at] / row[..., at + count]), n=errors.tokens)  # type: ignore[misc]
+        for at, name in enumerate(errors.layers)
+    }
 
 
 def document_sums(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | None) -> Floats:
     """What each document adds to each column [D, C]; the columns that need a baseline are zero without one."""
-    counts = [window.scored for window in held_out.windows]
-    document = np.repeat([window.document for window in held_out.windows], counts)
+    document = held_out.documents()
     documents = len(held_out.strata)
 
     def by_document(values: Tensor) -> Floats:
@@ -89,7 +168,7 @@ def document_sums(held_out: HeldOut, scores: TokenScores, baseline: TokenScores 
         sums: Floats = np.bincount(document, weights=weights, minlength=documents).astype(np.float64)
         return sums
 
-    table = np.zeros((documents, len(_COLUMNS)))
+    table = np.zeros((documents, _COLUMNS))
     table[:, _TOKENS] = np.bincount(document, minlength=documents)
     windows = [window.document for window in held_out.windows]
     table[:, _BYTES] = np.bincount(windows, weights=[window.nbytes for window in held_out.windows], minlength=documents)
@@ -100,6 +179,8 @@ def document_sums(held_out: HeldOut, scores: TokenScores, baseline: TokenScores 
         table[:, _AGREEING] = by_document(scores.top1 == baseline.top1)
         table[:, _BASELINE_NLL] = by_document(baseline.nll)
         table[:, _BASELINE_CORRECT] = by_document(baseline.correct)
+        table[:, _TO_WRONG] = by_document(baseline.correct & ~scores.correct)
+        table[:, _TO_RIGHT] = by_document(scores.correct & ~baseline.correct)
     return table
 
 
@@ -113,6 +194,14 @@ def _perplexity(sums: Resampled) -> Measured:
             fix="check the artifact with `quantlab verify`, then its variant in the recipe",
         )
     return sums.measure(lambda row: np.exp(row[..., _NLL] / row[..., _TOKENS]), n=int(sums.totals[_TOKENS]))
+
+
+def _mean_of(column: int) -> Callable[[Floats], Floats]:
+    return lambda sums: sums[..., column] / sums[..., _TOKENS]
+
+
+def _accuracy_difference(sums: Floats) -> Floats:
+    return (sums[..., _BASELINE_CORRECT] - sums[..., _CORRECT]) / sums[..., _TOKENS]
 
 
 def _bits_per_byte(sums: Floats) -> Floats:

@@ -118,6 +118,8 @@ class Quality(_Frozen):
     """Share of tokens on which both predict the same."""
     divergence: Divergence | None = None
     """None for the baseline itself and where the baseline failed."""
+    accuracy_loss: Measured | None = None
+    """The same as `accuracy_loss_percent`, as a difference of shares."""
     significance: dict[str, Significance] = {}
     """Of `perplexity_change_percent` and `accuracy_loss_percent`, by these names; empty for the baseline."""
 

@@ -174,8 +174,8 @@ def _percentile_interval(samples: Floats, *, units: int, degrees: int) -> tuple[
 
 def _inverted(samples: Floats, *, units: int, degrees: int) -> float:
     """Two-sided p of zero: twice the tail whose expanded percentile interval of the samples [R] ends at zero."""
-    beyond = min(np.mean(samples <= 0), np.mean(samples >= 0))
-    beyond = max(float(beyond), 1 / (len(samples) + 1))
+    beyond = min(float(np.mean(samples <= 0)), float(np.mean(samples >= 0)))
+    beyond = max(beyond, 1 / (len(samples) + 1))
     if beyond >= 0.5:
         return 1.0
     low, high = 0.0, 0.5

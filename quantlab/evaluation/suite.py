@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from quantlab.documents import load_document
+from quantlab.documents import load_document, nearest
 from quantlab.errors import EvaluationError
+from quantlab.evaluation.tasks import LoadedTask, Task, load_task
 
 
 class _Strict(BaseModel):
@@ -47,6 +48,43 @@ class SpeedSuite(_Strict):
     """After this long no further round starts, unless fewer than seven are done."""
 
 
+class SuiteTask(_Strict):
+    """A task, and how much of it."""
+
+    task: str = Field(min_length=1)
+    """A file of eval/tasks, relative to the suite and ending in .yaml, or the name of a task or group of lm-eval's."""
+    metric: str | None = None
+    """The metric; the task's first if left out. Of lm-eval's also with the filter of answers: "exact_match,strict-match"."""
+    definitions: str | None = None
+    """Directory with task files in lm-eval's format besides its own, relative to the suite."""
+    items: int | None = Field(default=None, gt=0)
+    """Most items, of each part of a group of lm-eval's; all if left out."""
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    """Of what is drawn: items, examples, sampled answers. Each gives a result of its own."""
+    shots: int | None = Field(default=None, ge=0)
+    """Solved examples before each item (lm-eval's own tasks); the task's own number if left out."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Of sampled answers; 0 takes the most likely token."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sampled answers take tokens from the most likely ones that together have this probability."""
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Most tokens of an answer; the task's own number if left out."""
+    run_code: bool = False
+    """Agrees that code a model has written is run on this machine, as tasks like humaneval do."""
+
+    @property
+    def ours(self) -> bool:
+        return self.task.endswith((".yaml", ".yml"))
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SuiteTask":
+        if self.ours and (self.shots or self.temperature or self.max_tokens or self.run_code):
+            raise ValueError(
+                f"the answers of {self.task} are scored, not written; leave out shots, temperature, max_tokens and run_code"
+            )
+        return self
+
+
 class Suite(_Strict):
     """One set of measurements, the same for every artifact."""
 
@@ -58,6 +96,10 @@ class Suite(_Strict):
     """Quality."""
     speed: SpeedSuite | None = None
     """Speed; left out, it is not measured."""
+    tasks: tuple[SuiteTask, ...] = ()
+    """Tasks, in the order of the tables."""
+    layer_error_tokens: int = Field(default=1024, ge=0)
+    """Tokens that the error of each layer is measured on; 0 leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +109,14 @@ class LoadedSuite:
     Attributes:
         path: the file.
         suite: what it says.
-        sha256: hash of the file and of the corpus it names, so that the same hash means the same questions.
+        sha256: hash of the file and of the corpus and tasks it names, so that the same hash means the same questions.
+        tasks: those of the suite that are files, by what the suite calls them.
     """
 
     path: Path
     suite: Suite
     sha256: str
+    tasks: dict[str, LoadedTask]
 
     @property
     def corpus(self) -> Path:
@@ -88,8 +132,8 @@ def load_suite(path: Path) -> LoadedSuite:
     """Read and check a suite.
 
     Raises:
-        RecipeError: the file cannot be read, is no YAML, or says something a suite cannot say.
-        EvaluationError: the corpus it names cannot be read.
+        RecipeError: the file or a task's cannot be read, is no YAML, or says something it cannot say.
+        EvaluationError: the corpus or the items of a task cannot be read, or a task has not the metric asked for.
     """
     suite, content = load_document(path, Suite, kind="suite")
     corpus = (path.parent / suite.text.corpus).resolve()
@@ -103,4 +147,19 @@ def load_suite(path: Path) -> LoadedSuite:
             fix=f"correct `text.corpus` in {path}",
         ) from error
     digest = hashlib.sha256(hashlib.sha256(content).digest() + hashlib.sha256(text).digest())
-    return LoadedSuite(path, suite, digest.hexdigest())
+    tasks = {wanted.task: load_task(path.parent / wanted.task) for wanted in suite.tasks if wanted.ours}
+    for wanted in suite.tasks:
+        if wanted.ours:
+            digest.update(tasks[wanted.task].sha256.encode())
+            _check_metric(wanted, tasks[wanted.task].task, path)
+    return LoadedSuite(path, suite, digest.hexdigest(), tasks)
+
+
+def _check_metric(wanted: SuiteTask, task: Task, path: Path) -> None:
+    if wanted.metric is not None and wanted.metric not in task.metrics:
+        raise EvaluationError(
+            "the task has no such metric",
+            where=f"{path}, {wanted.task}",
+            found=f"`{wanted.metric}`",
+            fix=nearest(wanted.metric, task.metrics),
+        )

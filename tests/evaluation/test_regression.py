@@ -1,0 +1,106 @@
+"""A planted regression is caught and its cause seen; what is the same is called the same. On the reference checkpoint."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from quantlab.checkpoint.index import open_checkpoint
+from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.record import Record
+from tests.evaluation.test_verify import make
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "eval/reference/deepseek-v3-mini"
+LAYER, EXPERT = 4, 17
+SUITE = f"""
+name: regression
+version: 1
+text: {{corpus: {ROOT}/eval/corpora/heldout.jsonl, length: 128, tokens_per_domain: 640}}
+tasks:
+  - {{task: {ROOT}/eval/tasks/next_token.yaml}}
+  - {{task: {ROOT}/eval/tasks/grammar.yaml, items: 80}}
+layer_error_tokens: 512
+"""
+
+
+def shuffle_scales(artifact: Path) -> None:
+    """Give the rows of one expert each other's scales."""
+    names = [f"model.layers.{LAYER}.mlp.experts.{EXPERT}.{kind}_proj.weight_scale" for kind in ("gate", "up", "down")]
+    generator = torch.Generator().manual_seed(0)
+    for name in names:
+        file = open_checkpoint(artifact).tensors[name].file
+        path = artifact / Path(file).name
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(path)
+        order = torch.randperm(tensors[name].numel(), generator=generator)
+        tensors[name] = tensors[name].flatten()[order].view_as(tensors[name]).contiguous()
+        save_file(tensors, path, metadata=metadata)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+    root = tmp_path_factory.mktemp("regression")
+    sound = make(REFERENCE, "  w4a16: [{quantize: int4_g128, targets: [routed_experts]}]\n", root).artifact("w4a16")
+    (sound / "manifest.json").unlink()
+    same, shuffled = (shutil.copytree(sound, root / name) for name in ("same", "shuffled"))
+    shuffle_scales(shuffled)
+    (root / "suite.yaml").write_text(SUITE)
+    directories = {"source": REFERENCE, "sound": sound, "same": same, "shuffled": shuffled}
+    cells = tuple(Cell(name, name, path, name, name) for name, path in directories.items())
+    request = EvaluationRequest(
+        directory=root / "run", recipe="r", recipe_sha256="r", suite=root / "suite.yaml", baseline="source", cells=cells
+    )
+    return {record.variant: record for record in evaluate(request)}
+
+
+def test_a_shuffled_expert_ranks_last_and_its_layer_stands_out(records: dict[str, Record]) -> None:
+    found = {name: record.quality for name, record in records.items() if record.quality is not None}
+    kl = {name: quality.kl_to_baseline.value for name, quality in found.items() if quality.kl_to_baseline is not None}
+    assert sorted(kl, key=kl.__getitem__)[-1] == "shuffled"
+    assert kl["shuffled"] > 1.02 * kl["sound"]
+    sound, shuffled = (found[name].divergence for name in ("sound", "shuffled"))
+    assert sound is not None
+    assert shuffled is not None
+    assert sound.layer_errors["layer 0"].value == 0, "it has no experts"
+    worse = {
+        name: shuffled.layer_errors[name].value / error.value
+        for name, error in sound.layer_errors.items()
+        if name != "layer 0"
+    }
+    assert worse.pop(f"layer {LAYER}") > 1.5
+    assert shuffled.layer_errors[f"layer {LAYER}"].low > sound.layer_errors[f"layer {LAYER}"].high
+    assert list(worse.values()) == pytest.approx([1.0] * len(worse), abs=1e-6)
+    # routers before the layer choose as they did
+    for layer in range(1, LAYER + 1):
+        assert shuffled.router_agreement[f"layer {layer}"] == sound.router_agreement[f"layer {layer}"]
+    assert shuffled.router_agreement["layer 7"].value < sound.router_agreement["layer 7"].value
+
+
+def test_the_same_artifact_under_two_names_has_the_same_numbers(records: dict[str, Record]) -> None:
+    sound, same = records["sound"], records["same"]
+    assert sound.quality is not None
+    assert sound.quality == same.quality
+    assert sound.tasks == same.tasks
+
+
+def test_every_loss_has_its_p_and_one_corrected_for_the_rows(records: dict[str, Record]) -> None:
+    assert all(not record.failures for record in records.values())
+    assert records["source"].quality is not None
+    assert records["source"].quality.significance == {}
+    for name in ("sound", "same", "shuffled"):
+        quality = records[name].quality
+        assert quality is not None
+        change = quality.significance["perplexity_change_percent"]
+        assert change.holm_p is not None
+        assert change.p <= change.holm_p <= 3 * change.p
+        next_token, grammar = records[name].tasks
+        assert (next_token.name, grammar.name, grammar.n) == ("next_token", "grammar", 80)
+        assert next_token.score == quality.next_token_accuracy
+        assert grammar.score.low > 0.5, "the reference is far above chance"
+        assert grammar.significance is not None
+        assert grammar.significance.holm_p is not None
