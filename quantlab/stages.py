@@ -1,6 +1,8 @@
 """The stages of a recipe in order: make the artifacts, measure them, write the matrix. What the command line calls."""
 
 import hashlib
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,4 +85,5 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, *, reuse
         baseline=wanted.baseline,
         cells=tuple(cells),
         reuse=reuse,
+        command=shlex.join(["quantlab", *sys.argv[1:]]),
     )
