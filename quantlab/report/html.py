@@ -8,7 +8,7 @@ from quantlab.report.claims_text import claims_table
 from quantlab.report.column import HEADLINE, Column
 from quantlab.report.columns import columns
 from quantlab.report.coverage import SHARE_MARKS, SHARE_NAMES, heat_maps
-from quantlab.report.layers import layer_maps, matrix_maps
+from quantlab.report.layers import group_maps, layer_maps, matrix_maps
 from quantlab.report.matrix import Matrix
 from quantlab.report.plot import SPEED_NAMES, Plot, lay_out
 from quantlab.report.recommend import RULES, Recommendation, recommend
@@ -49,6 +49,7 @@ def to_html(matrix: Matrix) -> str:
             panels=lay_out_bars(matrix),
             noisy=any(row.noise for row in matrix.rows),
             layer_maps=layer_maps(matrix),
+            group_maps=group_maps(matrix),
             matrix_maps=matrix_maps(matrix),
             claims=claims_table(matrix),
             notes=notes(matrix),

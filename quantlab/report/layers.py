@@ -1,4 +1,7 @@
-"""Heat maps by layer: where in the model a variant departs from the baseline, as tables of numbers with a background."""
+"""Heat maps by layer: where in the model a variant departs from the baseline, as tables of numbers with a background.
+
+Tasks whose items fall into groups are drawn the same way.
+"""
 
 import math
 import re
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
-from quantlab.evaluation.record import MatrixErrors, Measured
+from quantlab.evaluation.record import MatrixErrors, Measured, TaskResult
 from quantlab.report.matrix import Matrix
 
 LEVELS: Final = 6
@@ -29,7 +32,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class LayerMap:
+class TileMap:
     """One heat map.
 
     Attributes:
@@ -37,7 +40,8 @@ class LayerMap:
         caption: what is shown.
         meaning: how to read it.
         corner: what the rows are.
-        layers: heads of the columns.
+        unit: what the columns are.
+        heads: of the columns.
         lines: name of each row, with its tiles.
         sentences: what stands out, in words.
     """
@@ -46,12 +50,13 @@ class LayerMap:
     caption: str
     meaning: str
     corner: str
-    layers: tuple[str, ...]
+    unit: str
+    heads: tuple[str, ...]
     lines: tuple[tuple[str, tuple[Tile, ...]], ...]
     sentences: tuple[str, ...]
 
 
-def layer_maps(matrix: Matrix) -> tuple[LayerMap, ...]:
+def layer_maps(matrix: Matrix) -> tuple[TileMap, ...]:
     """The error that each layer adds, and the router's agreement, of every variant that has them."""
     divergences = {row.variant: row.divergence for row in matrix.rows if row.divergence}
     errors = {variant: found.layer_errors for variant, found in divergences.items() if found.layer_errors}
@@ -83,9 +88,39 @@ def layer_maps(matrix: Matrix) -> tuple[LayerMap, ...]:
     return tuple(maps)
 
 
-def matrix_maps(matrix: Matrix) -> tuple[LayerMap, ...]:
+def matrix_maps(matrix: Matrix) -> tuple[TileMap, ...]:
     """For every variant, the error of its matrices by kind and layer, as the artifact's manifest tells it."""
     return tuple(_of_matrices(row.variant, row.matrix_errors) for row in matrix.rows if row.matrix_errors)
+
+
+def group_maps(matrix: Matrix) -> tuple[TileMap, ...]:
+    """For every task whose items fall into groups, such as lengths of the context, the score of each."""
+    tasks = {task.name: task for row in matrix.rows for task in row.tasks if task.by_group}
+    return tuple(_of_task(matrix, task) for task in tasks.values())
+
+
+def _of_task(matrix: Matrix, task: TaskResult) -> TileMap:
+    found = {row.variant: one.by_group for row in matrix.rows for one in row.tasks if one.name == task.name}
+    groups = _in_order({group for scores in found.values() for group in scores})
+    worse = -1.0 if task.higher_is_better else 1.0
+    levels = _levels([1 + worse * score.value for scores in found.values() for score in scores.values()])
+    lines = []
+    for variant, scores in found.items():
+        tiles = [
+            Tile("–", None, f"{variant}, {group}: not measured")
+            if (score := scores.get(group)) is None
+            else Tile(
+                _percent(score.value),
+                levels(1 + worse * score.value),
+                f"{variant}, {group}: {_percent(score.value)} % ({_percent(score.low)} to {_percent(score.high)}), n = {score.n:,}",
+            )
+            for group in groups
+        ]
+        lines.append((variant, tuple(tiles)))
+    meaning = f"{task.metric.capitalize()} in percent, by group of items."
+    return TileMap(
+        f"task-{task.name}", f"{task.name} by group", meaning, "variant", "group", tuple(groups), tuple(lines), ()
+    )
 
 
 def _map(
@@ -96,7 +131,7 @@ def _map(
     *,
     subject: str,
     badness: Callable[[float], float],
-) -> LayerMap:
+) -> TileMap:
     layers = _in_order({layer for row in values.values() for layer in row})
     level = _levels([badness(found.value) for row in values.values() for found in row.values()])
     lines, sentences = [], []
@@ -116,10 +151,10 @@ def _map(
                 times = f", {bad / usual:.1f} times as far off as the median of its layers" if usual else ""
                 sentences.append(f"{variant}: {subject} {layer} stands out, {text} %{times}.")
         lines.append((variant, tuple(tiles)))
-    return LayerMap(name, caption, meaning, "variant", _heads(layers), tuple(lines), tuple(sentences))
+    return TileMap(name, caption, meaning, "variant", "layer", _heads(layers), tuple(lines), tuple(sentences))
 
 
-def _of_matrices(variant: str, errors: Sequence[MatrixErrors]) -> LayerMap:
+def _of_matrices(variant: str, errors: Sequence[MatrixErrors]) -> TileMap:
     by_output = any(found.output_error is not None for found in errors)
     values = {(found.kind, found.layer): found for found in errors}
     layers = _in_order({found.layer for found in errors})
@@ -135,7 +170,9 @@ def _of_matrices(variant: str, errors: Sequence[MatrixErrors]) -> LayerMap:
         else "norm of the change over norm of the weight"
     )
     meaning = f"The worst matrix of each kind: {what}, in percent, as it was when the artifact was made."
-    return LayerMap(f"matrices-{variant}", f"Matrices of {variant}", meaning, "kind", _heads(layers), tuple(lines), ())
+    return TileMap(
+        f"matrices-{variant}", f"Matrices of {variant}", meaning, "kind", "layer", _heads(layers), tuple(lines), ()
+    )
 
 
 def _worst(found: MatrixErrors) -> float:

@@ -113,9 +113,9 @@ def _layers(matrix: Matrix) -> list[str]:
             escaped(found.meaning),
             *(f"**{escaped(text)}**" for text in found.sentences),
         ]
-        if len(found.layers) <= _MOST_LAYERS:
-            heads = [found.corner, *(f"layer {layer}" for layer in found.layers)]
-            lines = [table_line(heads), table_line(["---", *("---:" for _ in found.layers)])]
+        if len(found.heads) <= _MOST_LAYERS:
+            heads = [found.corner, *(f"{found.unit} {head}" for head in found.heads)]
+            lines = [table_line(heads), table_line(["---", *("---:" for _ in found.heads)])]
             lines += [table_line([f"`{name}`", *(tile.text for tile in tiles)]) for name, tiles in found.lines]
             blocks.append("\n".join(lines))
     return blocks

@@ -157,6 +157,9 @@ def make_task(
         baseline_score=score + (loss or 0.0),
         loss=found,
         significance=None if loss is None else Significance(p=p, holm_p=min(1.0, 4 * p), verdict=verdict),
+        by_group={f"{length} tokens": measured(score, 0.04, 150) for length in (512, 1024, 2048)}
+        if name == "retrieval"
+        else {},
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 from quantlab.evaluation.record import MatrixErrors, Record
 from quantlab.report.bars import WIDTH, lay_out_bars
 from quantlab.report.html import to_html
-from quantlab.report.layers import LEVELS, layer_maps, matrix_maps
+from quantlab.report.layers import LEVELS, group_maps, layer_maps, matrix_maps
 from quantlab.report.leaderboard import build_leaderboard
 from quantlab.report.matrix import build_matrix
 from tests.report.conftest import enrich, make_recipe
@@ -46,7 +46,7 @@ def test_layers_stand_in_the_order_of_their_numbers(rich: list[Record]) -> None:
 
     rich[4] = rich[4].model_copy(update={"matrix_errors": tuple(error(layer) for layer in (10, 2, 1))})
     (found,) = [one for one in matrix_maps(build_matrix(rich)) if one.name == "matrices-w4a16"]
-    assert found.layers == ("1", "2", "10")
+    assert found.heads == ("1", "2", "10")
     assert [tile.level for tile in found.lines[0][1]] == [0, 0, 0]
 
 
@@ -69,3 +69,11 @@ def test_no_bars_without_speed(recipe: list[Record]) -> None:
     untimed = [record.model_copy(update={"speed": None}) for record in recipe]
     assert lay_out_bars(build_matrix(untimed)) == ()
     assert "Speed by batch size" not in to_html(build_matrix(untimed))
+
+
+def test_groups_of_a_task_are_shown(rich: list[Record]) -> None:
+    (found,) = group_maps(build_matrix(rich))
+    assert found.heads == ("512 tokens", "1024 tokens", "2048 tokens")
+    assert [name for name, _ in found.lines] == [record.variant for record in rich]
+    assert dict(found.lines)["source"][0].text == "88.0"
+    assert "retrieval by group" in to_html(build_matrix(rich))
