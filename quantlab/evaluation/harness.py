@@ -8,6 +8,7 @@ lm-eval is an extra, imported only when a suite names one of its tasks. What it 
 default, HF_HUB_OFFLINE=0 allows otherwise) it uses what is in its cache.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,9 +81,9 @@ class Answerer:
     def _windows(self, text: str) -> Iterator[Text]:
         tokens = (*self.before, *self.tokenizer.encode(text, add_special_tokens=False).ids)
         start = len(self.before)
-        for first in range(start, len(tokens), self.longest - 1):
-            stop = min(first + self.longest - 1, len(tokens))
-            begin = max(stop - self.longest, 0)
+        for first in range(start, len(tokens), self.longest):
+            stop = min(first + self.longest, len(tokens))
+            begin = max(stop - self.longest - 1, 0)  # the last token is not read
             yield Text(tokens[begin:stop], first - begin)
 
     @torch.inference_mode()
@@ -145,8 +146,8 @@ class Answerer:
 
 
 def _shortened(text: Text, longest: int) -> Text:
-    """Without what the context has no room for, on the left."""
-    gone = min(max(len(text.tokens) - longest, 0), text.first - 1)
+    """Without what the context has no room for, on the left; the last token is not read."""
+    gone = min(max(len(text.tokens) - 1 - longest, 0), text.first - 1)
     return Text(text.tokens[gone:], text.first - gone)
 
 
@@ -186,7 +187,6 @@ def answer(answerer: Answerer, wanted: SuiteTask, definitions: Path | None) -> I
     """
     try:
         import lm_eval
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluationError(
             "the task needs lm-eval",
@@ -204,7 +204,7 @@ def answer(answerer: Answerer, wanted: SuiteTask, definitions: Path | None) -> I
             bootstrap_iters=0,
             log_samples=True,
             gen_kwargs=writing | ({"max_gen_toks": wanted.max_tokens} if wanted.max_tokens else {}),
-            task_manager=TaskManager(include_path=str(definitions) if definitions else None),
+            task_manager=_known_tasks(definitions),
             random_seed=answerer.seed,
             numpy_random_seed=answerer.seed,
             torch_random_seed=answerer.seed,
@@ -219,6 +219,14 @@ def answer(answerer: Answerer, wanted: SuiteTask, definitions: Path | None) -> I
             fix="check its name with `lm-eval ls tasks`; where its data must be fetched first, run with HF_HUB_OFFLINE=0",
         ) from error
     return _item_scores(found, wanted, answerer.seed)
+
+
+@functools.cache
+def _known_tasks(definitions: Path | None) -> Any:  # noqa: ANN401 - a class of a package that may be missing
+    """lm-eval's index of tasks, which takes seconds to build."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(definitions) if definitions else None)
 
 
 def _item_scores(found: Mapping[str, Any], wanted: SuiteTask, seed: int) -> ItemScores:

@@ -122,11 +122,11 @@ def likelihoods(
     """
     longest = getattr(model.config, "max_position_embeddings", None)
     for sequence in (one for item in items for one in item):
-        if longest is not None and len(sequence.tokens) > longest:
+        if longest is not None and len(sequence.tokens) - 1 > longest:
             raise EvaluationError(
                 "an item is longer than the model's context",
                 where="max_position_embeddings",
-                found=f"{len(sequence.tokens)} tokens, the context has {longest}",
+                found=f"{len(sequence.tokens) - 1} tokens, the context has {longest}",
                 fix="leave the item's group or the task out of the suite for this model",
             )
     trees = sorted((_tree(index, item) for index, item in enumerate(items)), key=lambda tree: -len(tree.tokens))
@@ -168,7 +168,7 @@ def _tree(item: int, sequences: Sequence[Text]) -> _Tree:
         for index in range(sequence.first, len(sequence.tokens)):
             before.append(index - 1 if index <= stem else begin + index - 1 - stem)
             targets.append(sequence.tokens[index])
-        rest = sequence.tokens[stem:]
+        rest = sequence.tokens[stem:-1]  # nothing is predicted from the last token
         tokens.extend(rest)
         positions.extend(range(stem, stem + len(rest)))
         branches.extend([number] * len(rest))

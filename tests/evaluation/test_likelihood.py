@@ -70,4 +70,4 @@ def test_an_item_longer_than_the_context_is_an_error() -> None:
     model = dense_model(0)
     model.config.max_position_embeddings = 8
     with pytest.raises(EvaluationError, match="longer than the model's context"):
-        likelihoods(model, [[Text(tuple(range(9)), 1)]])
+        likelihoods(model, [[Text(tuple(range(10)), 1)]])
