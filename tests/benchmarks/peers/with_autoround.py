@@ -1,5 +1,5 @@
-"""auto-round: `opt-rtn` is iters=0 with its optimised rounding, asked for by name because its default has changed between
-versions; `tuned` is its own method, SignRound, with the given number of iterations."""
+"""auto-round: `opt-rtn` is iters=0 with its optimised rounding forced on, which it would turn off for models with
+experts; `tuned` is its own method, SignRound, with the given number of iterations."""
 
 from auto_round import AutoRound
 from measured import parse_task, report
