@@ -4,6 +4,7 @@
 
 #define ROWS 4 /* of a matrix, and */
 #define TOKENS 4 /* of activations: multiplied together */
+#define MANY 8   /* of activations, where weights are converted once for all of them */
 
 typedef struct {
     const int8_t *q;
@@ -11,7 +12,7 @@ typedef struct {
     int64_t rows, columns;
     int scale_dtype;
     Groups groups;
-    const void *x; /* [T, stride] int8 or bfloat16, zeros behind K */
+    const void *x; /* [T, stride] int8 or bfloat16, zeros behind K; sorted or not, as the kernel wants them */
     int64_t x_stride, token_stride;
     const float *token_scale;
     const int32_t *excess; /* 128 times the sum of a token's integers */
@@ -116,6 +117,53 @@ INLINE void floats(const Int8 *job, int64_t matrix, int64_t row, int64_t token, 
                 _mm512_reduce_add_ps(_mm512_fmadd_ps(high[r][m], _mm512_set1_ps(16), low[r][m])));
 }
 
+/* For more tokens converting pays: every integer is a bfloat16 number, and then costs one product of pairs instead of two. */
+INLINE void converted_step(const int8_t *q, int64_t apart, const uint16_t *x, int64_t stride, __mmask64 mask, const int rows,
+                           const int tokens, __m512 sum[ROWS][MANY]) {
+    __m512bh first_half[ROWS], second_half[ROWS];
+    UNROLLED
+    for (int r = 0; r < rows; r++) {
+        const __m512i w = _mm512_maskz_loadu_epi8(mask, q + r * apart);
+        const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_castsi512_si128(w)));
+        const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, 1)));
+        const __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, 2)));
+        const __m512 d = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, 3)));
+        first_half[r] = _mm512_cvtne2ps_pbh(b, a);
+        second_half[r] = _mm512_cvtne2ps_pbh(d, c);
+    }
+    UNROLLED
+    for (int m = 0; m < tokens; m++) {
+        const __m512bh early = (__m512bh)_mm512_loadu_si512(x + m * stride);
+        const __m512bh late = (__m512bh)_mm512_loadu_si512(x + m * stride + 32);
+        UNROLLED
+        for (int r = 0; r < rows; r++) {
+            sum[r][m] = _mm512_dpbf16_ps(sum[r][m], first_half[r], early);
+            sum[r][m] = _mm512_dpbf16_ps(sum[r][m], second_half[r], late);
+        }
+    }
+}
+
+INLINE void converted(const Int8 *job, int64_t matrix, int64_t row, int64_t token, const int rows, const int tokens) {
+    const int8_t *q = job->q + (matrix * job->rows + row) * job->columns;
+    const uint16_t *x = (const uint16_t *)job->x + token * job->x_stride;
+    const int64_t left = job->columns % 64, whole = job->columns - left;
+    __m512 sum[ROWS][MANY];
+    UNROLLED
+    for (int r = 0; r < rows; r++)
+        UNROLLED
+        for (int m = 0; m < tokens; m++)
+            sum[r][m] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < whole; k += 64)
+        converted_step(q + k, job->columns, x + k, job->x_stride, ~0ull, rows, tokens, sum);
+    if (left)
+        converted_step(q + whole, job->columns, x + whole, job->x_stride, (1ull << left) - 1, rows, tokens, sum);
+    UNROLLED
+    for (int r = 0; r < rows; r++)
+        UNROLLED
+        for (int m = 0; m < tokens; m++)
+            put(job, token + m, row + r, matrix, _mm512_reduce_add_ps(sum[r][m]));
+}
+
 #define EACH(kernel, wide, tokens)                                                                     \
     case tokens:                                                                                       \
         for (; together && row + wide <= last; row += wide)                                            \
@@ -129,31 +177,43 @@ INLINE void floats(const Int8 *job, int64_t matrix, int64_t row, int64_t token, 
         EACH(kernel, wide, 1) EACH(kernel, wide, 2) EACH(kernel, wide, 3) EACH(kernel, wide, 4)        \
     }
 
+#define MANY_BLOCK(kernel, wide)                                                                       \
+    switch (left < MANY ? left : MANY) {                                                               \
+        EACH(kernel, wide, 1) EACH(kernel, wide, 2) EACH(kernel, wide, 3) EACH(kernel, wide, 4)        \
+        EACH(kernel, wide, 5) EACH(kernel, wide, 6) EACH(kernel, wide, 7) EACH(kernel, wide, 8)        \
+    }
+
+enum { INTEGERS, FLOATS, CONVERTED };
+
 /* Some rows of a matrix times the activations of its group. For one or two tokens row by row: several rows at once would be
    several streams 2^n bytes apart, which costs a third of the memory's rate. For more tokens, or long ones that the rows push
    out of the cache, rows share what is loaded of them. */
-INLINE void work(Int8 *job, const int whole) {
+INLINE void work(Int8 *job, const int kind) {
     const int64_t blocks = (job->rows + ROWS - 1) / ROWS;
     int64_t from, to;
     while (take(&job->taken, blocks * job->groups.number, &from, &to))
         for (int64_t unit = from; unit < to; unit++) {
             const int64_t i = unit / blocks, top = unit % blocks * ROWS, matrix = job->groups.which[i];
             const int64_t last = top + ROWS < job->rows ? top + ROWS : job->rows;
-            for (int64_t t = 0; t < job->groups.count[i]; t += TOKENS) {
+            for (int64_t t = 0; t < job->groups.count[i]; t += kind == CONVERTED ? MANY : TOKENS) {
                 const int64_t token = job->groups.start[i] + t, left = job->groups.count[i] - t;
-                const int together = left > 2 || job->columns * (whole ? 1 : 2) > LONG;
+                const int together = left > 2 || job->columns * (kind == INTEGERS ? 1 : 2) > LONG;
                 int64_t row = top;
-                if (whole)
+                if (kind == INTEGERS)
                     BLOCK(integers, 4)
-                else
+                else if (kind == FLOATS)
                     BLOCK(floats, 2)
+                else
+                    MANY_BLOCK(converted, 2)
             }
         }
 }
 
-static void integer_work(void *job) { work(job, 1); }
+static void integer_work(void *job) { work(job, INTEGERS); }
 
-static void float_work(void *job) { work(job, 0); }
+static void float_work(void *job) { work(job, FLOATS); }
+
+static void converted_work(void *job) { work(job, CONVERTED); }
 
 /* A token's integers, and their scale: max|x| / 127, never 0; not finite if a number of the token is not. */
 static float quantize(const void *x, int dtype, int64_t count, int64_t padded, int8_t *out, int32_t *excess) {
@@ -222,13 +282,22 @@ void quantlab_int8_weight_product(const int8_t *q, const void *scale, int64_t ro
                                   const void *x, int64_t stride, int64_t tokens, int dtype, const int64_t *which,
                                   const int64_t *start, const int64_t *count, int64_t number, void *out) {
     const int64_t held = stride ? tokens : 1, padded = round_up(columns, 64), apart = padded + 32;
-    uint16_t *sorted = scratch(held * apart * 2);
+    uint16_t *prepared = scratch(held * apart * 2);
     float *sums = scratch(held * 64);
-    for (int64_t t = 0; t < held; t++)
-        sort_token((const char *)x + t * stride * width_of(dtype), dtype, columns, padded, sorted + t * apart, sums + t * 16);
-    Int8 job = {q, scale, rows, columns, scale_dtype, {which, start, count, number}, sorted, stride ? apart : 0,
+    int64_t most = 0;
+    for (int64_t i = 0; i < number; i++)
+        most = count[i] > most ? count[i] : most;
+    const int few = most <= 2; /* then memory is waited for, and the cheapest instructions per weight win */
+    for (int64_t t = 0; t < held; t++) {
+        const void *from = (const char *)x + t * stride * width_of(dtype);
+        if (few)
+            sort_token(from, dtype, columns, padded, prepared + t * apart, sums + t * 16);
+        else
+            narrow(from, dtype, columns, padded, prepared + t * apart);
+    }
+    Int8 job = {q, scale, rows, columns, scale_dtype, {which, start, count, number}, prepared, stride ? apart : 0,
                 stride ? 1 : 0, NULL, NULL, sums, out, dtype, 0};
-    GOMP_parallel(float_work, &job, 0, 0);
-    free(sorted);
+    GOMP_parallel(few ? float_work : converted_work, &job, 0, 0);
+    free(prepared);
     free(sums);
 }
