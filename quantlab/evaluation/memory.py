@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import DynamicCache, PreTrainedModel
 
 from quantlab.checkpoint.index import INDEX_NAME, open_checkpoint
 from quantlab.evaluation.jobs import MemoryRequest, Progress
@@ -19,6 +20,7 @@ from quantlab.runtime.load import load
 
 _MOST_LOADS = 5
 _LOADING_SECONDS = 1.0
+_CACHE_LENGTHS = (8, 24)
 _COMPANIONS = ("config.json", INDEX_NAME, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -51,6 +53,7 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
         start = time.perf_counter()
         model = load(request.directory)
         seconds.append(time.perf_counter() - start)
+    growth, kind = cache_bytes(model)
     quantized = 100 * counted.quantized / counted.quantized_fp16 if counted.quantized_fp16 else None
     return Memory(
         weights_bytes=counted.total,
@@ -59,7 +62,29 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
         artifact_bytes=artifact_bytes(request.directory),
         peak_memory_bytes=peak,
         load_seconds=median(np.array(seconds)),
+        kv_cache_bytes_per_token=growth,
+        kv_cache=kind,
     )
+
+
+@torch.inference_mode()
+def cache_bytes(model: PreTrainedModel) -> tuple[int, str]:
+    """Bytes the cache grows by with each token, all layers together, and what they are, for people.
+
+    Counted in the tensors of a cache that a model has filled, so a runtime that keeps latents is seen to keep latents.
+    """
+    caches = []
+    for length in _CACHE_LENGTHS:
+        cache = DynamicCache(config=model.config)
+        ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        caches.append([(layer.keys, layer.values) for layer in cache.layers])
+    shorter, longer = (sum(keys.nbytes + values.nbytes for keys, values in cache) for cache in caches)
+    keys, values = caches[0][0]
+    dtype, latent = str(keys.dtype).removeprefix("torch."), keys.shape[1] == 1 < model.config.num_attention_heads
+    what = "latent of" if latent else f"{keys.shape[1]} heads of"
+    kind = f"{what} {keys.shape[-1]} + {values.shape[-1]} {dtype} values, {len(caches[0])} layers"
+    return (longer - shorter) // (_CACHE_LENGTHS[1] - _CACHE_LENGTHS[0]), kind
 
 
 def artifact_bytes(directory: Path) -> int:

@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quantlab.checkpoint.index import read_json
 from quantlab.errors import EvaluationError, QuantlabError
+from quantlab.evaluation.contention import Moment, crowd, spread
 from quantlab.evaluation.jobs import Progress, SpeedRequest, SpeedResult
 from quantlab.evaluation.record import Speed
 from quantlab.evaluation.statistics import Floats, median
@@ -87,12 +88,16 @@ def measure_speed(request: SpeedRequest, progress: Progress, *, device: str = "c
                 raise
             reasons[layout] = str(error)
     progress("building twins", len(distinct), len(distinct))
+    begin = Moment.now()
     timings = time_rounds(twins, tasks(suite), suite, progress)
+    others = crowd(begin, Moment.now(), threads=torch.get_num_threads())
     speeds, failures = {}, {}
     for variant, layout in layouts.items():
         if layout in twins:
             sharing = [other for other in layouts if other != variant and layouts[other] == layout]
-            speeds[variant] = summarise(suite, twins[layout], timings[layout], timings[FP16], sharing=sharing)
+            speeds[variant] = summarise(
+                suite, twins[layout], timings[layout], timings[FP16], sharing=sharing, others=others
+            )
         else:
             failures[variant] = reasons[layout]
     return SpeedResult(speeds=speeds, failures=failures)
@@ -170,7 +175,8 @@ def layout_name(layout: Layout, model: PreTrainedModel) -> str:
 
 def tasks(suite: SpeedSuite) -> tuple[Task, ...]:
     """What one round times of each twin."""
-    return (*(Task("decode", batch, suite.steps) for batch in suite.batches), Task("prefill", 1, suite.prompt))
+    decode = (Task("decode", batch, suite.steps) for batch in suite.batches)
+    return (*decode, *(Task("prefill", batch, suite.prompt) for batch in suite.prefill_batches))
 
 
 def time_rounds(
@@ -226,21 +232,43 @@ def _now(device: torch.device) -> float:
 
 
 def summarise(
-    suite: SpeedSuite, twin: Twin, rates: Mapping[Task, Floats], fp16: Mapping[Task, Floats], *, sharing: Sequence[str]
+    suite: SpeedSuite,
+    twin: Twin,
+    rates: Mapping[Task, Floats],
+    fp16: Mapping[Task, Floats],
+    *,
+    sharing: Sequence[str],
+    others: str | None = None,
 ) -> Speed:
-    """The record's numbers: medians over rounds, ratios within a round."""
-    decode = {str(task.batch): task for task in rates if task.kind == "decode"}
-    prefill = {str(task.batch): task for task in rates if task.kind == "prefill"}
+    """The record's numbers: medians over rounds, ratios within a round.
+
+    Args:
+        suite: what was asked for.
+        twin: what was timed.
+        rates: tokens per second of each task in each round.
+        fp16: the same of the FP16 twin.
+        sharing: variants with the same layout.
+        others: what other processes did meanwhile, None if nothing that matters.
+    """
+    cells: dict[str, dict[str, Floats]] = {"decode_tokens_per_second": {}, "prefill_tokens_per_second": {}}
+    cells |= {"decode_over_fp16": {}, "prefill_over_fp16": {}, "time_to_first_token_seconds": {}}
+    for task, values in rates.items():
+        cells[f"{task.kind}_tokens_per_second"][str(task.batch)] = values
+        cells[f"{task.kind}_over_fp16"][str(task.batch)] = values / fp16[task]
+        if task.kind == "prefill":
+            cells["time_to_first_token_seconds"][str(task.batch)] = task.batch * task.tokens / values
+    named = {f"{name}.{batch}": values for name, by_batch in cells.items() for batch, values in by_batch.items()}
     shared = f", timed once with {', '.join(sharing)}" if sharing else ""
     held = weight_bytes(twin.model)
     return Speed(
         twin=f"{suite.description}, {suite.prompt} tokens in the cache, {_computed_by(twin)}",
         layout=twin.name + shared,
         twin_memory_percent_of_fp16=100 * held.total / held.fp16,
-        decode_tokens_per_second={batch: median(rates[task]) for batch, task in decode.items()},
-        prefill_tokens_per_second={batch: median(rates[task]) for batch, task in prefill.items()},
-        decode_over_fp16={batch: median(rates[task] / fp16[task]) for batch, task in decode.items()},
-        prefill_over_fp16={batch: median(rates[task] / fp16[task]) for batch, task in prefill.items()},
+        quartiles={
+            cell: (float(np.quantile(values, 0.25)), float(np.quantile(values, 0.75))) for cell, values in named.items()
+        },
+        noise={cell: reason for cell, values in named.items() if (reason := others or spread(values))},
+        **{name: {batch: median(values) for batch, values in by_batch.items()} for name, by_batch in cells.items()},
     )
 
 

@@ -38,6 +38,8 @@ class SpeedSuite(_Strict):
     """The config.json of the twin."""
     batches: tuple[int, ...] = Field(default=(1, 8), min_length=1)
     """Sequences decoded at once."""
+    prefill_batches: tuple[int, ...] = Field(default=(1,), min_length=1)
+    """Prompts read at once."""
     prompt: int = Field(default=64, gt=0)
     """Tokens in the cache when decoding starts, and tokens of a prefill."""
     steps: int = Field(default=4, gt=0)

@@ -101,6 +101,8 @@ def check_rows(source: Record, same: Record, other: Record) -> None:
         assert record.memory.quantized_weights_percent_of_fp16 is None
         assert record.memory.peak_memory_bytes > record.memory.weights_bytes
         assert record.memory.load_seconds.n >= 3
+        assert record.memory.kv_cache_bytes_per_token == 3 * (128 + 16) * 2, "layers x (latent + rotary) x bfloat16"
+        assert record.memory.kv_cache == "latent of 128 + 16 bfloat16 values, 3 layers"
         assert Record.model_validate_json(record.model_dump_json()) == record
     assert source.quality is not None
     assert source.quality.kl_to_baseline is None

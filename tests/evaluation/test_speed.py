@@ -109,3 +109,20 @@ def test_ratios_are_taken_within_a_round(suite: Path) -> None:
     assert (ratio.value, ratio.low, ratio.high) == (3, 3, 3)
     assert summary.twin_memory_percent_of_fp16 == 200
     assert summary.decode_tokens_per_second["1"].high > 3 * summary.decode_tokens_per_second["1"].low
+
+
+def test_cells_taken_among_strangers_or_that_disagree_are_marked(suite: Path) -> None:
+    speed = load_suite(suite).suite.speed
+    assert speed is not None
+    twin = build(FP16, speed)
+    decode, prefill = Task("decode", 1, 2), Task("prefill", 1, 4)
+    steady, wild = np.linspace(9.9, 10.1, 7), np.array([5.0, 15, 10, 4, 16, 10, 10])
+    rates = {decode: steady, prefill: wild}
+    quiet = summarise(speed, twin, rates, rates, sharing=[])
+    assert set(quiet.noise) == {"prefill_tokens_per_second.1", "time_to_first_token_seconds.1"}
+    assert quiet.quartiles["decode_tokens_per_second.1"] == pytest.approx((9.95, 10.05))
+    assert quiet.time_to_first_token_seconds["1"].value == pytest.approx(4 / 10)
+    assert quiet.energy_joules_per_token is None
+    crowded = summarise(speed, twin, rates, rates, sharing=[], others="other processes took 0.9 of 2 cores")
+    assert set(crowded.noise) == set(crowded.quartiles)
+    assert len(crowded.noise) == 5

@@ -25,7 +25,7 @@ CONTEXT_WORDS, CHOICE_WORDS, CHOICES = 40, 6, 4
 CONTINUATIONS, LAST_WORDS = 600, 560
 LAST_WORD_CONTEXT = 50
 LENGTHS, LINES_PER_LENGTH = (512, 1024, 2048), 50
-WORDS_PER_TOKEN = 0.6  # of the reference tokenizer on this text, a little low so that a context stays below its length
+WORDS_PER_TOKEN = 0.56  # of the reference tokenizer on this text, a little low so that a context stays below its length
 
 Item = dict[str, object]
 T = TypeVar("T")

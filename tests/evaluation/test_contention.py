@@ -1,0 +1,59 @@
+"""Noise is seen where it is: a busy neighbour, rounds that disagree."""
+
+import multiprocessing
+import os
+import time
+
+import numpy as np
+import pytest
+
+from quantlab.evaluation import contention
+from quantlab.evaluation.contention import Moment, crowd, spread
+
+
+def spin(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def test_what_others_take_is_told() -> None:
+    begin = Moment(wall=10.0, own=5.0, busy=100.0)
+    assert crowd(begin, Moment(wall=20.0, own=24.0, busy=128.0), threads=2) == "other processes took 0.9 of 2 cores"
+    assert crowd(begin, Moment(wall=20.0, own=24.0, busy=120.0), threads=2) is None
+
+
+@pytest.mark.skipif(Moment.now().busy is None, reason="nobody counts processor time here")
+def test_a_neighbour_is_seen_and_ones_own_work_is_not() -> None:
+    """The clocks themselves, not how quiet this machine is: the neighbour's share is in `busy`, ours in `own`."""
+    begin = Moment.now()
+    spin(0.4)
+    middle = Moment.now()
+    neighbour = multiprocessing.get_context("fork").Process(target=spin, args=(0.4,))
+    neighbour.start()
+    neighbour.join()
+    end = Moment.now()
+    assert middle.own - begin.own > 0.1
+    assert middle.busy is not None
+    assert begin.busy is not None
+    assert end.busy is not None
+    assert middle.busy - begin.busy > 0.1
+    assert end.own - middle.own < 0.1
+    assert end.busy - middle.busy > 0.1
+
+
+def test_without_counters_the_load_has_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = Moment(0.0, 0.0, None)
+    monkeypatch.setattr(contention.os, "getloadavg", lambda: (5.3, 0, 0))
+    assert crowd(quiet, quiet, threads=2) == "a load of 5.3 on 2 cores"
+    monkeypatch.setattr(contention.os, "getloadavg", lambda: (2.1, 0, 0))
+    assert crowd(quiet, quiet, threads=2) is None
+    assert os.getloadavg()[0] == 2.1
+
+
+def test_rounds_that_disagree_are_noisy() -> None:
+    assert spread(np.array([10.0, 10.1, 9.9, 10.2, 9.8, 10.0, 10.1])) is None
+    assert (
+        spread(np.array([10.0, 14.0, 7.0, 13.0, 8.0, 10.0, 15.0]))
+        == "the middle half of its 7 rounds spreads over 45 % of the median"
+    )
