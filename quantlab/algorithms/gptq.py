@@ -228,7 +228,6 @@ def _column_pass(problem: Problem, U: Tensor, scale: Tensor, order: Tensor | Non
     target, removed = problem.target, problem.removed
     batch, columns, rows = target.shape
     width = columns // scale.shape[1]
-    low, high = integer_range(problem.bits)
     if order is None:
         order = torch.arange(columns, device=target.device).expand(batch, columns)
     V = target.gather(1, order[:, :, None].expand_as(target))
@@ -239,18 +238,28 @@ def _column_pass(problem: Problem, U: Tensor, scale: Tensor, order: Tensor | Non
         index = order[:, part, None].expand(-1, -1, rows)
         step = steps.gather(1, index // width)
         zero = None if removed is None else removed.gather(1, index)
-        q, errors = torch.empty_like(step), torch.empty_like(step)
-        for j in range(q.shape[1]):
-            w = V[:, start + j]
-            q[:, j] = (w / step[:, j]).round_().clamp_(low, high)
-            if zero is not None:
-                q[:, j].masked_fill_(zero[:, j], 0)
-            errors[:, j] = (w - q[:, j] * step[:, j]) / U[:, start + j, start + j, None]
-            after = slice(start + j + 1, part.stop)
-            V[:, after].addcmul_(U[:, start + j, after, None], errors[:, j, None], value=-1)
+        q, errors = _round_columns(V[:, part], step, U[:, part, part], zero, integer_range(problem.bits))
         V[:, part.stop :].baddbmm_(U[:, part, part.stop :].mT, errors, alpha=-1)
-        result.scatter_(1, index, q.to(torch.int8))
+        result.scatter_(1, index, q)
     return result
+
+
+def _round_columns(
+    V: Tensor, step: Tensor, U: Tensor, removed: Tensor | None, limits: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The columns of a block: integers [B, c, N] int8 and errors over the diagonal of U; V [B, c, N] is used up."""
+    if V.device.type == "cuda":
+        from quantlab.algorithms.blocks import round_columns
+
+        return round_columns(V, step, U, removed, limits)
+    q, errors = torch.empty_like(step), torch.empty_like(step)
+    for j in range(q.shape[1]):
+        q[:, j] = (V[:, j] / step[:, j]).round_().clamp_(*limits)
+        if removed is not None:
+            q[:, j].masked_fill_(removed[:, j], 0)
+        errors[:, j] = (V[:, j] - q[:, j] * step[:, j]) / U[:, j, j, None]
+        V[:, j + 1 :].addcmul_(U[:, j, j + 1 :, None], errors[:, j, None], value=-1)
+    return q.to(torch.int8), errors
 
 
 def _refined(problem: Problem, q: Tensor, scale: Tensor, rounds: int) -> tuple[Tensor, Tensor]:

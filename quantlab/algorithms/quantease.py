@@ -74,28 +74,35 @@ def coordinate_descent(problem: Problem, q: Tensor, scale: Tensor, *, passes: in
         for start in range(0, q.shape[1], _BLOCK):
             part = slice(start, min(start + _BLOCK, q.shape[1]))
             steps = scale.to(torch.float32)[:, torch.arange(part.start, part.stop, device=q.device) // width]
-            moved = _descend_block(problem, q, steps, residual[:, part].clone(), part)
+            mask = None if problem.removed is None else problem.removed[:, part]
+            limits = integer_range(problem.bits)
+            q[:, part], moved = _descend_columns(
+                residual[:, part].clone(), steps, problem.H[:, part, part], mask, q[:, part], limits
+            )
             residual.baddbmm_(problem.H[:, :, part], moved, alpha=-1)
         if torch.equal(before, q):
             break
     return q
 
 
-def _descend_block(problem: Problem, q: Tensor, steps: Tensor, residual: Tensor, part: slice) -> Tensor:
-    """Visit the columns of `part`; writes into q and the block's residual [B, c, N], returns the change of q s."""
-    low, high = integer_range(problem.bits)
-    H = problem.H[:, part, part]
-    moved = torch.empty_like(residual)
+def _descend_columns(
+    residual: Tensor, steps: Tensor, H: Tensor, removed: Tensor | None, q: Tensor, limits: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Visit the columns of a block [B, c, N]: the new integers and the change of q s; the residual is used up."""
+    if residual.device.type == "cuda":
+        from quantlab.algorithms.blocks import descend_columns
+
+        return descend_columns(residual, steps, H, removed, q, limits)
+    chosen, moved = torch.empty_like(q), torch.empty_like(residual)
     for j in range(residual.shape[1]):
-        step = steps[:, j]
-        old = q[:, part.start + j].to(torch.float32)
-        best = (old + residual[:, j] / H[:, j, j, None] / step).round_().clamp_(low, high)
-        if problem.removed is not None:
-            best.masked_fill_(problem.removed[:, part.start + j], 0)
-        moved[:, j] = (best - old) * step
-        q[:, part.start + j] = best.to(torch.int8)
+        old = q[:, j].to(torch.float32)
+        best = (old + residual[:, j] / H[:, j, j, None] / steps[:, j]).round_().clamp_(*limits)
+        if removed is not None:
+            best.masked_fill_(removed[:, j], 0)
+        moved[:, j] = (best - old) * steps[:, j]
+        chosen[:, j] = best.to(torch.int8)
         residual[:, j + 1 :].addcmul_(H[:, j + 1 :, j, None], moved[:, j, None], value=-1)
-    return moved
+    return chosen, moved
 
 
 def refit_scales(problem: Problem, q: Tensor, scale: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ class QuantizedMatrix:
     scale: Tensor
     bits: int
 
+    def to(self, device: torch.device | str) -> "QuantizedMatrix":
+        """The same on another device."""
+        return QuantizedMatrix(self.q.to(device), self.scale.to(device), self.bits)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """``q * scale`` [N, K]: formed in the dtype of the scale (as transformers and vLLM do), then cast to `dtype`."""
         rows, columns = self.q.shape

@@ -29,7 +29,9 @@ At = Callable[[], Stream]
 """Half a layer with the hidden states that enter it, computed when somebody asks."""
 
 _BATCH_BYTES = 1 << 28
-"""Memory for the Hessians of experts that are changed at once, and their factors."""
+"""Memory for the Hessians and weights of experts that are changed at once, and what is made of them; on a CPU."""
+_BATCH_SHARE = 5
+"""The same as a part of the memory of a GPU: all of it, so that results do not depend on what is free."""
 _SAMPLE_PER_CHANNEL = 4
 """Tokens per channel, of any expert, that the prior of an expert's down projection is made of."""
 
@@ -231,7 +233,7 @@ class BlockWork:
             channels = fold.consumers[0].source.shape[1]
             claim = fold.producers[0].claim
             rows = self._task.architecture.fed_rows(claim, self._task.config, channels=channels)
-            factors = factors_of(fold, known, rows)
+            factors = factors_of(fold, known, rows).cpu()  # where weights are read to
             for step in fold.consumers:
                 self._add_fold(step, partial(folded, factors=factors))
             for step in fold.producers:
@@ -265,8 +267,7 @@ class BlockWork:
         moe = cache(lambda: collect_moe(at(), needs=needs, original=original)) if needs else None
         if moe is not None and not self.kept:
             self.tokens_per_expert = self._count_tokens(moe)
-        width = max(step.source.shape[1] for steps in experts.values() for step in steps)
-        at_once = max(_BATCH_BYTES // (24 * width * width), 1)
+        at_once = self._experts_at_once(experts)
         numbers = list(experts)
         for start in range(0, len(numbers), at_once):
             batch = numbers[start : start + at_once]
@@ -276,6 +277,16 @@ class BlockWork:
             self._change(
                 [(leave[expert], self._down_inputs(moe, expert, enter[expert], leave[expert])) for expert in batch]
             )
+
+    def _experts_at_once(self, experts: Mapping[int, Sequence[Step]]) -> int:
+        """How many fit: six matrices of the size of a Hessian and eight of that of the weights, in float32."""
+        device = self._workspace.device
+        room = _BATCH_BYTES
+        if device.type == "cuda":
+            room = torch.cuda.get_device_properties(device).total_memory // _BATCH_SHARE
+        columns = max(step.source.shape[1] for steps in experts.values() for step in steps)
+        elements = max(step.source.elements for steps in experts.values() for step in steps)
+        return max(room // (24 * columns**2 + 64 * elements), 1)
 
     def _count_tokens(self, moe: Callable[[], MoeInputs]) -> tuple[int, ...]:
         if not self._shares or self._streams.unchanged is None:
@@ -338,11 +349,11 @@ class BlockWork:
             changed = apply_passes(together, step.passes, dtype=TORCH_DTYPES[step.dtype])
             for group in together:
                 for name, weight in group.weights.items():
-                    result = changed[name]
-                    check_range(self._steps[name], weight, result[0])
-                    self.changed[name] = result
+                    result, report = changed[name]
+                    check_range(self._steps[name], weight, result)
+                    self.changed[name] = result.to("cpu"), report
                     if self._follows:
-                        self._layer.weights[name].copy_(_dense(result[0]))
+                        self._layer.weights[name].copy_(_dense(result))
 
 
 def _itself(stream: Stream) -> Stream:
