@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.runtime import blocks
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
 from quantlab.runtime.products import Groups, by_count, compute_dtype, in_bands, joined, split
@@ -88,7 +89,11 @@ class Int8WeightMatrices(nn.Module):
         if x.dtype == torch.float32:
             return in_bands(x, rows, lambda start, stop: self.dense(index, start, stop, x.dtype), dtype=x.dtype)
         # the integers are bfloat16 numbers as they are, and the scales of rows can wait: one pass less over the weights
-        sums = in_bands(x, rows, lambda start, stop: self._each[index][start:stop].to(x.dtype), dtype=x.dtype)
+        q = self._each[index]
+        if blocks.take_pairs(rows, x.shape[1]):
+            sums = blocks.product(x, rows, lambda start, stop, to: kernels.int8_pairs(q[start:stop], to))
+        else:
+            sums = in_bands(x, rows, lambda start, stop: q[start:stop].to(x.dtype), dtype=x.dtype)
         return sums * self._scales[index].to(torch.float32)
 
 
