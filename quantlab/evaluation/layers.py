@@ -87,7 +87,7 @@ class Routes:
 def keep_routes(directory: Path, routes: Mapping[str, NDArray[np.int16]]) -> None:
     """Write the baseline's routes."""
     with (directory / _ROUTES).open("wb") as file:
-        np.savez(file, **dict(routes))
+        np.savez(file, **dict(routes))  # type: ignore[arg-type]  # numpy takes arrays of any name
 
 
 def agreeing(directory: Path, routes: Mapping[str, NDArray[np.int16]]) -> dict[str, NDArray[np.bool_]]:
