@@ -1,8 +1,8 @@
 """Claims that others print, held against a matrix: the claims are data, the verdicts follow from intervals.
 
-A claim of a number holds where the interval, widened by the claim's tolerance, contains it; where the interval lies wholly
-on the better or worse side of it, the claim is too modest or does not hold. A bound holds only where the whole interval
-keeps it.
+A claim of a number holds where the interval, widened by the claim's tolerance, contains it and is narrow; where the interval
+lies wholly on the better or worse side of it, the claim is too modest or does not hold. A bound holds only where the whole
+interval keeps it.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,6 +37,8 @@ NAMES: dict[Metric, str] = {
     "twin_memory_percent_of_fp16": "weights of the twin in memory, % of FP16",
     "speed_over_fp16": "decode speed of the twin, × FP16",
 }
+_VAGUE = 0.3
+"""An interval wider than this share of the claimed number contains too much to confirm it."""
 _HIGHER_IS_BETTER = {"accuracy_kept_percent", "speed_over_fp16"}
 
 
@@ -180,7 +182,9 @@ def _equals(measured: Measured, claimed: float, tolerance: float) -> Verdict:
     """For numbers of which less is better."""
     if measured.low > claimed + tolerance:
         return "does not hold"
-    return "better" if measured.high < claimed - tolerance else "holds"
+    if measured.high < claimed - tolerance:
+        return "better"
+    return "not decided" if measured.high - measured.low > 2 * tolerance + _VAGUE * abs(claimed) else "holds"
 
 
 def _at_most(measured: Measured, bound: float) -> Verdict:

@@ -16,7 +16,6 @@ _MOODS: Final[dict[Verdict, tuple[Mood, str]]] = {
     "not decided": ("plain", "?"),
     "not measured here": ("plain", "–"),
 }
-_SHARES: Final = ("memory_percent_of_fp16", "quantized_weights_percent_of_fp16", "twin_memory_percent_of_fp16")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,6 @@ def _line(claim: CheckedClaim) -> ClaimLine:
 def _measured(claim: CheckedClaim) -> str:
     if claim.value is None:
         return "–"
-    unit: Literal["percent", "change"] = "percent" if claim.metric in _SHARES else "change"
     if isinstance(claim.value, Measured):
-        return f"{number(claim.value.value, unit)} ({interval(claim.value, unit)})"
-    return number(claim.value, unit)
+        return f"{number(claim.value.value, 'change')} ({interval(claim.value, 'change')})"
+    return number(claim.value, "change")

@@ -34,9 +34,10 @@ def with_loss(records: list[Record], loss: Measured) -> list[Record]:
 @pytest.mark.parametrize(
     ("low", "high", "equals", "tolerance", "verdict"),
     [
-        (0.5, 1.5, 1.0, 0.0, "holds"),
+        (0.9, 1.1, 1.0, 0.0, "holds"),
+        (0.5, 1.5, 1.0, 0.0, "not decided"),
         (0.5, 0.9, 1.0, 0.0, "better"),
-        (0.5, 0.9, 1.0, 0.1, "holds"),
+        (0.7, 0.9, 1.0, 0.1, "holds"),
         (1.1, 1.5, 1.0, 0.0, "does not hold"),
         (1.1, 1.5, 1.0, 0.1, "holds"),
     ],
@@ -46,7 +47,8 @@ def test_a_number(recipe: list[Record], low: float, high: float, equals: float, 
     claim = {"variant": "w4a16", "equals": equals, "tolerance": tolerance}
     assert check(records, metric="accuracy_loss_percent", **claim).verdict == verdict
     mirrored = {"variant": "w4a16", "equals": 100 - equals, "tolerance": tolerance + 1e-9}
-    assert check(records, metric="accuracy_kept_percent", **mirrored).verdict == verdict
+    kept = "holds" if verdict == "not decided" else verdict  # the same width is a small share of 99
+    assert check(records, metric="accuracy_kept_percent", **mirrored).verdict == kept
 
 
 @pytest.mark.parametrize(
