@@ -195,6 +195,7 @@ def _kept(evaluation: _Evaluation, cell: Cell) -> Record | None:
     except ArtifactError:  # of another version: measured again
         return None
     current = _record(evaluation, cell, Measurements(found.quality, found.tasks, found.memory, found.speed))
+    current = current.model_copy(update={"command": found.command})  # of the run that measured
     if found.model_dump(exclude=_WORDS) != current.model_dump(exclude=_WORDS):
         return None
     if found != current:
