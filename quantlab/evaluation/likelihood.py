@@ -24,8 +24,6 @@ from transformers import PreTrainedModel
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.predictions import BATCH_TOKENS, score_states
 
-_PADDING = 8
-
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -187,7 +185,7 @@ def _batches(trees: Sequence[_Tree], tokens: int) -> Iterator[Sequence[_Tree]]:
 
 def _states(model: PreTrainedModel, batch: Sequence[_Tree]) -> Tensor:
     """The final hidden states that the scored tokens are predicted from [t, H]."""
-    longest = -(-len(batch[0].tokens) // _PADDING) * _PADDING
+    longest = len(batch[0].tokens)
     shape = (len(batch), longest)
     ids, positions, branches = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
     for row, tree in enumerate(batch):
