@@ -146,26 +146,46 @@ def parse_config(quantization_config: Mapping[str, Any], *, where: str) -> Quant
     """
     for key, plain in (("sparsity_config", {None, "dense"}), ("transform_config", {None})):
         described = quantization_config.get(key) or {}
-        if described.get("format") not in plain or described.get("config_groups"):
+        if not isinstance(described, Mapping) or described.get("format") not in plain or described.get("config_groups"):
             raise ArtifactError(
                 "the artifact's weights are stored in a way quantlab does not read",
                 where=f"{where}, {key}",
                 found=repr(described)[:120],
                 fix="export without sparse storage and without transforms at run time",
             )
+    described, ignore = quantization_config.get("config_groups", {}), quantization_config.get("ignore") or ()
+    if not isinstance(described, Mapping):
+        raise _malformed(f"{where}, config_groups", described)
     groups = []
-    for name, group in quantization_config.get("config_groups", {}).items():
+    for name, group in described.items():
         if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping | None):
-            raise ArtifactError(
-                "a config group is malformed",
-                where=f"{where}, {name}",
-                found=repr(group)[:120],
-                fix="write groups as compressed-tensors does",
-            )
+            raise _malformed(f"{where}, {name}", group)
         if group.get("weights") is not None:
+            targets = _patterns(group.get("targets"), where=f"{where}, {name}, targets")
             layout = group.get("format") or quantization_config.get("format")
-            groups.append((tuple(group.get("targets", ())), _scheme(group, layout, where=f"{where}, {name}")))
-    return QuantizationConfig(tuple(groups), tuple(quantization_config.get("ignore") or ()))
+            groups.append((targets, _scheme(group, layout, where=f"{where}, {name}")))
+    return QuantizationConfig(tuple(groups), _patterns(ignore, where=f"{where}, ignore"))
+
+
+def _patterns(found: object, *, where: str) -> tuple[str, ...]:
+    """Names and "re:…" patterns that can be matched with."""
+    if not isinstance(found, list | tuple) or not all(isinstance(pattern, str) for pattern in found):
+        raise _malformed(where, found)
+    for pattern in found:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise _malformed(where, f"{pattern}: {error}") from error
+    return tuple(found)
+
+
+def _malformed(where: str, found: object) -> ArtifactError:
+    return ArtifactError(
+        "a description of quantized weights is malformed",
+        where=where,
+        found=repr(found)[:120],
+        fix="write config groups as compressed-tensors does",
+    )
 
 
 def _scheme(group: Mapping[str, Any], layout: str | None, *, where: str) -> Scheme:

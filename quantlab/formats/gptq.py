@@ -119,7 +119,7 @@ def parse_config(described: Mapping[str, Any], *, where: str) -> GptqConfig:
     """
     bits, group_size = described.get("bits"), described.get("group_size", -1)
     layout = described.get("checkpoint_format") or "gptq"
-    if layout not in _ZERO_OFFSETS or described.get("is_marlin_format"):
+    if not isinstance(layout, str) or layout not in _ZERO_OFFSETS or described.get("is_marlin_format"):
         raise ArtifactError(
             "the checkpoint is in a layout of GPTQ quantlab does not read",
             where=f"{where}, checkpoint_format",

@@ -64,7 +64,8 @@ def load(
     where = str(artifact / "config.json")
     config = config_of(checkpoint.config, where=where)
     stored = StoredWeights(Reader(checkpoint), device=found)
-    weights = _Artifact(stored, checkpoint.config, progress)
+    fields = {**checkpoint.config, "num_hidden_layers": config.num_hidden_layers}  # transformers has defaults
+    weights = _Artifact(stored, fields, progress)
     chosen = _dtype_of(checkpoint.config, where=where) if dtype is None else dtype
     needed = weights.needed_bytes(chosen)
     check_room(needed, found, where=str(artifact))

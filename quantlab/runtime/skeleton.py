@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -27,6 +28,16 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 
 
+_MALFORMED: Final = (
+    StrictDataclassError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What transformers raises for a config it cannot make a model of."""
 _INT4_GROUPS: Final[Sequence[tuple[SchemeName, int]]] = (("int4_g128", 128), ("int4_g64", 64), ("int4_g32", 32))
 
 
@@ -54,7 +65,7 @@ def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
     """The transformers config of a config.json, as one of a model that is not quantized.
 
     Raises:
-        ArtifactError: the model type is none the runtime knows.
+        ArtifactError: the model type is none the runtime knows, or the fields describe no model.
     """
     model_type = fields.get("model_type")
     if model_type not in MODEL_TYPES:
@@ -65,7 +76,10 @@ def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
             fix="known: " + ", ".join(MODEL_TYPES),
         )
     plain = {key: copy.deepcopy(value) for key, value in fields.items() if key != "quantization_config"}
-    return CONFIG_MAPPING[model_type].from_dict(plain)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(plain)
+    except _MALFORMED as error:
+        raise _no_model(error, where=where) from error
 
 
 def build(
@@ -80,11 +94,15 @@ def build(
         attention: its implementation, one of `quantlab.runtime.attention.IMPLEMENTATIONS`.
 
     Raises:
+        ArtifactError: the config describes no model.
         DeviceError: there is no such implementation of attention here.
     """
     register(attention)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except _MALFORMED as error:
+        raise _no_model(error, where=f"the config of a {config.model_type}") from error
     tied = bool(config.tie_word_embeddings)
     with torch.no_grad():
         _materialize(model, "", weights, dtype=dtype, skip={"lm_head"} if tied else set())
@@ -93,6 +111,15 @@ def build(
     left = [name for name, tensor in _tensors(model) if tensor.is_meta]
     assert not left, f"never filled: {left}"
     return model.eval().requires_grad_(False)
+
+
+def _no_model(error: Exception, *, where: str) -> ArtifactError:
+    return ArtifactError(
+        "the config describes no model",
+        where=where,
+        found=" ".join(f"{type(error).__name__}: {error}".split())[:200],
+        fix="use the config.json the weights were released with",
+    )
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -76,3 +76,38 @@ def test_numbers_we_do_not_read_are_refused(change: dict) -> None:
     config["config_groups"]["group_0"]["weights"].update(change)
     with pytest.raises(ArtifactError, match="of a kind quantlab does not read"):
         parse_config(config, where="config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"config_groups": [1]}, "config_groups"),
+        ({"config_groups": {"group_7": [1]}}, "group_7"),
+        ({"config_groups": {"group_7": {"weights": 4}}}, "group_7"),
+        ({"ignore": ["lm_head", 3]}, "ignore"),
+        ({"ignore": ["re:["]}, "ignore"),
+        ({"sparsity_config": [2]}, "sparsity_config"),
+    ],
+)
+def test_malformed_descriptions_are_refused(change: dict, where: str) -> None:
+    config = QuantizationConfig(((("Linear",), SCHEMES["int8_weight"]),), ()).to_json()
+    with pytest.raises(ArtifactError, match=rf"where: config\.json, {where}"):
+        parse_config(config | change, where="config.json")
+
+
+@pytest.mark.parametrize("targets", [None, "Linear", ["re:("]])
+def test_malformed_targets_are_refused(targets: object) -> None:
+    config = QuantizationConfig(((("Linear",), SCHEMES["int8_weight"]),), ()).to_json()
+    config["config_groups"]["group_0"]["targets"] = targets
+    with pytest.raises(ArtifactError, match="group_0, targets"):
+        parse_config(config, where="config.json")
+
+
+@pytest.mark.parametrize(
+    "change", [{"symmetric": False}, {"strategy": "tensor"}, {"dynamic": False}, {"num_bits": 4}, {"type": "float"}]
+)
+def test_activations_we_do_not_compute_with_are_refused(change: dict) -> None:
+    config = QuantizationConfig(((("Linear",), SCHEMES["int8"]),), ()).to_json()
+    config["config_groups"]["group_0"]["input_activations"].update(change)
+    with pytest.raises(ArtifactError, match="of a kind quantlab does not read"):
+        parse_config(config, where="config.json")

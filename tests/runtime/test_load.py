@@ -295,6 +295,44 @@ def test_an_unknown_model_is_an_error(checkpoints: dict[str, Path], tmp_path: Pa
         load(copy)
 
 
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"hidden_size": "wide"}),
+        ("llama", {"num_attention_heads": 0}),
+        ("llama", {"num_hidden_layers": None}),
+        ("llama", {"rope_scaling": 3}),
+        ("llama", {"rope_parameters": {"rope_type": "yarnn"}}),
+        ("deepseek_v3", {"n_routed_experts": None}),
+        ("deepseek_v3", {"hidden_act": "relux"}),
+    ],
+)
+def test_a_config_that_describes_no_model(
+    family: str, change: dict[str, object], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(checkpoints[family], tmp_path / "copy")
+    edit_config(copy, lambda fields: fields.update(change))
+    with pytest.raises(ArtifactError, match=r"describes no model[^$]*config[^$]*released with"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 64},
+        {"vocab_size": 97},
+        {"num_hidden_layers": 3},
+        {"num_hidden_layers": 1, "num_nextn_predict_layers": 0},
+    ],
+)
+def test_a_config_of_another_model(change: dict[str, int], checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for family in ("llama", "deepseek_v3"):
+        copy = shutil.copytree(checkpoints[family], tmp_path / family)
+        edit_config(copy, lambda fields: fields.update(change))
+        with pytest.raises(ArtifactError, match=r"does not fit the config|missing|no place for"):
+            load(copy)
+
+
 def test_every_tensor_is_read_once_and_reported(artifacts: Maker) -> None:
     seen: list[tuple[int, int]] = []
     load(artifacts("deepseek_v3", "int4_g128").directory, progress=lambda done, total: seen.append((done, total)))
