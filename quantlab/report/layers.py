@@ -20,6 +20,9 @@ _STANDS_OUT: Final = 3.0
 _EVEN: Final = 1.5
 """Numbers within this factor of each other get one background: their order is no news."""
 
+_SPAN: Final = 100.0
+"""Below the largest by this factor all is one class: a variant without any error must not press the others together."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -195,16 +198,19 @@ def _tile_of(found: MatrixErrors | None, level: Callable[[float], int]) -> Tile:
 
 def _percent(value: float) -> str:
     scaled = 100 * value
+    if 0 < scaled < 0.01:
+        return "<0.01"
     return "0" if scaled == 0 else f"{scaled:.1f}" if scaled >= 0.995 else f"{scaled:.2g}"
 
 
 def _levels(values: Iterable[float]) -> Callable[[float], int]:
-    """The class of a value: equal steps of its logarithm between the least and the largest."""
+    """The class of a value: equal steps of its logarithm, up to the largest and over two decades at most."""
     positive = [value for value in values if value > 0]
     if not positive or max(positive) <= _EVEN * min(positive):
         return lambda _: 0
-    low, high = math.log(min(positive)), math.log(max(positive))
-    return lambda value: 0 if value <= 0 else min(LEVELS - 1, int(LEVELS * (math.log(value) - low) / (high - low)))
+    least, most = max(min(positive), max(positive) / _SPAN), max(positive)
+    span = math.log(most / least)
+    return lambda value: 0 if value <= least else min(LEVELS - 1, int(LEVELS * math.log(value / least) / span))
 
 
 def _in_order(layers: Iterable[str]) -> list[str]:

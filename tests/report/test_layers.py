@@ -5,7 +5,7 @@ import pytest
 from quantlab.evaluation.record import MatrixErrors, Record
 from quantlab.report.bars import WIDTH, lay_out_bars
 from quantlab.report.html import to_html
-from quantlab.report.layers import LEVELS, group_maps, layer_maps, matrix_maps
+from quantlab.report.layers import LEVELS, _levels, group_maps, layer_maps, matrix_maps
 from quantlab.report.leaderboard import build_leaderboard
 from quantlab.report.matrix import build_matrix
 from tests.report.conftest import enrich, make_recipe
@@ -77,3 +77,10 @@ def test_groups_of_a_task_are_shown(rich: list[Record]) -> None:
     assert [name for name, _ in found.lines] == [record.variant for record in rich]
     assert dict(found.lines)["source"][0].text == "88.0"
     assert "retrieval by group" in to_html(build_matrix(rich))
+
+
+def test_a_variant_without_error_does_not_press_the_others_together() -> None:
+    level = _levels([1e-7, 0.01, 0.03, 0.1])
+    assert level(1e-7) == level(0.001) == 0
+    assert level(0.01) < level(0.03) < level(0.1) == LEVELS - 1
+    assert [_levels([0.1, 0.12])(value) for value in (0.1, 0.12)] == [0, 0]
