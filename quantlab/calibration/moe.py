@@ -129,7 +129,14 @@ class MoeInputs:
             return gated(self.inputs(expert), gate, up, self._changed.experts.act_fn)
 
     def down_statistics(
-        self, expert: int, gate: Tensor, up: Tensor, needs: Collection[Need], *, rows: Tensor | None = None
+        self,
+        expert: int,
+        gate: Tensor,
+        up: Tensor,
+        needs: Collection[Need],
+        *,
+        rows: Tensor | None = None,
+        unchanged_expert: int | None = None,
     ) -> SiteStatistics:
         """Of what enters the expert's down projection, K = I.
 
@@ -152,7 +159,8 @@ class MoeInputs:
                 if "cross" in needs:
                     assert self._original is not None, "the cross term compares with the unchanged model"
                     unchanged = self._original.experts
-                    before = gated(self._before(part), unchanged.gate(expert), unchanged.up(expert), act_fn)
+                    number = expert if unchanged_expert is None else unchanged_expert
+                    before = gated(self._before(part), unchanged.gate(number), unchanged.up(number), act_fn)
             accumulator.update(x, before)
         return accumulator.result(where=f"{self.block}, expert {expert}, input site down")
 

@@ -263,7 +263,7 @@ class BlockWork:
         for step in self._steps.values():
             if step.claim.expert is not None and step.claim.role == "routed_experts" and step.outputs:
                 experts.setdefault(step.claim.expert, []).append(step)
-        needs = self._expert_needs([step for steps in experts.values() for step in steps])
+        needs = self._needs([step for steps in experts.values() for step in steps])
         moe = cache(lambda: collect_moe(at(), needs=needs, original=original)) if needs else None
         if moe is not None and not self.kept:
             self.tokens_per_expert = self._count_tokens(moe)
@@ -298,7 +298,7 @@ class BlockWork:
         return tuple(found["tokens_per_expert"].tolist())
 
     def _expert_inputs(self, moe: Callable[[], MoeInputs] | None, expert: int, steps: Sequence[Step]) -> Inputs | None:
-        needs = self._expert_needs(steps)
+        needs = self._needs(steps)
         if moe is None or not needs:
             return None
         prior = self._known("mlp of all tokens", needs, lambda: moe().layer)
@@ -307,7 +307,7 @@ class BlockWork:
     def _down_inputs(
         self, moe: Callable[[], MoeInputs] | None, expert: int, enter: Sequence[Step], steps: Sequence[Step]
     ) -> Inputs | None:
-        needs = self._expert_needs(steps)
+        needs = self._needs(steps)
         if moe is None or not needs:
             return None
         gate, up = (
@@ -315,12 +315,14 @@ class BlockWork:
             for kind in ("gate", "up")
         )
 
+        number = self.kept[expert] if self.kept else expert
+
         def own() -> SiteStatistics:
-            return moe().down_statistics(expert, gate, up, needs)
+            return moe().down_statistics(expert, gate, up, needs, unchanged_expert=number)
 
         def prior() -> SiteStatistics:
             rows = moe().sample(_SAMPLE_PER_CHANNEL * gate.shape[0])
-            return moe().down_statistics(expert, gate, up, needs, rows=rows)
+            return moe().down_statistics(expert, gate, up, needs, rows=rows, unchanged_expert=number)
 
         name = f"expert {expert} down"
         return _inputs(self._known(name, needs, own), prior=self._known(f"{name} of all tokens", needs, prior))
@@ -329,10 +331,6 @@ class BlockWork:
         """What the passes want to know; the unchanged model's inputs only where it runs beside."""
         needs = {need for step in steps for need in needs_of(step.passes)}
         return needs if self._unchanged is not None else needs - {"cross"}
-
-    def _expert_needs(self, steps: Collection[Step]) -> set[Need]:
-        """The same of experts; after some were removed the unchanged ones have other numbers."""
-        return self._needs(steps) - ({"cross"} if self.kept else set())
 
     def _change(self, sites: Sequence[tuple[Sequence[Step], Inputs | None]]) -> None:
         """Change the linears of one site, or of the same site of several experts; those under the same passes together."""

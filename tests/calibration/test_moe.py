@@ -101,6 +101,10 @@ def test_statistics_of_every_expert(wholes: dict[str, Whole], tmp_path: Path, fa
         below = found.down_statistics(number, gate, up, ["hessian", "cross"])
         assert close(below.hessian, hessian(inner))
         assert (below.cross - cross(inner_before, inner)).abs().max() <= 1e-5 * hessian(inner).abs().max()
+        other = (number + 1) % EXPERTS  # as if experts before it had been removed
+        renumbered = found.down_statistics(number, gate, up, ["cross"], unchanged_expert=other)
+        inner_before = entering(whole.weights, other, before)
+        assert (renumbered.cross - cross(inner_before, inner)).abs().max() <= 1e-5 * hessian(inner).abs().max()
         norms = (inner @ down.double().T).norm(dim=1)
         activity = found.activity(number, gate, up, down)
         assert activity.count == chosen.sum()
