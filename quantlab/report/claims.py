@@ -43,12 +43,16 @@ _HIGHER_IS_BETTER = {"accuracy_kept_percent", "speed_over_fp16"}
 
 
 class Claim(Frozen):
-    """One claim. Without a metric it is only told, not checked."""
+    """One claim: about a metric of the matrix, or beside a number measured elsewhere; with neither it is told, not checked."""
 
     text: str = Field(min_length=1)
     """As it is printed, in one line."""
     variant: str | None = None
     metric: Metric | None = None
+    measured: float | None = None
+    """A number that no record holds, from `source`."""
+    source: str | None = None
+    """Where it is kept: a file of eval/results."""
     equals: float | None = None
     """A number; exactly one of this and the next three."""
     at_most: float | None = None
@@ -62,6 +66,14 @@ class Claim(Frozen):
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
         said = [each for each in (self.equals, self.at_most, self.at_least, self.better_than) if each is not None]
+        if (self.measured is None) != (self.source is None) or (self.measured is not None and self.metric is not None):
+            raise ValueError(
+                "a number measured elsewhere needs its place; give `measured` and `source`, and no `metric`"
+            )
+        if self.measured is not None:
+            if len(said) != 1 or self.better_than is not None or self.equals is not None:
+                raise ValueError("a claim does not say what it claims; give one of at_most, at_least")
+            return self
         if self.metric is None and (said or self.variant):
             raise ValueError("a claim without a metric cannot be checked; add `metric: …`")
         if self.metric is not None and (len(said) != 1 or self.variant is None):
@@ -142,6 +154,8 @@ def _check(claim: Claim, rows: dict[str, Row], *, baseline: str) -> CheckedClaim
             note=note,
         )
 
+    if claim.measured is not None:
+        return said(_bounded(claim, exact(claim.measured)), claim.measured, str(claim.source))
     if claim.metric is None or claim.variant is None:
         return said("not measured here", None)
     row = rows[claim.variant]
@@ -161,11 +175,7 @@ def _check(claim: Claim, rows: dict[str, Row], *, baseline: str) -> CheckedClaim
     measured = _times(exact(found), sign)
     if claim.equals is not None:
         return said(_equals(measured, sign * claim.equals, claim.tolerance), found)
-    keeps_below = claim.at_most is not None
-    bound = claim.at_most if claim.at_most is not None else claim.at_least
-    assert bound is not None, "checked when the claim was read"
-    side = 1.0 if keeps_below else -1.0
-    return said(_at_most(_times(exact(found), side), side * bound), found)
+    return said(_bounded(claim, exact(found)), found)
 
 
 def _claimed(claim: Claim) -> str:
@@ -185,6 +195,13 @@ def _equals(measured: Measured, claimed: float, tolerance: float) -> Verdict:
     if measured.high < claimed - tolerance:
         return "better"
     return "not decided" if measured.high - measured.low > 2 * tolerance + _VAGUE * abs(claimed) else "holds"
+
+
+def _bounded(claim: Claim, found: Measured) -> Verdict:
+    if claim.at_most is not None:
+        return _at_most(found, claim.at_most)
+    assert claim.at_least is not None, "checked when the claim was read"
+    return _at_most(_times(found, -1.0), -claim.at_least)
 
 
 def _at_most(measured: Measured, bound: float) -> Verdict:
