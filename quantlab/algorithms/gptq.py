@@ -249,7 +249,7 @@ def _round_columns(
 ) -> tuple[Tensor, Tensor]:
     """The columns of a block: integers [B, c, N] int8 and errors over the diagonal of U; V [B, c, N] is used up."""
     if V.device.type == "cuda":
-        from quantlab.algorithms.blocks import round_columns
+        from quantlab.algorithms.cuda.blocks import round_columns
 
         return round_columns(V, step, U, removed, limits)
     q, errors = torch.empty_like(step), torch.empty_like(step)

@@ -90,7 +90,7 @@ def _descend_columns(
 ) -> tuple[Tensor, Tensor]:
     """Visit the columns of a block [B, c, N]: the new integers and the change of q s; the residual is used up."""
     if residual.device.type == "cuda":
-        from quantlab.algorithms.blocks import descend_columns
+        from quantlab.algorithms.cuda.blocks import descend_columns
 
         return descend_columns(residual, steps, H, removed, q, limits)
     chosen, moved = torch.empty_like(q), torch.empty_like(residual)

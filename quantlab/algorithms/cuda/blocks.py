@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from quantlab.algorithms import block_kernels
+from quantlab.algorithms.cuda import kernels
 
 _ROWS: Final = 32
 
@@ -34,7 +34,7 @@ def round_columns(
     """
     q = torch.empty(target.shape, dtype=torch.int8, device=target.device)
     errors = torch.empty_like(target, memory_format=torch.contiguous_format)
-    _launch(block_kernels.round_columns, (target.contiguous(), step, U.contiguous()), removed, (q, errors), limits)
+    _launch(kernels.round_columns, (target.contiguous(), step, U.contiguous()), removed, (q, errors), limits)
     return q, errors
 
 
@@ -56,7 +56,7 @@ def descend_columns(
     """
     q = q.contiguous().clone()
     moved = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    _launch(block_kernels.descend_columns, (residual.contiguous(), step, H.contiguous()), removed, (q, moved), limits)
+    _launch(kernels.descend_columns, (residual.contiguous(), step, H.contiguous()), removed, (q, moved), limits)
     return q, moved
 
 
