@@ -11,7 +11,7 @@ from quantlab.errors import EvaluationError
 from quantlab.evaluation.answers import measure_tasks
 from quantlab.evaluation.harness import Answerer, answer
 from quantlab.evaluation.jobs import TasksRequest
-from quantlab.evaluation.suite import SuiteTask
+from quantlab.evaluation.suite import SuiteTask, load_suite
 from quantlab.evaluation.text import load_tokenizer
 from quantlab.runtime.load import load
 from tests.checkpoints import make_checkpoint
@@ -186,6 +186,14 @@ def test_what_lm_eval_cannot_do_is_told(dense: Path, definitions: Path) -> None:
     with pytest.raises(EvaluationError, match="no such metric") as raised:
         answer(model, SuiteTask(task="ours", metric="acc_nrom"), definitions)
     assert "acc" in str(raised.value.fix)
+
+
+def test_lm_eval_knows_every_task_that_a_shipped_suite_names() -> None:
+    tasks = pytest.importorskip("lm_eval.tasks", reason="the bridge needs the extra [tasks]")
+    suites = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.yaml"))
+    wanted = {task.task for path in suites for task in load_suite(path).suite.tasks if not task.ours}
+    assert {"mmlu", "gsm8k", "arc_challenge", "hellaswag", "winogrande", "humaneval"} <= wanted
+    assert wanted <= set(tasks.TaskManager().all_tasks)
 
 
 def test_without_lm_eval_a_task_says_what_to_install(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
