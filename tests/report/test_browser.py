@@ -1,5 +1,6 @@
 """The pages in a real browser: sort, filter, theme, keyboard, downloads, no console error, nothing wider than the window."""
 
+import io
 import json
 import shutil
 import struct
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from quantlab.report.files import write_report
 from quantlab.report.leaderboard_files import write_leaderboard
@@ -258,6 +260,11 @@ def test_downloads_are_whole_files(page: Driver, run: Path) -> None:
     png = wait_for(page.downloads / "quickstart-decode-8.png")
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">I", png[16:20]) == (720,)
+    press(page, 'button[data-file="quickstart-pareto"][data-save="png"]')
+    picture = Image.open(io.BytesIO(wait_for(page.downloads / "quickstart-pareto.png"))).convert("RGBA")
+    assert picture.size == (1800, 940)
+    corners = {picture.getpixel((x, y)) for x in (0, 1799) for y in (0, 939)}
+    assert corners == {(255, 255, 255, 255)}
     press(page, "a[download$='.csv']")
     assert wait_for(page.downloads / "quickstart.csv") == (run / "matrix.csv").read_bytes()
 

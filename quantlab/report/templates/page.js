@@ -129,6 +129,7 @@
     copy.prepend(style, back);
     for (const [key, value] of Object.entries({ width, height: tall, viewBox: [x, y, width, tall].join(" ") })) copy.setAttribute(key, value);
     copy.dataset.theme = isDark() ? "dark" : "light";
+    copy.style.cssText = `display: block; width: ${width}px; height: ${tall}px; max-width: none; margin: 0`;
     return { text: new XMLSerializer().serializeToString(copy), width, height: tall };
   };
   const save = (blob, file) => {
