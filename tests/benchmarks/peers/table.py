@@ -54,6 +54,7 @@ def write_table(results: dict[str, Row], strata: NDArray[np.int64], about: Row, 
         f"{about['tokens']:,} held-out tokens of {about['documents']} documents (suite {about['suite']}); in brackets 95 % "
         "intervals, documents drawn once for all rows. Hardware: " + str(about["hardware"]) + ".",
         "",
+        *left_out(results),
         "## What each quantized",
         "",
         "Weight matrices quantized of those there are. Wanted: all but kv_b_proj, the router, embeddings and head.",
@@ -96,6 +97,12 @@ def line(name: str, row: Row) -> str:
         f"| {ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}) "
         f"| {change['value']:.2f} ({change['low']:.2f} to {change['high']:.2f}) | {seconds} | {memory} |"
     )
+
+
+def left_out(results: dict[str, Row]) -> list[str]:
+    """The rows that could be and are not, so that nobody takes silence for a result."""
+    names = [name for key, name in NAMES.items() if "quality" not in results.get(key, {})]
+    return [f"Not in the table, because not run or not judged: {'; '.join(names)}.", ""] if names else []
 
 
 def coverage(results: dict[str, Row]) -> list[str]:
