@@ -105,7 +105,7 @@ def damped_factor(H: Tensor, *, damping: float) -> Factor:
     level = torch.full(H.shape[:1], damping, dtype=torch.float32, device=H.device)
     while True:
         matrix = (H + level[:, None, None] * identity).flip(-2, -1)
-        lower, info = torch.linalg.cholesky_ex(matrix)
+        lower, info = _cholesky(matrix)
         failed = info != 0
         if not failed.any() or bool((level[failed] >= _LARGEST_DAMPING).all()):
             break
@@ -115,8 +115,18 @@ def damped_factor(H: Tensor, *, damping: float) -> Factor:
     if failed.any():
         diagonal = matrix[failed].diagonal(dim1=-2, dim2=-1).sqrt()
         lower[failed] = torch.diag_embed(diagonal)
-    U = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False).flip(-2, -1)
-    return Factor(U.contiguous(), level, failed)
+    inverse = torch.empty_like(lower)
+    for one, out in zip(lower, inverse, strict=True):  # one by one: batched solvers are made for small matrices
+        torch.linalg.solve_triangular(one, identity, upper=False, out=out)
+    return Factor(inverse.flip(-2, -1), level, failed)
+
+
+def _cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factors [B, K, K] and, for each matrix, whether it was not positive definite [B]."""
+    lower, info = torch.empty_like(matrices), torch.empty(len(matrices), dtype=torch.int32, device=matrices.device)
+    for index, one in enumerate(matrices):
+        torch.linalg.cholesky_ex(one, out=(lower[index], info[index]))
+    return lower, info
 
 
 def with_damping(H: Tensor, damping: Tensor) -> Tensor:
