@@ -23,8 +23,9 @@ from transformers import DynamicCache, PreTrainedModel
 from quantlab.checkpoint.index import read_json
 from quantlab.errors import EvaluationError, QuantlabError
 from quantlab.evaluation.contention import Moment, crowd, spread
+from quantlab.evaluation.energy import meter
 from quantlab.evaluation.jobs import Progress, SpeedRequest, SpeedResult
-from quantlab.evaluation.record import Speed
+from quantlab.evaluation.record import Measured, Speed
 from quantlab.evaluation.statistics import Floats, median
 from quantlab.evaluation.suite import SpeedSuite, load_suite
 from quantlab.formats.compressed_tensors import QUANT_METHOD, QuantizationConfig, parse_config
@@ -91,13 +92,13 @@ def measure_speed(request: SpeedRequest, progress: Progress, *, device: str = "c
     begin = Moment.now()
     timings = time_rounds(twins, tasks(suite), suite, progress)
     others = crowd(begin, Moment.now(), threads=torch.get_num_threads())
+    energies = {layout: energy_per_token(twin, suite) for layout, twin in twins.items()}
     speeds, failures = {}, {}
     for variant, layout in layouts.items():
         if layout in twins:
             sharing = [other for other in layouts if other != variant and layouts[other] == layout]
-            speeds[variant] = summarise(
-                suite, twins[layout], timings[layout], timings[FP16], sharing=sharing, others=others
-            )
+            summary = summarise(suite, twins[layout], timings[layout], timings[FP16], sharing=sharing, others=others)
+            speeds[variant] = summary.model_copy(update={"energy_joules_per_token": energies[layout]})
         else:
             failures[variant] = reasons[layout]
     return SpeedResult(speeds=speeds, failures=failures)
@@ -222,6 +223,25 @@ def run_task(twin: Twin, task: Task) -> float:
     else:
         context.crop(-task.tokens)
     return seconds
+
+
+def energy_per_token(twin: Twin, suite: SpeedSuite) -> dict[str, Measured] | None:
+    """Joules per decoded token by batch size, in seven stretches of steady decoding; None where the device does not count them."""
+    device = next(twin.model.parameters()).device
+    joules = meter(device) if suite.energy_seconds else None
+    if joules is None:
+        return None
+    found = {}
+    for task in (task for task in tasks(suite) if task.kind == "decode"):
+        stretches = []
+        for _ in range(_LEAST_ROUNDS):
+            begin, start, tokens = joules(), _now(device), 0
+            while _now(device) - start < suite.energy_seconds / _LEAST_ROUNDS:
+                run_task(twin, task)
+                tokens += task.batch * task.tokens
+            stretches.append((joules() - begin) / tokens)
+        found[str(task.batch)] = median(np.array(stretches))
+    return found
 
 
 def _now(device: torch.device) -> float:

@@ -48,6 +48,8 @@ class SpeedSuite(_Strict):
     """Most rounds; each times every twin once. Seven at least: a median of fewer has no 95 % interval."""
     seconds: float = Field(default=30.0, gt=0)
     """After this long no further round starts, unless fewer than seven are done."""
+    energy_seconds: float = Field(default=0.0, ge=0)
+    """Steady decoding per twin and batch that energy is read around, where the device counts it; 0 leaves it out."""
 
 
 class SuiteTask(_Strict):

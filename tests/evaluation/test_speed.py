@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quantlab.errors import EvaluationError
+from quantlab.evaluation import energy
 from quantlab.evaluation.jobs import SpeedRequest
 from quantlab.evaluation.speed import (
     FP16,
@@ -15,6 +16,7 @@ from quantlab.evaluation.speed import (
     Task,
     Twin,
     build,
+    energy_per_token,
     layout_of,
     measure_speed,
     run_task,
@@ -126,3 +128,43 @@ def test_cells_taken_among_strangers_or_that_disagree_are_marked(suite: Path) ->
     crowded = summarise(speed, twin, rates, rates, sharing=[], others="other processes took 0.9 of 2 cores")
     assert set(crowded.noise) == set(crowded.quartiles)
     assert len(crowded.noise) == 5
+
+
+def test_energy_is_read_around_steady_decoding(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = load_suite(suite).suite.speed
+    assert speed is not None
+    twin = build(FP16, speed)
+    assert energy_per_token(twin, speed) is None
+    asked = speed.model_copy(update={"energy_seconds": 0.07})
+    monkeypatch.setattr("quantlab.evaluation.speed.meter", lambda device: None)
+    assert energy_per_token(twin, asked) is None
+    decoded = 0
+
+    def counted(_: Twin, task: Task) -> None:
+        nonlocal decoded
+        decoded += task.batch * task.tokens
+
+    monkeypatch.setattr("quantlab.evaluation.speed.run_task", counted)
+    monkeypatch.setattr("quantlab.evaluation.speed.meter", lambda device: lambda: 7.0 + 0.5 * decoded)
+    found = energy_per_token(twin, asked)
+    assert found is not None
+    assert set(found) == {"1", "2"}
+    assert found["1"].value == found["2"].value == pytest.approx(0.5)
+    assert found["1"].n == 7
+
+
+def test_rapl_counters_may_wrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "_RAPL", tmp_path)
+    cpu = torch.device("cpu")
+    assert energy.meter(cpu) is None
+    for name, value in (("intel-rapl:0", 900_000), ("intel-rapl:0:0", 5), ("intel-rapl:1", 100_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{value}\n")
+        (tmp_path / name / "max_energy_range_uj").write_text("1000000\n")
+    joules = energy.meter(cpu)
+    assert joules is not None
+    assert joules() == 0
+    (tmp_path / "intel-rapl:0/energy_uj").write_text("200000\n")
+    (tmp_path / "intel-rapl:1/energy_uj").write_text("150000\n")
+    assert joules() == pytest.approx(0.35)
+    assert joules() == pytest.approx(0.35)
