@@ -43,12 +43,13 @@ def markdown(matrix: Row, rows: dict[str, Row]) -> list[str]:
     """The lines of the page; every variant stands in the section its name begins with."""
     source = rows["source"]["perplexity"]
     lines = [
-        "# The reference DeepSeek-V3 made smaller in every way quantlab knows",
+        "# The reference DeepSeek-V3 rounded, pruned, and both",
         "",
         f"{source['n']:,} held-out tokens (suite {matrix['suite']}), activations in float32, calibration with 128 x 512 tokens. The source "
         f"has a perplexity of {source['value']:.2f} ({source['low']:.2f} to {source['high']:.2f}). In brackets 95 % intervals, "
         "paired with the source over the same drawn documents. KL is the mean over tokens, in nats; relative, to int4 rounded "
-        f"with scale absmax/7 (`{REFERENCE}`).",
+        f"with scale absmax/7 (`{REFERENCE}`). int4 by `gptq`, `awq` and `rtn` with activations is judged on the same tokens beside the "
+        "peers, in [peers-deepseek-v3-mini.md](peers-deepseek-v3-mini.md).",
     ]
     for heading, prefix in SECTIONS.items():
         lines += [
