@@ -22,7 +22,7 @@ version: 1
 text: {{corpus: {ROOT}/eval/corpora/heldout.jsonl, length: 128, tokens_per_domain: 640}}
 tasks:
   - {{task: {ROOT}/eval/tasks/next_token.yaml}}
-  - {{task: {ROOT}/eval/tasks/grammar.yaml, items: 80}}
+  - {{task: {ROOT}/eval/tasks/grammar.yaml, items: 40}}
 layer_error_tokens: 512
 """
 
@@ -99,7 +99,7 @@ def test_every_loss_has_its_p_and_one_corrected_for_the_rows(records: dict[str, 
         assert change.holm_p is not None
         assert change.p <= change.holm_p <= 3 * change.p
         next_token, grammar = records[name].tasks
-        assert (next_token.name, grammar.name, grammar.n) == ("next_token", "grammar", 80)
+        assert (next_token.name, grammar.name, grammar.n) == ("next_token", "grammar", 40)
         assert next_token.score == quality.next_token_accuracy
         assert grammar.score.low > 0.5, "the reference is far above chance"
         assert grammar.significance is not None
