@@ -147,7 +147,10 @@ def test_importing_everything_changes_nothing() -> None:
     code = (
         "import os, torch, transformers.masking_utils\n"
         "before = (dict(os.environ), torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())\n"
-        f"for name in {names!r}: __import__(name)\n"
+        f"for name in {names!r}:\n"
+        "    try: __import__(name)\n"
+        "    except ModuleNotFoundError as error:\n"
+        "        if error.name != 'triton': raise  # it comes with torch for CUDA, and nothing else imports these\n"
         "assert before == (dict(os.environ), torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -11,7 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from quantlab.runtime.linear import Activation, gated
+from quantlab.runtime.cuda.experts import routed, takes
+from quantlab.runtime.linear import Activation, gated, is_silu
 from quantlab.runtime.matrices import Matrices
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
@@ -46,12 +47,14 @@ class Experts(nn.Module):
         Returns:
             [tokens, H] in the dtype of `hidden_states`; summed in float32.
         """
+        if is_silu(self.act_fn) and takes(self.gate_up, self.down, hidden_states):
+            return routed(self.gate_up, self.down, hidden_states, top_k_index, top_k_weights)
         tokens, top_k = top_k_index.shape
         if tokens == 1:
             index = top_k_index[0]
             groups = Groups(index.tolist(), (1,) * top_k, index)
             rows = gated(hidden_states.expand(top_k, -1), groups, self.gate_up, self.down, self.act_fn)
-            if rows.dtype != torch.float32 and library() is not None:
+            if rows.dtype != torch.float32 and rows.device.type == "cpu" and library() is not None:
                 return kernels.weighted_sum(rows, top_k_weights.to(torch.float32))
             return torch.mm(top_k_weights.to(torch.float32), rows.to(torch.float32)).to(hidden_states.dtype)
         step = max(_ROWS_AT_ONCE // top_k, 1)

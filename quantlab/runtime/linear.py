@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import SiLUActivation
 
+from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
 from quantlab.runtime.matrices import Matrices, QuantizedMatrices
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
@@ -132,9 +133,12 @@ class GatedMLP(nn.Module):
 
 def gated(x: Tensor, groups: Groups, gate_up: Matrices, down: Matrices, act_fn: Activation) -> Tensor:
     """The MLP of each row's group: [T, H] -> [T, H]."""
+    if isinstance(gate_up, CudaMatrices) and is_silu(act_fn) and len(groups.which) == 1:
+        return down.products(gate_up.product(x, groups.which[0], gated=True), groups)
     both = gate_up.products(x, groups)
     if (
-        isinstance(act_fn, nn.SiLU | SiLUActivation)
+        is_silu(act_fn)
+        and both.device.type == "cpu"
         and both.dtype != torch.float32
         and both.shape[0] <= FEW_ROWS
         and library() is not None
@@ -142,6 +146,11 @@ def gated(x: Tensor, groups: Groups, gate_up: Matrices, down: Matrices, act_fn: 
         return down.products(kernels.gate(both), groups)
     gate, up = both.chunk(2, dim=-1)
     return down.products(act_fn(gate).mul_(up), groups)
+
+
+def is_silu(act_fn: Activation) -> bool:
+    """Whether an activation function is ``x * sigmoid(x)``, which kernels compute beside the products."""
+    return isinstance(act_fn, nn.SiLU | SiLUActivation)
 
 
 class Norm(nn.Module):
@@ -158,7 +167,14 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., K]; statistics are float32, and rounded to the dtype of x before the weight."""
-        few = x.numel() <= FEW_ROWS * x.shape[-1] and x.is_contiguous() and x.dtype == self.weight.dtype
+        if x.is_cuda and x.dtype == self.weight.dtype and x.dtype != torch.float32:
+            return rms_norm(x, self.weight, self.variance_epsilon)
+        few = (
+            x.device.type == "cpu"
+            and x.numel() <= FEW_ROWS * x.shape[-1]
+            and x.is_contiguous()
+            and x.dtype == self.weight.dtype
+        )
         if few and x.dtype != torch.float32 and library() is not None:
             return kernels.norm(x, self.weight, self.variance_epsilon)
         wide = x.to(torch.float32)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import Scheme
+from quantlab.runtime.cuda.banks import COUNTERS, CudaMatrices
 from quantlab.runtime.int4 import Int4Matrices
 from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices
 from quantlab.runtime.native import kernels
@@ -25,15 +26,19 @@ from quantlab.runtime.products import (
 
 
 class DenseMatrices(nn.Module):
-    """Floating-point matrices: weight [E, N, K] of `dtype`."""
+    """Floating-point matrices: weight [E, N, K] of `dtype`; on CUDA also counters of the kernels."""
 
     weight: nn.Parameter
+    arrived: Tensor
 
     def __init__(self, count: int, rows: int, columns: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape = (count, rows, columns)
         self.weight = nn.Parameter(torch.empty(count, rows, columns, dtype=dtype), requires_grad=False)
         self._each = self.weight.unbind(0)
+        if self.weight.is_cuda:
+            counters = torch.zeros(COUNTERS, dtype=torch.int32, device=self.weight.device)
+            self.register_buffer("arrived", counters, persistent=False)
 
     def fill(self, index: int, matrix: Tensor) -> None:
         """Set matrix `index` from [N, K] of any floating dtype."""
@@ -102,7 +107,9 @@ class ExpandedMatrices(nn.Module):
         return in_bands(x, self.shape[1], lambda start, stop: self.dense(index, start, stop, x.dtype), dtype=x.dtype)
 
 
-QuantizedMatrices = NativeInt4Matrices | Int4Matrices | Int8WeightMatrices | Int8Matrices | ExpandedMatrices
+QuantizedMatrices = (
+    NativeInt4Matrices | Int4Matrices | Int8WeightMatrices | Int8Matrices | CudaMatrices | ExpandedMatrices
+)
 Matrices = DenseMatrices | QuantizedMatrices
 
 
@@ -115,6 +122,8 @@ def quantized_matrices(
     """
     if device is not None and device.type != "cpu":
         with device:
+            if CudaMatrices.fits(scheme, columns, scale_dtype=scale_dtype):
+                return CudaMatrices(scheme, count, rows, columns, scale_dtype=scale_dtype)
             return ExpandedMatrices(
                 count, rows, columns, bits=scheme.bits, groups=scheme.groups(columns), scale_dtype=scale_dtype
             )

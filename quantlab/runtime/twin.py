@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import Scheme
 from quantlab.runtime.attention import LATENT_SDPA
+from quantlab.runtime.cuda.banks import CudaMatrices
 from quantlab.runtime.device import find_device
 from quantlab.runtime.int4 import Int4Matrices
-from quantlab.runtime.matrices import DenseMatrices, Matrices
+from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, Matrices
 from quantlab.runtime.skeleton import build, config_of
 
 
@@ -95,7 +96,12 @@ class _RandomWeights:
             matrices.scale[index, :, :, 0] = columns**-0.5 / 4.6  # 4.6: root mean square of -8 … 7
             return
         self._random_bits(matrices.q[index])
-        matrices.scale[index] = columns**-0.5 / (74 if matrices.q.dtype == torch.int8 else 4.6)
+        int4 = (
+            matrices.bits == 4
+            if isinstance(matrices, CudaMatrices | ExpandedMatrices)
+            else matrices.q.dtype != torch.int8
+        )
+        matrices.scale[index] = columns**-0.5 / (4.6 if int4 else 74)
 
     def _random_bits(self, tensor: Tensor) -> None:
         """Fill a contiguous tensor with random bytes, eight at a time where its size allows."""

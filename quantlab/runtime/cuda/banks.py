@@ -1,0 +1,142 @@
+"""Banks of packed matrices on a CUDA device, answering the same calls as those of the CPU.
+
+`triton` comes with torch for CUDA and nowhere else, so the kernels are imported where they are launched.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.recipe.schemes import Scheme
+from quantlab.runtime.cuda import layout
+from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, Kind, Tiles, band_rows, linear_tiles
+from quantlab.runtime.products import Groups, joined, split
+
+COUNTERS: Final = 4096
+"""Of a bank: as many tiles of a product can be split, and as many programs share one."""
+
+
+class CudaMatrices(nn.Module):
+    """int4 matrices with a scale per group of columns, or int8 ones with a scale per row, for 16-bit or int8 activations.
+
+    Buffers: q, the integers of E matrices as `quantlab.runtime.cuda.layout` orders them; scale [E, K / g, N] or [E, N] in
+    its stored dtype; arrived, counters of the kernels.
+    """
+
+    q: Tensor
+    scale: Tensor
+    arrived: Tensor
+
+    def __init__(self, scheme: Scheme, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = (count, rows, columns)
+        self.bits = scheme.bits
+        self.group_size = scheme.group_size or layout.BLOCK
+        self.kind = Kind.INT8_TOKENS if scheme.quantized_activations else Kind.INT4 if scheme.bits == 4 else Kind.INT8
+        depth, height = layout.blocks(columns), layout.slabs(rows)
+        sizes = {
+            Kind.INT4: ((count, depth, height, 2048), torch.int16),
+            Kind.INT8: ((count, depth, height, 4096), torch.int16),
+            Kind.INT8_TOKENS: ((count, depth, rows, layout.BLOCK), torch.int8),
+        }
+        shape, dtype = sizes[self.kind]
+        scales = (count, depth * layout.BLOCK // self.group_size, rows) if scheme.bits == 4 else (count, rows)
+        self.register_buffer("q", torch.zeros(shape, dtype=dtype))
+        self.register_buffer("scale", torch.zeros(scales, dtype=scale_dtype))
+        self.register_buffer("arrived", torch.zeros(COUNTERS, dtype=torch.int32), persistent=False)
+
+    @staticmethod
+    def fits(scheme: Scheme, columns: int, *, scale_dtype: torch.dtype) -> bool:
+        """Whether the kernels take the scheme at this width, with scales of this dtype."""
+        if scale_dtype not in {torch.bfloat16, torch.float16, torch.float32}:
+            return False
+        if scheme.bits == 4:
+            return (
+                not scheme.quantized_activations
+                and scheme.group_size in {32, 64, 128}
+                and columns % scheme.group_size == 0
+            )
+        return scheme.bits == 8 and scheme.group_size is None
+
+    def fill(self, index: int, matrix: QuantizedMatrix) -> None:
+        """Set matrix `index`."""
+        q = matrix.q.to(self.q.device)
+        if self.kind == Kind.INT8_TOKENS:
+            self.q[index].copy_(layout.in_blocks(q))
+        else:
+            self.q[index].copy_(layout.pack_int4(q) if self.kind == Kind.INT4 else layout.pack_int8(q))
+        scale = matrix.scale.to(self.scale.device)
+        if self.kind == Kind.INT4:
+            self.scale[index, : scale.shape[1]].copy_(scale.t())
+        else:
+            self.scale[index].copy_(scale[:, 0])
+
+    def products(self, x: Tensor, groups: Groups) -> Tensor:
+        """[T, K] -> [T, N], row by row with the matrix of its group."""
+        if len(groups.which) == 1:
+            return self.product(x, groups.which[0])
+        parts = zip(split(x, groups), groups.which, strict=True)
+        return joined([self.product(part, index) for part, index in parts], x.dtype)
+
+    def product(self, x: Tensor, index: int = 0, *, gated: bool = False) -> Tensor:
+        """x [T, K] times matrix `index`: [T, N], or ``silu(gate) * up`` [T, N / 2] of the matrix's two halves if `gated`.
+
+        float32 asks for exact numbers: there the matrix is expanded, band by band. (int8 activations are exact anyway.)
+        """
+        x, dtype = x.contiguous(), x.dtype
+        if gated and not self.gates(x):
+            gate, up = self.product(x, index).chunk(2, dim=-1)
+            return nn.functional.silu(gate).mul_(up)
+        if self.kind != Kind.INT8_TOKENS and (x.dtype == torch.float32 or x.shape[0] >= EXPANDED_TOKENS):
+            return self._expanded_product(x, index)
+        from quantlab.runtime.cuda import launch
+
+        m = self.on_device(index)
+        chip = launch.chip(x.device)
+        tiles = linear_tiles(self.kind, *self.shape[1:], x.shape[0], chip)
+        if gated:
+            tiles = gating(tiles)
+        if self.kind == Kind.INT8_TOKENS:
+            x, x_scale = launch.quantize_tokens(x, chained=chip.overlaps)
+            return launch.product(m, x, x_scale, tiles, dtype=dtype, gated=gated, chained=chip.overlaps)
+        run = launch.run_product if tiles.runs else launch.product
+        return run(m, x, None, tiles, dtype=dtype, gated=gated)
+
+    def gates(self, x: Tensor) -> bool:
+        """Whether the kernels can gate a product of x as they write it, and that pays: at few tokens."""
+        return x.dtype != torch.float32 and self.shape[1] % (2 * layout.SLAB) == 0 and x.shape[0] <= 64
+
+    def on_device(self, index: int | None = None):  # type: ignore[no-untyped-def]  # noqa: ANN201 - triton's types come late
+        """Matrix `index`, or all, as the kernels read them: `launch.Matrices`."""
+        from quantlab.runtime.cuda import launch
+
+        which = slice(None) if index is None else slice(index, index + 1)
+        return launch.Matrices(self.kind, self.shape, self.group_size, self.q[which], self.scale[which], self.arrived)
+
+    def _expanded_product(self, x: Tensor, index: int) -> Tensor:
+        from quantlab.runtime.cuda import launch
+
+        _, rows, columns = self.shape
+        out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
+        band = torch.empty(min(band_rows(columns), rows), columns, dtype=x.dtype, device=x.device)
+        m = self.on_device(index)
+        for first in range(0, rows, band.shape[0]):
+            expanded = band[: rows - first]
+            launch.expanded(m, 0, first, expanded.shape[0], expanded)
+            torch.mm(x, expanded.t(), out=out[:, first : first + expanded.shape[0]])
+        return out
+
+
+def gating(tiles: Tiles) -> Tiles:
+    """The same with tiles of a slab of the gate's rows and one of up's."""
+    return Tiles(2 * layout.SLAB, tiles.tokens, max(tiles.parts // 2, 1), stages=tiles.stages)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMS norm of the rows of x [..., K] in one launch: statistics in float32, rounded to x's dtype before the weight."""
+    from quantlab.runtime.cuda import launch
+
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return launch.rms_norm(flat, weight, epsilon).view(x.shape)

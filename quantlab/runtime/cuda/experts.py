@@ -1,0 +1,70 @@
+"""The routed experts of a layer on a CUDA device: four launches, whatever the routing, and none that waits for the host."""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantlab.runtime.cuda.banks import CudaMatrices
+from quantlab.runtime.cuda.layout import BLOCK, SLAB
+from quantlab.runtime.cuda.tiles import Kind, expert_tiles
+from quantlab.runtime.matrices import DenseMatrices, Matrices
+
+_ROWS_AT_ONCE: Final = 32768
+"""Rows (tokens times experts per token) computed at once: bounds what lies between the two products."""
+
+
+def takes(gate_up: Matrices, down: Matrices, x: Tensor) -> bool:
+    """Whether `routed` computes the experts of these banks."""
+    fits = [
+        isinstance(bank, CudaMatrices) or (isinstance(bank, DenseMatrices) and bank.weight.dtype == x.dtype)
+        for bank in (gate_up, down)
+    ]
+    return x.is_cuda and x.dtype in {torch.float16, torch.bfloat16} and all(fits) and gate_up.shape[1] % (2 * SLAB) == 0
+
+
+def routed(gate_up: Matrices, down: Matrices, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """``sum_k w_k down_k(silu(gate_k(x)) * up_k(x))`` over the experts of each token.
+
+    Args:
+        gate_up: bank of E matrices [2I, H], the gate's rows first.
+        down: bank of E matrices [H, I].
+        x: [tokens, H].
+        top_k_index: [tokens, k], the experts of each token.
+        top_k_weights: [tokens, k], their weights.
+
+    Returns:
+        [tokens, H] in the dtype of x; summed in float32.
+    """
+    tokens, top_k = top_k_index.shape
+    if not top_k_index.numel():
+        return torch.zeros_like(x)
+    step = max(_ROWS_AT_ONCE // top_k, 1)
+    if tokens > step:
+        parts = [slice(start, start + step) for start in range(0, tokens, step)]
+        return torch.cat([routed(gate_up, down, x[p], top_k_index[p], top_k_weights[p]) for p in parts])
+    from quantlab.runtime.cuda import launch
+
+    first, second = _on_device(gate_up), _on_device(down)
+    experts = gate_up.shape[0]
+    cuts = expert_tiles([first.kind, second.kind], top_k_index.numel() / experts, launch.chip(x.device))
+    rows = launch.route(top_k_index, experts, cuts[0].tokens)
+    x_of = _quantized(first.kind, x.contiguous())
+    hidden = launch.run_product(first, *x_of, cuts[0], dtype=x.dtype, routed=rows, gated=True)
+    outputs = launch.run_product(second, *_quantized(second.kind, hidden), cuts[1], dtype=x.dtype, routed=rows)
+    return launch.combine(outputs, top_k_weights)
+
+
+def _on_device(bank: Matrices):  # type: ignore[no-untyped-def]  # noqa: ANN202 - triton's types come late
+    from quantlab.runtime.cuda import launch
+
+    if isinstance(bank, CudaMatrices):
+        return bank.on_device()
+    assert isinstance(bank, DenseMatrices), "`takes` says so"
+    return launch.Matrices(Kind.FLOAT, bank.shape, BLOCK, bank.weight, bank.weight, bank.arrived)
+
+
+def _quantized(kind: Kind, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    from quantlab.runtime.cuda import launch
+
+    return launch.quantize_tokens(x) if kind == Kind.INT8_TOKENS else (x, None)

@@ -1,0 +1,219 @@
+"""Launches of the kernels: tensors in and out."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quantlab.runtime.cuda import expand, kernels, routing
+from quantlab.runtime.cuda import rows as row_kernels
+from quantlab.runtime.cuda.layout import blocks
+from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """E matrices [N, K] on the device, as the kernels read them.
+
+    Attributes:
+        kind: what the numbers are.
+        shape: E, N, K.
+        group: columns per scale of INT4.
+        weight, scale: see `kernels.product` and `kernels.run_product`.
+        arrived: [n] int32 zeros: one for every tile of a linear that is split, or for every program.
+    """
+
+    kind: Kind
+    shape: tuple[int, int, int]
+    group: int
+    weight: Tensor
+    scale: Tensor
+    arrived: Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Rows sorted by expert, as `routing.route` writes them, for blocks of `tokens` rows."""
+
+    order: Tensor
+    start: Tensor
+    block_expert: Tensor
+    block_first: Tensor
+    block_count: Tensor
+    tokens: int
+    top_k: int
+
+
+def route(index: Tensor, experts: int, tokens: int) -> Routing:
+    """Sort the rows of index [T, k] by expert, in blocks of `tokens` rows."""
+    rows = index.numel()
+    count = rows if rows <= experts else experts + (rows - experts) // tokens
+    sizes = (rows, experts + 1, count, count, 1)
+    written = [torch.empty(size, dtype=torch.int32, device=index.device) for size in sizes]
+    chunk = min(max(_power(rows), 16), 1024)
+    bins = max(_power(experts), 16)
+    routing.route[(experts,)](
+        index.contiguous(), *written, rows,
+        BINS=bins, CHUNK=chunk, BM=tokens, num_warps=4 if chunk > 128 else 1,
+    )  # fmt: skip
+    return Routing(*written, tokens, index.shape[1])
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """[T, K] with weight [K] of the same dtype -> [T, K]; see `rows.rms_norm`."""
+    rows, columns = x.shape
+    out = torch.empty_like(x)
+    width = _power(columns)
+    row_kernels.rms_norm[(rows,)](
+        x, weight, out, columns, epsilon, WIDTH=width, num_warps=min(max(width // 512, 1), 16)
+    )
+    return out
+
+
+def combine(rows: Tensor, weights: Tensor) -> Tensor:
+    """rows [T * k, H] with weights [T, k] -> [T, H]."""
+    tokens, top_k = weights.shape
+    out = rows.new_empty(tokens, rows.shape[1])
+    width = 512
+    grid = (tokens, -(-rows.shape[1] // width))
+    row_kernels.combine[grid](
+        rows, weights.contiguous(), out, rows.shape[1],
+        TOP_K=top_k, BH=width, num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+def quantize_tokens(x: Tensor, *, chained: bool = False) -> tuple[Tensor, Tensor]:
+    """[T, K] of any floating dtype -> integers [T, K] int8 and scales [T] float32."""
+    rows, columns = x.shape
+    q = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    width = _power(columns)
+    row_kernels.quantize_tokens[(rows,)](
+        x, q, scale, columns, WIDTH=width, CHAINED=chained, num_warps=min(max(width // 512, 1), 16)
+    )
+    return q, scale
+
+
+def product(
+    m: Matrices,
+    x: Tensor,
+    x_scale: Tensor | None,
+    tiles: Tiles,
+    *,
+    dtype: torch.dtype,
+    gated: bool = False,
+    chained: bool = False,
+) -> Tensor:
+    """Products of all rows of x with the only matrix of m.
+
+    Args:
+        m: the matrix.
+        x: [T, K], int8 with `x_scale` [T] where m is INT8_TOKENS.
+        x_scale: of integers.
+        tiles: how the product is cut.
+        dtype: of the result.
+        gated: see `kernels.product`.
+        chained: x comes from the kernel launched just before, `quantize_tokens` with `chained`.
+
+    Returns:
+        [T, N], or [T, N / 2] if gated.
+    """
+    _, rows, columns = m.shape
+    out = torch.empty(x.shape[0], rows // 2 if gated else rows, dtype=dtype, device=x.device)
+    if not x.shape[0]:
+        return out
+    count = -(-x.shape[0] // tiles.tokens) * -(-rows // tiles.rows)
+    partial, arrived = out, m.arrived
+    if tiles.parts > 1:
+        assert count <= arrived.shape[0], "a counter for every tile"
+        partial = _scratch(m, count * tiles.parts, tiles)
+    kernels.product[(count, tiles.parts)](
+        x, arrived if x_scale is None else x_scale, m.weight, m.scale, out, partial, arrived,
+        x.shape[0], rows, columns, tiles.parts,
+        KIND=int(m.kind), GROUP=m.group, GATED=gated, SPLIT=tiles.parts > 1, EVEN=columns % 128 == 0,
+        BN=tiles.rows, BM=tiles.tokens, STAGES=tiles.stages, WARPS=tiles.warps, CHAINED=chained,
+        num_warps=tiles.warps, num_stages=tiles.stages, launch_pdl=chained,
+    )  # fmt: skip
+    return out
+
+
+def run_product(
+    m: Matrices,
+    x: Tensor,
+    x_scale: Tensor | None,
+    tiles: Tiles,
+    *,
+    dtype: torch.dtype,
+    routed: Routing | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """Products of all rows of x with the only matrix of m, or of routed rows with the matrices of their experts.
+
+    Args:
+        m: the matrices.
+        x: rows, int8 with `x_scale` where m is INT8_TOKENS.
+        x_scale: of integers.
+        tiles: how the product is cut.
+        dtype: of the result.
+        routed: which rows meet which matrix, in blocks of as many rows as tiles have.
+        gated: see `kernels.product`. With routing, this is the first product of experts: sorted row p is row
+            ``order[p] // k`` of x [T, K]. Else the second: sorted row p of x [T * k, K] is written to row ``order[p]``.
+
+    Returns:
+        As many rows as x has or are routed, sorted by expert if `gated` and routed; [·, N], or [·, N / 2] if gated.
+    """
+    _, rows, columns = m.shape
+    count = x.shape[0] if routed is None else routed.order.shape[0]
+    out = torch.empty(count, rows // 2 if gated else rows, dtype=dtype, device=x.device)
+    if not count:
+        return out
+    programs = tiles.parts * chip(x.device).multiprocessors
+    assert programs <= m.arrived.shape[0], "a counter for every program"
+    none = m.arrived
+    tables = (
+        (routed.order, routed.start, routed.block_expert, routed.block_first, routed.block_count)
+        if routed
+        else (none,) * 5
+    )
+    kernels.run_product[(programs,)](
+        x, none if x_scale is None else x_scale, m.weight, m.scale, out, _scratch(m, 2 * programs, tiles), m.arrived,
+        *tables, count, rows, columns,
+        KIND=int(m.kind), GROUP=m.group, GATED=gated, TOP_K=routed.top_k if routed and gated else 0,
+        ROUTED=routed is not None, EVEN=columns % 128 == 0,
+        BN=tiles.rows, BM=tiles.tokens, STAGES=tiles.stages, WARPS=tiles.warps,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return out
+
+
+def _scratch(m: Matrices, slots: int, tiles: Tiles) -> Tensor:
+    """Room for the sums of tiles."""
+    dtype = torch.int32 if m.kind == Kind.INT8_TOKENS else torch.float32
+    return torch.empty(slots, tiles.tokens, tiles.rows, dtype=dtype, device=m.weight.device)
+
+
+def expanded(m: Matrices, index: int, first: int, count: int, out: Tensor) -> Tensor:
+    """Rows `first`, a multiple of 64, to ``first + count`` of matrix `index`, written into out [count, K]."""
+    _, rows, columns = m.shape
+    expand.expand[(-(-count // 64), blocks(columns))](
+        m.weight[index], m.scale[index], out, first, count, rows, columns,
+        INT4=m.kind == Kind.INT4, GROUP=m.group, BN=64, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def chip(device: torch.device) -> Chip:
+    """What of a GPU decides how products are cut; the same for tensors on the CPU, where kernels are interpreted."""
+    if device.type != "cuda":
+        return Chip(3, 232448, overlaps=False)
+    properties = torch.cuda.get_device_properties(device)
+    overlaps = properties.major >= 9
+    return Chip(properties.multi_processor_count, properties.shared_memory_per_block_optin, overlaps=overlaps)
+
+
+def _power(number: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << max(number - 1, 0).bit_length()

@@ -1,0 +1,44 @@
+"""From the experts of each token to blocks of rows that meet one expert, and back: on the device, without the host.
+
+Whatever the routing, the same launches run: sizes that depend on it live in tensors that the products read. So a step can
+be captured in a CUDA graph.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def route(
+    index, order, start, block_expert, block_first, block_count, R,
+    BINS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Sort R rows by expert and cut them into blocks of at most BM rows of one expert. One program per expert.
+
+    index: [R] the expert of each row.
+    order: [R] int32, the rows sorted by expert, those of one expert in their order; start: [E + 1] int32, where each begins.
+    block_expert: int32, the expert of each block; block_first: int32, its first row; block_count: [1] int32, how many.
+    """
+    e = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    lane = tl.arange(0, CHUNK)
+    counts = tl.zeros((BINS,), tl.int32)
+    for r in range(0, R, CHUNK):
+        experts = tl.load(index + r + lane, mask=r + lane < R, other=0).to(tl.int32)
+        counts += tl.histogram(experts, BINS, mask=r + lane < R)
+    before = tl.sum(tl.where(bins < e, counts, 0))
+    mine = tl.sum(tl.where(bins == e, counts, 0))
+    needed = (counts + BM - 1) // BM
+    first_block = tl.sum(tl.where(bins < e, needed, 0))
+    tl.store(start + e, before)
+    tl.store(start + e + 1, before + mine)
+    for block in range((mine + BM - 1) // BM):
+        tl.store(block_expert + first_block + block, e)
+        tl.store(block_first + first_block + block, before + block * BM)
+    if e == 0:
+        tl.store(block_count, tl.sum(needed))
+    for r in range(0, R, CHUNK):
+        chosen = tl.load(index + r + lane, mask=r + lane < R, other=-1).to(tl.int32) == e
+        place = before + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(order + place, r + lane, mask=chosen)
+        before += tl.sum(chosen.to(tl.int32))

@@ -1,0 +1,151 @@
+"""How products are cut into tiles, by shape and number of tokens: a fixed choice, since a captured step cannot try.
+
+The numbers were measured on one H100 at the shapes of DeepSeek models (`eval/results/cuda-linears-h100.md`). At few tokens a
+product costs the bytes of its matrix, and all that matters is that enough of them are asked for at once: the columns are
+split until there are a few programs per multiprocessor. At many tokens it costs arithmetic, and tiles are large; the
+choice is the one whose rounds of tiles cost least.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Final
+
+from quantlab.runtime.cuda.layout import blocks
+
+
+class Kind(IntEnum):
+    """What the numbers of a bank are, as the kernels call it."""
+
+    INT4 = 0
+    INT8 = 1
+    INT8_TOKENS = 2
+    FLOAT = 3
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut: tiles of `rows` matrix rows times `tokens` tokens.
+
+    Attributes:
+        parts: into how many the columns are cut (`kernels.product`), or programs per multiprocessor (`kernels.run_product`).
+        warps: of a program, 4 or 8.
+        stages: how many steps ahead memory is asked for.
+        runs: whether the work is cut into equal runs (`kernels.run_product`) and not into tiles.
+    """
+
+    rows: int
+    tokens: int
+    parts: int = 1
+    warps: int = 4
+    stages: int = 3
+    runs: bool = False
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What of a GPU decides.
+
+    Attributes:
+        multiprocessors: how many it has.
+        shared_bytes: of shared memory that a program can have.
+        overlaps: whether a kernel can be launched while the one before still runs (compute capability 9 and later).
+    """
+
+    multiprocessors: int
+    shared_bytes: int
+    overlaps: bool
+
+
+EXPANDED_TOKENS: Final = 1536
+"""From this many tokens on, expanding a matrix in bands and a library's product are faster."""
+_BAND_ELEMENTS: Final = 1 << 25
+
+_WIDE: Final = {Kind.INT4: Tiles(128, 256, warps=8), Kind.INT8: Tiles(256, 128, warps=8)}
+_SQUARE: Final = Tiles(128, 128, warps=8)
+_MICROSECONDS: Final = {_WIDE[Kind.INT4]: 1.75, _WIDE[Kind.INT8]: 1.9, _SQUARE: 1.05}
+"""Of a tile, per block of columns."""
+
+
+def band_rows(columns: int) -> int:
+    """How many rows of a matrix are expanded at once: their products fill rounds of tiles, and they take 64 MB at most."""
+    return max((rows for rows in (8192, 4096, 2048) if rows * columns <= _BAND_ELEMENTS), default=2048)
+
+
+def linear_tiles(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
+    """How the product of one matrix [rows, columns] with `tokens` rows is cut."""
+    if tokens > 64:
+        found = (
+            _integer_tiles(rows, tokens, chip)
+            if kind == Kind.INT8_TOKENS
+            else _large(kind, rows, columns, tokens, chip)
+        )
+    elif kind != Kind.INT4:
+        stages = 3 if tokens > 32 and -(-rows // 64) > 1.5 * chip.multiprocessors else 4
+        found = Tiles(
+            64, _power(tokens), _parts(rows, columns, 64, programs=2 * chip.multiprocessors, least=8), stages=stages
+        )
+    elif tokens <= 8:
+        found = Tiles(128, 8, _parts(rows, columns, 128, programs=4 * chip.multiprocessors, least=6))
+    elif tokens <= 16:
+        found = Tiles(64, 16, _parts(rows, columns, 64, programs=6 * chip.multiprocessors, least=6))
+    else:
+        least = 8 if tokens <= 32 else 12
+        parts = _parts(rows, columns, 64, programs=int(3.6 * chip.multiprocessors), least=least)
+        found = Tiles(64, _power(tokens), parts, stages=4 if tokens <= 32 else 3)
+    return fitting(found, kind, chip)
+
+
+def expert_tiles(kinds: Sequence[Kind], rows_per_expert: float, chip: Chip) -> list[Tiles]:
+    """How the products of routed rows with banks of such kinds are cut, where an expert gets so many rows on average.
+
+    All have blocks of as many rows.
+    """
+    tokens = next((size for size in (8, 16, 32, 64) if rows_per_expert <= 0.75 * size), 128)
+    if Kind.FLOAT in kinds:
+        tokens = max(tokens, 16)
+    warps = 8 if tokens == 128 else 4
+    parts = [3 if kind == Kind.INT4 and tokens == 8 else 2 for kind in kinds]
+    cuts = [fitting(Tiles(128, tokens, n, warps, runs=True), kind, chip) for n, kind in zip(parts, kinds, strict=True)]
+    return [replace(cut, tokens=min(cut.tokens for cut in cuts)) for cut in cuts]
+
+
+def fitting(tiles: Tiles, kind: Kind, chip: Chip) -> Tiles:
+    """The same with no more stages, and then no more tokens, than shared memory has room for."""
+    weight = {Kind.INT4: 64, Kind.INT8: 128, Kind.INT8_TOKENS: 128, Kind.FLOAT: 256}[kind]
+    activation = 128 if kind == Kind.INT8_TOKENS else 256
+    stage = tiles.rows * weight + tiles.tokens * activation
+    room = (chip.shared_bytes - 4096) // stage
+    if room >= 2 or tiles.tokens == 8:
+        return replace(tiles, stages=max(min(tiles.stages, room), 1))
+    return fitting(replace(tiles, tokens=tiles.tokens // 2), kind, chip)
+
+
+def _integer_tiles(rows: int, tokens: int, chip: Chip) -> Tiles:
+    tiles = -(-rows // 128) * -(-tokens // 128)
+    return replace(_SQUARE, parts=2 if 2 * tiles <= chip.multiprocessors else 1)
+
+
+def _large(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
+    """The cut whose rounds of tiles cost least; where they would not fill the chip, equal runs or a split."""
+    steps = blocks(columns)
+
+    def cost(tiles: Tiles) -> float:
+        count = -(-rows // tiles.rows) * -(-tokens // tiles.tokens) * tiles.parts
+        if tiles.runs:
+            return count * steps / chip.multiprocessors * _MICROSECONDS[_SQUARE] + 20
+        each = _MICROSECONDS[replace(tiles, parts=1)] * steps / tiles.parts
+        return -(-count // chip.multiprocessors) * each + 6 * (tiles.parts - 1)
+
+    wide = [] if tokens <= _WIDE[kind].tokens // 2 else [_WIDE[kind]]
+    return min([_SQUARE, replace(_SQUARE, parts=2), replace(_SQUARE, runs=True), *wide], key=cost)
+
+
+def _parts(rows: int, columns: int, tile: int, *, programs: int, least: int) -> int:
+    """Into how many the columns are cut for about so many programs, each with at least `least` blocks."""
+    return max(min(round(programs / -(-rows // tile)), blocks(columns) // least), 1)
+
+
+def _power(number: int) -> int:
+    """The smallest power of two that is not less, from 8 on."""
+    return max(1 << (number - 1).bit_length(), 8)
