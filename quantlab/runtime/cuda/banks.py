@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import Scheme
 from quantlab.runtime.cuda import layout
-from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, Kind, Tiles, band_rows, linear_tiles
+from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, FEW_TOKENS, Kind, Tiles, band_rows, linear_tiles
 from quantlab.runtime.products import Groups, joined, split
 
 COUNTERS: Final = 4096
@@ -99,14 +99,15 @@ class CudaMatrices(nn.Module):
         if gated:
             tiles = gating(tiles)
         if self.kind == Kind.INT8_TOKENS:
-            x, x_scale = launch.quantize_tokens(x, chained=chip.overlaps)
-            return launch.product(m, x, x_scale, tiles, dtype=dtype, gated=gated, chained=chip.overlaps)
+            chained = chip.overlaps and x.shape[0] <= FEW_TOKENS
+            x, x_scale = launch.quantize_tokens(x, chained=chained)
+            return launch.product(m, x, x_scale, tiles, dtype=dtype, gated=gated, chained=chained)
         run = launch.run_product if tiles.runs else launch.product
         return run(m, x, None, tiles, dtype=dtype, gated=gated)
 
     def gates(self, x: Tensor) -> bool:
         """Whether the kernels can gate a product of x as they write it, and that pays: at few tokens."""
-        return x.dtype != torch.float32 and self.shape[1] % (2 * layout.SLAB) == 0 and x.shape[0] <= 64
+        return x.dtype != torch.float32 and self.shape[1] % (2 * layout.SLAB) == 0 and x.shape[0] <= FEW_TOKENS
 
     def on_device(self, index: int | None = None):  # type: ignore[no-untyped-def]  # noqa: ANN201 - triton's types come late
         """Matrix `index`, or all, as the kernels read them: `launch.Matrices`."""

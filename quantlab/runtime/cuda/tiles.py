@@ -57,13 +57,17 @@ class Chip:
     overlaps: bool
 
 
+FEW_TOKENS: Final = 64
+"""Up to this many tokens a product costs the bytes of its matrix."""
 EXPANDED_TOKENS: Final = 1536
 """From this many tokens on, expanding a matrix in bands and a library's product are faster."""
+_LARGE_EXPERT: Final = 1 << 23
 _BAND_ELEMENTS: Final = 1 << 25
 
 _WIDE: Final = {Kind.INT4: Tiles(128, 256, warps=8), Kind.INT8: Tiles(256, 128, warps=8)}
 _SQUARE: Final = Tiles(128, 128, warps=8)
-_MICROSECONDS: Final = {_WIDE[Kind.INT4]: 1.75, _WIDE[Kind.INT8]: 1.9, _SQUARE: 1.05}
+_NARROW: Final = Tiles(64, 128)
+_MICROSECONDS: Final = {_WIDE[Kind.INT4]: 1.75, _WIDE[Kind.INT8]: 1.9, _SQUARE: 1.05, _NARROW: 0.75}
 """Of a tile, per block of columns."""
 
 
@@ -74,30 +78,31 @@ def band_rows(columns: int) -> int:
 
 def linear_tiles(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
     """How the product of one matrix [rows, columns] with `tokens` rows is cut."""
-    if tokens > 64:
+    if tokens > FEW_TOKENS:
         found = (
-            _integer_tiles(rows, tokens, chip)
+            _integer_tiles(rows, columns, tokens, chip)
             if kind == Kind.INT8_TOKENS
             else _large(kind, rows, columns, tokens, chip)
         )
     elif kind != Kind.INT4:
         stages = 3 if tokens > 32 and -(-rows // 64) > 1.5 * chip.multiprocessors else 4
-        found = Tiles(
-            64, _power(tokens), _parts(rows, columns, 64, programs=2 * chip.multiprocessors, least=8), stages=stages
-        )
+        parts = _parts(rows, columns, 64, programs=1.7 * chip.multiprocessors, least=8)
+        found = Tiles(64, _power(tokens), parts, stages=stages)
     elif tokens <= 8:
         found = Tiles(128, 8, _parts(rows, columns, 128, programs=4 * chip.multiprocessors, least=6))
     elif tokens <= 16:
-        found = Tiles(64, 16, _parts(rows, columns, 64, programs=6 * chip.multiprocessors, least=6))
+        found = Tiles(64, 16, _parts(rows, columns, 64, programs=6 * chip.multiprocessors, least=7))
+    elif tokens <= 32:
+        found = Tiles(64, 32, _parts(rows, columns, 64, programs=3.6 * chip.multiprocessors, least=8), stages=4)
     else:
-        least = 8 if tokens <= 32 else 12
-        parts = _parts(rows, columns, 64, programs=int(3.6 * chip.multiprocessors), least=least)
-        found = Tiles(64, _power(tokens), parts, stages=4 if tokens <= 32 else 3)
+        parts = _parts(rows, columns, 64, programs=3.6 * chip.multiprocessors, least=12)
+        found = Tiles(64, 64, 3 if parts == 2 else parts)
     return fitting(found, kind, chip)
 
 
-def expert_tiles(kinds: Sequence[Kind], rows_per_expert: float, chip: Chip) -> list[Tiles]:
-    """How the products of routed rows with banks of such kinds are cut, where an expert gets so many rows on average.
+def expert_tiles(kinds: Sequence[Kind], rows_per_expert: float, elements: int, chip: Chip) -> list[Tiles]:
+    """How the products of routed rows with banks of such kinds are cut, where an expert gets so many rows on average
+    and the first of its matrices has so many elements.
 
     All have blocks of as many rows.
     """
@@ -105,7 +110,8 @@ def expert_tiles(kinds: Sequence[Kind], rows_per_expert: float, chip: Chip) -> l
     if Kind.FLOAT in kinds:
         tokens = max(tokens, 16)
     warps = 8 if tokens == 128 else 4
-    parts = [3 if kind == Kind.INT4 and tokens == 8 else 2 for kind in kinds]
+    large = tokens == 8 and elements > _LARGE_EXPERT
+    parts = [3 if kind == Kind.INT4 and large else 2 for kind in kinds]
     cuts = [fitting(Tiles(128, tokens, n, warps, runs=True), kind, chip) for n, kind in zip(parts, kinds, strict=True)]
     return [replace(cut, tokens=min(cut.tokens for cut in cuts)) for cut in cuts]
 
@@ -121,9 +127,9 @@ def fitting(tiles: Tiles, kind: Kind, chip: Chip) -> Tiles:
     return fitting(replace(tiles, tokens=tiles.tokens // 2), kind, chip)
 
 
-def _integer_tiles(rows: int, tokens: int, chip: Chip) -> Tiles:
+def _integer_tiles(rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
     tiles = -(-rows // 128) * -(-tokens // 128)
-    return replace(_SQUARE, parts=2 if 2 * tiles <= chip.multiprocessors else 1)
+    return replace(_SQUARE, parts=2 if 2 * tiles <= chip.multiprocessors and blocks(columns) > 1 else 1)
 
 
 def _large(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
@@ -134,16 +140,23 @@ def _large(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> Tile
         count = -(-rows // tiles.rows) * -(-tokens // tiles.tokens) * tiles.parts
         if tiles.runs:
             return count * steps / chip.multiprocessors * _MICROSECONDS[_SQUARE] + 20
+        shared = 8e-6 / 3 * tiles.parts * tokens * rows if tiles.parts > 1 else 0.0  # sums written and read, 3 TB/s
         each = _MICROSECONDS[replace(tiles, parts=1)] * steps / tiles.parts
-        return -(-count // chip.multiprocessors) * each + 6 * (tiles.parts - 1)
+        return -(-count // chip.multiprocessors) * each + shared
 
-    wide = [] if tokens <= _WIDE[kind].tokens // 2 else [_WIDE[kind]]
-    return min([_SQUARE, replace(_SQUARE, parts=2), replace(_SQUARE, runs=True), *wide], key=cost)
+    cuts = [_SQUARE, replace(_SQUARE, runs=True), _NARROW]
+    cuts += [_WIDE[kind]] if tokens > _WIDE[kind].tokens // 2 else []
+    cuts += [replace(cut, parts=2) for cut in (_SQUARE, _NARROW)] if steps > 1 else []
+    return min(cuts, key=cost)
 
 
-def _parts(rows: int, columns: int, tile: int, *, programs: int, least: int) -> int:
-    """Into how many the columns are cut for about so many programs, each with at least `least` blocks."""
-    return max(min(round(programs / -(-rows // tile)), blocks(columns) // least), 1)
+def _parts(rows: int, columns: int, tile: int, *, programs: float, least: int) -> int:
+    """Into how many the columns are cut for about so many programs, each with at least `least` blocks; even cuts first."""
+    steps = blocks(columns)
+    parts = max(min(round(programs / -(-rows // tile)), steps // least), 1)
+    if parts < 5:
+        return parts
+    return next((near for near in (parts, parts + 1, parts - 1, parts - 2) if steps % near == 0), parts)
 
 
 def _power(number: int) -> int:

@@ -1,0 +1,184 @@
+"""Every packed product on a GPU against the float64 product of the matrix it stands for; skipped where there is no GPU."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
+from quantlab.runtime.experts import Experts
+from quantlab.runtime.int8 import quantize_tokens
+from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
+from quantlab.runtime.products import single
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+ALL: tuple[SchemeName, ...] = ("int4_g128", "int4_g64", "int4_g32", "int8_weight", "int8")
+DTYPES = (torch.bfloat16, torch.float16)
+GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> None:
+    """New tensors are handed memory of NaNs, so that an element no kernel writes is found."""
+    torch.cuda.empty_cache()
+    torch.full((1 << 26,), float("nan"), device=GPU)
+
+
+def made(scheme: SchemeName, rows: int, columns: int, dtype: torch.dtype) -> QuantizedMatrix:
+    chosen = SCHEMES[scheme]
+    half = 1 << chosen.bits - 1
+    q = torch.randint(-half, half, (rows, columns), dtype=torch.int8, device=GPU)
+    scale = torch.randn(rows, chosen.groups(columns), device=GPU).mul(0.16 / half).to(dtype)
+    return QuantizedMatrix(q, scale, chosen.bits)
+
+
+def bank_of(scheme: SchemeName, matrices: list[QuantizedMatrix]) -> CudaMatrices:
+    rows, columns = matrices[0].q.shape
+    bank = quantized_matrices(
+        SCHEMES[scheme], len(matrices), rows, columns, scale_dtype=matrices[0].scale.dtype, device=GPU
+    )
+    assert isinstance(bank, CudaMatrices)
+    for index, matrix in enumerate(matrices):
+        bank.fill(index, matrix)
+    return bank
+
+
+def exact(matrix: QuantizedMatrix) -> Tensor:
+    per_weight = matrix.scale.repeat_interleave(matrix.q.shape[1] // matrix.scale.shape[1], dim=1)
+    return matrix.q.double() * per_weight.double()
+
+
+def seen(x: Tensor, scheme: SchemeName) -> Tensor:
+    """What the activations are for a scheme, float64."""
+    if scheme != "int8":
+        return x.double()
+    q, scale = quantize_tokens(x.cpu())
+    return (q.double() * scale.double()).to(GPU)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def gate(both: Tensor) -> Tensor:
+    gates, up = both.chunk(2, dim=-1)
+    return gates.sigmoid() * gates * up
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(256, 512), (80, 128), (1, 384), (576, 1408), (130, 96)])
+@pytest.mark.parametrize("scheme", ALL)
+def test_linears(scheme: SchemeName, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if shape[1] % (SCHEMES[scheme].group_size or 1):
+        pytest.skip("the group does not divide the columns")
+    torch.manual_seed(hash((scheme, shape)) % 1000)
+    matrix = made(scheme, *shape, dtype)
+    bank = bank_of(scheme, [matrix])
+    weight = exact(matrix)
+    for tokens in (1, 2, 8, 9, 16, 33, 64, 65, 128, 257):
+        x = torch.randn(tokens, shape[1], device=GPU).to(dtype)
+        found = bank.products(x, single(tokens))
+        assert found.dtype == dtype
+        expected = seen(x, scheme) @ weight.t()
+        assert error(found, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-3), tokens
+        if shape[0] % 2 == 0:
+            assert error(bank.product(x, gated=True), gate(expected)) < 1e-2, tokens
+        assert torch.equal(found, bank.products(x, single(tokens))), "equal inputs, equal outputs"
+
+
+@pytest.mark.parametrize("scheme", ALL)
+def test_many_tokens_and_float32(scheme: SchemeName) -> None:
+    matrix = made(scheme, 384, 1024, torch.bfloat16)
+    bank = bank_of(scheme, [matrix])
+    for tokens, dtype in ((2048, torch.bfloat16), (513, torch.bfloat16), (5, torch.float32)):
+        x = torch.randn(tokens, 1024, device=GPU).to(dtype)
+        weight = exact(matrix) if scheme == "int8" else matrix.dequantize(torch.float32).double()
+        limit = 1e-5 if dtype == torch.float32 else 4e-3
+        assert error(bank.products(x, single(tokens)), seen(x, scheme) @ weight.t()) < limit
+
+
+@pytest.mark.parametrize("scheme", ALL)
+def test_activations_that_are_not_finite_are_not_hidden(scheme: SchemeName) -> None:
+    bank = bank_of(scheme, [made(scheme, 128, 256, torch.bfloat16)])
+    x = torch.randn(3, 256, device=GPU).bfloat16()
+    x[1, 7] = float("nan")
+    found = bank.products(x, single(3))
+    assert found[[0, 2]].isfinite().all()
+    assert not found[1].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", [*ALL, None])
+def test_experts(scheme: SchemeName | None, dtype: torch.dtype) -> None:
+    experts, hidden, width, top_k = 12, 256, 128, 3
+    banks = []
+    for rows, columns in ((2 * width, hidden), (hidden, width)):
+        if scheme is None:
+            with GPU:
+                dense = DenseMatrices(experts, rows, columns, dtype)
+            weights = torch.randn(experts, rows, columns, device=GPU).mul(0.1).to(dtype)
+            dense.weight.copy_(weights)
+            banks.append((dense, weights.double()))
+        else:
+            matrices = [made(scheme, rows, columns, dtype) for _ in range(experts)]
+            banks.append((bank_of(scheme, matrices), torch.stack([exact(matrix) for matrix in matrices])))
+    (gate_up, first), (down, second) = banks
+    module = Experts(gate_up, down, nn.SiLU())
+    for tokens in (1, 2, 16, 64, 300):
+        x = torch.randn(tokens, hidden, device=GPU).to(dtype)
+        weights = torch.rand(tokens, top_k, device=GPU)
+        even = torch.stack([torch.randperm(experts, device=GPU)[:top_k] for _ in range(tokens)])
+        alike = torch.arange(top_k, device=GPU).expand(tokens, -1).contiguous()
+        for index in (even, alike):
+            kind = scheme or "int8_weight"
+            middle = gate(torch.einsum("th,tknh->tkn", seen(x, kind), first[index])).to(dtype)
+            outputs = torch.einsum("tkn,tkhn->tkh", seen(middle.flatten(0, 1), kind).view(middle.shape), second[index])
+            expected = (outputs * weights[:, :, None].double()).sum(1)
+            # int8 rounds what lies between again: a step of rounding may fall on the other side
+            assert error(module(x, index, weights), expected) < (3e-2 if scheme == "int8" else 8e-3), tokens
+
+
+def test_a_step_is_captured_and_follows_the_routing() -> None:
+    experts, hidden, width, top_k = 8, 256, 128, 2
+    gate_up = bank_of("int4_g128", [made("int4_g128", 2 * width, hidden, torch.bfloat16) for _ in range(experts)])
+    down = bank_of("int4_g128", [made("int4_g128", hidden, width, torch.bfloat16) for _ in range(experts)])
+    module = Experts(gate_up, down, nn.SiLU())
+    x = torch.randn(4, hidden, device=GPU).bfloat16()
+    weights = torch.rand(4, top_k, device=GPU)
+    index = torch.zeros(4, top_k, dtype=torch.int64, device=GPU)
+    module(x, index, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = module(x, index, weights)
+    for _ in range(5):
+        index.copy_(torch.stack([torch.randperm(experts, device=GPU)[:top_k] for _ in range(4)]))
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, module(x, index, weights))
+
+
+@pytest.mark.parametrize("scheme", ALL)
+@pytest.mark.parametrize("tokens", [1, 16, 256])
+def test_there_is_never_an_expanded_copy(scheme: SchemeName, tokens: int) -> None:
+    rows, columns = 8192, 8192
+    bank = bank_of(scheme, [made(scheme, rows, columns, torch.bfloat16)])
+    x = torch.randn(tokens, columns, device=GPU).bfloat16()
+    bank.products(x, single(tokens))
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    scales = 2 * rows * SCHEMES[scheme].groups(columns)
+    assert sum(buffer.nbytes for buffer in bank.buffers()) <= rows * columns * SCHEMES[scheme].bits / 8 + scales + 65536
+    torch.cuda.reset_peak_memory_stats()
+    bank.products(x, single(tokens))
+    assert torch.cuda.max_memory_allocated() - held < 0.3 * 2 * rows * columns
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype: torch.dtype) -> None:
+    for columns in (96, 512, 7168):
+        x, weight = torch.randn(5, columns, device=GPU).to(dtype), torch.randn(columns, device=GPU).to(dtype)
+        wide = x.double()
+        expected = weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        assert error(rms_norm(x, weight, 1e-6), expected) < 5e-3

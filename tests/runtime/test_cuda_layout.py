@@ -1,0 +1,82 @@
+"""How integers lie on a CUDA device, and how products are cut: no GPU is needed to know."""
+
+import pytest
+import torch
+
+from quantlab.runtime.cuda import layout
+from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles, band_rows, expert_tiles, fitting, linear_tiles
+
+H100 = Chip(132, 232448, overlaps=True)
+SMALL = Chip(46, 101376, overlaps=False)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (128, 256), (80, 96), (1, 384), (130, 1408)])
+def test_packing_is_undone_by_unpacking(shape: tuple[int, int]) -> None:
+    q4 = torch.randint(-8, 8, shape, dtype=torch.int8)
+    q8 = torch.randint(-128, 128, shape, dtype=torch.int8)
+    assert torch.equal(layout.unpack_int4(layout.pack_int4(q4), *shape), q4)
+    assert torch.equal(layout.unpack_int8(layout.pack_int8(q8), *shape), q8)
+
+
+def test_a_thread_finds_its_weights_in_sixteen_bytes() -> None:
+    """Thread by thread, as PTX lays out the first operand of m64n_k16: the eight words of a thread, in register order."""
+    q = torch.randint(-8, 8, (64, 128), dtype=torch.int8)
+    words = layout.pack_int4(q)[0, 0].to(torch.int32) & 0xFFFF
+    for half in range(2):  # of the 32 columns of a quarter
+        for thread in range(128):
+            warp, i, j = thread // 32, thread % 32 // 4, thread % 4
+            found = words[half * 1024 + thread * 8 :][:8].tolist()
+            places = [
+                (16 * warp + i + 8 * lower, 16 * half + 2 * j + 8 * right + odd)
+                for right in range(2)
+                for lower in range(2)
+                for odd in range(2)
+            ]
+            for word, (row, column) in zip(found, places, strict=True):
+                assert [(word >> 4 * part & 15) - 8 for part in range(4)] == q[row, column::32].tolist()
+
+
+def test_rows_for_integer_products_lie_in_blocks() -> None:
+    q = torch.randint(-128, 128, (3, 200), dtype=torch.int8)
+    blocks = layout.in_blocks(q)
+    assert blocks.shape == (2, 3, 128)
+    assert torch.equal(blocks.transpose(0, 1).reshape(3, 256)[:, :200], q)
+    assert not blocks[1, :, 72:].any()
+
+
+@pytest.mark.parametrize("chip", [H100, SMALL])
+@pytest.mark.parametrize("kind", [Kind.INT4, Kind.INT8, Kind.INT8_TOKENS])
+def test_every_cut_fits_the_chip(kind: Kind, chip: Chip) -> None:
+    width = {Kind.INT4: 64, Kind.INT8: 128, Kind.INT8_TOKENS: 128}[kind]
+    for rows, columns in ((18432, 7168), (7168, 18432), (24576, 1536), (576, 2048), (1, 128)):
+        for tokens in (1, 8, 9, 16, 17, 64, 65, 128, 129, 512, 1500):
+            tiles = linear_tiles(kind, rows, columns, tokens, chip)
+            stage = tiles.rows * width + tiles.tokens * (128 if kind == Kind.INT8_TOKENS else 256)
+            assert tiles.stages * stage <= chip.shared_bytes
+            assert tiles.tokens == 8 or tiles.tokens < 2 * tokens
+            assert 1 <= tiles.parts <= -(-columns // 128)
+            # counters of a bank
+            assert tiles.parts == 1 or tiles.runs or -(-rows // tiles.rows) * -(-tokens // tiles.tokens) <= 4096
+
+
+def test_experts_share_one_size_of_block() -> None:
+    for chip in (H100, SMALL):
+        for rows in (0.03, 0.5, 8, 24, 100, 4000):
+            for kinds in ([Kind.INT4, Kind.INT4], [Kind.FLOAT, Kind.FLOAT], [Kind.INT8_TOKENS, Kind.INT4]):
+                first, second = expert_tiles(kinds, rows, 1 << 24, chip)
+                assert first.tokens == second.tokens
+                assert first.runs
+                assert second.runs
+
+
+def test_tiles_shrink_to_what_memory_holds() -> None:
+    assert fitting(Tiles(128, 256, warps=8), Kind.INT4, H100).tokens == 256
+    shrunk = fitting(Tiles(128, 256, warps=8), Kind.INT4, SMALL)
+    assert shrunk.tokens < 256
+    assert shrunk.stages >= 2
+
+
+def test_bands_stay_small() -> None:
+    for columns in (512, 1536, 4096, 7168, 18432):
+        assert band_rows(columns) % 64 == 0
+        assert band_rows(columns) * columns <= 1 << 26
