@@ -181,7 +181,11 @@ def _for_speed(judged: Sequence[_Judged]) -> Recommendation:
     faster = [(speed, found) for speed, found in timed if speed is not None and speed.low > 1]
     if not any(speed for speed, _ in timed):
         return Recommendation(
-            "speed", None, f"No variant with losses surely below {BOUND_PERCENT:g} % has a measured speed."
+            "speed",
+            None,
+            f"No variant with losses surely below {BOUND_PERCENT:g} % has a speed that was measured undisturbed."
+            if any(found.row.noise for found in judged)
+            else f"No variant with losses surely below {BOUND_PERCENT:g} % has a measured speed.",
         )
     if not faster:
         return Recommendation(

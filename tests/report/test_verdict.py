@@ -65,7 +65,9 @@ def test_noisy_speeds_are_not_recommended(recipe: list[Record], constructed: Mak
     found = recommend(build_matrix([recipe[0], noisy(fast), slow]))[2]
     assert found.variant == "slow"
     assert "Not considered, for want of quiet numbers: fast." in found.sentence
-    assert recommend(build_matrix([recipe[0], noisy(fast), noisy(slow)]))[2].variant is None
+    none = recommend(build_matrix([recipe[0], noisy(fast), noisy(slow)]))[2]
+    assert none.variant is None
+    assert "undisturbed" in none.sentence
 
 
 def test_rows_that_lost_nothing_are_seldom_called_losses() -> None:
