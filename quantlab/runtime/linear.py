@@ -1,15 +1,13 @@
 """Linears and MLPs on banks of matrices."""
 
-import ctypes
 from collections.abc import Callable
-from functools import cache
 from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.activations import SiLUActivation
 
+from quantlab.runtime.blocks import address, lies_in_pairs, reorders_bfloat16
 from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
 from quantlab.runtime.matrices import Matrices, QuantizedMatrices
 from quantlab.runtime.native import kernels
@@ -52,7 +50,7 @@ class ReorderedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, None))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._paired = library() is not None and _lies_in_pairs(self.out_features, self.in_features)
+        self._paired = library() is not None and lies_in_pairs(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -60,37 +58,10 @@ class ReorderedLinear(nn.Module):
             return x.new_empty(*x.shape[:-1], self.out_features)
         if self._paired and x.numel() <= _PAIRED_ROWS * self.in_features:
             flat = x.reshape(-1, self.in_features)
-            product = kernels.paired_product(flat, _address(self.weight), self.out_features, self.bias)
+            product = kernels.paired_product(flat, address(self.weight), self.out_features, self.bias)
             return product.view(*x.shape[:-1], self.out_features)
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return result
-
-
-def _address(weight: Tensor) -> int:
-    """Where a reordered weight lies in memory."""
-    return int(torch.ops.mkldnn.data_ptr(weight))
-
-
-@cache
-def _lies_in_pairs(rows: int, columns: int) -> bool:
-    """Whether oneDNN lays a weight [rows, columns] out as the native kernel reads it.
-
-    The layout is not documented and may depend on the shape, so numbers of this shape are reordered and looked at.
-    """
-    numbers = torch.arange(rows * columns, dtype=torch.int32).remainder(32749).to(torch.int16).view(rows, columns)
-    reordered = torch.ops.mkldnn._reorder_linear_weight(numbers.view(torch.bfloat16), None)
-    padded = functional.pad(numbers, (0, -columns % 32, 0, -rows % 64))
-    expected = padded.view(-1, 64, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
-    if torch.ops.mkldnn._nbytes(reordered) != expected.nbytes:
-        return False
-    found = torch.frombuffer((ctypes.c_char * expected.nbytes).from_address(_address(reordered)), dtype=torch.int16)
-    return torch.equal(found, expected.flatten())
-
-
-@cache
-def reorders_bfloat16() -> bool:
-    """Whether this CPU and this build of torch multiply blocked bfloat16 weights natively."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # type: ignore[no-untyped-call]
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> DenseLinear | ReorderedLinear:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.runtime.blocks import reorders_bfloat16
 from quantlab.runtime.int4 import Int4Matrices, int4_block
 from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices, quantize_tokens
 from quantlab.runtime.linear import (
@@ -18,7 +19,6 @@ from quantlab.runtime.linear import (
     PackedLinear,
     ReorderedLinear,
     dense_linear,
-    reorders_bfloat16,
 )
 from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, QuantizedMatrices, quantized_matrices
 from quantlab.runtime.native.library import library
