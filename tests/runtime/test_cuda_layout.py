@@ -63,7 +63,7 @@ def test_experts_share_one_size_of_block() -> None:
     for chip in (H100, SMALL):
         for rows in (0.03, 0.5, 8, 24, 100, 4000):
             for kinds in ([Kind.INT4, Kind.INT4], [Kind.FLOAT, Kind.FLOAT], [Kind.INT8_TOKENS, Kind.INT4]):
-                first, second = expert_tiles(kinds, rows, 1 << 24, chip)
+                first, second = expert_tiles(kinds, rows, chip)
                 assert first.tokens == second.tokens
                 assert first.runs
                 assert second.runs

@@ -47,9 +47,8 @@ def routed(gate_up: Matrices, down: Matrices, x: Tensor, top_k_index: Tensor, to
 
     first, second = _on_device(gate_up), _on_device(down)
     experts = gate_up.shape[0]
-    elements = gate_up.shape[1] * gate_up.shape[2]
     per_expert = top_k_index.numel() / experts
-    cuts = expert_tiles([first.kind, second.kind], per_expert, elements, launch.chip(x.device))
+    cuts = expert_tiles([first.kind, second.kind], per_expert, launch.chip(x.device))
     rows = launch.route(top_k_index, experts, cuts[0].tokens)
     x_of = _quantized(first.kind, x.contiguous())
     hidden = launch.run_product(first, *x_of, cuts[0], dtype=x.dtype, routed=rows, gated=True)

@@ -61,7 +61,6 @@ FEW_TOKENS: Final = 64
 """Up to this many tokens a product costs the bytes of its matrix."""
 EXPANDED_TOKENS: Final = 1536
 """From this many tokens on, expanding a matrix in bands and a library's product are faster."""
-_LARGE_EXPERT: Final = 1 << 23
 _BAND_ELEMENTS: Final = 1 << 25
 
 _WIDE: Final = {Kind.INT4: Tiles(128, 256, warps=8), Kind.INT8: Tiles(256, 128, warps=8)}
@@ -100,9 +99,8 @@ def linear_tiles(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -
     return fitting(found, kind, chip)
 
 
-def expert_tiles(kinds: Sequence[Kind], rows_per_expert: float, elements: int, chip: Chip) -> list[Tiles]:
-    """How the products of routed rows with banks of such kinds are cut, where an expert gets so many rows on average
-    and the first of its matrices has so many elements.
+def expert_tiles(kinds: Sequence[Kind], rows_per_expert: float, chip: Chip) -> list[Tiles]:
+    """How the products of routed rows with banks of such kinds are cut, where an expert gets so many rows on average.
 
     All have blocks of as many rows.
     """
@@ -110,8 +108,7 @@ def expert_tiles(kinds: Sequence[Kind], rows_per_expert: float, elements: int, c
     if Kind.FLOAT in kinds:
         tokens = max(tokens, 16)
     warps = 8 if tokens == 128 else 4
-    large = tokens == 8 and elements > _LARGE_EXPERT
-    parts = [3 if kind == Kind.INT4 and large else 2 for kind in kinds]
+    parts = [3 if kind == Kind.INT4 and tokens == 8 else 2 for kind in kinds]
     cuts = [fitting(Tiles(128, tokens, n, warps, runs=True), kind, chip) for n, kind in zip(parts, kinds, strict=True)]
     return [replace(cut, tokens=min(cut.tokens for cut in cuts)) for cut in cuts]
 
