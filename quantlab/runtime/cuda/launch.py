@@ -57,7 +57,8 @@ def route(index: Tensor, experts: int, tokens: int) -> Routing:
         index.contiguous(), *written, rows,
         BINS=bins, CHUNK=chunk, BM=tokens, num_warps=4 if chunk > 128 else 1,
     )  # fmt: skip
-    return Routing(*written, tokens, index.shape[1])
+    order, start, block_expert, block_first, block_count = written
+    return Routing(order, start, block_expert, block_first, block_count, tokens, index.shape[1])
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -210,8 +211,8 @@ def chip(device: torch.device) -> Chip:
     if device.type != "cuda":
         return Chip(3, 232448, overlaps=False)
     properties = torch.cuda.get_device_properties(device)
-    overlaps = properties.major >= 9
-    return Chip(properties.multi_processor_count, properties.shared_memory_per_block_optin, overlaps=overlaps)
+    shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Chip(properties.multi_processor_count, shared, overlaps=properties.major >= 9)
 
 
 def _power(number: int) -> int:
