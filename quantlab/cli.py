@@ -47,6 +47,9 @@ RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The reci
 OutOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Output directory.", show_default="runs/NAME-OF-THE-RECIPE")
 ]
+DeviceOption = Annotated[
+    str, typer.Option(help="Where models compute, in calibration and measurements: cpu, cuda, cuda:1, …")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
 
@@ -116,9 +119,7 @@ def run(
     recipe: RecipeArgument,
     out: OutOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts that another recipe made.")] = False,
-    device: Annotated[
-        str, typer.Option(help="Where layers compute while they are calibrated: cpu, cuda, cuda:1, …")
-    ] = "cpu",
+    device: DeviceOption = "cpu",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -134,7 +135,8 @@ def run(
     from quantlab.stages import make, measure
 
     directory = _directory(loaded, out)
-    settings = Settings(device=find_device(device), overwrite=overwrite)
+    found = find_device(device)
+    settings = Settings(device=found, overwrite=overwrite)
     with _interruptible():
         made = make(loaded, compiled, directory, settings, console=_err, quiet=quiet or as_json)
     if not (quiet or as_json):
@@ -146,7 +148,7 @@ def run(
             )
         return
     with _interruptible():
-        matrix = measure(loaded, compiled, directory, console=_err, quiet=quiet or as_json, reuse=True)
+        matrix = measure(loaded, compiled, directory, console=_err, quiet=quiet or as_json, reuse=True, device=found)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
     if not (quiet or as_json):
         _err.print(f"{time.monotonic() - started:.0f} s in all", style="dim")
@@ -159,6 +161,7 @@ def evaluate_artifacts(
     again: Annotated[
         bool, typer.Option("--again", help="Measure everything anew; otherwise records that still hold are kept.")
     ] = False,
+    device: DeviceOption = "cpu",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -171,11 +174,12 @@ def evaluate_artifacts(
             found="no `evaluate`",
             fix="add `evaluate: {suite: eval/suites/quick.yaml}`",
         )
-    from quantlab.stages import measure  # imports torch
+    from quantlab.runtime.device import find_device  # imports torch
+    from quantlab.stages import measure
 
-    directory = _directory(loaded, out)
+    directory, found, silent = _directory(loaded, out), find_device(device), quiet or as_json
     with _interruptible():
-        matrix = measure(loaded, compiled, directory, console=_err, quiet=quiet or as_json, reuse=not again)
+        matrix = measure(loaded, compiled, directory, console=_err, quiet=silent, reuse=not again, device=found)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from quantlab import console as show
@@ -19,6 +20,7 @@ from quantlab.run.artifact import MANIFEST_NAME
 from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import MadeArtifacts, make_artifacts
 from quantlab.run.loop import Settings
+from quantlab.runtime.device import name_of
 
 
 def make(
@@ -39,7 +41,9 @@ def make(
         return make_artifacts(plan, recipe, directory, announce, settings)
 
 
-def measure(recipe: LoadedRecipe, plan: Plan, out: Path, *, console: Console, quiet: bool, reuse: bool) -> Matrix:
+def measure(
+    recipe: LoadedRecipe, plan: Plan, out: Path, *, console: Console, quiet: bool, reuse: bool, device: torch.device
+) -> Matrix:
     """Measure every artifact and write records and matrix.
 
     Args:
@@ -48,20 +52,25 @@ def measure(recipe: LoadedRecipe, plan: Plan, out: Path, *, console: Console, qu
         out: the run's directory, with all artifacts made.
         console: where progress bars go.
         quiet: no progress bars.
-        reuse: keep records whose artifact, suite and baseline are unchanged.
+        reuse: keep records whose artifact, suite, baseline and hardware are unchanged.
+        device: where models compute.
 
     Raises:
         ArtifactError: an artifact is missing, or was made by another recipe.
         EvaluationError: the suite's text cannot be read.
     """
-    request = _request(recipe, plan, RunDirectory(out), reuse=reuse)
+    request = _request(recipe, plan, RunDirectory(out), reuse=reuse, device=device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what making the artifacts left here would be missing to the processes that measure
     with show.progress_bars(console, quiet=quiet) as bars:
         records = evaluate(request, progress=show.StageBars(bars))
     claims = recipe.recipe.evaluate.claims if recipe.recipe.evaluate else None
     return write_report(records, out, claims=recipe.resolve(claims) if claims else None)
 
 
-def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, *, reuse: bool) -> EvaluationRequest:
+def _request(
+    recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, *, reuse: bool, device: torch.device
+) -> EvaluationRequest:
     wanted = recipe.recipe.evaluate
     assert wanted is not None, "asked only of recipes that evaluate"
     source = plan.checkpoint
@@ -86,4 +95,6 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, *, reuse
         cells=tuple(cells),
         reuse=reuse,
         command=shlex.join(["quantlab", *sys.argv[1:]]),
+        device=str(device),
+        gpu=name_of(device),
     )

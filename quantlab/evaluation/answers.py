@@ -43,7 +43,7 @@ def measure_tasks(request: TasksRequest, progress: Progress) -> TasksResult:
     progress("loading", 0, 0)
     tokenizer, prefix = load_tokenizer(request.directory)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[loaded.suite.text.dtype]
-    answering = Answering(load(request.directory, dtype=dtype), tokenizer, prefix)
+    answering = Answering(load(request.directory, dtype=dtype, device=request.device), tokenizer, prefix)
     baseline = kept_scores(request.predictions, request.key) if request.role == "compared" else None
     found: list[ItemScores] = []
     failures: dict[str, str] = {}

@@ -58,7 +58,7 @@ class BaselineWriter:
 
     def begin(self, head: Tensor, *, tokens: int) -> None:
         """Keep the head's weight [V, H] and make room for `tokens` hidden states."""
-        np.save(self._directory / _HEAD, head.detach().float().numpy())
+        np.save(self._directory / _HEAD, head.detach().float().cpu().numpy())
         self._file = (self._directory / _HIDDEN).open("wb")
         header = {"descr": "<f4", "fortran_order": False, "shape": (tokens, head.shape[1])}
         np.lib.format.write_array_header_1_0(self._file, header)
@@ -66,7 +66,7 @@ class BaselineWriter:
     def write(self, hidden: Tensor) -> None:
         """Append hidden states [t, H]."""
         assert self._file is not None, "begin comes before write"
-        hidden.float().numpy().tofile(self._file)
+        hidden.float().cpu().numpy().tofile(self._file)
 
     def finish(self, scores: TokenScores) -> None:
         """Keep what the baseline scored; only now are the predictions complete."""
@@ -89,13 +89,16 @@ class BaselineWriter:
 class Baseline:
     """The baseline's predictions, read back in the order they were written; a context manager."""
 
-    def __init__(self, directory: Path, *, tokens_sha256: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, directory: Path, *, tokens_sha256: str, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
         """Open the predictions.
 
         Args:
             directory: where a BaselineWriter finished.
             tokens_sha256: hash of the windows about to be scored.
             dtype: of the computation; the head is brought back to it.
+            device: of the computation, the CPU if None: the head goes there, all else stays on the CPU until it is used.
 
         Raises:
             EvaluationError: the baseline scored other tokens.
@@ -108,7 +111,7 @@ class Baseline:
                 found="the tokenizers differ",
                 fix="give the artifact the tokenizer's files of its source",
             )
-        self.head = torch.from_numpy(np.load(directory / _HEAD)).to(dtype)
+        self.head = torch.from_numpy(np.load(directory / _HEAD)).to(device=device, dtype=dtype)
         with np.load(directory / _TOKENS) as tokens:
             nll, top1, lse, correct = (torch.from_numpy(tokens[name]) for name in ("nll", "top1", "lse", "correct"))
         self.scores = TokenScores(nll, top1, lse, correct, kl=None)
@@ -123,7 +126,7 @@ class Baseline:
         self._file.close()
 
     def read(self, tokens: int) -> Tensor:
-        """The hidden states of the next `tokens` tokens [t, H] in the dtype of the computation."""
+        """The hidden states of the next `tokens` tokens [t, H] where and in the dtype the computation is."""
         width = self.head.shape[1]
         states: NDArray[np.float32] = np.fromfile(self._file, dtype="<f4", count=tokens * width)
-        return torch.from_numpy(states).view(tokens, width).to(self.head.dtype)
+        return torch.from_numpy(states).view(tokens, width).to(self.head)

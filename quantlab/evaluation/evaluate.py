@@ -70,6 +70,8 @@ class EvaluationRequest:
         reuse: whether records that still hold are kept.
         time_limit: seconds that one measurement may take.
         command: what was run, for the records.
+        device: where models compute: "cpu", "cuda" or "cuda:1".
+        gpu: name of that device, for the records; empty for the CPU.
     """
 
     directory: Path
@@ -81,6 +83,8 @@ class EvaluationRequest:
     reuse: bool = True
     time_limit: float = 3600.0
     command: str = ""
+    device: str = "cpu"
+    gpu: str = ""
 
 
 @dataclass
@@ -172,7 +176,7 @@ def _prepare(request: EvaluationRequest, progress: Progress) -> _Evaluation:
     suite = load_suite(request.suite)
     bridged = any(not task.ours for task in suite.suite.tasks)
     versions = hardware.versions() | (hardware.version_of("lm-eval") if bridged else {})
-    evaluation = _Evaluation(request, suite, baselines[0], hardware.describe(), versions, progress)
+    evaluation = _Evaluation(request, suite, baselines[0], hardware.describe(request.gpu), versions, progress)
     try:
         evaluation.records.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -261,7 +265,8 @@ def _measure_speed(evaluation: _Evaluation, worker: Worker, cells: list[Cell]) -
     def progress(stage: str, done: int, total: int) -> None:
         evaluation.progress(f"speed: {stage}", done, total)
 
-    request = SpeedRequest(suite=evaluation.suite.path, artifacts={cell.variant: cell.directory for cell in cells})
+    artifacts = {cell.variant: cell.directory for cell in cells}
+    request = SpeedRequest(suite=evaluation.suite.path, artifacts=artifacts, device=evaluation.request.device)
     try:
         result = worker.run("speed", request, SpeedResult, progress=progress)
     except CellError as error:
@@ -277,7 +282,7 @@ def _measure(evaluation: _Evaluation, worker: Worker, cell: Cell) -> Record:
     tasks = _measure_tasks(evaluation, worker, cell, quality, failures)
     memory = None
     try:
-        request = MemoryRequest(directory=cell.directory, suite=evaluation.suite.path)
+        request = MemoryRequest(directory=cell.directory, suite=evaluation.suite.path, device=evaluation.request.device)
         memory = worker.run(f"{cell.variant}-memory", request, Memory, progress=_silent)
     except CellError as error:
         failures.append(Failure(cell="memory", reason=str(error)))
@@ -350,6 +355,7 @@ def _quality_request(evaluation: _Evaluation, cell: Cell) -> QualityRequest:
         predictions=evaluation.predictions,
         role=role,
         key=evaluation.key,
+        device=evaluation.request.device,
     )
 
 

@@ -15,13 +15,16 @@ def threads() -> int:
     return min(allowed, len(cores) or allowed)
 
 
-def describe() -> str:
-    """Processor, threads used, memory and operating system in one line."""
+def describe(gpu: str = "") -> str:
+    """Processor, threads used, memory and operating system in one line; before them the GPU that computes, if one does."""
     names = [block["model name"] for block in _processors() if "model name" in block]
     processor = names[0] if names else platform.processor() or platform.machine()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     used = threads()
-    return f"{processor}, {used} thread{'s' if used != 1 else ''}, {memory:.0f} GiB, {platform.system()} {platform.machine()}"
+    return (
+        f"{gpu}; " * bool(gpu)
+        + f"{processor}, {used} thread{'s' if used != 1 else ''}, {memory:.0f} GiB, {platform.system()} {platform.machine()}"
+    )
 
 
 def versions() -> dict[str, str]:

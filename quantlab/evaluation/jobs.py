@@ -40,6 +40,8 @@ class QualityRequest(_Strict):
     """Whether the artifact is the baseline (its predictions are kept), is compared with it, or has none to be compared with."""
     key: str
     """Names the baseline and the suite; kept with the predictions."""
+    device: str = "cpu"
+    """Where the model computes: "cpu", "cuda" or "cuda:1"."""
 
 
 class TasksRequest(_Strict):
@@ -55,6 +57,8 @@ class TasksRequest(_Strict):
     role: Role
     """As in `QualityRequest`."""
     key: str
+    """As in `QualityRequest`."""
+    device: str = "cpu"
     """As in `QualityRequest`."""
 
 
@@ -75,6 +79,8 @@ class MemoryRequest(_Strict):
     """The artifact."""
     suite: Path
     """The suite."""
+    device: str = "cpu"
+    """As in `QualityRequest`."""
 
 
 class SpeedRequest(_Strict):
@@ -85,6 +91,8 @@ class SpeedRequest(_Strict):
     """The suite."""
     artifacts: dict[str, Path]
     """Variant -> directory of its artifact."""
+    device: str = "cpu"
+    """As in `QualityRequest`."""
 
 
 class SpeedResult(_Strict):

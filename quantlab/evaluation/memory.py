@@ -1,9 +1,6 @@
-"""Memory: what an artifact takes on disk, what its weights take once loaded, and the peak of the process that uses it."""
+"""Memory: what an artifact takes on disk, what its weights take once loaded, and the peak of using it."""
 
 import gc
-import resource
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +8,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from quantlab.checkpoint.index import INDEX_NAME, open_checkpoint
+from quantlab.evaluation.gauges import forget_peak, now, peak_bytes
 from quantlab.evaluation.jobs import MemoryRequest, Progress
 from quantlab.evaluation.record import Memory
 from quantlab.evaluation.statistics import median
 from quantlab.evaluation.suite import load_suite
 from quantlab.runtime.account import weight_bytes
+from quantlab.runtime.device import find_device
 from quantlab.runtime.load import load
 
 _MOST_LOADS = 5
@@ -33,26 +32,29 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
         QuantlabError: the artifact cannot be loaded.
     """
     suite = load_suite(request.suite).suite
+    device = find_device(request.device)
+    if device.type == "cuda":  # a process has one peak, and it begins with the process
+        forget_peak(device)
 
     def loading(done: int, total: int) -> None:
         if 100 * done // total > 100 * (done - 1) // total:  # a hundred times for a bar, however many weights
             progress("loading", done, total)
 
-    start = time.perf_counter()
-    model = load(request.directory, progress=loading)
-    seconds = [time.perf_counter() - start]
+    start = now(device)
+    model = load(request.directory, device=device, progress=loading)
+    seconds = [now(device) - start]
     counted = weight_bytes(model)
-    ids = torch.arange(suite.text.length)[None] % model.config.vocab_size
+    ids = torch.arange(suite.text.length, device=device)[None] % model.config.vocab_size
     with torch.inference_mode():
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    peak = peak_bytes()
+    peak = peak_bytes(device)
     # repeated only after the peak was read: two models at once would raise it
     while len(seconds) < _MOST_LOADS and sum(seconds) < _LOADING_SECONDS:
         del model
         gc.collect()
-        start = time.perf_counter()
-        model = load(request.directory)
-        seconds.append(time.perf_counter() - start)
+        start = now(device)
+        model = load(request.directory, device=device)
+        seconds.append(now(device) - start)
     growth, kind = cache_bytes(model)
     quantized = 100 * counted.quantized / counted.quantized_fp16 if counted.quantized_fp16 else None
     return Memory(
@@ -61,6 +63,7 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
         quantized_weights_percent_of_fp16=quantized,
         artifact_bytes=artifact_bytes(request.directory),
         peak_memory_bytes=peak,
+        peak_memory_of="cuda" if device.type == "cuda" else "process",
         load_seconds=median(np.array(seconds)),
         kv_cache_bytes_per_token=growth,
         kv_cache=kind,
@@ -92,9 +95,3 @@ def artifact_bytes(directory: Path) -> int:
     shards = set(open_checkpoint(directory).files)
     companions = {directory / name for name in _COMPANIONS if (directory / name).is_file()}
     return sum(path.stat().st_size for path in shards | companions)
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process so far (macOS counts bytes, everyone else KiB)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

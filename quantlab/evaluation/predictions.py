@@ -81,7 +81,7 @@ def _hidden_states(model: PreTrainedModel, windows: Sequence[Window]) -> Tensor:
     ids = torch.zeros(len(windows), longest, dtype=torch.int64)
     for row, window in enumerate(windows):
         ids[row, : len(window.tokens)] = torch.from_numpy(window.tokens)
-    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    states = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     return torch.cat([states[row, window.first - 1 : len(window.tokens) - 1] for row, window in enumerate(windows)])
 
 
@@ -102,11 +102,12 @@ def _score_batch(
     Args:
         head: from hidden states to logits.
         hidden: final hidden states [t, H].
-        targets: the tokens that follow [t].
+        targets: the tokens that follow [t], on any device.
         baseline: predictions to compare with, whose next states are those of this batch.
         span: where the batch lies among all tokens.
     """
     reference = baseline.read(len(targets)) if baseline is not None else None
+    targets = targets.to(hidden.device)
     vocabulary = head(hidden[:1]).shape[-1]
     size = max(_CHUNK_LOGITS // vocabulary, _FEWEST_CHUNK_TOKENS)
     parts = []
@@ -121,7 +122,7 @@ def _score_batch(
         if baseline is not None and reference is not None:
             reference_logits = torch.nn.functional.linear(reference[start:stop], baseline.head).float()
             reference_lse = baseline.scores.lse[span.start + start : span.start + stop]
-            kl = divergence(reference_logits, reference_lse, logits, lse)
+            kl = divergence(reference_logits, reference_lse.to(lse.device), logits, lse)
         parts.append(TokenScores(nll, top1, lse, top1 == target, kl))
     return parts
 
@@ -132,14 +133,14 @@ def score_states(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Toke
 
 
 def joined(parts: Sequence[TokenScores]) -> TokenScores:
-    """Scores one after the other."""
+    """Scores one after the other, on the CPU."""
     kl = [part.kl for part in parts if part.kl is not None]
     return TokenScores(
-        nll=torch.cat([part.nll for part in parts]),
-        top1=torch.cat([part.top1 for part in parts]),
-        lse=torch.cat([part.lse for part in parts]),
-        correct=torch.cat([part.correct for part in parts]),
-        kl=torch.cat(kl) if kl else None,
+        nll=torch.cat([part.nll for part in parts]).cpu(),
+        top1=torch.cat([part.top1 for part in parts]).cpu(),
+        lse=torch.cat([part.lse for part in parts]).cpu(),
+        correct=torch.cat([part.correct for part in parts]).cpu(),
+        kl=torch.cat(kl).cpu() if kl else None,
     )
 
 

@@ -168,6 +168,8 @@ def _environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),  # a task's data is fetched only when asked to
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
+        # a library that asks whether there is a GPU must not start CUDA in the worker: its cells are forked, and could not
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         # a thread that waits in a loop takes a core from one that works as soon as anything else runs on the machine;
         # some microseconds of it are enough to bridge the gap between two operations
         "GOMP_SPINCOUNT": "5000",

@@ -39,12 +39,14 @@ def measure_quality(request: QualityRequest, progress: Progress) -> Quality:
         read_corpus(text.corpus), tokenizer, prefix, length=suite.length, tokens_per_domain=suite.tokens_per_domain
     )
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[suite.dtype]
-    model = load(request.directory, dtype=dtype)
+    model = load(request.directory, dtype=dtype, device=request.device)
     windows = sample(held_out, model, text.suite.layer_error_tokens)
     scored = lambda done, total: progress("scoring", done, total)  # noqa: E731 - the stage's name and nothing else
     with Routes(model, kept_experts(read_manifest(request.directory))) as routes:
         if request.role == "compared":
-            with Baseline(request.predictions, tokens_sha256=held_out.sha256, dtype=dtype) as baseline:
+            with Baseline(
+                request.predictions, tokens_sha256=held_out.sha256, dtype=dtype, device=model.device
+            ) as baseline:
                 scores = score(model, held_out, baseline=baseline, progress=scored, routes=routes)
         else:
             keep = None

@@ -176,7 +176,9 @@ class Memory(_Frozen):
     artifact_bytes: int
     """Size on disk of the artifact's shards, configuration and tokenizer."""
     peak_memory_bytes: int
-    """Largest resident size of a process that loaded the artifact at its own dtype and read one window of text."""
+    """Most memory at once of a process that loaded the artifact at its own dtype and read one window of text."""
+    peak_memory_of: Literal["process", "cuda"] = "process"
+    """Which memory that is: the resident size of the process, libraries included, or what torch's allocator held on the GPU."""
     load_seconds: Measured
     kv_cache_bytes_per_token: int | None = None
     """What the runtime's cache grows by with each token of a sequence, all layers together, at the dtype it is served at."""

@@ -24,6 +24,7 @@ from quantlab.checkpoint.index import read_json
 from quantlab.errors import EvaluationError, QuantlabError
 from quantlab.evaluation.contention import Moment, crowd, spread
 from quantlab.evaluation.energy import meter
+from quantlab.evaluation.gauges import now
 from quantlab.evaluation.jobs import Progress, SpeedRequest, SpeedResult
 from quantlab.evaluation.record import Measured, Speed
 from quantlab.evaluation.statistics import Floats, median
@@ -68,8 +69,8 @@ class Twin:
 FP16 = Layout("float16", None)
 
 
-def measure_speed(request: SpeedRequest, progress: Progress, *, device: str = "cpu") -> SpeedResult:
-    """Time the layouts of all artifacts, interleaved, on a device.
+def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
+    """Time the layouts of all artifacts, interleaved.
 
     Raises:
         QuantlabError: the FP16 twin cannot be made, so no ratio can be taken.
@@ -83,7 +84,7 @@ def measure_speed(request: SpeedRequest, progress: Progress, *, device: str = "c
     for index, layout in enumerate(distinct):
         progress("building twins", index, len(distinct))
         try:
-            twins[layout] = build(layout, suite, device=device)
+            twins[layout] = build(layout, suite, device=request.device)
         except (QuantlabError, RuntimeError, ValueError) as error:  # torch's own errors are of the last two kinds
             if layout == FP16:
                 raise
@@ -207,17 +208,17 @@ def run_task(twin: Twin, task: Task) -> float:
     tokens = _tokens(task.batch, task.tokens, int(model.config.vocab_size)).to(model.device)
     if task.kind == "prefill":
         cache = DynamicCache(config=model.config)
-        start = _now(model.device)
+        start = now(model.device)
         model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return _now(model.device) - start
+        return now(model.device) - start
     context = twin.caches[task.batch]
-    start = _now(model.device)
+    start = now(model.device)
     for step in range(task.tokens):
         if isinstance(context, Decoder):
             context.step(tokens[:, step])
         else:
             model(input_ids=tokens[:, step : step + 1], past_key_values=context, use_cache=True)
-    seconds = _now(model.device) - start
+    seconds = now(model.device) - start
     if isinstance(context, Decoder):
         context.rewind(context.used - task.tokens)
     else:
@@ -235,20 +236,13 @@ def energy_per_token(twin: Twin, suite: SpeedSuite) -> dict[str, Measured] | Non
     for task in (task for task in tasks(suite) if task.kind == "decode"):
         stretches = []
         for _ in range(_LEAST_ROUNDS):
-            begin, start, tokens = joules(), _now(device), 0
-            while _now(device) - start < suite.energy_seconds / _LEAST_ROUNDS:
+            begin, start, tokens = joules(), now(device), 0
+            while now(device) - start < suite.energy_seconds / _LEAST_ROUNDS:
                 run_task(twin, task)
                 tokens += task.batch * task.tokens
             stretches.append((joules() - begin) / tokens)
         found[str(task.batch)] = median(np.array(stretches))
     return found
-
-
-def _now(device: torch.device) -> float:
-    """The time at which everything asked of a device so far is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def summarise(

@@ -201,7 +201,8 @@ DETAILS_COLUMNS = (
         key="peak_memory_bytes",
         field="memory.peak_memory_bytes",
         heading="peak memory",
-        meaning="Largest resident size of a process that loads the artifact and reads one window of text, libraries included.",
+        meaning="Most memory at once while the artifact is loaded and reads one window of text: of the whole process, libraries "
+        "included, or of torch's allocator where a GPU computes.",
         group="memory",
         unit="bytes",
         read=lambda row: row.peak_memory_bytes,

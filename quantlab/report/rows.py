@@ -73,6 +73,8 @@ class Row(Frozen):
     """Of the tensors a pass quantized only, scales included."""
     artifact_bytes: int | None
     peak_memory_bytes: int | None
+    peak_memory_of: Literal["process", "cuda"] | None = None
+    """Which memory that is: the resident size of a process, or what torch's allocator held on the GPU."""
     kv_cache_bytes_per_token: int | None = None
     kv_cache: str = ""
     load_seconds: float | None
@@ -198,6 +200,7 @@ def _memory_fields(memory: Memory | None) -> dict[str, Any]:
         "quantized_weights_percent_of_fp16",
         "artifact_bytes",
         "peak_memory_bytes",
+        "peak_memory_of",
         "kv_cache_bytes_per_token",
     )
     fields: dict[str, Any] = {name: getattr(memory, name) if memory else None for name in names}

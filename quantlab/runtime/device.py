@@ -50,6 +50,11 @@ def _no_device(name: str | torch.device, found: str) -> DeviceError:
     )
 
 
+def name_of(device: torch.device) -> str:
+    """A GPU's name, empty for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device, None where nobody says.
 

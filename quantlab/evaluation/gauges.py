@@ -1,0 +1,53 @@
+"""The clock and the memory of a device, as cells read them.
+
+On the CPU memory is the resident size of the whole process; Linux can forget its peak, so that the next one is found. On
+CUDA it is what torch's allocator holds of tensors, which leaves out the libraries and what the allocator keeps in reserve.
+"""
+
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import torch
+
+_STATUS: Final = Path("/proc/self/statm")
+_FORGET: Final = Path("/proc/self/clear_refs")
+
+
+def now(device: torch.device) -> float:
+    """The time at which everything asked of a device so far is done, in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes held now; on the CPU the peak so far where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if not _STATUS.is_file():
+        return peak_bytes(device)
+    return int(_STATUS.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes held so far, or since the last peak was forgotten."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, everyone else KiB
+
+
+def forget_peak(device: torch.device) -> bool:
+    """Let a new peak begin at what is held now; whether that can be done."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        _FORGET.write_text("5")
+    except OSError:
+        return False
+    return True
