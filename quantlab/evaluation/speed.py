@@ -289,7 +289,8 @@ def summarise(
 def _computed_by(twin: Twin) -> str:
     device = next(twin.model.parameters()).device
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, captured steps"
+        captured = all(isinstance(cache, Decoder) and cache.captures for cache in twin.caches.values())
+        return f"{torch.cuda.get_device_name(device)}, {'captured' if captured else 'single'} steps"
     return native.status()
 
 

@@ -17,11 +17,20 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from quantlab.errors import CacheError
-from quantlab.runtime.device import check_room
+from quantlab.errors import CacheError, DeviceError
+from quantlab.runtime.device import check_room, free_bytes, ran_out
+from quantlab.runtime.experts import Experts
 
 _WARM_UPS: Final = 2
 """Steps that run before one is captured: kernels are compiled and memory is taken in the first."""
+
+
+def capturable(model: PreTrainedModel) -> bool:
+    """Whether a step of the model can be captured: nothing in it may wait for the device.
+
+    Experts wait where their kernels take not the model's dtype or not the layout of their weights.
+    """
+    return all(module.routes_on_device(model.dtype) for module in model.modules() if isinstance(module, Experts))
 
 
 class Decoder:
@@ -31,10 +40,11 @@ class Decoder:
         model: of `runtime.load` or `runtime.random_twin`.
         batch: sequences, B.
         length: tokens per sequence, prompt included, S.
-        capture: whether a step is captured; None for yes on CUDA.
+        capture: whether a step is captured; None for yes on CUDA where the model is `capturable`.
 
     Raises:
-        CacheError: the model attends to fewer than `length` tokens, in windows, or by flash attention, which takes no mask.
+        CacheError: the model attends to fewer than `length` tokens, in windows, or by flash attention, which takes no mask;
+            or it is to be captured and cannot be.
     """
 
     def __init__(self, model: PreTrainedModel, *, batch: int, length: int, capture: bool | None = None) -> None:
@@ -48,7 +58,10 @@ class Decoder:
             )
         self.batch, self.length = batch, length
         self._model, self._device = model, model.device
-        self._capture = self._device.type == "cuda" if capture is None else capture
+        can = self._device.type == "cuda" and capturable(model)
+        if capture and not can:
+            raise _not_capturable(model)
+        self.captures = can if capture is None else capture
         self._cache = StaticCache(config=model.config, max_cache_len=length)
         kinds = {type(layer).__name__ for layer in self._cache.layers} - {StaticLayer.__name__}
         if kinds or model.config._attn_implementation == "flash_attention_2":
@@ -85,7 +98,7 @@ class Decoder:
 
         Raises:
             CacheError: not B sequences, or more than S tokens.
-            DeviceError: the cache does not fit into memory.
+            DeviceError: the cache does not fit into memory, or memory ran out while the prompts were read.
         """
         batch, tokens = ids.shape
         if batch != self.batch or not 0 < tokens <= self.length:
@@ -95,27 +108,46 @@ class Decoder:
                 found=f"{batch} sequences of {tokens} tokens, made for {self.batch} of 1 … {self.length}",
                 fix="make a cache for as many sequences and tokens",
             )
+        where = f"a cache of {self.batch} sequences of {self.length} tokens"
+        if not self._cache.layers[0].is_initialized:
+            check_room(self._cache_bytes(), self._device, where=where)
+        free, self._used = free_bytes(self._device), 0
+        logits = self._read(ids, attention_mask)
+        if logits is None:
+            raise _no_room_to_read(free, self._device, where=f"{where}, prompts of {tokens}")
+        self._used = tokens
+        return logits
+
+    def _cache_bytes(self) -> int:
+        """What the fixed cache takes, from what one token of one sequence leaves in a growing one."""
+        growing = DynamicCache(config=self._model.config)
+        self._model(input_ids=self._tokens[:1], past_key_values=growing, use_cache=True)
+        per_token = sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in growing.layers)
+        return self.batch * self.length * per_token
+
+    def _read(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """Logits of `prefill`; None if memory ran out: the error would keep what was computed alive, so it ends here."""
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(torch.int64)
         growing = DynamicCache(config=self._model.config)
-        output = self._model(
-            input_ids=ids.to(self._device),
-            attention_mask=None if attention_mask is None else mask.to(self._device),
-            position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(self._device),
-            past_key_values=growing,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        if not self._cache.layers[0].is_initialized:
-            taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in growing.layers)
-            where = f"a cache of {self.batch} sequences of {self.length} tokens"
-            check_room(taken // tokens * self.length, self._device, where=where)
-        self._cache.reset()
-        for index, layer in enumerate(growing.layers):
-            self._cache.update(layer.keys, layer.values, index)
-            layer.keys = layer.values = None
+        try:
+            output = self._model(
+                input_ids=ids.to(self._device),
+                attention_mask=None if attention_mask is None else mask.to(self._device),
+                position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(self._device),
+                past_key_values=growing,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            self._cache.reset()
+            for index, layer in enumerate(growing.layers):
+                self._cache.update(layer.keys, layer.values, index)
+                layer.keys = layer.values = None
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            return None
         self._padding.copy_((1 - mask).sum(1, keepdim=True))
-        self._position.fill_(tokens)
-        self._used = tokens
+        self._position.fill_(ids.shape[1])
         return cast("Tensor", output.logits[:, -1])
 
     @torch.inference_mode()
@@ -139,7 +171,7 @@ class Decoder:
                 fix="make a longer cache" if self._used else "read a prompt first",
             )
         self._tokens.copy_(tokens.reshape(self.batch, 1))
-        if self._capture and self._graph is None:
+        if self.captures and self._graph is None:
             self._capture_step()
         if self._graph is None:
             self._logits = self._step()
@@ -199,13 +231,40 @@ class Decoder:
             layer.cumulative_length -= tokens
 
     def _capture_step(self) -> None:
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._step()
-                self._back(1)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = self._step()
+        """Capture a step, on the device of the model: that need not be the current one."""
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    self._step()
+                    self._back(1)
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                self._graph, stream=stream
+            ):  # torch's own stream is of the device that captured first
+                self._logits = self._step()
+
+
+def _no_room_to_read(free: int | None, device: torch.device, *, where: str) -> DeviceError:
+    left = "the memory" if free is None else f"the {free:,} bytes"
+    return DeviceError(
+        "memory ran out while prompts were read",
+        where=where,
+        found=f"more bytes needed than {left} free on {device} before",
+        fix="read fewer or shorter prompts at once, or use a device with more memory",
+    )
+
+
+def _not_capturable(model: PreTrainedModel) -> CacheError:
+    on_cpu = model.device.type != "cuda"
+    return CacheError(
+        "a step of this model cannot be captured",
+        where="decoding with a fixed cache",
+        found=f"a model on {model.device}"
+        if on_cpu
+        else f"experts whose kernels do not take {model.dtype} and their layout",
+        fix="leave `capture` out: the steps then run one by one"
+        + ("" if on_cpu else ", or load the model in bfloat16 or float16, its experts of a scheme the kernels take"),
+    )

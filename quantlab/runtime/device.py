@@ -77,6 +77,11 @@ def check_room(needed: int, device: torch.device, *, where: str) -> None:
         raise out_of_memory(needed, free, device, where=where)
 
 
+def ran_out(error: RuntimeError | MemoryError) -> bool:
+    """Whether an error says that memory ran out; torch has no class of its own for this on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def out_of_memory(needed: int, free: int | None, device: torch.device, *, where: str) -> DeviceError:
     """The error of a model that does not fit."""
     left = "unknown" if free is None else f"{free:,} bytes"

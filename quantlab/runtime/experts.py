@@ -36,6 +36,10 @@ class Experts(nn.Module):
         self.gate_up, self.down, self.act_fn = gate_up, down, act_fn
         self.num_experts = gate_up.shape[0]
 
+    def routes_on_device(self, dtype: torch.dtype) -> bool:
+        """Whether kernels of CUDA do all for activations of `dtype`; else the host waits to learn which experts were hit."""
+        return is_silu(self.act_fn) and takes(self.gate_up, self.down, dtype)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs.
 
@@ -47,7 +51,7 @@ class Experts(nn.Module):
         Returns:
             [tokens, H] in the dtype of `hidden_states`; summed in float32.
         """
-        if is_silu(self.act_fn) and takes(self.gate_up, self.down, hidden_states):
+        if hidden_states.is_cuda and self.routes_on_device(hidden_states.dtype):
             return routed(self.gate_up, self.down, hidden_states, top_k_index, top_k_weights)
         tokens, top_k = top_k_index.shape
         if tokens == 1:

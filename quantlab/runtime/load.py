@@ -22,7 +22,7 @@ from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import Scheme
 from quantlab.runtime.attention import LATENT_SDPA
-from quantlab.runtime.device import check_room, find_device, free_bytes, out_of_memory
+from quantlab.runtime.device import check_room, find_device, free_bytes, out_of_memory, ran_out
 from quantlab.runtime.matrices import DenseMatrices, Matrices
 from quantlab.runtime.skeleton import DTYPES, Weights, build, config_of, held_as
 
@@ -84,10 +84,8 @@ def _built(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype, at
     """The model, None if memory ran out: the error would keep what was loaded alive, so it ends here."""
     try:
         return build(config, weights, dtype=dtype, attention=attention)
-    except (torch.OutOfMemoryError, MemoryError):
-        return None
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # torch has no class of its own for this on the CPU
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
             raise
         return None
 

@@ -1,16 +1,21 @@
 """Decoding with a fixed cache against transformers' growing one, and what does not fit."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from quantlab.errors import CacheError, DeviceError
+from quantlab.recipe.schemes import SCHEMES
 from quantlab.runtime import attention, device
-from quantlab.runtime.decode import Decoder
+from quantlab.runtime.cuda.banks import CudaMatrices
+from quantlab.runtime.decode import Decoder, _not_capturable, capturable
+from quantlab.runtime.experts import Experts
 from quantlab.runtime.load import load
+from quantlab.runtime.matrices import ExpandedMatrices
 from quantlab.runtime.twin import random_twin
 from tests.runtime.tiny import FAMILIES, relative_error, tokens
 
@@ -145,6 +150,82 @@ def test_a_cache_that_memory_has_no_room_for(
     needed = 2 * 2 * 100 * 2 * 32 * 4  # keys and values, layers, tokens, heads, width, float32
     with pytest.raises(DeviceError, match=rf"{needed:,} bytes needed, 4,096 bytes free"):
         decoder.prefill(tokens(1, 7))
+
+
+def test_room_for_the_cache_is_looked_for_before_the_prompt_is_read(
+    models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    whole = LlamaForCausalLM.forward
+
+    def counted(self: LlamaForCausalLM, input_ids: Tensor, **options: object) -> object:
+        read.append(input_ids.numel())
+        return whole(self, input_ids, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    monkeypatch.setattr(device, "free_bytes", lambda _: 4096)
+    with pytest.raises(DeviceError, match="does not fit"):
+        Decoder(models["llama"], batch=3, length=100).prefill(tokens(3, 90))
+    assert read == [1], "one token of one sequence tells the size of the cache"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_while_a_prompt_is_read(
+    error: RuntimeError, models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(models["llama"], batch=2, length=32)
+    decoder.prefill(tokens(2, 7))
+    mlp = type(models["llama"].model.layers[1].mlp)
+    whole = mlp.forward
+
+    def broken(self: nn.Module, x: Tensor) -> Tensor:
+        if self is models["llama"].model.layers[1].mlp:
+            raise error
+        return whole(self, x)
+
+    monkeypatch.setattr(mlp, "forward", broken)
+    message = (
+        r"ran out[^$]*2 sequences of 32 tokens, prompts of 9[^$]*more bytes needed than the [\d,]+ bytes free on cpu"
+    )
+    with pytest.raises(DeviceError, match=message) as caught:
+        decoder.prefill(tokens(2, 9))
+    assert caught.value.__context__ is None, "nothing of what was computed is kept alive"
+    with pytest.raises(CacheError, match="the cache is empty"):
+        decoder.step(torch.zeros(2, dtype=torch.int64))
+    monkeypatch.setattr(mlp, "forward", whole)
+    decoder.prefill(tokens(2, 9))
+    assert decoder.used == 9
+
+
+def test_what_cannot_be_captured_is_not_captured() -> None:
+    """Float32, other activation functions and layouts without kernels make the host wait for the routing."""
+
+    def model(dtype: torch.dtype, *, columns: int = 128, act_fn: nn.Module | None = None) -> nn.Module:
+        int4 = SCHEMES["int4_g128"]
+        first, second = (CudaMatrices(int4, 4, n, k, scale_dtype=dtype) for n, k in ((256, 128), (128, 128)))
+        other = ExpandedMatrices(4, 128, columns, bits=4, groups=1, scale_dtype=dtype)
+        found = nn.Sequential(Experts(first, second if columns == 128 else other, act_fn or nn.SiLU()))
+        found.dtype = dtype
+        return found
+
+    assert capturable(model(torch.bfloat16))
+    assert capturable(model(torch.float16))
+    assert not capturable(model(torch.float32))
+    assert not capturable(model(torch.bfloat16, columns=96))
+    assert not capturable(model(torch.bfloat16, act_fn=nn.GELU()))
+
+
+def test_capture_is_refused_where_it_cannot_be(
+    models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not Decoder(models["deepseek_v3"], batch=1, length=8).captures
+    with pytest.raises(CacheError, match=r"cannot be captured[^$]*a model on cpu[^$]*leave `capture` out"):
+        Decoder(models["deepseek_v3"], batch=1, length=8, capture=True)
+    error = _not_capturable(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32))  # type: ignore[arg-type]
+    assert "experts whose kernels do not take torch.float32" in str(error)
+    assert "load the model in bfloat16" in str(error)
 
 
 def test_attention_a_fixed_cache_cannot_serve_is_refused() -> None:

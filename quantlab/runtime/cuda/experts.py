@@ -14,13 +14,13 @@ _ROWS_AT_ONCE: Final = 32768
 """Rows (tokens times experts per token) computed at once: bounds what lies between the two products."""
 
 
-def takes(gate_up: Matrices, down: Matrices, x: Tensor) -> bool:
-    """Whether `routed` computes the experts of these banks."""
+def takes(gate_up: Matrices, down: Matrices, dtype: torch.dtype) -> bool:
+    """Whether `routed` computes the experts of these banks, on a CUDA device, for activations of this dtype."""
     fits = [
-        isinstance(bank, CudaMatrices) or (isinstance(bank, DenseMatrices) and bank.weight.dtype == x.dtype)
+        isinstance(bank, CudaMatrices) or (isinstance(bank, DenseMatrices) and bank.weight.dtype == dtype)
         for bank in (gate_up, down)
     ]
-    return x.is_cuda and x.dtype in {torch.float16, torch.bfloat16} and all(fits) and gate_up.shape[1] % (2 * SLAB) == 0
+    return dtype in {torch.float16, torch.bfloat16} and all(fits) and gate_up.shape[1] % (2 * SLAB) == 0
 
 
 def routed(gate_up: Matrices, down: Matrices, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quantlab.runtime.cuda import expand, kernels, routing
 from quantlab.runtime.cuda import rows as row_kernels
+from quantlab.runtime.cuda.guard import on_its_device
 from quantlab.runtime.cuda.layout import blocks
 from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles
 
@@ -45,6 +46,7 @@ class Routing:
     top_k: int
 
 
+@on_its_device
 def route(index: Tensor, experts: int, tokens: int) -> Routing:
     """Sort the rows of index [T, k] by expert, in blocks of `tokens` rows."""
     rows = index.numel()
@@ -61,6 +63,7 @@ def route(index: Tensor, experts: int, tokens: int) -> Routing:
     return Routing(order, start, block_expert, block_first, block_count, tokens, index.shape[1])
 
 
+@on_its_device
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """[T, K] with weight [K] of the same dtype -> [T, K]; see `rows.rms_norm`."""
     rows, columns = x.shape
@@ -72,6 +75,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out
 
 
+@on_its_device
 def combine(rows: Tensor, weights: Tensor) -> Tensor:
     """rows [T * k, H] with weights [T, k] -> [T, H]."""
     tokens, top_k = weights.shape
@@ -85,6 +89,7 @@ def combine(rows: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
+@on_its_device
 def quantize_tokens(x: Tensor, *, chained: bool = False) -> tuple[Tensor, Tensor]:
     """[T, K] of any floating dtype -> integers [T, K] int8 and scales [T] float32."""
     rows, columns = x.shape
@@ -97,6 +102,7 @@ def quantize_tokens(x: Tensor, *, chained: bool = False) -> tuple[Tensor, Tensor
     return q, scale
 
 
+@on_its_device
 def product(
     m: Matrices,
     x: Tensor,
@@ -140,6 +146,7 @@ def product(
     return out
 
 
+@on_its_device
 def run_product(
     m: Matrices,
     x: Tensor,
@@ -195,6 +202,7 @@ def _scratch(m: Matrices, slots: int, tiles: Tiles) -> Tensor:
     return torch.empty(slots, tiles.tokens, tiles.rows, dtype=dtype, device=m.weight.device)
 
 
+@on_its_device
 def expanded(m: Matrices, index: int, first: int, count: int, out: Tensor) -> Tensor:
     """Rows `first`, a multiple of 64, to ``first + count`` of matrix `index`, written into out [count, K]."""
     _, rows, columns = m.shape
