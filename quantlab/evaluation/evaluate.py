@@ -13,6 +13,7 @@ from pathlib import Path
 from quantlab.checkpoint.files import write_atomically
 from quantlab.errors import ArtifactError, EvaluationError
 from quantlab.evaluation import hardware
+from quantlab.evaluation.contexts import measure_contexts
 from quantlab.evaluation.jobs import (
     MemoryRequest,
     Progress,
@@ -26,7 +27,7 @@ from quantlab.evaluation.jobs import (
 )
 from quantlab.evaluation.manifest import check_unchanged, matrix_errors, read_manifest, tokens_per_expert
 from quantlab.evaluation.processes import CellError, Worker
-from quantlab.evaluation.record import Failure, Memory, Quality, Record, Speed, TaskResult, read_record
+from quantlab.evaluation.record import Attention, Failure, Memory, Quality, Record, Speed, TaskResult, read_record
 from quantlab.evaluation.rows import adjusted
 from quantlab.evaluation.scores import kept_scores, next_token_result
 from quantlab.evaluation.suite import LoadedSuite, load_suite
@@ -198,7 +199,8 @@ def _kept(evaluation: _Evaluation, cell: Cell) -> Record | None:
         found = read_record(path)
     except ArtifactError:  # of another version: measured again
         return None
-    current = _record(evaluation, cell, Measurements(found.quality, found.tasks, found.memory, found.speed))
+    measured = Measurements(found.quality, found.tasks, found.memory, found.speed, attention=found.attention)
+    current = _record(evaluation, cell, measured)
     current = current.model_copy(update={"command": found.command})  # of the run that measured
     if found.model_dump(exclude=_WORDS) != current.model_dump(exclude=_WORDS):
         return None
@@ -216,6 +218,7 @@ class Measurements:
     memory: Memory | None
     speed: Speed | None
     failures: tuple[Failure, ...] = ()
+    attention: Attention | None = None
 
 
 def _record(evaluation: _Evaluation, cell: Cell, found: Measurements) -> Record:
@@ -244,6 +247,7 @@ def _record(evaluation: _Evaluation, cell: Cell, found: Measurements) -> Record:
         failures=found.failures,
         tokens_per_expert=tokens_per_expert(manifest),
         tasks=found.tasks,
+        attention=found.attention,
         matrix_errors=matrix_errors(manifest),
     )
 
@@ -252,6 +256,8 @@ def _seeds(suite: LoadedSuite) -> dict[str, int]:
     seeds = {"bootstrap": 0}
     if suite.suite.speed is not None:
         seeds |= {"speed twin": 0, "order of rounds": 0}
+    if suite.suite.attention is not None:
+        seeds["attention twin"] = 0
     for wanted in suite.suite.tasks:
         for number, seed in enumerate(wanted.seeds, start=1):
             seeds[f"task {Path(wanted.task).stem}" + (f", {number}" if len(wanted.seeds) > 1 else "")] = seed
@@ -276,7 +282,7 @@ def _measure_speed(evaluation: _Evaluation, worker: Worker, cells: list[Cell]) -
 
 
 def _measure(evaluation: _Evaluation, worker: Worker, cell: Cell) -> Record:
-    """Quality, tasks and memory of one artifact, joined with its speed."""
+    """Quality, tasks and memory of one artifact, joined with its speed; of the baseline also attention."""
     failures: list[Failure] = []
     quality = _measure_quality(evaluation, worker, cell, failures)
     tasks = _measure_tasks(evaluation, worker, cell, quality, failures)
@@ -289,7 +295,16 @@ def _measure(evaluation: _Evaluation, worker: Worker, cell: Cell) -> Record:
     if cell.variant in evaluation.speed_failures:
         failures.append(Failure(cell="speed", reason=evaluation.speed_failures[cell.variant]))
     speed = evaluation.speeds.get(cell.variant)
-    return _record(evaluation, cell, Measurements(quality, tasks, memory, speed, tuple(failures)))
+    attention = None
+    if cell.variant == evaluation.request.baseline:
+        attention = measure_contexts(
+            worker,
+            evaluation.suite,
+            cell.directory,
+            device=evaluation.request.device,
+            progress=evaluation.progress,
+        )
+    return _record(evaluation, cell, Measurements(quality, tasks, memory, speed, tuple(failures), attention))
 
 
 def _measure_quality(evaluation: _Evaluation, worker: Worker, cell: Cell, failures: list[Failure]) -> Quality | None:

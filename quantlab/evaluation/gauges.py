@@ -4,6 +4,8 @@ On the CPU memory is the resident size of the whole process; Linux can forget it
 CUDA it is what torch's allocator holds of tensors, which leaves out the libraries and what the allocator keeps in reserve.
 """
 
+import ctypes
+import gc
 import os
 import resource
 import sys
@@ -22,6 +24,14 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def give_back() -> None:
+    """Free what is no longer used, and let glibc hand it back to the system: what is taken next is then seen to be taken."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def held_bytes(device: torch.device) -> int:

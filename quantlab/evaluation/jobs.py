@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quantlab.evaluation.record import Speed, TaskResult
+from quantlab.evaluation.record import AttentionCell, Speed, TaskResult
 
 Progress = Callable[[str, int, int], None]
 """Told of a stage, how much of it is done and how much there is (0 when that is not known)."""
@@ -104,7 +104,34 @@ class SpeedResult(_Strict):
     """Why it could not be."""
 
 
-CellRequest = Annotated[QualityRequest | TasksRequest | MemoryRequest | SpeedRequest, Field(discriminator="kind")]
+class AttentionRequest(_Strict):
+    """One implementation of attention at one context; answered with an `AttentionResult`."""
+
+    kind: Literal["attention"] = "attention"
+    directory: Path
+    """The artifact whose layout the twin's weights have."""
+    suite: Path
+    """The suite."""
+    implementation: str
+    """Of attention."""
+    context: int
+    """Tokens."""
+    device: str = "cpu"
+    """As in `QualityRequest`."""
+
+
+class AttentionResult(_Strict):
+    """What was measured, or why not."""
+
+    cell: AttentionCell
+    """The numbers."""
+    layout: str = ""
+    """Of the twin's weights; empty where it was not made."""
+
+
+CellRequest = Annotated[
+    QualityRequest | TasksRequest | MemoryRequest | SpeedRequest | AttentionRequest, Field(discriminator="kind")
+]
 
 
 class Job(_Strict):

@@ -210,6 +210,42 @@ class Speed(_Frozen):
     named was measured in quiet."""
 
 
+class AttentionCell(_Frozen):
+    """One implementation of attention at one length of context, one sequence, on a random-weight twin."""
+
+    implementation: str
+    """ "quantlab_latent_sdpa", "sdpa", "eager", "flash_attention_2"."""
+    context: int
+    """Tokens."""
+    prefill_peak_bytes: int | None = None
+    """Most memory above the weights while the context is read, the cache included; None where it was not measured, as are the rest."""
+    decode_peak_bytes: int | None = None
+    """The same while a token is decoded after it; also None where a process cannot tell its latest peak from an earlier one."""
+    cache_bytes: int | None = None
+    """What the cache holds of the context."""
+    prefill_tokens_per_second: Measured | None = None
+    decode_tokens_per_second: Measured | None = None
+    """Step by step, with a cache that grows."""
+    quartiles: dict[str, tuple[float, float]] = {}
+    """First and third quartile over repeats, by "prefill_tokens_per_second" and "decode_tokens_per_second"; empty without repeats."""
+    noise: dict[str, str] = {}
+    """Why a rate cannot be taken for a fact, by the same names."""
+    reason: str | None = None
+    """Why it was not measured: "not tried: about 211.5 GB needed, 16.0 GB free"."""
+
+
+class Attention(_Frozen):
+    """What a long context takes beyond the weights, and how fast it is, by implementation of attention."""
+
+    twin: str
+    """What was measured: width and layers of the twin."""
+    layout: str
+    """Its weights; empty where nothing could be measured."""
+    memory: Literal["process", "cuda"]
+    """Which memory the peaks are of, as in `Memory.peak_memory_of`."""
+    cells: tuple[AttentionCell, ...]
+
+
 class Failure(_Frozen):
     """A measurement that could not be made."""
 
@@ -255,6 +291,8 @@ class Record(_Frozen):
     """Calibration tokens of every routed expert by block, as the artifact's manifest has them; empty where none was watched."""
     tasks: tuple[TaskResult, ...] = ()
     """In the order of the suite."""
+    attention: Attention | None = None
+    """Of the suite's contexts; in the record of the baseline only, None where the suite asks for none."""
     matrix_errors: tuple[MatrixErrors, ...] = ()
     """Of the matrices that were changed, by layer and kind; empty where nothing was, or the manifest does not say."""
 

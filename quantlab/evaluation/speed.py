@@ -37,7 +37,7 @@ from quantlab.runtime.twin import random_twin
 
 _LEAST_ROUNDS = 7
 _SEED = 0
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,12 @@ def layout_of(directory: Path) -> Layout:
         quantization = parse_config(described, where=str(directory / "config.json"))
     else:
         dtype, quantization = str(described.get("quant_method")), None
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise EvaluationError(
             "the speed of this layout cannot be measured",
             where=str(directory / "config.json"),
             found=dtype,
-            fix=f"use one of {', '.join(_DTYPES)}, fp8 or {QUANT_METHOD}",
+            fix=f"use one of {', '.join(DTYPES)}, fp8 or {QUANT_METHOD}",
         )
     return Layout(dtype, quantization)
 
@@ -142,7 +142,7 @@ def build(layout: Layout, suite: SpeedSuite, *, device: str = "cpu", fixed: bool
         device: where it computes.
         fixed: whether it decodes from a cache of fixed size; None for yes on CUDA.
     """
-    model = random_twin(suite.shape, layout.quantization, dtype=_DTYPES[layout.dtype], seed=_SEED, device=device)
+    model = random_twin(suite.shape, layout.quantization, dtype=DTYPES[layout.dtype], seed=_SEED, device=device)
     prompt = _tokens(1, suite.prompt, int(model.config.vocab_size)).to(model.device)
     caches: dict[int, DynamicCache | Decoder] = {}
     if model.device.type == "cuda" if fixed is None else fixed:

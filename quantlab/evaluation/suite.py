@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -50,6 +50,37 @@ class SpeedSuite(_Strict):
     """After this long no further round starts, unless fewer than seven are done."""
     energy_seconds: float = Field(default=0.0, ge=0)
     """Steady decoding per twin and batch that energy is read around, where the device counts it; 0 leaves it out."""
+
+
+Implementation = Literal["quantlab_latent_sdpa", "sdpa", "eager", "flash_attention_2"]
+"""Of attention: the runtime's own, and those of transformers it is compared with."""
+
+
+class AttentionSuite(_Strict):
+    """Long contexts under every implementation of attention: memory beyond the weights, and speed."""
+
+    implementations: tuple[Implementation, ...] = Field(
+        default=("quantlab_latent_sdpa", "sdpa", "eager", "flash_attention_2"), min_length=1
+    )
+    """Which; one that is not installed says so in its cells."""
+    contexts: tuple[Annotated[int, Field(ge=16)], ...] = Field(default=(2048, 8192, 32768), min_length=1)
+    """Tokens of the one sequence that is read; what cannot fit the free memory is not tried, and says so."""
+    description: str = ""
+    """The twin in a few words; that of `speed` if left out."""
+    shape: dict[str, JsonValue] = {}
+    """The config.json of the twin; that of `speed` if left out. Its `max_position_embeddings` is made to fit the contexts."""
+    steps: int = Field(default=4, gt=0)
+    """Tokens decoded per repeat."""
+    repeats: int = Field(default=7, gt=0)
+    """Most repeats of each prefill, and of each decode."""
+    seconds: float = Field(default=20.0, ge=0)
+    """After this long no further repeat of a prefill, or of a decode, starts."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "AttentionSuite":
+        if bool(self.shape) != bool(self.description):
+            raise ValueError("a twin of its own needs `shape` and `description`; leave out both for that of `speed`")
+        return self
 
 
 class SuiteTask(_Strict):
@@ -100,10 +131,27 @@ class Suite(_Strict):
     """Quality."""
     speed: SpeedSuite | None = None
     """Speed; left out, it is not measured."""
+    attention: AttentionSuite | None = None
+    """Long contexts by implementation of attention; left out, they are not measured."""
     tasks: tuple[SuiteTask, ...] = ()
     """Tasks, in the order of the tables."""
     layer_error_tokens: int = Field(default=1024, ge=0)
     """Tokens that the error of each layer is measured on; 0 leaves it out."""
+
+    @property
+    def attention_twin(self) -> tuple[str, dict[str, JsonValue]]:
+        """Description and shape of the twin that attention is measured on."""
+        assert self.attention is not None, "asked of suites that measure attention"
+        if self.attention.shape:
+            return self.attention.description, self.attention.shape
+        assert self.speed is not None, "checked when the suite was read"
+        return self.speed.description, self.speed.shape
+
+    @model_validator(mode="after")
+    def _has_a_twin(self) -> "Suite":
+        if self.attention is not None and not self.attention.shape and self.speed is None:
+            raise ValueError("attention is measured on a twin; give `attention` a `shape`, or add `speed`")
+        return self
 
 
 @dataclass(frozen=True)

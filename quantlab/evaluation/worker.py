@@ -22,7 +22,17 @@ from pydantic import BaseModel
 
 from quantlab.errors import QuantlabError
 from quantlab.evaluation.answers import measure_tasks
-from quantlab.evaluation.jobs import EXPLAINED, Job, MemoryRequest, Progress, QualityRequest, SpeedRequest, TasksRequest
+from quantlab.evaluation.attention import measure_attention
+from quantlab.evaluation.jobs import (
+    EXPLAINED,
+    AttentionRequest,
+    Job,
+    MemoryRequest,
+    Progress,
+    QualityRequest,
+    SpeedRequest,
+    TasksRequest,
+)
 from quantlab.evaluation.memory import measure_memory
 from quantlab.evaluation.quality import measure_quality
 from quantlab.evaluation.speed import measure_speed
@@ -80,6 +90,8 @@ def _measure(job: Job, progress: Progress) -> BaseModel:
             return measure_memory(job.request, progress)
         case SpeedRequest():
             return measure_speed(job.request, progress)
+        case AttentionRequest():
+            return measure_attention(job.request, progress)
         case _:
             assert_never(job.request)
 

@@ -6,6 +6,7 @@ interval keeps it.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -13,7 +14,7 @@ from pydantic import Field, model_validator
 
 from quantlab.documents import load_document
 from quantlab.errors import RecipeError
-from quantlab.evaluation.record import Measured
+from quantlab.evaluation.record import Attention, Measured
 from quantlab.report.difference import exact, subtract
 from quantlab.report.rows import Frozen, Row, noise_of
 
@@ -25,6 +26,7 @@ Metric = Literal[
     "quantized_weights_percent_of_fp16",
     "twin_memory_percent_of_fp16",
     "speed_over_fp16",
+    "attention_memory_saved_percent",
 ]
 Verdict = Literal["holds", "better", "does not hold", "not decided", "not measured here"]
 
@@ -36,10 +38,11 @@ NAMES: dict[Metric, str] = {
     "quantized_weights_percent_of_fp16": "quantized weights in memory, % of FP16",
     "twin_memory_percent_of_fp16": "weights of the twin in memory, % of FP16",
     "speed_over_fp16": "decode speed of the twin, × FP16",
+    "attention_memory_saved_percent": "peak above the weights while a context is read, saved against eager attention, %",
 }
 _VAGUE = 0.3
 """An interval wider than this share of the claimed number contains too much to confirm it."""
-_HIGHER_IS_BETTER = {"accuracy_kept_percent", "speed_over_fp16"}
+_HIGHER_IS_BETTER = {"accuracy_kept_percent", "speed_over_fp16", "attention_memory_saved_percent"}
 
 
 class Claim(Frozen):
@@ -49,6 +52,10 @@ class Claim(Frozen):
     """As it is printed, in one line."""
     variant: str | None = None
     metric: Metric | None = None
+    attention: str | None = None
+    """Of `attention_memory_saved_percent`: the implementation that is held against `eager`, in place of a variant."""
+    context: int | None = None
+    """Tokens of the context that it is held against it at."""
     measured: float | None = None
     """A number that no record holds, from `source`."""
     source: str | None = None
@@ -66,6 +73,11 @@ class Claim(Frozen):
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
         said = [each for each in (self.equals, self.at_most, self.at_least, self.better_than) if each is not None]
+        of_attention = self.metric == "attention_memory_saved_percent"
+        if not (self.attention is not None) == (self.context is not None) == of_attention:
+            raise ValueError(
+                "`attention` and `context` belong to `metric: attention_memory_saved_percent`, and it to them"
+            )
         if (self.measured is None) != (self.source is None) or (self.measured is not None and self.metric is not None):
             raise ValueError(
                 "a number measured elsewhere needs its place; give `measured` and `source`, and no `metric`"
@@ -76,7 +88,8 @@ class Claim(Frozen):
             return self
         if self.metric is None and (said or self.variant):
             raise ValueError("a claim without a metric cannot be checked; add `metric: …`")
-        if self.metric is not None and (len(said) != 1 or self.variant is None):
+        whole = len(said) == 1 and (self.variant is None) == of_attention and not (of_attention and self.better_than)
+        if self.metric is not None and not whole:
             raise ValueError(
                 "a claim does not say what it claims; give `variant` and one of equals, at_most, at_least, better_than"
             )
@@ -120,8 +133,16 @@ def load_claims(path: Path) -> tuple[Claims, str]:
     return claims, content.decode()
 
 
-def check_claims(claims: Claims, rows: Sequence[Row], *, baseline: str) -> CheckedClaims:
+def check_claims(
+    claims: Claims, rows: Sequence[Row], *, baseline: str, attention: Attention | None = None
+) -> CheckedClaims:
     """Hold every claim against the rows of a matrix.
+
+    Args:
+        claims: of a file.
+        rows: of the matrix.
+        baseline: the variant that losses are relative to.
+        attention: long contexts by implementation, where they were measured.
 
     Raises:
         RecipeError: a claim is about a variant that the matrix has no row for.
@@ -137,23 +158,44 @@ def check_claims(claims: Claims, rows: Sequence[Row], *, baseline: str) -> Check
                     fix=f"use one of: {', '.join(by_name)}",
                 )
     return CheckedClaims(
-        title=claims.title, claims=tuple(_check(claim, by_name, baseline=baseline) for claim in claims.claims)
+        title=claims.title,
+        claims=tuple(
+            _check_attention(claim, attention)
+            if claim.attention is not None
+            else _check(claim, by_name, baseline=baseline)
+            for claim in claims.claims
+        ),
     )
 
 
-def _check(claim: Claim, rows: dict[str, Row], *, baseline: str) -> CheckedClaim:
-    def said(verdict: Verdict, value: Measured | float | None, more: str = "") -> CheckedClaim:
-        note = "; ".join(part for part in (claim.note, more) if part)
-        return CheckedClaim(
-            text=claim.text,
-            variant=claim.variant,
-            metric=claim.metric,
-            claimed=_claimed(claim),
-            value=value,
-            verdict=verdict,
-            note=note,
-        )
+def _said(claim: Claim, verdict: Verdict, value: Measured | float | None, more: str = "") -> CheckedClaim:
+    return CheckedClaim(
+        text=claim.text,
+        variant=claim.variant,
+        metric=claim.metric,
+        claimed=_claimed(claim),
+        value=value,
+        verdict=verdict,
+        note="; ".join(part for part in (claim.note, more) if part),
+    )
 
+
+def _check_attention(claim: Claim, attention: Attention | None) -> CheckedClaim:
+    """Peaks are bytes that were counted once, so their ratio has no interval."""
+    cells = attention.cells if attention else ()
+    peaks = {cell.implementation: cell.prefill_peak_bytes for cell in cells if cell.context == claim.context}
+    ours, eager = peaks.get(str(claim.attention)), peaks.get("eager")
+    what = f"{claim.attention} at {claim.context:,} tokens"
+    if ours is None or not eager:
+        return _said(claim, "not measured here", None, what)
+    saved = 100 * (1 - ours / eager)
+    if claim.equals is not None:
+        return _said(claim, _equals(exact(-saved), -claim.equals, claim.tolerance), saved, what)
+    return _said(claim, _bounded(claim, exact(saved)), saved, what)
+
+
+def _check(claim: Claim, rows: dict[str, Row], *, baseline: str) -> CheckedClaim:
+    said = partial(_said, claim)
     if claim.measured is not None:
         return said(_bounded(claim, exact(claim.measured)), claim.measured, str(claim.source))
     if claim.metric is None or claim.variant is None:
@@ -221,6 +263,7 @@ def _value(row: Row, metric: Metric, *, baseline: str) -> Measured | float | Non
         "quantized_weights_percent_of_fp16": lambda: row.quantized_weights_percent_of_fp16,
         "twin_memory_percent_of_fp16": lambda: row.twin_memory_percent_of_fp16,
         "speed_over_fp16": lambda: row.speed_over_fp16,
+        "attention_memory_saved_percent": lambda: None,  # of no row
     }
     return readers[metric]()
 

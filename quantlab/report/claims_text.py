@@ -46,7 +46,7 @@ def claims_table(matrix: Matrix) -> ClaimsTable | None:
 
 def _line(claim: CheckedClaim) -> ClaimLine:
     mood, sign = _MOODS[claim.verdict]
-    what = f"{NAMES[claim.metric]}, {claim.variant}" if claim.metric else ""
+    what = ", ".join(part for part in (NAMES[claim.metric], claim.variant) if part) if claim.metric else ""
     note = "; ".join(part for part in (what, claim.note) if part)
     return ClaimLine(claim.text, claim.claimed, _measured(claim), claim.verdict, mood, sign, note)
 

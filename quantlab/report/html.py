@@ -2,6 +2,7 @@
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from quantlab.report.attention_text import attention_table
 from quantlab.report.bars import lay_out_bars
 from quantlab.report.cells import cell, failures, notes, number
 from quantlab.report.claims_text import claims_table
@@ -51,6 +52,7 @@ def to_html(matrix: Matrix) -> str:
             layer_maps=layer_maps(matrix),
             group_maps=group_maps(matrix),
             matrix_maps=matrix_maps(matrix),
+            attention=attention_table(matrix),
             claims=claims_table(matrix),
             notes=notes(matrix),
             failures=failures(matrix),

@@ -2,6 +2,7 @@
 
 import re
 
+from quantlab.report.attention_text import attention_table
 from quantlab.report.cells import Cell, cell, failures, notes
 from quantlab.report.claims_text import claims_table
 from quantlab.report.column import Column
@@ -31,6 +32,7 @@ def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
             if any(column.group == group for column in every[_HEADLINE_COLUMNS:])
         ),
         *_domains(matrix),
+        *_attention(matrix),
         *_layers(matrix),
         *_claims(matrix),
         "## How to read this",
@@ -102,6 +104,18 @@ def _domains(matrix: Matrix) -> list[str]:
             )
         )
     return ["\n".join(lines)]
+
+
+def _attention(matrix: Matrix) -> list[str]:
+    """Long contexts, where they were measured."""
+    table = attention_table(matrix)
+    if table is None:
+        return []
+    lines = [table_line(list(table.heads)), table_line(["---", *("---:" for _ in table.heads[1:])])]
+    for line in table.lines:
+        cells = (line.reason, *("–" for _ in line.cells[1:])) if line.reason else line.cells
+        lines.append(table_line([f"`{line.implementation}`", line.context, *(escaped(text) for text in cells)]))
+    return [f"### {table.title}", "\n".join(lines), escaped(table.note)]
 
 
 def _layers(matrix: Matrix) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from quantlab.errors import ArtifactError
-from quantlab.evaluation.record import Record
+from quantlab.evaluation.record import Attention, Record
 from quantlab.report.claims import CheckedClaims, Claims, check_claims
 from quantlab.report.rows import Frozen, Row, build_row, keys_of
 
@@ -29,6 +29,8 @@ class Matrix(Frozen):
     suite: str
     suite_sha256: str
     rows: tuple[Row, ...]
+    attention: Attention | None = None
+    """Long contexts by implementation of attention, on the baseline's twin; null where the suite asks for none."""
     claims: CheckedClaims | None = None
     """What others print, held against the rows; null where the recipe names no claims."""
 
@@ -55,6 +57,7 @@ def build_matrix(
         raise ArtifactError("there are no records to report", fix="run `quantlab eval` first")
     _refuse_strangers(records)
     first, keys = records[0], keys_of(records)
+    attention = next((record.attention for record in records if record.attention), None)
     rows = tuple(build_row(record, keys, link=(links or {}).get(record.variant)) for record in records)
     return Matrix(
         recipe=first.recipe,
@@ -64,7 +67,8 @@ def build_matrix(
         suite=first.suite,
         suite_sha256=first.suite_sha256,
         rows=rows,
-        claims=check_claims(claims, rows, baseline=first.baseline) if claims else None,
+        attention=attention,
+        claims=check_claims(claims, rows, baseline=first.baseline, attention=attention) if claims else None,
     )
 
 

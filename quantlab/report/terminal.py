@@ -8,6 +8,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from quantlab.report.attention_text import AttentionTable, attention_table
 from quantlab.report.cells import Cell, cell, failures, notes
 from quantlab.report.claims_text import ClaimsTable, claims_table
 from quantlab.report.column import Column
@@ -57,6 +58,10 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
     tasks = [column for column in columns(matrix) if column.key.startswith("task_loss.")]
     if tasks:
         console.print(_tasks(matrix, tasks, console))
+    attention = attention_table(matrix)
+    if attention:
+        console.print(_attention(attention, console))
+        _print_labelled("note", attention.note, console, label_style="dim", style="dim")
     claims = claims_table(matrix)
     if claims:
         console.print(_claims(claims, console))
@@ -118,6 +123,17 @@ def _tasks(matrix: Matrix, tasks: list[Column], console: Console) -> Table:
     for row in matrix.rows:
         if row.variant != matrix.baseline:
             table.add_row(row.variant, *(_text(cell(matrix, row, column), column, console) for column in tasks))
+    return table
+
+
+def _attention(found: AttentionTable, console: Console) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
+    table.add_column(found.heads[0], overflow="fold", style="bold")
+    for head in found.heads[1:]:
+        table.add_column(in_encoding(console, head), justify="right", overflow="fold")
+    for line in found.lines:
+        cells = (line.reason, *("–" for _ in line.cells[1:])) if line.reason else line.cells
+        table.add_row(line.implementation, line.context, *(in_encoding(console, text) for text in cells))
     return table
 
 

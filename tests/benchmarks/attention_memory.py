@@ -1,12 +1,9 @@
 """What reading a long context takes beyond the weights, by implementation of attention.
 
-Every implementation reads a context of 2k, 8k and 32k tokens, one sequence, into a cache, and then decodes one token. What
-counts is the peak of memory above the weights, the cache included: on the CPU the growth of the resident size of a process
-of its own, on CUDA what torch's allocator held at most. `quantlab_latent_sdpa` is the runtime's own: of MLA its cache holds
-latents under every implementation, but it alone decodes without expanding them. What cannot fit is not tried: the scores of
-`eager` are heads x context x context.
-
-On the CPU the layers are small, on CUDA as wide as the models'.
+What is measured, and how, is `quantlab.evaluation.attention`'s: a context of 2k, 8k and 32k tokens, one sequence, the peak of
+memory above the weights while it is read and while a token is decoded after it. Here it is done for MLA and for a dense
+model, without a recipe: on the CPU with small layers, each combination in a process of its own, on CUDA with layers as wide
+as the models'.
 
     python tests/benchmarks/attention_memory.py --out eval/results/attention-memory-cpu
     python tests/benchmarks/attention_memory.py --device cuda --out eval/results/attention-memory-cuda
@@ -17,25 +14,21 @@ import gc
 import json
 import os
 import platform
-import resource
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache
 
-from quantlab.errors import QuantlabError
-from quantlab.runtime.account import weight_bytes
+from quantlab.evaluation.attention import Case, attempt
+from quantlab.evaluation.record import AttentionCell
+from quantlab.evaluation.speed import Layout
 from quantlab.runtime.attention import IMPLEMENTATIONS
-from quantlab.runtime.device import find_device, free_bytes
-from quantlab.runtime.twin import random_twin
+from quantlab.runtime.device import find_device
 
 CONTEXTS = (2048, 8192, 32768)
-BYTES_PER_SCORE = 12
-"""What eager holds per score at once: 16-bit scores, masked scores and weights, float32 softmax."""
+LAYOUT = Layout("bfloat16", None)
 COMMON: Mapping[str, Any] = {"max_position_embeddings": max(CONTEXTS) + 8, "vocab_size": 1024, "rms_norm_eps": 1e-6}
 LATENT: Mapping[str, Any] = {
     "model_type": "deepseek_v3",
@@ -98,71 +91,23 @@ def config_of(shape: Mapping[str, Any], layers: int) -> dict[str, Any]:
     return {**shape, "num_hidden_layers": layers, "first_k_dense_replace": layers}
 
 
-def resident() -> int:
-    """Bytes in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def measured(config: Mapping[str, Any], implementation: str, context: int, device: torch.device) -> dict[str, Any]:
-    """Peaks above the weights of reading `context` tokens and of decoding one more, bytes of the cache, seconds."""
-    model = random_twin(config, None, dtype=torch.bfloat16, seed=0, device=device, attention=implementation)
-    ids = torch.randint(config["vocab_size"], (1, context), device=device)
-    found: dict[str, Any] = {"weights_bytes": weight_bytes(model).total}
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(input_ids=ids[:, :8], use_cache=False)  # kernels are made and thread pools started before anything counts
-        gc.collect()
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
-        for task, part in (("prefill", ids), ("decode", ids[:, :1])):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-                torch.cuda.reset_peak_memory_stats(device)
-            start = time.perf_counter()
-            model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-                peak = torch.cuda.max_memory_allocated(device)
-            else:
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            if task == "prefill" or device.type == "cuda":  # the resident size has one peak only, that of the prefill
-                found[f"{task}_peak_bytes"] = max(peak - before, 0)
-            found[f"{task}_seconds"] = time.perf_counter() - start
-    found["cache_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return found
-
-
-def attempt(config: Mapping[str, Any], implementation: str, context: int, device: torch.device) -> dict[str, Any]:
-    """`measured`, or why not."""
-    scores = BYTES_PER_SCORE * config["num_attention_heads"] * context**2
-    free = free_bytes(device)
-    # torch's fused kernel for the CPU asks for heads of one width, which MLA's are not
-    unfused = implementation == "eager" or (
-        implementation == "sdpa" and "v_head_dim" in config and device.type == "cpu"
-    )
-    if unfused and free is not None and scores > 0.5 * free:
-        return {"reason": f"not tried: scores of about {scores / 1e9:.0f} GB, {free / 1e9:.0f} GB free"}
-    try:
-        return measured(config, implementation, context, device)
-    except QuantlabError as error:
-        return {"reason": f"{error.found}"}
-    except torch.OutOfMemoryError:
-        return {"reason": "out of memory"}
-
-
-def in_a_child(config: Mapping[str, Any], implementation: str, context: int, device: torch.device) -> dict[str, Any]:
+def in_a_child(config: Mapping[str, Any], case: Case, device: torch.device) -> AttentionCell:
     """`attempt` in a forked process, whose peak is its own."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         with os.fdopen(writing, "w") as answers:
-            json.dump(attempt(config, implementation, context, device), answers)
+            answers.write(attempt(config, LAYOUT, case, device).cell.model_dump_json())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as answers:
         text = answers.read()
     _, status = os.waitpid(child, 0)
-    return json.loads(text) if text else {"reason": f"ended with {os.waitstatus_to_exitcode(status)}"}
+    if text:
+        return AttentionCell.model_validate_json(text)
+    reason = f"ended with {os.waitstatus_to_exitcode(status)}"
+    return AttentionCell(implementation=case.implementation, context=case.context, reason=reason)
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
@@ -213,12 +158,13 @@ def main() -> None:
     for kind, shape in (TRUE if cuda else SMALL).items():
         for implementation in arguments.implementations:
             for context in arguments.contexts:
-                run = attempt if cuda else in_a_child
-                found = run(config_of(shape, layers), implementation, context, device)
+                config, case = config_of(shape, layers), Case(implementation, context)
+                found = attempt(config, LAYOUT, case, device).cell if cuda else in_a_child(config, case, device)
                 gc.collect()
                 if cuda:
                     torch.cuda.empty_cache()
-                rows.append({"kind": kind, "attention": implementation, "context": context} | found)
+                told = found.model_dump(exclude_defaults=True, exclude={"implementation", "noise"})
+                rows.append({"kind": kind, "attention": implementation} | told)
                 print(kind, implementation, context, cell(rows[-1]), flush=True)
     hardware = torch.cuda.get_device_name(device) if cuda else f"the CPU ({platform.machine()}, small widths)"
     result = {"hardware": hardware, "torch": torch.__version__, "layers": layers, "rows": rows}

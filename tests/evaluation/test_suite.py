@@ -13,7 +13,13 @@ SUITES = sorted((Path(__file__).parents[2] / "eval" / "suites").rglob("*.yaml"))
 
 
 def test_all_suites_are_found() -> None:
-    assert [path.name for path in SUITES] == ["core.yaml", "long_context.yaml", "quick.yaml", "reasoning.yaml"]
+    assert [path.name for path in SUITES] == [
+        "core.yaml",
+        "guide.yaml",
+        "long_context.yaml",
+        "quick.yaml",
+        "reasoning.yaml",
+    ]
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
