@@ -141,7 +141,7 @@ def test_inspect_of_artifacts_and_foreign_checkpoints(arguments: tuple[str, ...]
             tensors = json.loads(done.stdout)["tensors"]
             numbers = {tensor["role"]: tensor["numbers"] for tensor in tensors}
             assert numbers["routed_experts"] == scheme
-            assert numbers["router"] == "BF16"
+            assert numbers["router"] in {"BF16", "F32"}, "as transformers wrote it: in float32 from 5.24 on"
             stored = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
             assert 0.9 * stored <= sum(tensor["nbytes"] for tensor in tensors) <= stored
 

@@ -28,6 +28,7 @@ _PRIOR_STRENGTH: Final = 1.0
 _DEFAULT_GRID: Final[Mapping[int, Grid]] = {4: "signed", 8: "absmax"}
 
 _UNSEEN: Final = "no calibration token reached it: changed by the statistics of all tokens"
+_UNSEEN_ALONE: Final = "no calibration token reached it: changed as if all its inputs mattered alike"
 
 Changed = tuple[Tensor | QuantizedMatrix, "WeightReport | None"]
 """What a weight became, and what that cost; None where no pass changed it."""
@@ -44,6 +45,9 @@ class WeightReport:
         rtn_output_error: what rounding to nearest on the same grid would have had.
         tokens: how many tokens its statistics are made of.
         fallback: what was done in place of what the recipe asks for, empty if nothing was.
+        damping: what the Hessian had to be damped by, where that is more than the recipe says.
+        dead_columns: how many inputs were always zero, where any was; their weights are rounded to nearest.
+        kept_rows: how many rows are rounded to nearest because that is better there, where any is.
     """
 
     relative_error: float
@@ -52,6 +56,9 @@ class WeightReport:
     rtn_output_error: float | None = None
     tokens: int | None = None
     fallback: str = ""
+    damping: float | None = None
+    dead_columns: int | None = None
+    kept_rows: int | None = None
 
     def known(self) -> dict[str, float | int | str]:
         """What there is to tell, by name."""
@@ -169,7 +176,7 @@ def _gptq_all(works: Sequence["_Work"], step: Quantize, algorithm: Gptq, dtype: 
         removed=None if works[0].mask is None else _stacked([work.mask for work in works]),
     )
     for index, work in enumerate(works):
-        work.take(done.member(index))
+        work.take(done.member(index), algorithm)
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -194,6 +201,10 @@ class _Work:
         self.mask: Tensor | None = None
         self._fallback = [""] * len(self._rows)
         self._rtn_errors: list[float] | None = None
+        self._damping: float | None = None
+        self._dead: int | None = None
+        self._kept: list[int] = [0] * len(self._rows)
+        self._leans = False
 
     @property
     def _dense(self) -> Tensor:
@@ -213,13 +224,14 @@ class _Work:
                 masks = [magnitude_mask(part, ratio=ratio, pattern=pattern) for part in self._apart(self._dense)]
                 self.mask = masks[0] if len(masks) == 1 else torch.cat(masks)
             case Wanda():
-                squares = self.known.shrunk(_PRIOR_STRENGTH).mean_square
+                squares = self._shrunk().mean_square
                 self.mask = wanda_mask(self._dense, squares, ratio=ratio, pattern=pattern)
             case SparseGpt(damping=damping):
-                H = self.known.shrunk(_PRIOR_STRENGTH).hessian
+                H = self._shrunk().hessian
                 assert H is not None, "asked for by needs_of"
                 pruned = sparsegpt(self._dense, H, ratio=ratio, pattern=pattern, damping=damping)
                 self._matrix, self.mask = pruned.W, pruned.mask
+                self._damped(float(pruned.damping), damping)
                 if pruned.failed:
                     self._note("pruned without making good, the Hessian is singular at every damping")
                 return
@@ -236,22 +248,35 @@ class _Work:
             case Gptq():
                 raise AssertionError("done for all matrices at once")
             case Rtn(clip="activations") | Awq(clip="activations"):
-                squares = self.known.shrunk(_PRIOR_STRENGTH).mean_square
+                squares = self._shrunk().mean_square
                 self._matrix = round_to_nearest(self._dense, grid_of(step, dtype), importance=squares)
             case Rtn() | Awq() | SmoothQuant():
                 self._matrix = round_to_nearest(self._dense, grid_of(step, dtype))
             case _:
                 assert_never(algorithm)
 
-    def take(self, done: GptqResult) -> None:
+    def _shrunk(self) -> Inputs:
+        self._leans = True
+        return self.known.shrunk(_PRIOR_STRENGTH)
+
+    def _damped(self, needed: float, wanted: float) -> None:
+        """Note damping above what the recipe says; λ comes back in float32."""
+        if needed > 1.001 * wanted:
+            self._damping = _four_digits(max(needed, self._damping or 0.0))
+
+    def take(self, done: GptqResult, algorithm: Gptq) -> None:
         """Take on what GPTQ made of the matrix."""
         self._matrix = done.matrix()
+        self._leans = self._leans or algorithm.shrinkage > 0
+        self._damped(float(done.damping), algorithm.damping)
+        self._dead = int(done.dead) or None
         parts = zip(self._apart(done.rtn_error), self._apart(done.energy), strict=True)
         self._rtn_errors = [_ratio(float(error.sum()), float(energy.sum())) for error, energy in parts]
         if done.failed:
             self._note("rounded to nearest, the Hessian is singular at every damping")
         for index, kept in enumerate(self._apart(done.kept_rtn)):
-            if kept.any() and not done.failed:
+            self._kept[index] = int(kept.sum())
+            if self._kept[index] and not done.failed:
                 self._fallback[index] = "some rows rounded to nearest, which is better there"
 
     def _note(self, what: str) -> None:
@@ -290,8 +315,14 @@ class _Work:
             output_error=output_error,
             rtn_output_error=None if self._rtn_errors is None else _four_digits(self._rtn_errors[index]),
             tokens=None if self._inputs is None else self._inputs.tokens,
-            fallback=_UNSEEN if self._inputs is not None and self._inputs.tokens == 0 else self._fallback[index],
+            fallback=self._unseen() if self._inputs is not None and self._inputs.tokens == 0 else self._fallback[index],
+            damping=self._damping,
+            dead_columns=self._dead,
+            kept_rows=self._kept[index] or None,
         )
+
+    def _unseen(self) -> str:
+        return _UNSEEN if self._leans and self.known.prior is not None else _UNSEEN_ALONE
 
 
 def grid_of(step: Quantize, dtype: torch.dtype) -> GridOptions:

@@ -12,7 +12,7 @@ from quantlab.architectures.families import detect
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.errors import PlanError
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
-from quantlab.plan.folds import mark_folds
+from quantlab.plan.folds import fold_notes, mark_folds
 from quantlab.plan.memory import calibrated_peak_memory, peak_memory
 from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, StoredTensor, VariantPlan
 from quantlab.plan.serving import check_serving_rules, serving_notes, tensor_parallel_sizes
@@ -101,7 +101,7 @@ def _plan_variant(
         kept = kept_experts(reap, config, variant=name)
         steps = without_experts(steps, kept=kept)
     what = json.dumps([step.model_dump() for step in passes], sort_keys=True)
-    steps = mark_folds(steps)
+    steps = mark_folds(steps, variant=name)
     stored = [step for step in steps if step.outputs]
     check_serving_rules(stored, variant=name)
     return VariantPlan(
@@ -114,7 +114,7 @@ def _plan_variant(
         key=hashlib.sha256(f"{_LAYOUT_VERSION} {LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),
         peak_memory_bytes=calibrated_peak_memory(steps, calibration) if calibration else peak_memory(steps),
         tensor_parallel=tensor_parallel_sizes(stored, heads=size_of(config, "num_attention_heads")),
-        notes=(*serving_notes(stored), *removal_notes(steps, kept=kept)),
+        notes=(*serving_notes(stored), *fold_notes(steps), *removal_notes(steps, kept=kept)),
     )
 
 

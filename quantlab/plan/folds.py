@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from quantlab.architectures.architecture import STAGES
+from quantlab.errors import PlanError
 from quantlab.plan.model import Step
 from quantlab.recipe.algorithms import Awq, SmoothQuant
 
@@ -31,6 +32,23 @@ class Fold:
 
 def folds_of(steps: Iterable[Step]) -> tuple[Fold, ...]:
     """The folds of one block in the order its forward pass reaches them; empty where no pass folds."""
+    order = [site for stage in STAGES for site in stage]
+    return tuple(sorted((fold for fold in _possible(steps) if not _unhelpful(fold)), key=lambda f: order.index(f.site)))
+
+
+def unsmoothed(steps: Iterable[Step]) -> tuple[str, ...]:
+    """Names of the weights of one block that SmoothQuant rounds without smoothing what they read: one factor for all experts
+    behind a norm serves none of them well."""
+    skipped = (fold for fold in _possible(steps) if _unhelpful(fold))
+    return tuple(step.claim.name for fold in skipped for step in fold.consumers if _folding(step))
+
+
+def _unhelpful(fold: Fold) -> bool:
+    experts = any(step.claim.expert is not None for step in fold.consumers)
+    return isinstance(fold.algorithm, SmoothQuant) and fold.site == "mlp" and experts
+
+
+def _possible(steps: Iterable[Step]) -> list[Fold]:
     producers: dict[tuple[str, int | None, bool], list[Step]] = defaultdict(list)
     readers: dict[str, list[Step]] = defaultdict(list)
     for step in steps:
@@ -45,16 +63,9 @@ def folds_of(steps: Iterable[Step]) -> tuple[Fold, ...]:
     for (site, expert, norm), members in producers.items():
         consumers = [step for step in readers[site] if norm or step.claim.expert == expert]
         algorithm = next((found for step in consumers if (found := _folding(step))), None)
-        if (
-            isinstance(algorithm, SmoothQuant)
-            and site == "mlp"
-            and any(step.claim.expert is not None for step in consumers)
-        ):
-            continue  # one factor for all experts serves none of them well
         if algorithm is not None:
             folds.append(Fold(site, algorithm, tuple(members), tuple(consumers)))
-    order = [site for stage in STAGES for site in stage]
-    return tuple(sorted(folds, key=lambda fold: order.index(fold.site)))
+    return folds
 
 
 def _folding(step: Step) -> Awq | SmoothQuant | None:
@@ -62,20 +73,51 @@ def _folding(step: Step) -> Awq | SmoothQuant | None:
     return algorithm if isinstance(algorithm, Awq | SmoothQuant) else None
 
 
-def mark_folds(steps: Sequence[Step]) -> list[Step]:
-    """The steps with the outcome "folded" where folding is all that changes a tensor."""
-    blocks: dict[str, list[Step]] = defaultdict(list)
-    for step in steps:
-        blocks[step.claim.block].append(step)
-    folded = {
-        step.claim.name: fold.algorithm.name
-        for block in blocks.values()
-        for fold in folds_of(block)
-        for step in (*fold.producers, *fold.consumers)
-    }
+def fold_notes(steps: Sequence[Step]) -> tuple[str, ...]:
+    """What of a variant's folds should be known."""
+    count = sum(len(unsmoothed(block)) for block in _by_block(steps).values())
+    if not count:
+        return ()
+    return (
+        f"smoothquant rounds {count} matrices of experts behind a norm they share without smoothing what they read: one "
+        "factor for all experts serves none of them well",
+    )
+
+
+def mark_folds(steps: Sequence[Step], *, variant: str) -> list[Step]:
+    """The steps with the outcome "folded" where folding is all that changes a tensor.
+
+    Raises:
+        PlanError: two algorithms want to scale the same channels.
+    """
+    folds = [fold for block in _by_block(steps).values() for fold in folds_of(block)]
+    for fold in folds:
+        _check_one_algorithm(fold, variant=variant)
+    folded = {step.claim.name: fold.algorithm.name for fold in folds for step in (*fold.producers, *fold.consumers)}
     return [
         replace(step, outcome="folded", reason=f"takes part in the scales of {folded[step.claim.name]}")
         if step.claim.name in folded and step.outcome in {"kept", "cast"}
         else step
         for step in steps
     ]
+
+
+def _by_block(steps: Iterable[Step]) -> dict[str, list[Step]]:
+    blocks: dict[str, list[Step]] = defaultdict(list)
+    for step in steps:
+        blocks[step.claim.block].append(step)
+    return blocks
+
+
+def _check_one_algorithm(fold: Fold, *, variant: str) -> None:
+    """What reads the same channels is scaled by the same factors, which one algorithm finds."""
+    first = next(step for step in fold.consumers if _folding(step) == fold.algorithm)
+    other = next((step for step in fold.consumers if _folding(step) not in {None, fold.algorithm}), None)
+    if other is not None:
+        found = " and ".join(f"{step.claim.role}: {_folding(step)!r}" for step in (first, other))
+        raise PlanError(
+            "two algorithms scale the same channels",
+            where=f"variant {variant}, {fold.producers[0].claim.name} and what reads it",
+            found=found,
+            fix=f"give {first.claim.role} and {other.claim.role} the same algorithm with the same options, or one of them rtn",
+        )

@@ -1,7 +1,7 @@
 """One decoder layer at work: its weights are changed stage by stage while calibration text enters it."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import groupby
 
@@ -18,7 +18,7 @@ from quantlab.calibration.statistics import Need, SiteStatistics
 from quantlab.checkpoint.reader import TORCH_DTYPES
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.passes.apply import Changed, Group, Inputs, apply_passes, needs_of
-from quantlab.plan.folds import Fold, folds_of
+from quantlab.plan.folds import Fold, folds_of, unsmoothed
 from quantlab.plan.model import Step
 from quantlab.run.folding import FOLD_NEEDS, Change, Knowledge, factors_of, folded, unfolded
 from quantlab.run.shared import Unchanged
@@ -32,6 +32,8 @@ _BATCH_BYTES = 1 << 28
 """Memory for the Hessians and weights of experts that are changed at once, and what is made of them; on a CPU."""
 _BATCH_SHARE = 5
 """The same as a part of the memory of a GPU: all of it, so that results do not depend on what is free."""
+_UNSMOOTHED = "not smoothed: experts share the norm before them"
+_UNSCALED = "not scaled: no calibration token reached it"
 _SAMPLE_PER_CHANNEL = 4
 """Tokens per channel, of any expert, that the prior of an expert's down projection is made of."""
 
@@ -101,6 +103,7 @@ class BlockWork:
         self.tokens_per_expert: tuple[int, ...] = ()
         self.kept: tuple[int, ...] = ()
         self._folds: dict[str, list[Change]] = {}
+        self._notes = dict.fromkeys(unsmoothed(self._steps.values()), _UNSMOOTHED)
         self._follows = streams.changed is not None
         self._layer = skeletons.whole.layer(task.index)
         self._layer.fill(self._stored if self._follows else self._read)
@@ -226,10 +229,15 @@ class BlockWork:
             return
         sites = [fold.site for fold in folds if any(step.claim.expert is None for step in fold.consumers)]
         wanted = [site for site in stream.half.sites if site in sites]
-        moe = collect_moe(stream, needs=FOLD_NEEDS) if stream.half.experts is not None else None
+        moe = collect_moe(stream) if stream.half.experts is not None else None
         found = collect(stream, wanted, needs=FOLD_NEEDS) if wanted else {}
         known = Knowledge(found, moe, dict(self._layer.weights), stream.hidden.tokens)
+        if moe is not None and not self.kept:
+            self.tokens_per_expert = moe.tokens_per_expert
         for fold in folds:
+            expert = fold.producers[0].claim.expert
+            if moe is not None and expert is not None and not moe.tokens_per_expert[expert]:
+                self._notes |= {step.claim.name: _UNSCALED for step in fold.consumers}
             channels = fold.consumers[0].source.shape[1]
             claim = fold.producers[0].claim
             rows = self._task.architecture.fed_rows(claim, self._task.config, channels=channels)
@@ -348,6 +356,8 @@ class BlockWork:
             for group in together:
                 for name, weight in group.weights.items():
                     result, report = changed[name]
+                    if report is not None and not report.fallback:
+                        report = replace(report, fallback=self._notes.get(name, ""))
                     check_range(self._steps[name], weight, result)
                     self.changed[name] = result.to("cpu"), report
                     if self._follows:

@@ -1,11 +1,12 @@
 """README.md of an artifact: what it is, what changed, how to load it and what not to expect of it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 
 from quantlab.passes.apply import WeightReport
 from quantlab.plan.model import Plan, Step, VariantPlan
+from quantlab.recipe.algorithms import Awq, Gptq, PruneAlgorithm, QuantizeAlgorithm, Rtn, SparseGpt, Wanda
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schemes import SCHEMES
 
@@ -94,7 +95,7 @@ def _calibration_section(variant: VariantPlan, coverage: Mapping[str, Sequence[i
     if coverage:
         lines += [
             "Tokens that reached the routed experts by the model's own routing. An expert with fewer tokens than it has inputs is called "
-            "starved; its statistics are those of all experts' tokens to the extent that its own are few.\n",
+            f"starved{_leaning(variant)}.\n",
             "| layer | fewest | median | most | starved |",
             "|---|--:|--:|--:|--:|",
             *(
@@ -104,6 +105,23 @@ def _calibration_section(variant: VariantPlan, coverage: Mapping[str, Sequence[i
             "",
         ]
     return "\n".join(lines)
+
+
+def _leaning(variant: VariantPlan) -> str:
+    """What is done about few tokens, where something is."""
+    changes = [change for step in variant.steps if step.claim.expert is not None for change in step.passes]
+    lean = any(_leans(change.algorithm) for change in changes)
+    return "; its statistics are those of all experts' tokens to the extent that its own are few" if lean else ""
+
+
+def _leans(algorithm: QuantizeAlgorithm | PruneAlgorithm) -> bool:
+    match algorithm:
+        case Gptq(shrinkage=shrinkage):
+            return shrinkage > 0
+        case Rtn(clip=clip) | Awq(clip=clip):
+            return clip == "activations"
+        case _:
+            return isinstance(algorithm, Wanda | SparseGpt)
 
 
 def _starved(variant: VariantPlan, block: str, counts: Sequence[int]) -> int:
@@ -133,6 +151,7 @@ def _errors_section(reports: Mapping[str, WeightReport]) -> str:
         )
     fallbacks = Counter(report.fallback for report in reports.values() if report.fallback)
     lines += [f"- {count} matrices: {what}" for what, count in sorted(fallbacks.items())]
+    lines += _repairs(reports.values())
     worst = sorted(reports, key=lambda name: (-outputs.get(name, 0), -reports[name].relative_error, name))[:_WORST]
     lines += [
         "\nThe worst:\n",
@@ -148,6 +167,25 @@ def _errors_section(reports: Mapping[str, WeightReport]) -> str:
             f"| {name} | {report.relative_error:.4f} | {output} | {rounding} | {100 * report.sparsity:.1f} % |"
         )
     return "\n".join([*lines, ""])
+
+
+def _repairs(reports: Collection[WeightReport]) -> list[str]:
+    """What had to be done to statistics, counted."""
+    damped = [report.damping for report in reports if report.damping is not None]
+    dead = [report.dead_columns for report in reports if report.dead_columns]
+    kept = [report.kept_rows for report in reports if report.kept_rows]
+    lines = []
+    if kept:
+        lines.append(f"- {sum(kept):,} rows in {len(kept)} matrices are rounded to nearest, which is better there")
+    if damped:
+        lines.append(
+            f"- {len(damped)} Hessians were damped more than the recipe says, by up to {max(damped):g} of their mean"
+        )
+    if dead:
+        lines.append(
+            f"- {sum(dead):,} inputs of {len(dead)} matrices were always zero: their weights are rounded to nearest"
+        )
+    return lines
 
 
 def _loading_section(variant: VariantPlan, plan: Plan) -> str:

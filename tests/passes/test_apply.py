@@ -1,5 +1,7 @@
 """What passes make of statistics and of each other's results, against the long way round."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -59,3 +61,49 @@ def test_zeros_of_pruning_stay_zeros_and_experts_together_are_experts_alone() ->
             if isinstance(found := together[name][0], QuantizedMatrix)
         )
         assert zeros >= 8 * 64, "half of both matrices"
+
+
+def test_what_was_done_to_statistics_is_counted() -> None:
+    """More damping than asked for, inputs that were always zero, rows that rounding serves better."""
+    torch.manual_seed(0)
+    X = torch.randn(300, 1) + 0.1 * torch.randn(300, 64)
+    X[:, 5] = 0
+    inputs = inputs_of(X)
+    assert inputs.hessian is not None
+    indefinite = replace(inputs, hessian=1.1 * inputs.hessian - 0.1 * inputs.hessian.diagonal().diag())
+    passes = (Quantize(quantize="int4_g32", algorithm=Gptq(name="gptq", correction=0)),)
+    for known, damped in ((inputs, False), (indefinite, True)):
+        _, report = apply_passes([Group({"w": torch.randn(8, 64)}, known)], passes, dtype=torch.bfloat16)["w"]
+        assert report is not None
+        assert (report.damping is not None and report.damping > 0.01) == damped
+        assert report.dead_columns == 1
+    grid = torch.randint(-8, 8, (8, 64)).float()
+    grid[:, ::32] = -8
+    _, exact = apply_passes([Group({"w": grid}, inputs)], passes, dtype=torch.bfloat16)["w"]
+    assert exact is not None
+    assert exact.relative_error == 0
+
+
+def test_an_expert_without_tokens_says_what_it_was_changed_by() -> None:
+    torch.manual_seed(0)
+    prior = inputs_of(torch.randn(60, 64))
+    none = Inputs(0, torch.zeros(64), torch.zeros(64, 64), None, prior)
+    for shrinkage, words in ((1.0, "by the statistics of all tokens"), (0.0, "as if all its inputs mattered alike")):
+        passes = (Quantize(quantize="int4_g32", algorithm=Gptq(name="gptq", correction=0, shrinkage=shrinkage)),)
+        _, report = apply_passes([Group({"w": torch.randn(8, 64)}, none)], passes, dtype=torch.bfloat16)["w"]
+        assert report is not None
+        assert report.fallback.endswith(words)
+
+
+def test_int8_weights_can_be_rounded_by_gptq_too() -> None:
+    torch.manual_seed(0)
+    X = torch.randn(400, 64) @ torch.randn(64, 64)
+    passes = (Quantize(quantize="int8", algorithm=Gptq(name="gptq", correction=0)),)
+    weight, report = apply_passes([Group({"w": torch.randn(32, 64)}, inputs_of(X))], passes, dtype=torch.bfloat16)["w"]
+    assert isinstance(weight, QuantizedMatrix)
+    assert weight.bits == 8
+    assert weight.scale.shape == (32, 1)
+    assert report is not None
+    assert report.output_error is not None
+    assert report.rtn_output_error is not None
+    assert report.output_error < 0.8 * report.rtn_output_error

@@ -59,6 +59,22 @@ def test_r1_differs_from_v3_by_its_name_alone() -> None:
     assert r1.model_copy(update={"model": v3.model}) == v3
 
 
+def test_each_reach_of_v3_is_what_it_says(plans: dict[str, Plan]) -> None:
+    by_role: list[dict[str, set[str | None]]] = []
+    for variant in plans["deepseek-v3"].variants:
+        schemes: dict[str, set[str | None]] = {}
+        for step in variant.steps:
+            if step.claim.rule is not None and step.claim.rule.linear:
+                schemes.setdefault(step.claim.role, set()).add(step.quantize.quantize if step.quantize else None)
+        by_role.append(schemes)
+    kept = {role: {None} for role in ("kv_b", "lm_head", "mtp", "router") if role in by_role[0]}
+    rest = ("attention", "shared_experts", "dense_mlp")
+    assert "kv_b" in kept
+    assert by_role[0] == {"routed_experts": {"int4_g128"}} | {role: {None} for role in rest} | kept
+    assert by_role[1] == {"routed_experts": {"int4_g128"}} | {role: {"int8"} for role in rest} | kept
+    assert by_role[2] == {role: {"int4_g128"} for role in ("routed_experts", *rest)} | kept
+
+
 def test_int4_experts_of_v3(plans: dict[str, Plan]) -> None:
     experts, mixed, whole = plans["deepseek-v3"].variants
     routed, everything = 58 * 256 * 3 * 7168 * 2048, 684.490e9  # with the multi-token-prediction layer

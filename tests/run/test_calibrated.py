@@ -103,7 +103,7 @@ def test_every_algorithm_makes_an_artifact_that_verifies(family: str, models: di
         )
         assert artifact.name == "smooth" or ledger[name]["tokens"] > 0
         assert "## Calibration" in (artifact / "README.md").read_text()
-        if "deepseek" in family and artifact.name not in {"smooth"}:
+        if "deepseek" in family:
             per_expert = manifest(artifact)["tokens_per_expert"]
             assert {sum(counts) for counts in per_expert.values()} == {16 * 32 * 2}
     joint = load_all(directory.artifact("joint"))
@@ -139,11 +139,27 @@ main()
 """
 
 
-@pytest.mark.parametrize(("target", "number"), [("commit", 3), ("save", 2), ("forget", 2), ("forget", 3)])
+GPTQ, AWQ = (ALGORITHMS.splitlines()[line] + "\n" for line in (0, 2))
+REAP = "  fewer: [{prune: 0.25, algorithm: {name: reap}}, {quantize: int4_g128, algorithm: {name: gptq}}]\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "number", "variants", "calibration"),
+    [
+        ("commit", 3, GPTQ, ""),
+        ("save", 2, GPTQ, ""),
+        ("forget", 2, GPTQ, ""),
+        ("forget", 3, GPTQ, ""),
+        ("commit", 3, AWQ, ""),
+        ("commit", 3, REAP, ""),
+        ("commit", 3, GPTQ, ", propagate: original"),
+    ],
+)
 def test_killed_and_resumed_equals_uninterrupted(
-    target: str, number: int, models: dict[str, Path], tmp_path: Path
+    target: str, number: int, variants: str, calibration: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    recipe = write_recipe(tmp_path, models["deepseek_v3"], ALGORITHMS.splitlines()[0] + "\n")
+    family = "deepseek_v2" if variants == REAP else "deepseek_v3"  # V3's router needs two experts of each tiny group
+    recipe = write_recipe(tmp_path, models[family], variants, calibration=calibration)
     arguments = ["run", str(recipe), "--quiet", "--out"]
     plain = "from quantlab.cli import main; main()"
     subprocess.run([sys.executable, "-c", plain, *arguments, str(tmp_path / "whole")], check=True)
@@ -203,17 +219,26 @@ def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path]
             weights[step.claim.name] = folded(weights[step.claim.name], factors)
         for step in fold.producers:
             weights[step.claim.name] = unfolded(weights[step.claim.name], factors, rows)
+    routed = [fold for fold in folds if any(step.claim.role == "router" for step in fold.consumers)]
+    assert len(routed) == (2 if "deepseek" in family else 0), "every router reads what a fold scales"
     sites = {fold.site for fold in folds}
     assert sites == {"attention", "o", "mlp", "down"} | ({"q_latent"} if family == "deepseek_v3" else set())
     plain, changed = write_dense(models[family], tmp_path / "plain"), write_dense(models[family], tmp_path / "changed")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in weights.items()},
-        changed / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+
+    def logits() -> Tensor:
+        contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(contiguous, changed / "model.safetensors", metadata={"format": "pt"})
+        with torch.no_grad():
+            return load_model(changed)(tokens()).logits
+
     with torch.no_grad():
-        before, after = (load_model(directory)(tokens()).logits for directory in (plain, changed))
-    assert ((after - before).norm() / before.norm()).item() <= 1e-5
+        before = load_model(plain)(tokens()).logits
+    assert ((logits() - before).norm() / before.norm()).item() <= 1e-5
+    if routed:  # left out, as AutoAWQ leaves it out for DeepSeek, the same comparison fails
+        unscaled = dense_weights(models[family])
+        for step in (step for fold in routed for step in fold.consumers if step.claim.role == "router"):
+            weights[step.claim.name] = unscaled[step.claim.name]
+        assert ((logits() - before).norm() / before.norm()).item() >= 1e-2
 
 
 def never_routed(models: dict[str, Path], directory: Path) -> tuple[dict, list[int]]:
@@ -249,6 +274,39 @@ def test_an_expert_without_tokens_is_told(models: dict[str, Path], tmp_path: Pat
         for kind in ("gate", "up", "down")
     }
     assert "12 matrices: no calibration token reached it" in (artifact / "README.md").read_text()
+
+
+def test_what_smoothquant_leaves_is_told(models: dict[str, Path], tmp_path: Path) -> None:
+    """Neither the channels that experts share nor those of an expert without tokens are smoothed."""
+    _, unwanted = never_routed(models, tmp_path / "model")
+    recipe = write_recipe(tmp_path, tmp_path / "model", ALGORITHMS.splitlines()[3] + "\n")
+    loaded = load_recipe(recipe)
+    plan = compile_plan(loaded.recipe, open_checkpoint(tmp_path / "model"), code_version="test")
+    assert any("rounds 36 matrices of experts" in note for note in plan.variants[0].notes)
+    artifact = run(recipe, tmp_path / "out").artifact("smooth")
+    told = {entry["tensor"]: entry["fallback"] for entry in manifest(artifact)["ledger"] if "fallback" in entry}
+    prefix = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
+    unscaled = {prefix.format(layer, expert, "down") for layer in (1, 2) for expert in unwanted}
+    assert {name for name, what in told.items() if what.startswith("not scaled: no calibration token")} == unscaled
+    shared = {name for name, what in told.items() if what == "not smoothed: experts share the norm before them"}
+    experts = {prefix.format(layer, expert, kind) for layer in (1, 2) for expert in range(8) for kind in ("gate", "up")}
+    together = {
+        f"model.layers.{layer}.mlp.shared_experts.{kind}_proj.weight" for layer in (1, 2) for kind in ("gate", "up")
+    }
+    assert shared == experts | together
+    assert "36 matrices: not smoothed" in (artifact / "README.md").read_text()
+
+
+def test_two_algorithms_on_the_same_channels_are_an_error_of_the_plan(models: dict[str, Path], tmp_path: Path) -> None:
+    variants = (
+        "  v: [{quantize: int8, targets: [routed_experts], algorithm: {name: awq}}, "
+        "{quantize: int8, targets: [shared_experts], algorithm: {name: smoothquant}}]\n"
+    )
+    recipe = load_recipe(write_recipe(tmp_path, models["deepseek_v3"], variants))
+    with pytest.raises(PlanError, match="two algorithms scale the same channels") as caught:
+        compile_plan(recipe.recipe, open_checkpoint(models["deepseek_v3"]), code_version="test")
+    assert "post_attention_layernorm.weight" in str(caught.value)
+    assert "give routed_experts and shared_experts the same algorithm" in str(caught.value)
 
 
 def test_removed_experts_are_those_no_token_needs(models: dict[str, Path], tmp_path: Path) -> None:
