@@ -16,7 +16,6 @@ from tests.runtime.tiny import quantize, write_checkpoint
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ATTENTION = """
 attention:
-  description: a twin of nothing
   implementations: [eager, quantlab_latent_sdpa]
   contexts: [64]
   repeats: 3
@@ -114,7 +113,7 @@ def test_memory_is_that_of_the_allocator(records: Both) -> None:
     assert gpu.fp16_weights_bytes == cpu.fp16_weights_bytes
     assert gpu.weights_bytes == pytest.approx(cpu.weights_bytes, rel=0.1)
     assert gpu.kv_cache_bytes_per_token == cpu.kv_cache_bytes_per_token
-    assert gpu.weights_bytes < gpu.peak_memory_bytes < gpu.weights_bytes + 2**26, "no libraries, no reserve"
+    assert gpu.weights_bytes < gpu.peak_memory_bytes < gpu.weights_bytes + 2**28, "no libraries, no reserve"
     assert gpu.load_seconds.value > 0
 
 

@@ -78,6 +78,24 @@ def test_sixty_four_greedy_tokens_are_the_references(scheme: SchemeName, plain: 
     assert torch.equal(dynamic, static)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheme", [*SCHEMES, "gptq"])
+def test_sixty_four_greedy_tokens_on_cuda_are_those_of_the_cpu(scheme: SchemeName, plain: Path, tmp_path: Path) -> None:
+    """In float32, which is exact on both; it is not captured, for the experts then ask the host for the routing."""
+    directory = artifact_of(plain, tmp_path / scheme, scheme).directory
+    found = []
+    for device in ("cpu", "cuda"):
+        model = load(directory, dtype=torch.float32, device=device)
+        decoder = Decoder(model, batch=1, length=ROOM)
+        assert not decoder.captures
+        found.append(decoder.generate(prompt(), STEPS).cpu())
+    assert found[0].shape == (1, prompt().shape[1] + STEPS)
+    assert torch.equal(*found)
+    settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
+    assert torch.equal(model.generate(prompt().cuda(), **settings).cpu(), found[0])
+
+
 def test_generate_with_a_static_cache_of_transformers_and_sampling(plain: Path) -> None:
     model = load(plain, dtype=torch.bfloat16)
     settings = {"max_new_tokens": 12, "min_new_tokens": 12}
