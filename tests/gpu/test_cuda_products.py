@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
+from quantlab.runtime.cuda.shares import ways
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.int8 import quantize_tokens
 from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
@@ -92,11 +93,48 @@ def test_linears(scheme: SchemeName, shape: tuple[int, int], dtype: torch.dtype)
 def test_many_tokens_and_float32(scheme: SchemeName) -> None:
     matrix = made(scheme, 384, 1024, torch.bfloat16)
     bank = bank_of(scheme, [matrix])
-    for tokens, dtype in ((2048, torch.bfloat16), (513, torch.bfloat16), (5, torch.float32)):
+    for tokens, dtype in ((5000, torch.bfloat16), (2048, torch.bfloat16), (513, torch.bfloat16), (5, torch.float32)):
         x = torch.randn(tokens, 1024, device=GPU).to(dtype)
         weight = exact(matrix) if scheme == "int8" else matrix.dequantize(torch.float32).double()
         limit = 1e-5 if dtype == torch.float32 else 4e-3
         assert error(bank.products(x, single(tokens)), seen(x, scheme) @ weight.t()) < limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4096, 1024), (576, 1408), (200, 384), (24576, 256), (136, 96)])
+@pytest.mark.parametrize("scheme", ["int4_g128", "int4_g64", "int4_g32", "int8_weight"])
+def test_every_way_to_deal_out_many_rows(scheme: SchemeName, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    from quantlab.runtime.cuda import launch
+
+    chip = launch.chip(GPU)
+    if not chip.wide:
+        pytest.skip("needs compute capability 9 and the Gluon it is written in")
+    if shape[1] % (SCHEMES[scheme].group_size or 1):
+        pytest.skip("the group does not divide the columns")
+    matrix = made(scheme, *shape, dtype)
+    bank = bank_of(scheme, [matrix])
+    weight, m = exact(matrix), bank.on_device(0)
+    for tokens in (65, 128, 129, 300, 700, 2049):
+        x = torch.randn(tokens, shape[1], device=GPU).to(dtype)
+        expected = x.double() @ weight.t()
+        like = expected.to(dtype)
+        for size in (128, 256):
+            for way in ways(bank.kind, *shape, tokens, chip, size):
+                found, again = (launch.wide_product(m, x, way, torch.full_like(like, torch.nan)) for _ in range(2))
+                assert error(found, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-3), (tokens, way)
+                assert torch.equal(found, again), "equal inputs, equal outputs"
+                assert not bank.arrived.any()
+
+
+@pytest.mark.parametrize("scheme", ALL)
+@pytest.mark.parametrize("tokens", [65, 300])
+def test_rows_that_the_copy_engine_does_not_take(scheme: SchemeName, tokens: int) -> None:
+    """Rows of the result or of x that begin between multiples of 16 bytes."""
+    for rows, columns, offset in ((130, 256, 0), (192, 256, 1)):
+        matrix = made(scheme, rows, columns, torch.bfloat16)
+        x = torch.randn(tokens * columns + offset, device=GPU).bfloat16()[offset:].view(tokens, columns)
+        found = bank_of(scheme, [matrix]).products(x, single(tokens))
+        assert error(found, seen(x, scheme) @ exact(matrix).t()) < 4e-3
 
 
 @pytest.mark.parametrize("scheme", ALL)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from quantlab.runtime.cuda import layout
+from quantlab.runtime.cuda.shares import ROWS, shares
 from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles, band_rows, expert_tiles, fitting, linear_tiles
 
-H100 = Chip(132, 232448, overlaps=True)
+H100 = Chip(132, 232448, overlaps=True, wide=True)
 SMALL = Chip(46, 101376, overlaps=False)
 
 
@@ -80,3 +81,40 @@ def test_bands_stay_small() -> None:
     for columns in (512, 1536, 4096, 7168, 18432):
         assert band_rows(columns) % 64 == 0
         assert band_rows(columns) * columns <= 1 << 26
+
+
+@pytest.mark.parametrize("kind", [Kind.INT4, Kind.INT8])
+def test_every_tile_is_dealt_out_once(kind: Kind) -> None:
+    """Program by program, as `hopper.work` and `hopper.item_of` count: whole tiles in rounds, then runs of blocks."""
+    for rows, columns in (
+        (18432, 7168),
+        (7168, 18432),
+        (24576, 1536),
+        (4096, 7168),
+        (11008, 4096),
+        (576, 2048),
+        (8, 128),
+    ):
+        for tokens in (65, 128, 129, 300, 512, 1100, 2048, 2049, 8192):
+            way = shares(kind, rows, columns, tokens, H100)
+            tiles, blocks = -(-rows // ROWS) * -(-tokens // way.tokens), -(-columns // 128)
+            units = way.shared * blocks
+            runs = [
+                (program * units // way.sharers, (program + 1) * units // way.sharers) for program in range(way.sharers)
+            ]
+            assert 1 <= way.sharers <= way.programs <= H100.multiprocessors
+            assert 0 <= way.shared <= tiles
+            assert way.shared == tiles or way.programs == min(H100.multiprocessors, tiles)
+            assert all(first < last for first, last in runs) or not way.shared
+            for unit in range(0, units, blocks):
+                starter, ender = (((end + 1) * way.sharers - 1) // units for end in (unit, unit + blocks - 1))
+                assert runs[starter][0] <= unit < runs[starter][1], "where `hopper.consume` looks for the first share"
+                assert runs[ender][0] < unit + blocks <= runs[ender][1]
+
+
+def test_tiles_that_fill_no_round_are_shared() -> None:
+    assert shares(Kind.INT4, 18432, 7168, 2048, H100).tokens == 256
+    assert shares(Kind.INT4, 24576, 1536, 512, H100).shared == 0
+    few = shares(Kind.INT4, 4096, 7168, 512, H100)
+    assert (few.shared, few.sharers) == (64, 128)
+    assert shares(Kind.INT4, 7168, 18432, 2048, H100).shared < 132, "75 MB of activations are walked in step"

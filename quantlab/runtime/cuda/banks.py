@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import Scheme
 from quantlab.runtime.cuda import layout
+from quantlab.runtime.cuda.shares import TOKENS_AT_ONCE, WIDE_TOKENS, shares
 from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, FEW_TOKENS, Kind, Tiles, band_rows, linear_tiles
 from quantlab.runtime.products import Groups, joined, split
 
@@ -89,12 +90,14 @@ class CudaMatrices(nn.Module):
         if gated and not self.gates(x):
             gate, up = self.product(x, index).chunk(2, dim=-1)
             return nn.functional.silu(gate).mul_(up)
-        if self.kind != Kind.INT8_TOKENS and (x.dtype == torch.float32 or x.shape[0] >= EXPANDED_TOKENS):
-            return self._expanded_product(x, index)
         from quantlab.runtime.cuda import launch
 
-        m = self.on_device(index)
         chip = launch.chip(x.device)
+        if chip.wide and self._copied_in_boxes(x):
+            return self._wide_product(x, index)
+        if self.kind != Kind.INT8_TOKENS and (x.dtype == torch.float32 or x.shape[0] >= EXPANDED_TOKENS):
+            return self._expanded_product(x, index)
+        m = self.on_device(index)
         tiles = linear_tiles(self.kind, *self.shape[1:], x.shape[0], chip)
         if gated:
             tiles = gating(tiles)
@@ -109,12 +112,33 @@ class CudaMatrices(nn.Module):
         """Whether the kernels can gate a product of x as they write it, and that pays: at few tokens."""
         return x.dtype != torch.float32 and self.shape[1] % (2 * layout.SLAB) == 0 and x.shape[0] <= FEW_TOKENS
 
+    def _copied_in_boxes(self, x: Tensor) -> bool:
+        """Whether the kernel for many rows takes x: 16-bit, and all rows begin at multiples of 16 bytes."""
+        if x.shape[0] < WIDE_TOKENS or self.kind == Kind.INT8_TOKENS or x.dtype == torch.float32:
+            return False
+        aligned = self.shape[1] % 8 == 0 and self.shape[2] % 8 == 0 and x.data_ptr() % 16 == 0
+        return aligned and (self.kind == Kind.INT8 or self.scale.dtype == x.dtype)
+
     def on_device(self, index: int | None = None):  # type: ignore[no-untyped-def]  # noqa: ANN201 - triton's types come late
         """Matrix `index`, or all, as the kernels read them: `launch.Matrices`."""
         from quantlab.runtime.cuda import launch
 
         which = slice(None) if index is None else slice(index, index + 1)
         return launch.Matrices(self.kind, self.shape, self.group_size, self.q[which], self.scale[which], self.arrived)
+
+    def _wide_product(self, x: Tensor, index: int) -> Tensor:
+        from quantlab.runtime.cuda import launch
+
+        tokens = x.shape[0]
+        out = torch.empty(tokens, self.shape[1], dtype=x.dtype, device=x.device)
+        m, chip = self.on_device(index), launch.chip(x.device)
+        each = -(-tokens // -(-tokens // TOKENS_AT_ONCE))
+        each += -each % 256
+        for first in range(0, tokens, each):
+            part = x[first : first + each]
+            way = shares(self.kind, *self.shape[1:], part.shape[0], chip)
+            launch.wide_product(m, part, way, out[first : first + each])
+        return out
 
     def _expanded_product(self, x: Tensor, index: int) -> Tensor:
         from quantlab.runtime.cuda import launch

@@ -2,15 +2,21 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Final
 
 import torch
+import triton
 from torch import Tensor
 
 from quantlab.runtime.cuda import expand, kernels, routing
 from quantlab.runtime.cuda import rows as row_kernels
 from quantlab.runtime.cuda.guard import on_its_device
 from quantlab.runtime.cuda.layout import blocks
+from quantlab.runtime.cuda.shares import ROWS, Shares
 from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles
+
+GLUON: Final = "3.6."
+"""Releases of triton whose Gluon, which is experimental, `hopper` is written in."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,26 @@ def run_product(
     return out
 
 
+@on_its_device
+def wide_product(m: Matrices, x: Tensor, way: Shares, out: Tensor) -> Tensor:
+    """Products of all rows of x [T, K], at least one, with the only matrix of m, written into out [T, N] of x's dtype.
+
+    All rows begin at multiples of 16 bytes: the copy engine asks for that.
+    """
+    from quantlab.runtime.cuda import hopper
+
+    _, rows, columns = m.shape
+    slots = 2 * way.sharers if way.shared else 0
+    assert way.sharers <= m.arrived.shape[0], "a counter for every program that shares"
+    hopper.wide_product[(way.programs,)](
+        hopper.boxes(x, way.tokens, 64), m.weight.view(torch.int32), m.scale, hopper.boxes(out, way.tokens, ROWS),
+        torch.empty(slots, way.tokens, ROWS, dtype=torch.float32, device=x.device), m.arrived,
+        x.shape[0], rows, columns, way.shared, way.sharers,
+        INT4=m.kind == Kind.INT4, GROUP=m.group, BM=way.tokens, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
 def _scratch(m: Matrices, slots: int, tiles: Tiles) -> Tensor:
     """Room for the sums of tiles."""
     dtype = torch.int32 if m.kind == Kind.INT8_TOKENS else torch.float32
@@ -220,7 +246,8 @@ def chip(device: torch.device) -> Chip:
         return Chip(3, 232448, overlaps=False)
     properties = torch.cuda.get_device_properties(device)
     shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Chip(properties.multi_processor_count, shared, overlaps=properties.major >= 9)
+    wide = properties.major == 9 and triton.__version__.startswith(GLUON)
+    return Chip(properties.multi_processor_count, shared, overlaps=properties.major >= 9, wide=wide)
 
 
 def _power(number: int) -> int:

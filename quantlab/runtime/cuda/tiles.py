@@ -50,17 +50,19 @@ class Chip:
         multiprocessors: how many it has.
         shared_bytes: of shared memory that a program can have.
         overlaps: whether a kernel can be launched while the one before still runs (compute capability 9 and later).
+        wide: whether it runs `hopper.wide_product`.
     """
 
     multiprocessors: int
     shared_bytes: int
     overlaps: bool
+    wide: bool = False
 
 
 FEW_TOKENS: Final = 64
 """Up to this many tokens a product costs the bytes of its matrix."""
 EXPANDED_TOKENS: Final = 1536
-"""From this many tokens on, expanding a matrix in bands and a library's product are faster."""
+"""From this many tokens on, expanding a matrix in bands and a library's product are faster than `kernels.product`."""
 _BAND_ELEMENTS: Final = 1 << 25
 
 _WIDE: Final = {Kind.INT4: Tiles(128, 256, warps=8), Kind.INT8: Tiles(256, 128, warps=8)}

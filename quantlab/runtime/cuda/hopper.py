@@ -1,0 +1,344 @@
+"""The product of many rows of activations with a packed matrix on GPUs of compute capability 9, written in Gluon.
+
+At many tokens a product costs arithmetic, and the tensor cores must never wait: neither for activations, nor for the
+integers to be expanded. So warps have roles. One warp (`fetch`) has the copy engine bring activations, half a block of
+columns at a time, into a ring of places in shared memory. Eight warps (`consume`) expand and multiply: each four own 64
+rows of the matrix, read the words of their part straight into registers, as they lie, a block ahead
+(`quantlab.runtime.cuda.layout`), and expand half a block while the tensor cores still multiply the half before. Of the
+cycles of such a program, tensor cores are busy in 97 %.
+
+As in `quantlab.runtime.cuda.kernels` the product is transposed, ``W x^T``, since weights can come from registers only on the
+left. Programs stay, one per multiprocessor. First each takes whole tiles; the last tiles, too few for all programs, are cut
+into equal runs of blocks of columns, and where a run ends inside a tile, `collect` adds its shares.
+
+Legend: N rows (outputs), K columns (inputs), T rows of activations; tiles of BN = 128 rows of the matrix and BM of
+activations, whose columns are walked in blocks of 128.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+BN: gl.constexpr = gl.constexpr(128)
+"""Rows of a tile: 64 for each four warps."""
+RING: gl.constexpr = gl.constexpr(1280)
+"""Rows of 64 activations in shared memory: 160 KB, which with a tile of results is all there is."""
+PATIENCE: gl.constexpr = gl.constexpr(16)
+"""How often a program looks whether the other share of its tile is there, about a microsecond each."""
+
+# Two quarters of int4 words, scaled; the constants are explained in `quantlab.runtime.cuda.words`.
+_BFLOAT16_FROM_INT4 = """
+{{ .reg .b32 t, one, m; mov.b32 one, 0x3f803f80; mov.b32 m, 0xc308c308;
+{0} lop3.b32 t, {2}, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, t, one, m; mul.rn.bf16x2 $0, $0, $3;
+{1} lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $1, t, one, m; mul.rn.bf16x2 $1, $1, $4; }}
+"""
+_FLOAT16_FROM_INT4 = """
+{{ .reg .b32 t, m; mov.b32 m, 0x64086408;
+{0} lop3.b32 t, {2}, 0x000f000f, 0x64006400, 0xea; sub.rn.f16x2 $0, t, m; mul.rn.f16x2 $0, $0, $3;
+{1} lop3.b32 t, t, 0x000f000f, 0x64006400, 0xea; sub.rn.f16x2 $1, t, m; mul.rn.f16x2 $1, $1, $4; }}
+"""
+_QUARTERS = (("", "shr.u32 t, $2, 4;", "$2"), ("shr.u32 t, $2, 8;", "shr.u32 t, $2, 12;", "t"))
+BFLOAT16_FROM_INT4: gl.constexpr = gl.constexpr([_BFLOAT16_FROM_INT4.format(*shifts) for shifts in _QUARTERS])
+FLOAT16_FROM_INT4: gl.constexpr = gl.constexpr([_FLOAT16_FROM_INT4.format(*shifts) for shifts in _QUARTERS])
+
+_BFLOAT16_FROM_INT8 = """
+{{ .reg .b32 t, u, s, minus; mov.b32 minus, 0xbf80bf80; {0}
+lop3.b32 u, {1}, 0x007f007f, 0x43004300, 0xea; lop3.b32 s, {1}, 0x00800080, 0x43004300, 0xea;
+fma.rn.bf16x2 $0, s, minus, u; }}
+"""
+_FLOAT16_FROM_INT8 = """
+{{ .reg .b32 t, u, m; mov.b32 m, 0x64806480; {0}
+lop3.b32 u, {1}, 0x00ff00ff, 0x64806480, 0x6a; sub.rn.f16x2 $0, u, m; }}
+"""
+_BYTES = (("", "$1"), ("shr.u32 t, $1, 8;", "t"))
+BFLOAT16_FROM_INT8: gl.constexpr = gl.constexpr([_BFLOAT16_FROM_INT8.format(*shift) for shift in _BYTES])
+FLOAT16_FROM_INT8: gl.constexpr = gl.constexpr([_FLOAT16_FROM_INT8.format(*shift) for shift in _BYTES])
+
+
+SEND_FOR: gl.constexpr = gl.constexpr("""{ .reg .pred one; elect.sync _|one, 0xffffffff;
+@one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""")
+
+
+def boxes(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A matrix of 16-bit numbers as the copy engine reads and writes it, in boxes of rows and columns."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
+
+
+@gluon.constexpr_function
+def sums_layout(BM):
+    """Of sums [BN, BM]."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BM, 16])
+
+
+@gluon.constexpr_function
+def weights_layout(BM):
+    """Of weights [BN, ·] in registers."""
+    return gl.DotOperandLayout(operand_index=0, parent=sums_layout(BM), k_width=2)
+
+
+@gluon.constexpr_function
+def words_layout(PAIRS):
+    """Of the pairs of words of two slabs, one after the other: 16 bytes a thread, a slab for each four warps."""
+    apart = [[512], [1024]][: PAIRS // 16]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[1], [2], *apart],
+        lane_bases=[[4], [8], [16], [32], [64]],
+        warp_bases=[[128], [256], [64 * PAIRS]],
+        block_bases=[],
+        shape=[128 * PAIRS],
+    )
+
+
+@gluon.jit
+def packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr):
+    """The words of a block of columns from row `top` on, in pairs as they lie; for int4 the scales [BN] of its quarters."""
+    PAIRS: gl.constexpr = 16 if INT4 else 32
+    size: gl.constexpr = 64 * PAIRS
+    slabs = (N + 63) // 64
+    i = gl.arange(0, BN * PAIRS, layout=words_layout(PAIRS))
+    place = gl.minimum(top // 64 + i // size, slabs - 1) * size + i % size
+    words = gl.load(w + block.to(gl.int64) * slabs * size + place)
+    n = gl.minimum(top + gl.arange(0, BN, layout=gl.SliceLayout(1, weights_layout(BM))), N - 1)
+    first = scale + block * (128 // GROUP) * N + n
+    if not INT4:
+        return words, 0, 0, 0, 0
+    elif GROUP == 128:
+        a = gl.load(first)
+        return words, a, a, a, a
+    elif GROUP == 64:
+        a = gl.load(first)
+        b = gl.load(first + N)
+        return words, a, a, b, b
+    else:
+        return words, gl.load(first), gl.load(first + N), gl.load(first + 2 * N), gl.load(first + 3 * N)
+
+
+@gluon.jit
+def in_rows(words, INT4: gl.constexpr, BM: gl.constexpr):
+    """Pairs of words as they lie -> words [BN, ·]; nothing moves."""
+    PAIRS: gl.constexpr = 16 if INT4 else 32
+    single = gl.join((words & 0xFFFF).to(gl.int16), (words >> 16).to(gl.int16))
+    parts = single.reshape((BN // 64, PAIRS // 8, 4, 8, 4, 2, 2, 2)).permute((0, 2, 6, 3, 1, 5, 4, 7))
+    return gl.convert_layout(parts.reshape((BN, 2 * PAIRS)), weights_layout(BM), assert_trivial=True)
+
+
+@gluon.jit
+def expanded(words, s0, s1, HALF: gl.constexpr, INT4: gl.constexpr, BM: gl.constexpr, BFLOAT16: gl.constexpr):
+    """Weights [BN, 64] of a half of a block, int4 scaled by the scales of its quarters and rounded as the format says."""
+    if INT4:
+        s0, _ = gl.broadcast(s0.expand_dims(1), words)
+        s1, _ = gl.broadcast(s1.expand_dims(1), words)
+        asm: gl.constexpr = BFLOAT16_FROM_INT4[HALF] if BFLOAT16 else FLOAT16_FROM_INT4[HALF]
+        two: gl.constexpr = (gl.bfloat16, gl.bfloat16) if BFLOAT16 else (gl.float16, gl.float16)
+        a, b = gl.inline_asm_elementwise(asm, "=&r,=&r,r,r,r", [words, s0, s1], dtype=two, is_pure=True, pack=2)
+        weights = gl.join(a, b).permute((0, 2, 1)).reshape((BN, 64))
+    elif BFLOAT16:
+        asm: gl.constexpr = BFLOAT16_FROM_INT8[HALF]
+        weights = gl.inline_asm_elementwise(asm, "=&r,r", [words], dtype=gl.bfloat16, is_pure=True, pack=2)
+    else:
+        asm: gl.constexpr = FLOAT16_FROM_INT8[HALF]
+        weights = gl.inline_asm_elementwise(asm, "=&r,r", [words], dtype=gl.float16, is_pure=True, pack=2)
+    return gl.convert_layout(weights, weights_layout(BM), assert_trivial=True)
+
+
+@gluon.jit
+def work(T, N, K, shared, sharers, BM: gl.constexpr):
+    """The items of this program: how many tiles it takes whole, how many in all, and its run of the shared tiles' blocks."""
+    blocks = (K + 127) // 128
+    program = gl.program_id(0)
+    begin = gl.minimum(program, sharers) * (shared * blocks) // sharers
+    end = gl.minimum(program + 1, sharers) * (shared * blocks) // sharers
+    whole_tiles = (N + BN - 1) // BN * ((T + BM - 1) // BM) - shared
+    whole = (gl.maximum(whole_tiles - program, 0) + gl.num_programs(0) - 1) // gl.num_programs(0)
+    met = gl.where(end > begin, (end + blocks - 1) // blocks - begin // blocks, 0)
+    return whole_tiles, whole, whole + met, begin, end
+
+
+@gluon.jit
+def item_of(item, whole_tiles, whole, begin, end, blocks):
+    """Tile of an item, and its blocks `first` to `last`."""
+    met = begin // blocks + item - whole
+    is_whole = item < whole
+    tile = gl.where(is_whole, gl.program_id(0) + item * gl.num_programs(0), whole_tiles + met)
+    first = gl.where(is_whole, 0, gl.maximum(begin - met * blocks, 0))
+    last = gl.where(is_whole, blocks, gl.minimum(end - met * blocks, blocks))
+    return tile, first, last
+
+
+@gluon.jit
+def after(place, phase, PLACES: gl.constexpr):
+    """The next place of the ring, and the phase its barriers are in."""
+    wraps = place == PLACES - 1
+    return gl.where(wraps, 0, place + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def fetch(
+    x, ring, ready, free, w, T, N, K, shared, sharers, INT4: gl.constexpr, BM: gl.constexpr, PLACES: gl.constexpr
+):
+    """Have activations copied, 64 columns at a time, to each place of the ring as soon as it is free.
+
+    The words of the same block are sent for: they come to the second-level cache before `consume` asks for them.
+    """
+    PAIRS: gl.constexpr = 16 if INT4 else 32
+    blocks = (K + 127) // 128
+    slabs = (N + 63) // 64
+    row_blocks = (T + BM - 1) // BM
+    whole_tiles, whole, items, begin, end = work(T, N, K, shared, sharers, BM)
+    place = 0
+    phase = 1  # the phase before the first has passed: at first all places are free
+    for item in range(items):
+        tile, first, last = item_of(item, whole_tiles, whole, begin, end, blocks)
+        row = tile % row_blocks * BM
+        slab = tile // row_blocks * (BN // 64)
+        for block in range(first, last):
+            words = w + (block.to(gl.int64) * slabs + slab) * (64 * PAIRS)
+            size = gl.minimum(slabs - slab, BN // 64) * (256 * PAIRS)
+            gl.inline_asm_elementwise(SEND_FOR, "=r,l,r", [words, size], dtype=gl.int32, is_pure=False, pack=1)
+            for half in gl.static_range(2):
+                mbarrier.wait(free.index(place), phase)
+                mbarrier.expect(ready.index(place), BM * 128)
+                column = block * 128 + half * 64
+                tma.async_copy_global_to_shared(x, [row, column], ready.index(place), ring.index(place))
+                place, phase = after(place, phase, PLACES)
+
+
+@gluon.jit
+def collect(sums, partial, slot, first_slot, arrived, contributors, waits, BM: gl.constexpr):
+    """Leave the sums [BN, BM] of one of `contributors` in a slot; the last of them gets them all, added in order.
+
+    Of two shares the last need not be left: a sum of two has no order. So one that `waits` looks for the other first.
+
+    Args: slots of other contributors follow `first_slot`; arrived: a counter, zero before and after.
+    Returns: the sums, and whether this program has them all.
+    """
+    size: gl.constexpr = BN * BM
+    own = sums.reshape((8, 2, 8, BM // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((size,))  # 16 bytes a thread
+    cell = gl.arange(0, size, layout=own.type.layout)
+    looks = PATIENCE if contributors == 2 and waits else 0
+    complete = False
+    while looks > 0:
+        complete = gl.atomic_add(arrived, 0) == 1
+        looks = 0 if complete else looks - 1
+    if not complete:
+        gl.store(partial + slot * size + cell, own)
+        gl.thread_barrier()
+        complete = gl.atomic_add(arrived, 1) == contributors - 1
+    if complete:
+        gl.store(arrived, 0)
+        if contributors == 2:
+            own += gl.load(partial + (2 * first_slot + 1 - slot) * size + cell, cache_modifier=".cg")
+        else:
+            own = gl.load(partial + first_slot * size + cell, cache_modifier=".cg")
+            for other in range(1, contributors):
+                own += gl.load(partial + (first_slot + other) * size + cell, cache_modifier=".cg")
+    together = own.reshape((BM // 8, 8, 8, 4, 2, 2)).permute((1, 4, 2, 0, 3, 5)).reshape((BN, BM))
+    return gl.convert_layout(together, sums_layout(BM), assert_trivial=True), complete
+
+
+@gluon.jit
+def consume(
+    ring, ready, free, w, scale, out, out_tile, partial, arrived, T, N, K, shared, sharers,
+    INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, PLACES: gl.constexpr,
+):  # fmt: skip
+    """Expand, multiply and write the tiles of this program."""
+    BFLOAT16: gl.constexpr = ring.dtype == gl.bfloat16
+    blocks = (K + 127) // 128
+    row_blocks = (T + BM - 1) // BM
+    whole_tiles, whole, items, begin, end = work(T, N, K, shared, sharers, BM)
+    place = 0
+    phase = 0
+    tile, first, last = item_of(0, whole_tiles, whole, begin, end, blocks)
+    words, s0, s1, s2, s3 = packed(w, scale, first, tile // row_blocks * BN, N, INT4, GROUP, BM)
+    for item in range(items):
+        tile, first, last = item_of(item, whole_tiles, whole, begin, end, blocks)
+        top = tile // row_blocks * BN
+        sums = gl.zeros((BN, BM), gl.float32, layout=sums_layout(BM))
+        for block in range(first, last):
+            next_block = gl.minimum(block + 1, last - 1)
+            next_words, n0, n1, n2, n3 = packed(w, scale, next_block, top, N, INT4, GROUP, BM)
+            rows = in_rows(words, INT4, BM)
+            left = expanded(rows, s0, s1, 0, INT4, BM, BFLOAT16)
+            mbarrier.wait(ready.index(place), phase)
+            flying = warpgroup_mma(left, ring.index(place).permute((1, 0)), sums, is_async=True)
+            sums = warpgroup_mma_wait(1, deps=[flying])
+            mbarrier.arrive(free.index(gl.where(place == 0, PLACES - 1, place - 1)), pred=block > first)
+            left_place = place
+            place, phase = after(place, phase, PLACES)
+            right = expanded(rows, s2, s3, 1, INT4, BM, BFLOAT16)
+            mbarrier.wait(ready.index(place), phase)
+            flying = warpgroup_mma(right, ring.index(place).permute((1, 0)), sums, is_async=True)
+            sums = warpgroup_mma_wait(1, deps=[flying])
+            mbarrier.arrive(free.index(left_place))
+            place, phase = after(place, phase, PLACES)
+            words = next_words
+            s0 = n0
+            s1 = n1
+            s2 = n2
+            s3 = n3
+        next_tile, next_first, _ = item_of(gl.minimum(item + 1, items - 1), whole_tiles, whole, begin, end, blocks)
+        words, s0, s1, s2, s3 = packed(w, scale, next_first, next_tile // row_blocks * BN, N, INT4, GROUP, BM)
+        sums = warpgroup_mma_wait(0, deps=[sums])
+        mbarrier.arrive(free.index(gl.where(place == 0, PLACES - 1, place - 1)))
+        complete = True
+        if last - first < blocks:
+            units = shared * blocks
+            unit = (tile - whole_tiles) * blocks
+            starter = ((unit + 1) * sharers - 1) // units
+            contributors = ((unit + blocks) * sharers - 1) // units - starter + 1
+            # tiles that are shared begin with different programs: 2 * starter on, none takes the slots of another
+            first_slot = 2 * starter.to(gl.int64)
+            slot = first_slot + gl.program_id(0) - starter
+            sums, complete = collect(sums, partial, slot, first_slot, arrived + starter, contributors, first == 0, BM)
+        if complete:
+            if not INT4:
+                n = gl.minimum(top + gl.arange(0, BN, layout=gl.SliceLayout(1, sums_layout(BM))), N - 1)
+                sums *= gl.load(scale + n).to(gl.float32).expand_dims(1)
+            tma.store_wait(0)
+            gl.thread_barrier()
+            out_tile.store(sums.to(out_tile.dtype).permute((1, 0)))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out, [tile % row_blocks * BM, top], out_tile)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["T", "N", "K", "shared", "sharers"])
+def wide_product(
+    x, w, scale, out, partial, arrived, T, N, K, shared, sharers,
+    INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr,
+):  # fmt: skip
+    """``x W^T`` by programs that stay; the last `shared` tiles are cut into equal runs for `sharers` of them.
+
+    x: descriptor of [T, K] for boxes [BM, 64]; out: of [T, N] for boxes [BM, BN].
+    w: see `quantlab.runtime.cuda.layout`, two words in each int32; scale: [K / g, N] of x's dtype (INT4) or [N].
+    partial: [2 * sharers, BN * BM] float32 scratch; arrived: [sharers] int32, zero before and after.
+    """
+    PLACES: gl.constexpr = RING // BM
+    ring = gl.allocate_shared_memory(x.dtype, (PLACES, BM, 64), x.layout)
+    out_tile = gl.allocate_shared_memory(x.dtype, (BM, BN), out.layout)
+    ready = gl.allocate_shared_memory(gl.int64, (PLACES, 1), mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, (PLACES, 1), mbarrier.MBarrierLayout())
+    for place in gl.static_range(PLACES):
+        mbarrier.init(ready.index(place), count=1)
+        mbarrier.init(free.index(place), count=1)
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (ring, ready, free, w, scale, out, out_tile, partial, arrived, T, N, K, shared, sharers,
+                 INT4, GROUP, BM, PLACES),
+            ),
+            (fetch, (x, ring, ready, free, w, T, N, K, shared, sharers, INT4, BM, PLACES)),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip

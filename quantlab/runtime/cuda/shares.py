@@ -1,0 +1,86 @@
+"""How products of many rows are dealt out to the programs of `hopper.wide_product`, one per multiprocessor.
+
+Tiles rarely fill whole rounds of programs, and a round is long. So the last tiles are cut: into halves, thirds, quarters or
+two thirds where they are too few for a round, or, together with the tiles of the round before, into as many equal runs of
+blocks of columns as there are programs. Shares cost memory traffic and a wait; runs of unequal ends also have programs walk
+the columns out of step, each asking for other activations than the rest. The numbers were measured on one H100 at the shapes
+of DeepSeek models (`eval/results/cuda-linears-h100.md`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import gcd
+from typing import Final
+
+from quantlab.runtime.cuda.layout import blocks
+from quantlab.runtime.cuda.tiles import Chip, Kind
+
+ROWS: Final = 128
+"""Matrix rows of a tile."""
+
+WIDE_TOKENS: Final = 96
+"""From this many tokens on the kernel is faster than `kernels.product` everywhere."""
+TOKENS_AT_ONCE: Final = 4096
+"""More are multiplied in turn: the second-level cache would not keep what tiles of a round read together."""
+
+_BLOCK: Final = {128: 0.8, 256: 1.35}
+"""Microseconds that a tile of so many tokens takes per block of columns, …"""
+_SHARE: Final = {128: 1.2, 256: 2.3}
+"""… and per share, if its columns are shared."""
+_WRITTEN: Final = 2.3
+"""Microseconds until a tile is written and the next begun."""
+_OUT_OF_STEP: Final = {Kind.INT4: 40 << 20, Kind.INT8: 20 << 20}
+"""Bytes of activations up to which programs may walk the columns out of step: the second-level cache keeps them."""
+_NARROW: Final = {Kind.INT4: 16 << 20, Kind.INT8: 8 << 20}
+"""Bytes of activations up to which tiles of 128 tokens, which read twice as much for their arithmetic, are not held up."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A way to deal a product out.
+
+    Attributes:
+        tokens: of a tile, 128 or 256.
+        programs: how many there are.
+        shared: how many tiles, the last, are cut into equal runs; the others are taken whole, in rounds.
+        sharers: how many programs have a run.
+    """
+
+    tokens: int
+    programs: int
+    shared: int = 0
+    sharers: int = 1
+
+
+def shares(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> Shares:
+    """How the product of one matrix [rows, columns] with `tokens` rows is dealt out: the way that costs least."""
+    sizes = (128, 256) if tokens <= 128 or 2 * tokens * columns <= _NARROW[kind] else (256,)
+    every = [way for size in sizes for way in ways(kind, rows, columns, tokens, chip, size)]
+    return min(every, key=lambda way: _cost(way, -(-rows // ROWS) * -(-tokens // way.tokens), blocks(columns)))
+
+
+def ways(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip, size: int) -> Iterator[Shares]:
+    """The ways to deal it out in tiles of `size` tokens that may be worth it."""
+    count = -(-rows // ROWS) * -(-tokens // size)
+    rounds, rest = divmod(count, chip.multiprocessors)
+    yield Shares(size, min(count, chip.multiprocessors))
+    for sharers in (3 * rest // 2, 2 * rest, 3 * rest, 4 * rest):
+        if rest < sharers <= min(chip.multiprocessors, rest * blocks(columns)):
+            yield Shares(size, chip.multiprocessors if rounds else sharers, rest, sharers)
+    if rounds and rest and 2 * tokens * columns <= _OUT_OF_STEP[kind]:
+        shared = rest + chip.multiprocessors
+        three_of_four = shared // 4 * 3  # then three runs begin and end with four tiles
+        yield Shares(size, chip.multiprocessors, shared, chip.multiprocessors)
+        if shared % 4 == 0 and 0.9 * chip.multiprocessors < three_of_four <= chip.multiprocessors:
+            yield Shares(size, chip.multiprocessors, shared, three_of_four)
+
+
+def _cost(way: Shares, tiles: int, steps: int) -> float:
+    """Microseconds of the longest program."""
+    cost = -(-(tiles - way.shared) // way.programs) * (steps * _BLOCK[way.tokens] + _WRITTEN)
+    if way.shared:
+        run = -(-way.shared * steps // way.sharers)
+        pattern = way.shared // gcd(way.shared, way.sharers)  # tiles after which runs begin with a tile again
+        met = 1 if pattern == 1 else 2 if pattern <= 4 else 3
+        cost += run * _BLOCK[way.tokens] + met * _WRITTEN + max(-(-steps // run), 2) * _SHARE[way.tokens]
+    return cost
