@@ -69,6 +69,11 @@ def keep_latents(module: nn.Module) -> None:
         module.expand_kv = _as_they_are
 
 
+def hands_latents_on(module: nn.Module) -> bool:
+    """Whether an attention module was changed by `keep_latents`."""
+    return getattr(module, "expand_kv", None) is _as_they_are
+
+
 def _as_they_are(latents: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
     """In the place of `expand_kv`: [B, 1, S, L] and [B, 1, S, R], unchanged."""
     return latents, rotary
@@ -86,7 +91,7 @@ def latent_sdpa(  # type: ignore[no-untyped-def]  # noqa: ANN201
 
     From a module of `keep_latents`, key and value are the latents [B, 1, S, L] and rotary keys [B, 1, S, R].
     """
-    if getattr(module, "expand_kv", None) is _as_they_are:
+    if hands_latents_on(module):
         weight = module.get_parameter("kv_b_proj.weight").view(query.shape[1], -1, key.shape[3])
         if _absorbing_is_cheaper(query, key, weight, attention_mask):
             return absorbed(query, key, value, weight, mask=attention_mask, scaling=options["scaling"]), None

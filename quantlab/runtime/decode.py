@@ -20,6 +20,7 @@ from transformers.cache_utils import StaticLayer
 from quantlab.errors import CacheError, DeviceError
 from quantlab.runtime.device import check_room, free_bytes, ran_out
 from quantlab.runtime.experts import Experts
+from quantlab.runtime.step import FusedStep, fuses
 
 _WARM_UPS: Final = 2
 """Steps that run before one is captured: kernels are compiled and memory is taken in the first."""
@@ -41,13 +42,16 @@ class Decoder:
         batch: sequences, B.
         length: tokens per sequence, prompt included, S.
         capture: whether a step is captured; None for yes on CUDA where the model is `capturable`.
+        fuse: whether a step is a `FusedStep` where that takes the model; if not, it is transformers'.
 
     Raises:
         CacheError: the model attends to fewer than `length` tokens, in windows, or by flash attention, which takes no mask;
             or it is to be captured and cannot be.
     """
 
-    def __init__(self, model: PreTrainedModel, *, batch: int, length: int, capture: bool | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, batch: int, length: int, capture: bool | None = None, fuse: bool = True
+    ) -> None:
         longest = int(model.config.max_position_embeddings)
         if not 0 < length <= longest or batch < 1:
             raise CacheError(
@@ -77,6 +81,8 @@ class Decoder:
         self._position = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._padding = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
         self._places = torch.arange(length, device=self._device)
+        self._fuses = fuse and fuses(model)
+        self._fused: FusedStep | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
@@ -211,6 +217,12 @@ class Decoder:
 
     def _step(self) -> Tensor:
         """One step on the tensors that stay in place; nothing in it waits for the device."""
+        if self._fuses:
+            if self._fused is None:
+                self._fused = FusedStep(self._model, self._cache, self._position, self._padding)
+            logits = self._fused(self._tokens)
+            self._position += 1
+            return logits
         mask = ((self._places <= self._position) & (self._places >= self._padding))[:, None, None, :]
         if self._adds:
             least = torch.finfo(self._model.dtype).min
@@ -227,8 +239,9 @@ class Decoder:
 
     def _back(self, tokens: int) -> None:
         self._position -= tokens
-        for layer in self._cache.layers:
-            layer.cumulative_length -= tokens
+        if not self._fuses:  # a fused step reads the position alone
+            for layer in self._cache.layers:
+                layer.cumulative_length -= tokens
 
     def _capture_step(self) -> None:
         """Capture a step, on the device of the model: that need not be the current one."""

@@ -1,6 +1,6 @@
 """Linears and MLPs on banks of matrices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -87,6 +87,47 @@ class PackedLinear(nn.Module):
         if self.bias is not None:
             result = result + self.bias
         return result.view(*x.shape[:-1], self.out_features)
+
+
+class StackedLinear(nn.Module):
+    """Linears that read the same input, as one matrix: the rows of each below those of the one before.
+
+    transformers calls them one by one, with the same tensor. The first call computes all, and each hands out its own; what is
+    kept in between ends with the last.
+    """
+
+    def __init__(self, linear: PackedLinear, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.linear = linear
+        self.sizes = tuple(sizes)
+        self._input: Tensor | None = None
+        self._left: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[..., K] -> [..., N] of every linear."""
+        return self.linear(x).split(self.sizes, dim=-1)  # type: ignore[no-any-return]
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """[..., K] -> [..., N] of linear `index`."""
+        if self._input is not x or index not in self._left:
+            self._input, self._left = x, dict(enumerate(self(x)))
+        result = self._left.pop(index)
+        if not self._left:
+            self._input = None
+        return result
+
+
+class PartOfStack(nn.Module):
+    """One of the linears of a stack."""
+
+    def __init__(self, stack: StackedLinear, index: int) -> None:
+        super().__init__()
+        self.stack, self.index = stack, index
+        self.in_features, self.out_features = stack.linear.in_features, stack.sizes[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        return self.stack.part(x, self.index)
 
 
 class GatedMLP(nn.Module):

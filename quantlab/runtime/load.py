@@ -139,18 +139,18 @@ class _Artifact:
         self._check_shape(name, tensor.shape, shape)
         return tensor.to(dtype)
 
-    def fill(self, matrices: Matrices, index: int, names: Sequence[str]) -> None:
-        _, rows, columns = matrices.shape
-        expected = (rows // len(names), columns)
+    def fill(self, matrices: Matrices, index: int, names: Sequence[str], rows: Sequence[int] | None = None) -> None:
+        columns = matrices.shape[2]
+        sizes = rows or [matrices.shape[1] // len(names)] * len(names)
         if isinstance(matrices, DenseMatrices):
-            for part, name in zip(matrices.weight[index].chunk(len(names)), names, strict=True):
-                part.copy_(self.tensor(name, expected, part.dtype))
+            for part, name in zip(torch.split(matrices.weight[index], list(sizes)), names, strict=True):
+                part.copy_(self.tensor(name, part.shape, part.dtype))
             return
         parts = []
-        for name in names:
+        for name, size in zip(names, sizes, strict=True):
             matrix = self._take(name)
             assert isinstance(matrix, QuantizedMatrix), f"{name} has a scheme"
-            self._check_shape(name, matrix.q.shape, expected)
+            self._check_shape(name, matrix.q.shape, (size, columns))
             parts.append(matrix)
         q, scale = (
             torch.cat(tensors) if len(tensors) > 1 else tensors[0]

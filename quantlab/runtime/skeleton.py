@@ -17,7 +17,7 @@ from quantlab.errors import ArtifactError
 from quantlab.recipe.schemes import SCHEMES, Scheme, SchemeName
 from quantlab.runtime.attention import LATENT_SDPA, keep_latents, register
 from quantlab.runtime.experts import Experts
-from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, dense_linear
+from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, PartOfStack, StackedLinear, dense_linear
 from quantlab.runtime.matrices import DenseMatrices, Matrices, QuantizedMatrices, quantized_matrices
 
 MODEL_TYPES: Final = ("deepseek_v2", "deepseek_v3", "llama", "qwen2")
@@ -38,6 +38,12 @@ _MALFORMED: Final = (
     ValueError,
 )
 """What transformers raises for a config it cannot make a model of."""
+_SAME_INPUT: Final = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_proj", "kv_a_proj_with_mqa"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+"""Linears of an attention module that read its input, by kind of attention."""
 _INT4_GROUPS: Final[Sequence[tuple[SchemeName, int]]] = (("int4_g128", 128), ("int4_g64", 64), ("int4_g32", 32))
 
 
@@ -57,8 +63,8 @@ class Weights(Protocol):
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A floating-point tensor."""
 
-    def fill(self, matrices: Matrices, index: int, names: Sequence[str]) -> None:
-        """Set matrix `index` of a bank to the weights `names`, one below the other."""
+    def fill(self, matrices: Matrices, index: int, names: Sequence[str], rows: Sequence[int] | None = None) -> None:
+        """Set matrix `index` of a bank to the weights `names`, one below the other; of as many rows, all of the same if None."""
 
 
 def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
@@ -136,8 +142,10 @@ def _materialize(module: nn.Module, path: str, weights: Weights, *, dtype: torch
     for name, buffer in list(module.named_buffers(recurse=False)):
         # the only stored buffer is the router's e_score_correction_bias, which engines add in float32
         module.register_buffer(name, weights.tensor(prefix + name, buffer.shape, torch.float32))
+    for name, part in _stacked(module, path, weights, dtype=dtype).items():
+        setattr(module, name, part)
     for name, child in list(module.named_children()):
-        if prefix + name not in skip:
+        if prefix + name not in skip and not isinstance(child, PartOfStack):
             replacement = _replacement(child, prefix + name, weights, dtype=dtype)
             if replacement is None:
                 _materialize(child, prefix + name, weights, dtype=dtype, skip=skip)
@@ -162,6 +170,31 @@ def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch
     if any(buffer.is_meta for buffer in module.buffers(recurse=False)) and hasattr(module, "rope_type"):
         return type(module)(config=module.config).to(weights.device)  # rotary frequencies are computed, never stored
     return None
+
+
+def _stacked(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> dict[str, PartOfStack]:
+    """The linears of an attention module that read its input, as parts of one matrix: on CUDA a launch costs what that saves."""
+    for names in _SAME_INPUT if weights.device.type == "cuda" else ():
+        linears = [linear for name in names if isinstance(linear := getattr(module, name, None), nn.Linear)]
+        of_names = [f"{path}.{name}.weight" for name in names]
+        if (
+            len(linears) == len(names)
+            and len({linear.bias is None for linear in linears}) == 1
+            and weights.scheme_of(of_names[0]) is not None
+            and _one_kind(of_names, weights)
+        ):
+            sizes = [linear.out_features for linear in linears]
+            bank = _bank(of_names[0], (1, sum(sizes), linears[0].in_features), weights, dtype=dtype)
+            weights.fill(bank, 0, of_names, rows=sizes)
+            biases = [
+                weights.tensor(f"{path}.{name}.bias", linear.bias.shape, dtype)
+                for name, linear in zip(names, linears, strict=True)
+                if linear.bias is not None
+            ]
+            assert isinstance(bank, QuantizedMatrices), "the weights have a scheme"
+            stack = StackedLinear(PackedLinear(bank, torch.cat(biases) if biases else None), sizes)
+            return {name: PartOfStack(stack, index) for index, name in enumerate(names)}
+    return {}
 
 
 def _plain_linear(module: nn.Module, name: str) -> bool:

@@ -86,7 +86,7 @@ class _RandomWeights:
         self._randomize(tensor, size=1.0 if "embed" in name else shape[-1] ** -0.5)
         return tensor
 
-    def fill(self, matrices: Matrices, index: int, names: Sequence[str]) -> None:
+    def fill(self, matrices: Matrices, index: int, names: Sequence[str], rows: Sequence[int] | None = None) -> None:
         columns = matrices.shape[2]
         if isinstance(matrices, DenseMatrices):
             self._randomize(matrices.weight[index], size=columns**-0.5)

@@ -1,7 +1,7 @@
 """Whole models on a GPU, decoding by captured steps: python tests/benchmarks/cuda_models.py [--models …] [--out PREFIX]
 
-Random weights at the true width of a model. Each packed side is timed against BF16 in turns, step by step, from a cache of
-`PROMPT` tokens. Beside the time stand the bytes a step has to read (all weights but the embeddings; of routed experts those
+Random weights at the true width of a model. Each side is timed in turns with two of BF16, step by step, from a cache of `PROMPT`
+tokens: BF16 in transformers' own steps, captured, and BF16 in the fused steps that the packed sides take too. Beside the time stand the bytes a step has to read (all weights but the embeddings; of routed experts those
 that the tokens of a batch are expected to hit) and what the kernels of one step took, longest first.
 """
 
@@ -109,17 +109,21 @@ def quantization(scheme: SchemeName) -> QuantizationConfig:
     return QuantizationConfig(((("Linear",), SCHEMES[scheme]),), IGNORE)
 
 
-def made(name: str, scheme: SchemeName | None) -> tuple[torch.nn.Module, dict[int, Decoder]]:
-    """A twin and a filled cache for every batch, its step captured."""
+def twin(name: str, scheme: SchemeName | None) -> torch.nn.Module:
+    """A model of random weights."""
     chosen = None if scheme is None else quantization(scheme)
-    model = random_twin(MODELS[name], chosen, dtype=torch.bfloat16, seed=0, device="cuda")
+    return random_twin(MODELS[name], chosen, dtype=torch.bfloat16, seed=0, device="cuda")
+
+
+def filled(model: torch.nn.Module, *, fuse: bool) -> dict[int, Decoder]:
+    """A filled cache for every batch, its step captured."""
     decoders = {}
     for batch in BATCHES:
         ids = torch.randint(1000, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
-        decoders[batch] = Decoder(model, batch=batch, length=PROMPT + STEPS)
+        decoders[batch] = Decoder(model, batch=batch, length=PROMPT + STEPS, fuse=fuse)
         decoders[batch].prefill(ids)
         timed(decoders[batch])
-    return model, decoders
+    return decoders
 
 
 def some_tokens(batch: int) -> torch.Tensor:
@@ -173,32 +177,37 @@ def bytes_of_a_step(model: torch.nn.Module, batch: int) -> float:
 
 def measured(name: str) -> list[dict[str, Any]]:
     """All sides of one model."""
-    baseline, decoders = made(name, None)
+    baseline = twin(name, None)
+    plain, fused = (filled(baseline, fuse=fuse) for fuse in (False, True))
     lines = []
-    for scheme in (None, INT4.get(name, "int4_g128"), "int8", "int8_weight"):
-        model, others = (baseline, decoders) if scheme is None else made(name, scheme)
+    for side in ("transformers", None, INT4.get(name, "int4_g128"), "int8", "int8_weight"):
+        model = baseline if side in {"transformers", None} else twin(name, side)
+        others = plain if side == "transformers" else fused if side is None else filled(model, fuse=True)
         held = weight_bytes(model)
         for batch in BATCHES:
-            ours, theirs = [], []
+            times: dict[str, list[float]] = defaultdict(list)
             for _ in range(ROUNDS):
-                theirs.append(timed(decoders[batch]))
-                ours.append(timed(others[batch]))
-            microseconds = statistics.median(ours)
-            ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+                for of, decoders in (("plain", plain), ("fused", fused), ("ours", others)):
+                    times[of].append(timed(decoders[batch]))
+            microseconds = statistics.median(times["ours"])
+            ratios = {of: [b / a for a, b in zip(times["ours"], times[of], strict=True)] for of in ("plain", "fused")}
             read = bytes_of_a_step(model, batch)
             lines.append(
                 {
                     "model": name,
-                    "scheme": scheme or "bfloat16",
+                    "weights": {"transformers": "bfloat16, transformers' step", None: "bfloat16"}.get(side, side),
                     "batch": batch,
                     "microseconds": round(microseconds, 1),
-                    "over_bfloat16": round(statistics.median(ratios), 3),
-                    "quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
+                    **{f"over_{of}": round(statistics.median(each), 3) for of, each in ratios.items()},
+                    **{
+                        f"quartiles_{of}": [round(q, 3) for q in statistics.quantiles(each, n=4)[::2]]
+                        for of, each in ratios.items()
+                    },
                     "weights_bytes": held.total,
                     "quantized_percent_of_fp16": held.quantized and 100 * held.quantized / held.quantized_fp16,
                     "bytes_of_a_step": round(read),
                     "terabytes_per_second": round(read / microseconds / 1e6, 3),
-                    "kernels": kernels(others[batch])[:12],
+                    "kernels": kernels(others[batch])[:14],
                 }
             )
             print(name, row(lines[-1]), flush=True)
@@ -210,10 +219,13 @@ def measured(name: str) -> list[dict[str, Any]]:
 
 def row(line: Mapping[str, Any]) -> str:
     """A row of the table."""
-    low, high = line["quartiles"]
     share = line["quantized_percent_of_fp16"]
+    ratios = (
+        f"{line[f'over_{of}']:.2f} ({line[f'quartiles_{of}'][0]:.2f} … {line[f'quartiles_{of}'][1]:.2f})"
+        for of in ("plain", "fused")
+    )
     return (
-        f"| {line['scheme']} | {line['batch']} | {line['microseconds'] / 1e3:.2f} | {line['over_bfloat16']:.2f} ({low:.2f} … {high:.2f}) "
+        f"| {line['weights']} | {line['batch']} | {line['microseconds'] / 1e3:.2f} | {' | '.join(ratios)} "
         f"| {line['weights_bytes'] / 1e9:.2f} | {f'{share:.1f}' if share else '–'} | {line['bytes_of_a_step'] / 1e9:.2f} "
         f"| {line['terabytes_per_second']:.2f} |"
     )
@@ -226,16 +238,16 @@ def as_markdown(lines: list[dict[str, Any]], head: str) -> str:
         of_model = [line for line in lines if line["model"] == name]
         text += [f"## {name}", ""]
         text += [
-            "| weights | batch | ms per step | × BF16 (quartiles) | GB | quantized % of FP16 | GB per step | TB/s |"
+            "| weights | batch | ms per step | × BF16, transformers' step (quartiles) | × BF16, fused | GB | quantized % of FP16 | GB per step | TB/s |"
         ]
-        text += ["|---|--:|--:|--:|--:|--:|--:|--:|", *(row(line) for line in of_model), ""]
+        text += ["|---|--:|--:|--:|--:|--:|--:|--:|--:|", *(row(line) for line in of_model), ""]
         text += ["Kernels of a step at batch 1, in µs (launches):", ""]
         for line in of_model:
             if line["batch"] == 1:
                 each = (
                     f"{k['kernel'][:44]} {k['microseconds']:.0f} ({k['launches']:.0f})" for k in line["kernels"][:7]
                 )
-                text += [f"- {line['scheme']}: " + "; ".join(f"`{one}`" for one in each)]
+                text += [f"- {line['weights']}: " + "; ".join(f"`{one}`" for one in each)]
         text += [""]
     return "\n".join(text)
 

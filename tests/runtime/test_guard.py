@@ -13,12 +13,18 @@ from quantlab.runtime.cuda import guard
 CUDA = Path(guard.__file__).parent
 
 
-def test_every_launch_is_guarded() -> None:
-    tree = ast.parse((CUDA / "launch.py").read_text())
-    public = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-    guarded = [node.name for node in public if "on_its_device" in {ast.unparse(each) for each in node.decorator_list}]
-    assert [node.name for node in public if node.name not in guarded] == ["chip"]
-    assert len(guarded) >= 7
+@pytest.mark.parametrize(("file", "launches"), [("launch.py", 8), ("launch_step.py", 4)])
+def test_every_launch_is_guarded(file: str, launches: int) -> None:
+    functions = [node for node in ast.parse((CUDA / file).read_text()).body if isinstance(node, ast.FunctionDef)]
+    launching = [node for node in functions if any(launches_a_kernel(part) for part in ast.walk(node))]
+    assert len(launching) == launches
+    for node in launching:
+        assert "on_its_device" in {ast.unparse(each) for each in node.decorator_list}, node.name
+
+
+def launches_a_kernel(node: ast.AST) -> bool:
+    """Whether a node is ``kernel[grid](...)``."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
 
 
 def test_tensors_of_the_cpu_ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

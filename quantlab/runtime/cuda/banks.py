@@ -81,15 +81,18 @@ class CudaMatrices(nn.Module):
         parts = zip(split(x, groups), groups.which, strict=True)
         return joined([self.product(part, index) for part, index in parts], x.dtype)
 
-    def product(self, x: Tensor, index: int = 0, *, gated: bool = False) -> Tensor:
+    def product(self, x: Tensor, index: int = 0, *, gated: bool = False, added: Tensor | None = None) -> Tensor:
         """x [T, K] times matrix `index`: [T, N], or ``silu(gate) * up`` [T, N / 2] of the matrix's two halves if `gated`.
 
+        `added` [T, N] is added to it, not to what is gated.
         float32 asks for exact numbers: there the matrix is expanded, band by band. (int8 activations are exact anyway.)
         """
         x, dtype = x.contiguous(), x.dtype
         if gated and not self.gates(x):
             gate, up = self.product(x, index).chunk(2, dim=-1)
             return nn.functional.silu(gate).mul_(up)
+        if added is not None and (x.dtype == torch.float32 or x.shape[0] > FEW_TOKENS):
+            return self.product(x, index).add_(added)
         from quantlab.runtime.cuda import launch
 
         chip = launch.chip(x.device)
@@ -101,12 +104,12 @@ class CudaMatrices(nn.Module):
         tiles = linear_tiles(self.kind, *self.shape[1:], x.shape[0], chip)
         if gated:
             tiles = gating(tiles)
+        x_scale = None
         if self.kind == Kind.INT8_TOKENS:
-            chained = chip.overlaps and x.shape[0] <= FEW_TOKENS
-            x, x_scale = launch.quantize_tokens(x, chained=chained)
-            return launch.product(m, x, x_scale, tiles, dtype=dtype, gated=gated, chained=chained)
-        run = launch.run_product if tiles.runs else launch.product
-        return run(m, x, None, tiles, dtype=dtype, gated=gated)
+            x, x_scale = launch.quantize_tokens(x)
+        if tiles.runs:
+            return launch.run_product(m, x, x_scale, tiles, dtype=dtype, gated=gated)
+        return launch.product(m, x, x_scale, tiles, dtype=dtype, gated=gated, added=added)
 
     def gates(self, x: Tensor) -> bool:
         """Whether the kernels can gate a product of x as they write it, and that pays: at few tokens."""
@@ -155,8 +158,9 @@ class CudaMatrices(nn.Module):
 
 
 def gating(tiles: Tiles) -> Tiles:
-    """The same with tiles of a slab of the gate's rows and one of up's."""
-    return Tiles(2 * layout.SLAB, tiles.tokens, max(tiles.parts // 2, 1), stages=tiles.stages)
+    """The same with tiles of a slab of the gate's rows and one of up's; many tokens in a tile of twice the rows want fewer parts."""
+    parts = tiles.parts if tiles.tokens <= 16 else max(tiles.parts // 2, 1)
+    return Tiles(2 * layout.SLAB, tiles.tokens, parts, stages=tiles.stages)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -23,7 +23,14 @@ def takes(gate_up: Matrices, down: Matrices, dtype: torch.dtype) -> bool:
     return dtype in {torch.float16, torch.bfloat16} and all(fits) and gate_up.shape[1] % (2 * SLAB) == 0
 
 
-def routed(gate_up: Matrices, down: Matrices, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def routed(
+    gate_up: Matrices,
+    down: Matrices,
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    added: Tensor | None = None,
+) -> Tensor:
     """``sum_k w_k down_k(silu(gate_k(x)) * up_k(x))`` over the experts of each token.
 
     Args:
@@ -32,17 +39,24 @@ def routed(gate_up: Matrices, down: Matrices, x: Tensor, top_k_index: Tensor, to
         x: [tokens, H].
         top_k_index: [tokens, k], the experts of each token.
         top_k_weights: [tokens, k], their weights.
+        added: [tokens, H], added to the sum.
 
     Returns:
         [tokens, H] in the dtype of x; summed in float32.
     """
     tokens, top_k = top_k_index.shape
     if not top_k_index.numel():
-        return torch.zeros_like(x)
+        return torch.zeros_like(x) if added is None else added.clone()
     step = max(_ROWS_AT_ONCE // top_k, 1)
     if tokens > step:
         parts = [slice(start, start + step) for start in range(0, tokens, step)]
-        return torch.cat([routed(gate_up, down, x[p], top_k_index[p], top_k_weights[p]) for p in parts])
+        more = [None if added is None else added[part] for part in parts]
+        return torch.cat(
+            [
+                routed(gate_up, down, x[part], top_k_index[part], top_k_weights[part], one)
+                for part, one in zip(parts, more, strict=True)
+            ]
+        )
     from quantlab.runtime.cuda import launch
 
     first, second = _on_device(gate_up), _on_device(down)
@@ -53,7 +67,7 @@ def routed(gate_up: Matrices, down: Matrices, x: Tensor, top_k_index: Tensor, to
     x_of = _quantized(first.kind, x.contiguous())
     hidden = launch.run_product(first, *x_of, cuts[0], dtype=x.dtype, routed=rows, gated=True)
     outputs = launch.run_product(second, *_quantized(second.kind, hidden), cuts[1], dtype=x.dtype, routed=rows)
-    return launch.combine(outputs, top_k_weights)
+    return launch.combine(outputs, top_k_weights, added)
 
 
 def _on_device(bank: Matrices):  # type: ignore[no-untyped-def]  # noqa: ANN202 - triton's types come late

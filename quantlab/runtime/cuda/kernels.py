@@ -14,7 +14,7 @@ Legend: E matrices, N rows (outputs), K columns (inputs), T rows of activations,
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantlab.runtime.cuda.words import beside, from_int4, from_int8, slab_words
 
@@ -156,8 +156,11 @@ def sums_of(
 
 
 @triton.jit
-def write(sums, x_scale, row, valid, scale, n, out, out_row, tile_n, N, KIND: tl.constexpr, GATED: tl.constexpr):
-    """Scale a tile by its rows (int8) and tokens, gate it if asked, and store it where `valid`."""
+def write(
+    sums, x_scale, row, valid, scale, n, added, out, out_row, tile_n, N,
+    KIND: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
+):  # fmt: skip
+    """Scale a tile by its rows (int8) and tokens, gate it if asked, add where ADDED, and store it where `valid`."""
     BN: tl.constexpr = sums.shape[0]
     BM: tl.constexpr = sums.shape[1]
     if KIND == INT8_TOKENS:
@@ -172,8 +175,11 @@ def write(sums, x_scale, row, valid, scale, n, out, out_row, tile_n, N, KIND: tl
     else:
         column = tile_n * BN + tl.arange(0, BN)
         width = N
-    where = out + out_row.to(tl.int64)[None, :] * width + column[:, None]
-    tl.store(where, sums.to(out.dtype.element_ty), mask=valid[None, :] & (column < width)[:, None])
+    place = out_row.to(tl.int64)[None, :] * width + column[:, None]
+    within = valid[None, :] & (column < width)[:, None]
+    if ADDED:
+        sums += tl.load(added + place, mask=within, other=0).to(tl.float32)
+    tl.store(out + place, sums.to(out.dtype.element_ty), mask=within)
 
 
 @triton.jit
@@ -211,8 +217,8 @@ def collect(sums, valid, partial, slot, first_slot, arrived, contributors):
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def product(
-    x, x_scale, w, scale, out, partial, arrived, T, N, K, splits,
-    KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+    x, x_scale, w, scale, added, out, partial, arrived, T, N, K, splits,
+    KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``x W^T``, or a share of its blocks of columns where SPLIT; the grid is (tiles, splits).
@@ -220,8 +226,9 @@ def product(
     x: [T, K], or int8 with x_scale [T] float32 where KIND is INT8_TOKENS.
     w: see `quantlab.runtime.cuda.layout`; scale: [K / g, N] (INT4) or [N].
     out: [T, N], or [T, N / 2] where GATED: ``silu(gate) * up`` of a matrix with the gate's rows first, then up's.
+    added: [T, N] of out's dtype, added to the product where ADDED.
     partial: [tiles, splits, BM, BN] scratch; arrived: [tiles] int32, zero before and after.
-    CHAINED: launched while `quantize_tokens`, which writes x, may still run: meanwhile the weights are sent for.
+    CHAINED: launched while the kernel before, which may write x, ends; the next is launched while this one does.
     """
     row_blocks = tl.cdiv(T, BM)
     tile = tl.program_id(0)
@@ -230,30 +237,44 @@ def product(
     first = tl.program_id(1) * blocks // splits
     last = (tl.program_id(1) + 1) * blocks // splits
     if CHAINED:
-        if (tile_n + 1) * BN <= N:
-            send_for(w + tile_n * BN * 128, first, tl.minimum(last, first + 8), N * 128, BN)
+        if KIND == INT8_TOKENS:
+            send_for(w, tile_n, first, tl.minimum(last, first + 2), N, GATED, BN)
         gdc_wait()
     n = rows_of(tile_n, N, GATED, BN)
     position = tile % row_blocks * BM + tl.arange(0, BM)
     valid = position < T
     row = tl.where(valid, position, 0).to(tl.int64)
     sums = sums_of(x, row, valid, w, scale, tile_n, n, first, last, N, K, KIND, GROUP, GATED, EVEN, STAGES, WARPS)
+    if CHAINED:
+        gdc_launch_dependents()
     if SPLIT:
         slot = (tile * splits + tl.program_id(1)).to(tl.int64)
         sums, complete = collect(sums, valid, partial, slot, slot - tl.program_id(1), arrived + tile, splits)
         if complete:
-            write(sums, x_scale, row, valid, scale, n, out, row, tile_n, N, KIND, GATED)
+            write(sums, x_scale, row, valid, scale, n, added, out, row, tile_n, N, KIND, GATED, ADDED)
     else:
-        write(sums, x_scale, row, valid, scale, n, out, row, tile_n, N, KIND, GATED)
+        write(sums, x_scale, row, valid, scale, n, added, out, row, tile_n, N, KIND, GATED, ADDED)
 
 
 @triton.jit
-def send_for(w, first, last, step, BN: tl.constexpr):
-    """Have runs of BN rows of 128 bytes brought into the second-level cache: of blocks `first` to `last`, `step` bytes apart."""
-    for block in range(first, last):
-        tl.inline_asm_elementwise(
-            PREFETCH_8K if BN == 64 else PREFETCH_16K, "=r,l", [w + block * step], dtype=tl.int32, is_pure=False, pack=1
-        )
+def send_for(w, tile_n, first, last, N, GATED: tl.constexpr, BN: tl.constexpr):
+    """Have int8 rows of a tile brought into the second-level cache: their runs of 128 bytes in blocks `first` to `last`."""
+    if GATED:
+        for block in range(first, last):
+            at = w + (block * N + tile_n * (BN // 2)) * 128
+            send_for_rows(at, BN // 2)
+            send_for_rows(at + N // 2 * 128, BN // 2)
+    elif (tile_n + 1) * BN <= N:
+        for block in range(first, last):
+            send_for_rows(w + (block * N + tile_n * BN) * 128, BN)
+
+
+@triton.jit
+def send_for_rows(start, ROWS: tl.constexpr):
+    """The same for 64 or 128 rows from `start` on."""
+    asm: tl.constexpr = PREFETCH_8K if ROWS == 64 else PREFETCH_16K
+    tl.static_assert(ROWS == 64 or ROWS == 128)
+    tl.inline_asm_elementwise(asm, "=r,l", [start], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -299,6 +320,7 @@ def run_product(
     x, x_scale, w, scale, out, partial, arrived, order, start, block_expert, block_first, block_count, T, N, K,
     KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, TOP_K: tl.constexpr, ROUTED: tl.constexpr,
     EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """As `product`, by any number of programs; where ROUTED, rows meet the matrices of their experts.
 
@@ -309,6 +331,8 @@ def run_product(
     order, start, block_expert, block_first, block_count: what `routing.route` wrote. With TOP_K, row p of the product
     reads row ``order[p] / TOP_K`` of x and stays at p; without, it reads row p and writes row ``order[p]``.
     """
+    if CHAINED:
+        gdc_wait()
     row_blocks = tl.load(block_count) if ROUTED else tl.cdiv(T, BM)
     blocks = tl.cdiv(K, 128)
     total = row_blocks * tl.cdiv(N, BN) * blocks
@@ -348,4 +372,4 @@ def run_product(
                 sums, valid, partial, slot, slot - program + starter, arrived + starter, contributors
             )
         if complete:
-            write(sums, x_scale, row, valid, tile_scale, n, out, out_row, tile_n, N, KIND, GATED)
+            write(sums, x_scale, row, valid, tile_scale, n, x, out, out_row, tile_n, N, KIND, GATED, False)

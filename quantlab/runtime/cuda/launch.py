@@ -13,7 +13,7 @@ from quantlab.runtime.cuda import rows as row_kernels
 from quantlab.runtime.cuda.guard import on_its_device
 from quantlab.runtime.cuda.layout import blocks
 from quantlab.runtime.cuda.shares import ROWS, Shares
-from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles
+from quantlab.runtime.cuda.tiles import FEW_TOKENS, Chip, Kind, Tiles
 
 GLUON: Final = "3.6."
 """Releases of triton whose Gluon, which is experimental, `hopper` is written in."""
@@ -59,11 +59,11 @@ def route(index: Tensor, experts: int, tokens: int) -> Routing:
     count = rows if rows <= experts else experts + (rows - experts) // tokens
     sizes = (rows, experts + 1, count, count, 1)
     written = [torch.empty(size, dtype=torch.int32, device=index.device) for size in sizes]
-    chunk = min(max(_power(rows), 16), 1024)
-    bins = max(_power(experts), 16)
+    chunk = min(max(power(rows), 16), 1024)
+    bins = max(power(experts), 16)
     routing.route[(experts,)](
         index.contiguous(), *written, rows,
-        BINS=bins, CHUNK=chunk, BM=tokens, num_warps=4 if chunk > 128 else 1,
+        BINS=bins, CHUNK=chunk, BM=tokens, num_warps=4 if chunk > 128 else 1, **chained(index),
     )  # fmt: skip
     order, start, block_expert, block_first, block_count = written
     return Routing(order, start, block_expert, block_first, block_count, tokens, index.shape[1])
@@ -74,36 +74,36 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """[T, K] with weight [K] of the same dtype -> [T, K]; see `rows.rms_norm`."""
     rows, columns = x.shape
     out = torch.empty_like(x)
-    width = _power(columns)
+    width = power(columns)
     row_kernels.rms_norm[(rows,)](
-        x, weight, out, columns, epsilon, WIDTH=width, num_warps=min(max(width // 512, 1), 16)
+        x, weight, out, columns, epsilon, WIDTH=width, num_warps=min(max(width // 512, 1), 16), **chained(x)
     )
     return out
 
 
 @on_its_device
-def combine(rows: Tensor, weights: Tensor) -> Tensor:
-    """rows [T * k, H] with weights [T, k] -> [T, H]."""
+def combine(rows: Tensor, weights: Tensor, added: Tensor | None = None) -> Tensor:
+    """rows [T * k, H] with weights [T, k], and added [T, H] if given -> [T, H]."""
     tokens, top_k = weights.shape
     out = rows.new_empty(tokens, rows.shape[1])
     width = 512
     grid = (tokens, -(-rows.shape[1] // width))
     row_kernels.combine[grid](
-        rows, weights.contiguous(), out, rows.shape[1],
-        TOP_K=top_k, BH=width, num_warps=2,
+        rows, weights.contiguous(), rows if added is None else added, out, rows.shape[1],
+        TOP_K=top_k, BH=width, ADDED=added is not None, num_warps=2, **chained(weights),
     )  # fmt: skip
     return out
 
 
 @on_its_device
-def quantize_tokens(x: Tensor, *, chained: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """[T, K] of any floating dtype -> integers [T, K] int8 and scales [T] float32."""
     rows, columns = x.shape
     q = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    width = _power(columns)
+    width = power(columns)
     row_kernels.quantize_tokens[(rows,)](
-        x, q, scale, columns, WIDTH=width, CHAINED=chained, num_warps=min(max(width // 512, 1), 16)
+        x, q, scale, columns, WIDTH=width, num_warps=min(max(width // 512, 1), 16), **chained(x)
     )
     return q, scale
 
@@ -117,7 +117,7 @@ def product(
     *,
     dtype: torch.dtype,
     gated: bool = False,
-    chained: bool = False,
+    added: Tensor | None = None,
 ) -> Tensor:
     """Products of all rows of x with the only matrix of m.
 
@@ -128,7 +128,7 @@ def product(
         tiles: how the product is cut.
         dtype: of the result.
         gated: see `kernels.product`.
-        chained: x comes from the kernel launched just before, `quantize_tokens` with `chained`.
+        added: to the product, of its shape and dtype.
 
     Returns:
         [T, N], or [T, N / 2] if gated.
@@ -143,11 +143,11 @@ def product(
         assert count <= arrived.shape[0], "a counter for every tile"
         partial = _scratch(m, count * tiles.parts, tiles)
     kernels.product[(count, tiles.parts)](
-        x, arrived if x_scale is None else x_scale, m.weight, m.scale, out, partial, arrived,
+        x, arrived if x_scale is None else x_scale, m.weight, m.scale, out if added is None else added, out, partial, arrived,
         x.shape[0], rows, columns, tiles.parts,
-        KIND=int(m.kind), GROUP=m.group, GATED=gated, SPLIT=tiles.parts > 1, EVEN=columns % 128 == 0,
-        BN=tiles.rows, BM=tiles.tokens, STAGES=tiles.stages, WARPS=tiles.warps, CHAINED=chained,
-        num_warps=tiles.warps, num_stages=tiles.stages, launch_pdl=chained,
+        KIND=int(m.kind), GROUP=m.group, GATED=gated, ADDED=added is not None, SPLIT=tiles.parts > 1,
+        EVEN=columns % 128 == 0, BN=tiles.rows, BM=tiles.tokens, STAGES=tiles.stages, WARPS=tiles.warps,
+        num_warps=tiles.warps, num_stages=tiles.stages, **chained(x),
     )  # fmt: skip
     return out
 
@@ -197,7 +197,7 @@ def run_product(
         KIND=int(m.kind), GROUP=m.group, GATED=gated, TOP_K=routed.top_k if routed and gated else 0,
         ROUTED=routed is not None, EVEN=columns % 128 == 0,
         BN=tiles.rows, BM=tiles.tokens, STAGES=tiles.stages, WARPS=tiles.warps,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **chained(x),
     )  # fmt: skip
     return out
 
@@ -250,6 +250,12 @@ def chip(device: torch.device) -> Chip:
     return Chip(properties.multi_processor_count, shared, overlaps=properties.major >= 9, wide=wide)
 
 
-def _power(number: int) -> int:
+def chained(x: Tensor) -> dict[str, bool]:
+    """For a launch that reads few rows x [T, ·]: whether it begins before the kernel ahead of it has ended, and waits inside."""
+    overlaps = chip(x.device).overlaps and x.shape[0] <= FEW_TOKENS
+    return {"CHAINED": overlaps, "launch_pdl": overlaps}
+
+
+def power(number: int) -> int:
     """The smallest power of two that is not less."""
     return 1 << max(number - 1, 0).bit_length()

@@ -6,12 +6,13 @@ be captured in a CUDA graph.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
 def route(
     index, order, start, block_expert, block_first, block_count, R,
-    BINS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr,
+    BINS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sort R rows by expert and cut them into blocks of at most BM rows of one expert. One program per expert.
 
@@ -19,6 +20,8 @@ def route(
     order: [R] int32, the rows sorted by expert, those of one expert in their order; start: [E + 1] int32, where each begins.
     block_expert: int32, the expert of each block; block_first: int32, its first row; block_count: [1] int32, how many.
     """
+    if CHAINED:
+        gdc_wait()
     e = tl.program_id(0)
     bins = tl.arange(0, BINS)
     lane = tl.arange(0, CHUNK)

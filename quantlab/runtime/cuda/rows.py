@@ -1,8 +1,11 @@
-"""What is done to each row of activations between the products."""
+"""What is done to each row of activations between the products.
+
+CHAINED: launched while the kernel before, which may write what is read here, ends; the next is launched while this one does.
+"""
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SMALLEST: tl.constexpr = tl.constexpr(2.0**-120)
 """The least scale of a token."""
@@ -12,14 +15,15 @@ SMALLEST: tl.constexpr = tl.constexpr(2.0**-120)
 def quantize_tokens(x, q, scale, K, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
     """Each row of x [T, K] on its own int8 grid, ``scale = max|x| / 127``: q [T, K] int8, scale [T] float32.
 
-    As `quantlab.runtime.int8.quantize_tokens`: in float32, ties to even, a row that is not finite gets an infinite scale. CHAINED lets
-    the product that reads these start.
+    As `quantlab.runtime.int8.quantize_tokens`: in float32, ties to even, a row that is not finite gets an infinite scale.
     """
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, WIDTH)
     if CHAINED:
-        gdc_launch_dependents()
+        gdc_wait()
     values = tl.load(x + row * K + k, mask=k < K, other=0).to(tl.float32)
+    if CHAINED:
+        gdc_launch_dependents()
     size = tl.where(values == values, tl.abs(values), float("inf"))
     s = tl.div_rn(tl.max(size, axis=0), 127.0)
     s = tl.where(s < SMALLEST, SMALLEST, s)
@@ -29,25 +33,43 @@ def quantize_tokens(x, q, scale, K, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
 
 
 @triton.jit
-def combine(rows, weights, out, H, TOP_K: tl.constexpr, BH: tl.constexpr):
-    """``out[t] = sum_k weights[t, k] * rows[t * TOP_K + k]``, in float32: rows [T * TOP_K, H], weights [T, TOP_K], out [T, H]."""
+def combine(
+    rows, weights, added, out, H, TOP_K: tl.constexpr, BH: tl.constexpr, ADDED: tl.constexpr, CHAINED: tl.constexpr
+):
+    """``out[t] = sum_k weights[t, k] * rows[t * TOP_K + k]``, in float32: rows [T * TOP_K, H], weights [T, TOP_K], out [T, H].
+
+    added: [T, H], added to the sums where ADDED.
+    """
+    if CHAINED:
+        gdc_wait()
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     total = tl.zeros((BH,), tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(rows + (t * TOP_K + k) * H + h, mask=h < H, other=0).to(tl.float32)
         total += row * tl.load(weights + t * TOP_K + k).to(tl.float32)
+    if ADDED:
+        total += tl.load(added + t * H + h, mask=h < H, other=0).to(tl.float32)
     tl.store(out + t * H + h, total.to(out.dtype.element_ty), mask=h < H)
 
 
 @triton.jit
-def rms_norm(x, weight, out, K, epsilon, WIDTH: tl.constexpr):
-    """``weight * (x / sqrt(mean(x^2) + epsilon))`` of each row: float32, rounded to x's dtype before the weight."""
+def norm_of(x, weight, width, epsilon):
+    """``weight * (x / sqrt(mean(x^2) + epsilon))`` of a row, zero beyond its width: float32, rounded to x's dtype before the weight."""
+    values = x.to(tl.float32)
+    scaled = values * tl.rsqrt(tl.sum(values * values, axis=0) / width + epsilon)
+    return (weight.to(tl.float32) * scaled.to(x.dtype).to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def rms_norm(x, weight, out, K, epsilon, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
+    """`norm_of` each row of x [T, K]."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, WIDTH)
-    values = tl.load(x + row * K + k, mask=k < K, other=0).to(tl.float32)
-    scaled = values * tl.rsqrt(tl.sum(values * values, axis=0) / K + epsilon)
-    factor = tl.load(weight + k, mask=k < K, other=0).to(tl.float32)
-    tl.store(
-        out + row * K + k, (factor * scaled.to(x.dtype.element_ty).to(tl.float32)).to(x.dtype.element_ty), mask=k < K
-    )
+    factors = tl.load(weight + k, mask=k < K, other=0)
+    if CHAINED:
+        gdc_wait()
+    read = tl.load(x + row * K + k, mask=k < K, other=0)
+    if CHAINED:
+        gdc_launch_dependents()
+    tl.store(out + row * K + k, norm_of(read, factors, K, epsilon), mask=k < K)

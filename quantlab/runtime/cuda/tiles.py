@@ -87,12 +87,13 @@ def linear_tiles(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -
         )
     elif kind != Kind.INT4:
         stages = 3 if tokens > 32 and -(-rows // 64) > 1.5 * chip.multiprocessors else 4
-        parts = _parts(rows, columns, 64, programs=1.7 * chip.multiprocessors, least=8)
+        least = 4 if kind == Kind.INT8 else 8
+        parts = _parts(rows, columns, 64, programs=1.7 * chip.multiprocessors, least=least)
         found = Tiles(64, _power(tokens), parts, stages=stages)
     elif tokens <= 8:
-        found = Tiles(128, 8, _parts(rows, columns, 128, programs=4 * chip.multiprocessors, least=6))
+        found = Tiles(128, 8, _parts(rows, columns, 128, programs=4 * chip.multiprocessors, least=3))
     elif tokens <= 16:
-        found = Tiles(64, 16, _parts(rows, columns, 64, programs=6 * chip.multiprocessors, least=7))
+        found = Tiles(64, 16, _parts(rows, columns, 64, programs=6 * chip.multiprocessors, least=3))
     elif tokens <= 32:
         found = Tiles(64, 32, _parts(rows, columns, 64, programs=3.6 * chip.multiprocessors, least=8), stages=4)
     else:

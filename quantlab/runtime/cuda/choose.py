@@ -1,0 +1,76 @@
+"""The router of a mixture of experts for few tokens: scores, groups, the best experts and their weights in one launch."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+
+@triton.jit
+def choose(
+    x, weight, bias, logits, index, weights, arrived, H, scaling,
+    E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr, SIGMOID: tl.constexpr,
+    NORMED: tl.constexpr, GW: tl.constexpr, PW: tl.constexpr, KW: tl.constexpr,
+    BE: tl.constexpr, BH: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """TOP_K of E experts for each row of x [T, H]. The grid is (T, ceil(E / BE)).
+
+    SIGMOID: DeepSeek-V3 (report, eq. 14–16 and 2.1.2): scores are sigmoids, chosen by score + `bias` [E], a group counts its
+    two best. Else DeepSeek-V2: scores are a softmax, a group counts its best. Only experts of the TOP_GROUPS best groups are chosen.
+    NORMED: the weights are divided by their sum. All in float32.
+
+    weight: [E, H]; logits: [T, E] float32 scratch; index: [T, TOP_K] int64; weights: [T, TOP_K] float32, times `scaling`.
+    arrived: [T] int32, zero before and after. GW, PW, KW: powers of two, at least GROUPS, E / GROUPS and TOP_K.
+    """
+    if CHAINED:
+        gdc_wait()
+    t = tl.program_id(0)
+    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    products = tl.zeros((BE, BH), tl.float32)
+    for first in range(0, H, BH):
+        column = first + tl.arange(0, BH)
+        read = tl.load(x + t.to(tl.int64) * H + column, mask=column < H, other=0).to(tl.float32)
+        at = weight + e[:, None] * H + column[None, :]
+        products += tl.load(at, mask=(e < E)[:, None] & (column < H)[None, :], other=0).to(tl.float32) * read[None, :]
+    tl.store(logits + t * E + e, tl.sum(products, axis=1), mask=e < E)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + t, 1) == tl.num_programs(1) - 1:
+        tl.store(arrived + t, 0)
+        per: tl.constexpr = E // GROUPS
+        g = tl.arange(0, GW)
+        p = tl.arange(0, PW)
+        expert = g[:, None] * per + p[None, :]
+        real = (g < GROUPS)[:, None] & (p < per)[None, :]
+        read = tl.load(logits + t * E + expert, mask=real, other=float("-inf"), cache_modifier=".cg")
+        if SIGMOID:
+            scores = tl.where(real, 1.0 / (1.0 + tl.exp(-read)), 0.0)
+            wanted = tl.where(real, scores + tl.load(bias + expert, mask=real, other=0), float("-inf"))
+        else:
+            above = tl.exp(read - tl.max(tl.max(read, axis=1), axis=0))
+            scores = above / tl.sum(tl.sum(above, axis=1), axis=0)
+            wanted = tl.where(real, scores, float("-inf"))
+        if TOP_GROUPS < GROUPS:
+            group = tl.max(wanted, axis=1)
+            if SIGMOID:
+                at = tl.min(tl.where(wanted == group[:, None], p[None, :], PW), axis=1)
+                group += tl.max(tl.where(p[None, :] == at[:, None], float("-inf"), wanted), axis=1)
+            left = group
+            for _ in tl.static_range(TOP_GROUPS):
+                best = tl.min(tl.where(left == tl.max(left, axis=0), g, GW), axis=0)
+                left = tl.where(g == best, float("-inf"), left)
+            lost = (left > float("-inf"))[:, None]
+            wanted = tl.where(lost, float("-inf") if SIGMOID else 0.0, wanted)
+        total = 0.0
+        for k in tl.static_range(TOP_K):
+            best = tl.max(tl.max(wanted, axis=1), axis=0)
+            found = tl.min(tl.min(tl.where(wanted == best, expert, E), axis=1), axis=0)
+            chosen = (expert == found) & real
+            score = tl.sum(tl.sum(tl.where(chosen, scores, 0.0), axis=1), axis=0)
+            wanted = tl.where(chosen, float("-inf"), wanted)
+            total += score
+            tl.store(index + t * TOP_K + k, found.to(tl.int64))
+            tl.store(weights + t * TOP_K + k, score * scaling)
+        if NORMED:
+            tl.debug_barrier()
+            k = tl.arange(0, KW)
+            at = weights + t * TOP_K + k
+            tl.store(at, tl.load(at, mask=k < TOP_K, other=0) / (total + 1e-20), mask=k < TOP_K)

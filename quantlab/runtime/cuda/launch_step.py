@@ -1,0 +1,184 @@
+"""Launches of the kernels that only a step of one new token per sequence has: attention to a fixed cache, and the router."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantlab.runtime.cuda import attend as attend_kernels
+from quantlab.runtime.cuda import choose as choose_kernels
+from quantlab.runtime.cuda.guard import on_its_device
+from quantlab.runtime.cuda.launch import chained, chip, power
+
+LOG2_E: Final = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where new tokens stand, one of each of B sequences.
+
+    Attributes:
+        cos, sin: [B, n] contiguous, of the angles of at least as many pairs as are turned.
+        position: [1] int64, the place in the cache.
+        padding: [B] int64, how many places of the cache are empty at its start.
+        arrived: int32 zeros, a counter for every sequence and head.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    position: Tensor
+    padding: Tensor
+    arrived: Tensor
+
+
+@on_its_device
+def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Attention of one token per sequence, which is written to the cache first; see `attend.attend`.
+
+    Args:
+        q: [B, H * D]; rows may lie apart, as of k and v.
+        k, v: [B, G * D].
+        place: of the tokens.
+        keys, values: the cache, [B, G, S, D].
+        scaling: of the scores.
+
+    Returns:
+        [B, H * D].
+    """
+    batch, key_heads, length, width = keys.shape
+    per_key = q.shape[1] // (key_heads * width)
+    rows, wide, high = batch * key_heads, max(power(width), 16), max(power(per_key), 16)
+    shares = _shares(rows, length, 64, q.device)
+    out = torch.empty(batch, q.shape[1], dtype=q.dtype, device=q.device)
+    assert rows <= place.arrived.shape[0], "a counter for every sequence and head"
+    attend_kernels.attend[(rows, shares)](
+        q, k, v, q.stride(0), k.stride(0), v.stride(0), place.cos, place.sin, place.cos.stride(0), place.position,
+        place.padding, keys, values, out, _partial(rows, shares, high, wide, q.device), place.arrived,
+        length, shares, scaling * LOG2_E,
+        PER_KEY=per_key, KEY_HEADS=key_heads, D=width, HALF=max(power(width // 2), 16), WIDTH=wide, BH=high, BS=64,
+        MOST=power(shares), num_warps=4, num_stages=2, **chained(q),
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Whether the numbers that are turned together are neighbours, or half the width apart, as projected and as cached."""
+
+    projected: bool
+    cached: bool
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A cache of latent attention: latents [B, 1, S, L], rotary keys [B, 1, S, R], and where the numbers of pairs lie."""
+
+    latents: Tensor
+    rotary: Tensor
+    pairs: Pairs
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """An RMS norm of rows: weight [K], and epsilon."""
+
+    weight: Tensor
+    epsilon: float
+
+
+@on_its_device
+def keep_latents(
+    kv: Tensor, norm: RowNorm, place: Place, cache: Latents, q_a: Tensor | None = None, q_norm: RowNorm | None = None
+) -> Tensor | None:
+    """Write the latents, normed, and rotary keys, turned, of kv [B, L + R] to the cache.
+
+    Returns:
+        q_a [B, Q] with its norm, None without.
+    """
+    batch, _, length, width = cache.latents.shape
+    turned, columns = cache.rotary.shape[3], 0 if q_a is None else q_a.shape[1]
+    q_out = None if q_a is None else torch.empty(batch, columns, dtype=kv.dtype, device=kv.device)
+    read, by, written = (kv, norm, kv) if q_a is None or q_norm is None or q_out is None else (q_a, q_norm, q_out)
+    attend_kernels.keep_latents[(batch, 1 if q_a is None else 2)](
+        kv, kv.stride(0), norm.weight, norm.epsilon, read, read.stride(0), by.weight, by.epsilon, written, columns,
+        place.cos, place.sin, place.cos.stride(0), place.position, cache.latents, cache.rotary, length,
+        L=width, R=turned, WIDTH=power(width), HALF=power(turned // 2), Q_WIDTH=power(columns),
+        IN_PAIRS=cache.pairs.projected, OUT_PAIRS=cache.pairs.cached, num_warps=4, **chained(kv),
+    )  # fmt: skip
+    return q_out
+
+
+@on_its_device
+def attend_latents(q_latent: Tensor, q: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
+    """Attention of all heads of one token per sequence to the latents, which hold the token; see `attend.attend_latents`.
+
+    Args:
+        q_latent: [H, B, L].
+        q: [B, H, n], whose last R numbers are turned; rows may lie apart.
+        place: of the tokens.
+        cache: with the tokens' own latents.
+        scaling: of the scores.
+
+    Returns:
+        [H, B, L], weighted sums of latents.
+    """
+    heads, batch, width = q_latent.shape
+    length, turned = cache.rotary.shape[2:]
+    high = 16
+    rows, wide = batch * -(-heads // high), max(power(width), 16)
+    shares = _shares(rows, length, 32, q.device)
+    out = torch.empty_like(q_latent)
+    assert rows <= place.arrived.shape[0], "a counter for every sequence and block of heads"
+    attend_kernels.attend_latents[(rows, shares)](
+        q_latent, q_latent.stride(0), q_latent.stride(1), q, q.stride(0), q.shape[2],
+        place.cos, place.sin, place.cos.stride(0), place.position, place.padding, cache.latents, cache.rotary,
+        out, out.stride(0), out.stride(1), _partial(rows, shares, high, wide, q.device), place.arrived,
+        length, shares, scaling * LOG2_E,
+        HEADS=heads, L=width, R=turned, WIDTH=wide, HALF=max(power(turned // 2), 16), BH=high, BS=32,
+        IN_PAIRS=cache.pairs.projected, OUT_PAIRS=cache.pairs.cached, MOST=power(shares), num_warps=8, num_stages=2, **chained(q),
+    )  # fmt: skip
+    return out
+
+
+def _shares(rows: int, length: int, block: int, device: torch.device) -> int:
+    """Into how many shares the tokens of a cache are cut: two programs for every multiprocessor, a block for each at least."""
+    return min(max(2 * chip(device).multiprocessors // rows, 1), -(-length // block))
+
+
+def _partial(rows: int, shares: int, high: int, wide: int, device: torch.device) -> Tensor:
+    return torch.empty(rows * shares * high * (wide + 2) if shares > 1 else 0, dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a router chooses among E experts; see `choose.choose`."""
+
+    groups: int
+    top_groups: int
+    top_k: int
+    sigmoid: bool
+    normed: bool
+    scaling: float
+
+
+@on_its_device
+def choose(x: Tensor, weight: Tensor, bias: Tensor | None, how: Choice, arrived: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts [T, k] int64 and their weights [T, k] float32 of x [T, H], by a router's weight [E, H] and bias [E].
+
+    arrived: [T] int32 zeros.
+    """
+    tokens, hidden = x.shape
+    experts = weight.shape[0]
+    index = torch.empty(tokens, how.top_k, dtype=torch.int64, device=x.device)
+    weights = torch.empty(tokens, how.top_k, dtype=torch.float32, device=x.device)
+    logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+    each = max(power(experts // chip(x.device).multiprocessors), 1)
+    assert tokens <= arrived.shape[0], "a counter for every token"
+    choose_kernels.choose[(tokens, -(-experts // each))](
+        x, weight, logits if bias is None else bias, logits, index, weights, arrived, hidden, how.scaling,
+        E=experts, GROUPS=how.groups, TOP_GROUPS=how.top_groups, TOP_K=how.top_k, SIGMOID=how.sigmoid, NORMED=how.normed,
+        GW=power(how.groups), PW=power(experts // how.groups), KW=power(how.top_k), BE=each,
+        BH=min(power(hidden), 1024), num_warps=4, **chained(x),
+    )  # fmt: skip
+    return index, weights

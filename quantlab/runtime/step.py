@@ -1,0 +1,218 @@
+"""A step of one new token per sequence on a CUDA device, in few launches.
+
+transformers' code runs some thirty small kernels in a layer beside the products, and at a few tokens each costs as long as the
+reading of a small matrix. Here a layer is a handful of launches on the same modules and the same cache: norms; the products that
+read one input as one; rotation, cache and attention together; the router at once; what goes to the residual stream added by
+the product that makes it. Each launch begins while the one before still runs, and sends for its weights meanwhile.
+
+What is computed is what transformers computes, with fewer roundings in between.
+
+Legend: B sequences, H hidden width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from quantlab.runtime.attention import LATENT_SDPA, hands_latents_on
+from quantlab.runtime.cuda.banks import CudaMatrices
+from quantlab.runtime.cuda.experts import routed
+from quantlab.runtime.experts import Experts
+from quantlab.runtime.linear import GatedMLP, Norm, PackedLinear, PartOfStack, is_silu
+
+if TYPE_CHECKING:
+    from quantlab.runtime.cuda.launch_step import Choice, Pairs, Place, RowNorm
+
+Parts = Any
+"""A module of transformers, for its parts."""
+_MOST_TOKENS: Final = 64
+"""Beyond, reading the router's weight once for every token costs more than the launches it saves."""
+Into = Callable[[Tensor, Tensor], Tensor]
+"""Reads [B, ·] and adds what it makes of it to [B, H]."""
+Attention = Callable[[Tensor, Tensor, "Place"], Tensor]
+"""The same, at a place in the cache."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    before: Norm
+    attention: Attention
+    between: Norm
+    mlp: Into
+
+
+class FusedStep:
+    """A step of a model from a fixed cache.
+
+    Args:
+        model: one that `fuses`.
+        cache: holds the prompts.
+        position: [1] int64, where the next tokens stand in the cache.
+        padding: [B, 1] int64, how many places of the cache are empty before each prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: StaticCache, position: Tensor, padding: Tensor) -> None:
+        self._model, self._position, self._padding = model, position, padding
+        self._layers = [_layer(layer, held) for layer, held in zip(model.model.layers, cache.layers, strict=True)]
+        heads = int(model.config.num_attention_heads)
+        self._arrived = torch.zeros(padding.shape[0] * heads, dtype=torch.int32, device=position.device)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, 1] at `position` -> logits [B, V] of those after; nothing waits for the device."""
+        from quantlab.runtime.cuda.launch_step import Place
+
+        hidden = self._model.model.embed_tokens(tokens.flatten())
+        angles = self._model.model.rotary_emb(hidden[:, None], position_ids=self._position - self._padding)
+        cos, sin = torch.view_as_real(angles).unbind(-1) if isinstance(angles, Tensor) else angles
+        cos, sin = (half.reshape(hidden.shape[0], -1) for half in (cos, sin))
+        place = Place(cos.contiguous(), sin.contiguous(), self._position, self._padding, self._arrived)
+        for layer in self._layers:
+            hidden = layer.attention(layer.before(hidden), hidden, place)
+            hidden = layer.mlp(layer.between(hidden), hidden)
+        logits: Tensor = self._model.lm_head(self._model.model.norm(hidden))
+        return logits
+
+
+def fuses(model: PreTrainedModel) -> bool:
+    """Whether `FusedStep` takes the model: in 16 bits on CUDA, with the attention of this package, its parts all known."""
+    return (
+        model.device.type == "cuda"
+        and model.dtype in {torch.bfloat16, torch.float16}
+        and model.config._attn_implementation == LATENT_SDPA
+        and isinstance(model.model.norm, Norm)
+        and all(_is_known(layer, model.dtype) for layer in model.model.layers)
+    )
+
+
+def _is_known(layer: Parts, dtype: torch.dtype) -> bool:
+    attention, mlp = layer.self_attn, layer.mlp
+    latent = hasattr(attention, "kv_a_layernorm")
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    if latent:
+        norms += [attention.kv_a_layernorm, *([attention.q_a_layernorm] if attention.q_lora_rank is not None else [])]
+    experts = getattr(mlp, "experts", None)
+    return (
+        all(isinstance(norm, Norm) and norm.weight.dtype == dtype for norm in norms)
+        and (hands_latents_on(attention) if latent else attention.head_dim % 2 == 0)
+        and (experts is None or (isinstance(experts, Experts) and experts.routes_on_device(dtype)))
+    )
+
+
+def _layer(layer: Parts, held: StaticLayer) -> _Layer:
+    attention = layer.self_attn
+    made = _latent_attention if hasattr(attention, "kv_a_layernorm") else _grouped_attention
+    mlp = _experts(layer.mlp) if hasattr(layer.mlp, "experts") else _into(layer.mlp)
+    return _Layer(layer.input_layernorm, made(attention, held), layer.post_attention_layernorm, mlp)
+
+
+def _into(module: nn.Module) -> Into:
+    """A linear or MLP, added to what it is handed: by its last product, where the kernels do that."""
+    if isinstance(module, PackedLinear) and isinstance(module.matrices, CudaMatrices) and module.bias is None:
+        matrices = module.matrices
+        return lambda x, hidden: matrices.product(x, added=hidden)
+    if isinstance(module, GatedMLP) and isinstance(module.down, CudaMatrices) and is_silu(module.act_fn):
+        gate_up, down = module.gate_up, module.down
+        if isinstance(gate_up, CudaMatrices):
+            return lambda x, hidden: down.product(gate_up.product(x, gated=True), added=hidden)
+    return lambda x, hidden: hidden + module(x)
+
+
+def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Linears that read the same input: one product where they are a stack."""
+    first = linears[0]
+    if isinstance(first, PartOfStack):
+        return first.stack
+    return lambda x: [linear(x) for linear in linears]
+
+
+def _grouped_attention(module: Parts, held: StaticLayer) -> Attention:
+    from quantlab.runtime.cuda import launch_step
+
+    project = _together([module.q_proj, module.k_proj, module.v_proj])
+    add_output = _into(module.o_proj)
+    scaling = float(module.scaling)
+
+    def attention(x: Tensor, hidden: Tensor, place: "Place") -> Tensor:
+        q, k, v = project(x)
+        return add_output(launch_step.attend(q, k, v, place, held.keys, held.values, scaling), hidden)
+
+    return attention
+
+
+def _latent_attention(module: Parts, held: StaticLayer) -> Attention:
+    from quantlab.runtime.cuda import launch_step
+
+    compressed = module.q_lora_rank is not None
+    project = _together([module.q_a_proj if compressed else module.q_proj, module.kv_a_proj_with_mqa])
+    add_output = _into(module.o_proj)
+    heads, nope = int(module.num_heads), int(module.qk_nope_head_dim)
+    weight = module.get_parameter("kv_b_proj.weight").view(heads, -1, module.kv_lora_rank)
+    keys, values = weight[:, :nope], weight[:, nope:].mT
+    norm, scaling = _row_norm(module.kv_a_layernorm), float(module.scaling)
+    q_norm = _row_norm(module.q_a_layernorm) if compressed else None
+    cache = launch_step.Latents(held.keys, held.values, _pairs(module))
+
+    def attention(x: Tensor, hidden: Tensor, place: "Place") -> Tensor:
+        q, kv = project(x)
+        if q_norm is None:
+            launch_step.keep_latents(kv, norm, place, cache)
+        else:
+            q = module.q_b_proj(launch_step.keep_latents(kv, norm, place, cache, q, q_norm))
+        q = q.view(q.shape[0], heads, -1)
+        q_latent = torch.bmm(q[..., :nope].transpose(0, 1), keys)
+        seen = torch.bmm(launch_step.attend_latents(q_latent, q, place, cache, scaling), values)
+        return add_output(seen.transpose(0, 1).reshape(q.shape[0], -1), hidden)
+
+    return attention
+
+
+def _row_norm(norm: Norm) -> "RowNorm":
+    from quantlab.runtime.cuda.launch_step import RowNorm
+
+    return RowNorm(norm.weight, norm.variance_epsilon)
+
+
+def _pairs(module: Parts) -> "Pairs":
+    """Where the rotary numbers of DeepSeek-V2 and V3 lie: see `apply_rotary_emb` and `apply_rotary_pos_emb_interleave`."""
+    from quantlab.runtime.cuda.launch_step import Pairs
+
+    if module.config.model_type == "deepseek_v2":
+        return Pairs(projected=True, cached=True)
+    return Pairs(projected=bool(module.config.rope_interleave), cached=False)
+
+
+def _experts(module: Parts) -> Into:
+    from quantlab.runtime.cuda import launch_step
+
+    experts, add_shared, router = module.experts, _into(module.shared_experts), module.gate
+    bias, how = getattr(router, "e_score_correction_bias", None), _choice(router)
+    arrived = torch.zeros(_MOST_TOKENS, dtype=torch.int32, device=router.weight.device)
+
+    def mlp(x: Tensor, hidden: Tensor) -> Tensor:
+        if x.shape[0] <= _MOST_TOKENS:
+            index, weights = launch_step.choose(x, router.weight, bias, how, arrived)
+        else:
+            _, weights, index = router(x)
+        return add_shared(x, routed(experts.gate_up, experts.down, x, index, weights, hidden))
+
+    return mlp
+
+
+def _choice(router: Parts) -> "Choice":
+    from quantlab.runtime.cuda.launch_step import Choice
+
+    third = hasattr(router, "e_score_correction_bias")
+    grouped = third or router.topk_method == "group_limited_greedy"
+    return Choice(
+        groups=int(router.num_group) if grouped else 1,
+        top_groups=int(router.topk_group) if grouped else 1,
+        top_k=int(router.top_k),
+        sigmoid=third,
+        normed=third and bool(router.norm_topk_prob),
+        scaling=float(router.routed_scaling_factor),
+    )

@@ -1,0 +1,222 @@
+"""The kernels of a fused step on a GPU against float64, and whole steps against transformers'; skipped where there is no GPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+from quantlab.recipe.schemes import SchemeName
+from quantlab.runtime.decode import Decoder
+from quantlab.runtime.load import load
+from quantlab.runtime.step import _choice, fuses
+from tests.runtime.tiny import FAMILIES, Artifact, tokens
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+Maker = Callable[[str, SchemeName], Artifact]
+DTYPES = (torch.bfloat16, torch.float16)
+GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> None:
+    """New tensors are handed memory of NaNs, so that an element no kernel writes is found. Random numbers are the same each time."""
+    torch.manual_seed(0)
+    torch.cuda.empty_cache()
+    torch.full((1 << 26,), float("nan"), device=GPU)
+
+
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """[..., D] float64, its halves turned by angles [..., D / 2]."""
+    first, second = x.double().chunk(2, dim=-1)
+    cos, sin = angles.double().cos(), angles.double().sin()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def in_halves(x: Tensor, *, pairs: bool) -> Tensor:
+    return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if pairs else x
+
+
+def softmaxed(scores: Tensor, place: "object") -> Tensor:
+    """Over the places from padding to position of scores [B, ..., S]."""
+    where = torch.arange(scores.shape[-1], device=GPU)
+    seen = (where <= place.position) & (where >= place.padding)
+    return scores.masked_fill(~seen.view(seen.shape[0], *(1 for _ in scores.shape[2:]), -1), float("-inf")).softmax(-1)
+
+
+def place_at(position: int, angles: Tensor, most_padding: int = 4) -> "object":
+    from quantlab.runtime.cuda.launch_step import Place
+
+    batch = angles.shape[0]
+    padding = torch.randint(0, min(position, most_padding) + 1, (batch, 1), device=GPU)
+    arrived = torch.zeros(4096, dtype=torch.int32, device=GPU)
+    return Place(angles.cos(), angles.sin(), torch.tensor([position], device=GPU), padding, arrived)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "key_heads", "per_key", "width", "length", "position"),
+    [
+        (1, 32, 1, 128, 144, 128),
+        (16, 8, 4, 128, 300, 5),
+        (2, 2, 3, 32, 200, 150),
+        (1, 4, 1, 48, 70, 69),
+        (3, 1, 20, 16, 4097, 4000),
+        (70, 2, 7, 64, 128, 64),
+    ],
+)
+def test_attention_to_a_cache_it_writes(
+    batch: int, key_heads: int, per_key: int, width: int, length: int, position: int, dtype: torch.dtype
+) -> None:
+    from quantlab.runtime.cuda import launch_step
+
+    heads = key_heads * per_key
+    sizes = [heads * width, key_heads * width, key_heads * width]
+    q, k, v = torch.randn(batch, sum(sizes), device=GPU).to(dtype).split(sizes, dim=1)
+    keys, values = (torch.randn(batch, key_heads, length, width, device=GPU).to(dtype) for _ in range(2))
+    angles = 6 * torch.rand(batch, width // 2, device=GPU)
+    place = place_at(position, angles)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    expected_keys[:, :, position] = turned(k.view(batch, key_heads, width), angles[:, None]).to(dtype)
+    expected_values[:, :, position] = v.view(batch, key_heads, width)
+    for _ in range(2):
+        found = launch_step.attend(q, k, v, place, keys, values, width**-0.5)
+    query = turned(q.view(batch, heads, width), angles[:, None]).view(batch, key_heads, per_key, width)
+    scores = torch.einsum("bgpd,bgsd->bgps", query, expected_keys.double()) * width**-0.5
+    expected = torch.einsum("bgps,bgsd->bgpd", softmaxed(scores, place), expected_values.double()).reshape(batch, -1)
+    assert error(found, expected) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+    assert error(keys, expected_keys.double()) < 1e-3, "an ulp of few numbers"
+    assert torch.equal(values, expected_values)
+    assert not place.arrived.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairs", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize(
+    ("batch", "heads", "nope", "turned_width", "latent", "length", "position"),
+    [
+        (1, 128, 128, 64, 512, 144, 128),
+        (5, 16, 128, 64, 512, 1000, 900),
+        (2, 20, 32, 16, 128, 100, 77),
+        (1, 3, 8, 32, 48, 40, 39),
+    ],
+)
+def test_attention_to_latents(
+    batch: int,
+    heads: int,
+    nope: int,
+    turned_width: int,
+    latent: int,
+    length: int,
+    position: int,
+    pairs: tuple[bool, bool],
+    dtype: torch.dtype,
+) -> None:
+    from quantlab.runtime.cuda import launch_step
+
+    columns = 200
+    q_a, kv = (
+        torch.randn(batch, columns + latent + turned_width, device=GPU)
+        .to(dtype)
+        .split([columns, latent + turned_width], 1)
+    )
+    norms = [torch.randn(size, device=GPU).to(dtype) for size in (latent, columns)]
+    latents = torch.randn(batch, 1, length, latent, device=GPU).to(dtype)
+    rotary = torch.randn(batch, 1, length, turned_width, device=GPU).to(dtype)
+    angles = 6 * torch.rand(batch, turned_width // 2, device=GPU)
+    place = place_at(position, angles)
+    cache = launch_step.Latents(latents, rotary, launch_step.Pairs(*pairs))
+    others = latents.clone(), rotary.clone()
+    by = [launch_step.RowNorm(norm, 1e-5) for norm in norms]
+    normed = launch_step.keep_latents(kv, by[0], place, cache, q_a, by[1])
+    for found, read, norm in ((latents[:, 0, position], kv[:, :latent], norms[0]), (normed, q_a, norms[1])):
+        wide = read.double()
+        assert error(found, wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.double()) < 5e-3
+    key = turned(in_halves(kv[:, latent:], pairs=pairs[0]), angles)
+    assert error(in_halves(rotary[:, 0, position], pairs=pairs[1]), key) < 5e-3
+    for before, after in zip(others, (latents, rotary), strict=True):
+        before[:, 0, position] = after[:, 0, position]
+        assert torch.equal(before, after), "only the new place is written"
+    q_latent = torch.randn(heads, batch, latent, device=GPU).to(dtype)
+    q = torch.randn(batch, heads, nope + turned_width, device=GPU).to(dtype)
+    found = launch_step.attend_latents(q_latent, q, place, cache, 0.05)
+    query = turned(in_halves(q[..., nope:], pairs=pairs[0]), angles[:, None])
+    scores = torch.einsum("hbl,bsl->bhs", q_latent.double(), latents[:, 0].double())
+    scores += torch.einsum("bhr,bsr->bhs", query, in_halves(rotary[:, 0], pairs=pairs[1]).double())
+    expected = torch.einsum("bhs,bsl->hbl", softmaxed(scores * 0.05, place), latents[:, 0].double())
+    assert error(found, expected) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+    assert not place.arrived.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("router", "experts", "groups", "top_groups", "top_k", "method"),
+    [
+        (DeepseekV3TopkRouter, 32, 4, 2, 5, None),
+        (DeepseekV3TopkRouter, 256, 8, 4, 8, None),
+        (DeepseekV2TopkRouter, 64, 1, 1, 6, "greedy"),
+        (DeepseekV2TopkRouter, 160, 8, 3, 6, "group_limited_greedy"),
+    ],
+)
+def test_the_router_chooses_as_transformers_does(
+    router: type, experts: int, groups: int, top_groups: int, top_k: int, method: str | None, dtype: torch.dtype
+) -> None:
+    from quantlab.runtime.cuda import launch_step
+
+    hidden = 1100
+    config = SimpleNamespace(
+        num_experts_per_tok=top_k, num_experts=experts, num_local_experts=experts, hidden_size=hidden, routed_scaling_factor=2.5,
+        n_group=groups, topk_group=top_groups, norm_topk_prob=True, topk_method=method,
+    )  # fmt: skip
+    module = router(config).to(GPU)
+    module.weight.data = torch.randn(experts, hidden, device=GPU).mul_(hidden**-0.5).to(dtype)
+    bias = getattr(module, "e_score_correction_bias", None)
+    if bias is not None:
+        bias.normal_(std=0.1)
+    arrived = torch.zeros(64, dtype=torch.int32, device=GPU)
+    for batch in (1, 16):
+        x = torch.randn(batch, hidden, device=GPU).to(dtype)
+        index, weights = launch_step.choose(x, module.weight.data, bias, _choice(module), arrived)
+        with torch.no_grad():
+            _, expected_weights, expected = module(x)
+        order, expected_order = index.argsort(-1), expected.argsort(-1)
+        assert torch.equal(index.gather(1, order), expected.gather(1, expected_order))
+        assert torch.allclose(weights.gather(1, order), expected_weights.gather(1, expected_order), rtol=1e-4)
+        assert not arrived.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", [None, "int4_g128", "int4_g32", "int8", "int8_weight"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_steps_equal_those_of_transformers(
+    family: str, scheme: SchemeName | None, dtype: torch.dtype, artifacts: Maker, checkpoints: dict[str, Path]
+) -> None:
+    """On a rounding a router may send a token elsewhere, and its logits are then others; the median step says how the rest do."""
+    directory = checkpoints[family] if scheme is None else artifacts(family, scheme).directory
+    model = load(directory, dtype=dtype, device="cuda")
+    assert fuses(model)
+    for batch in (1, 3, 70):
+        mask = torch.ones(batch, 7, dtype=torch.int64)
+        mask[0, : min(batch - 1, 3)] = 0
+        ids = tokens(batch, 20)
+        decoders = [Decoder(model, batch=batch, length=32, capture=fuse, fuse=fuse) for fuse in (False, True)]
+        one, other = (decoder.prefill(ids[:, :7], mask) for decoder in decoders)
+        assert torch.equal(one, other)
+        for _ in range(2):
+            errors = []
+            for position in range(7, 20):
+                one, other = (decoder.step(ids[:, position].cuda()) for decoder in decoders)
+                errors.append((one - other).float().norm(dim=-1) / one.float().norm(dim=-1))
+            assert torch.stack(errors).median() <= (
+                0.06 if scheme == "int8" else 0.02 if dtype == torch.bfloat16 else 5e-3
+            )
+            for decoder in decoders:
+                decoder.rewind(7)
