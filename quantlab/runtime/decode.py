@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from quantlab.errors import CacheError, DeviceError
+from quantlab.runtime.cache import cached
 from quantlab.runtime.device import check_room, free_bytes, ran_out
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.step import FusedStep, fuses
@@ -127,7 +128,7 @@ class Decoder:
     def _cache_bytes(self) -> int:
         """What the fixed cache takes, from what one token of one sequence leaves in a growing one."""
         growing = DynamicCache(config=self._model.config)
-        self._model(input_ids=self._tokens[:1], past_key_values=growing, use_cache=True)
+        self._model(input_ids=self._tokens[:1], **cached(growing))
         per_token = sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in growing.layers)
         return self.batch * self.length * per_token
 
@@ -140,8 +141,7 @@ class Decoder:
                 input_ids=ids.to(self._device),
                 attention_mask=None if attention_mask is None else mask.to(self._device),
                 position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(self._device),
-                past_key_values=growing,
-                use_cache=True,
+                **cached(growing),
                 logits_to_keep=1,
             )
             self._cache.reset()
@@ -231,8 +231,7 @@ class Decoder:
             input_ids=self._tokens,
             attention_mask=mask,
             position_ids=self._position - self._padding,
-            past_key_values=self._cache,
-            use_cache=True,
+            **cached(self._cache),
         )
         self._position += 1
         return cast("Tensor", output.logits[:, -1])

@@ -6,11 +6,14 @@ replaced by modules that hold the integers. Tensors are read one at a time into 
 the weights of one matrix.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from rich.console import Console
+from rich.progress import Progress as Bar
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -49,7 +52,8 @@ def load(
             products round activations to bfloat16.
         device: "cpu", "cuda" or "cuda:1"; every tensor goes there as it is stored and is unpacked there.
         attention: its implementation, one of `quantlab.runtime.attention.IMPLEMENTATIONS`.
-        progress: called with the number of weights read and their total after each.
+        progress: called with the number of weights read and their total after each; if None, a bar shows them where
+            standard error is a terminal.
 
     Returns:
         The transformers model in evaluation mode, without gradients. Multi-token-prediction layers are not part of it.
@@ -65,11 +69,12 @@ def load(
     config = config_of(checkpoint.config, where=where)
     stored = StoredWeights(Reader(checkpoint), device=found)
     fields = {**checkpoint.config, "num_hidden_layers": config.num_hidden_layers}  # transformers has defaults
-    weights = _Artifact(stored, fields, progress)
     chosen = _dtype_of(checkpoint.config, where=where) if dtype is None else dtype
-    needed = weights.needed_bytes(chosen)
-    check_room(needed, found, where=str(artifact))
-    model = _built(config, weights, dtype=chosen, attention=attention)
+    with _shown(f"loading {artifact.name}") if progress is None else nullcontext(progress) as called:
+        weights = _Artifact(stored, fields, called)
+        needed = weights.needed_bytes(chosen)
+        check_room(needed, found, where=str(artifact))
+        model = _built(config, weights, dtype=chosen, attention=attention)
     if model is None:
         raise out_of_memory(needed, free_bytes(found), found, where=str(artifact))
     weights.check_all_taken()
@@ -78,6 +83,15 @@ def load(
     # generate would compile a model with a static cache, and the kernels cannot be traced
     model.generation_config.disable_compile = True
     return model
+
+
+@contextmanager
+def _shown(what: str) -> Iterator[Progress]:
+    """A bar of the weights read."""
+    console = Console(stderr=True)
+    with Bar(*Bar.get_default_columns(), console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _built(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype, attention: str) -> PreTrainedModel | None:
@@ -105,7 +119,7 @@ def _dtype_of(config: Mapping[str, Any], *, where: str) -> torch.dtype:
 class _Artifact:
     """The weights of a checkpoint directory, each handed out once."""
 
-    def __init__(self, stored: StoredWeights, config: Mapping[str, Any], progress: Progress | None) -> None:
+    def __init__(self, stored: StoredWeights, config: Mapping[str, Any], progress: Progress) -> None:
         self._stored = stored
         self._progress = progress
         self._where = str(stored.reader.checkpoint.directory)
@@ -171,8 +185,7 @@ class _Artifact:
             )
         del self._left[name]
         weight = self._stored.read(name)
-        if self._progress is not None:
-            self._progress(self._total - len(self._left), self._total)
+        self._progress(self._total - len(self._left), self._total)
         return weight
 
     def _check_shape(self, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
