@@ -18,6 +18,7 @@ from quantlab.evaluation.jobs import (
     MemoryRequest,
     Progress,
     QualityRequest,
+    QualityResult,
     Role,
     SpeedRequest,
     SpeedResult,
@@ -313,7 +314,9 @@ def _measure_quality(evaluation: _Evaluation, worker: Worker, cell: Cell, failur
         evaluation.progress(f"{cell.variant}: quality", done, total)
 
     try:
-        quality = worker.run(f"{cell.variant}-quality", _quality_request(evaluation, cell), Quality, progress=progress)
+        found = worker.run(
+            f"{cell.variant}-quality", _quality_request(evaluation, cell), QualityResult, progress=progress
+        )
     except CellError as error:
         failures.append(Failure(cell="quality", reason=str(error)))
         if cell.variant == evaluation.request.baseline:
@@ -322,7 +325,8 @@ def _measure_quality(evaluation: _Evaluation, worker: Worker, cell: Cell, failur
     if cell.variant != evaluation.request.baseline and evaluation.baseline_failure is not None:
         reason = f"nothing to compare with: the baseline failed: {evaluation.baseline_failure}"
         failures.append(Failure(cell="quality", reason=reason))
-    return quality
+    failures += [Failure(cell="quality", reason=f"{part}: {why}") for part, why in found.failures.items()]
+    return found.quality
 
 
 def _measure_tasks(

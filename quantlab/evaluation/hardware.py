@@ -5,7 +5,9 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("quantlab", "torch", "transformers")
+_PACKAGES = (
+    "quantlab", "torch", "triton", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy"
+)  # fmt: skip
 
 
 def threads() -> int:
@@ -28,12 +30,15 @@ def describe(gpu: str = "") -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that computes."""
-    return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
+    """Versions of everything that computes; without that of a package that is not installed, as triton need not be."""
+    found = {"python": platform.python_version(), "quantlab": "run from its sources"}
+    for package in _PACKAGES:
+        found |= version_of(package)
+    return found
 
 
 def version_of(package: str) -> dict[str, str]:
-    """The version of a package that need not be there."""
+    """The version of a package; empty where it is not installed."""
     try:
         return {package: version(package)}
     except PackageNotFoundError:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quantlab.evaluation.record import AttentionCell, Speed, TaskResult
+from quantlab.evaluation.record import AttentionCell, Quality, Speed, TaskResult
 
 Progress = Callable[[str, int, int], None]
 """Told of a stage, how much of it is done and how much there is (0 when that is not known)."""
@@ -27,7 +27,7 @@ class _Strict(BaseModel):
 
 
 class QualityRequest(_Strict):
-    """One artifact's quality; answered with a `Quality`."""
+    """One artifact's quality; answered with a `QualityResult`."""
 
     kind: Literal["quality"] = "quality"
     directory: Path
@@ -42,6 +42,15 @@ class QualityRequest(_Strict):
     """Names the baseline and the suite; kept with the predictions."""
     device: str = "cpu"
     """Where the model computes: "cpu", "cuda" or "cuda:1"."""
+
+
+class QualityResult(_Strict):
+    """What was measured, and which parts of it were not."""
+
+    quality: Quality
+    """All that is a number."""
+    failures: dict[str, str]
+    """Part -> why it is none: "layer 3"."""
 
 
 class TasksRequest(_Strict):

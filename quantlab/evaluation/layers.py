@@ -116,6 +116,16 @@ class LayerErrors:
     added: Floats
     tokens: int
 
+    def faults(self) -> dict[str, str]:
+        """Layer -> why its error is no number; empty where all are."""
+        found = {}
+        for name, difference, added in zip(self.layers, self.difference.T, self.added.T, strict=True):
+            if not np.isfinite(difference + added).all():
+                found[name] = "what it makes of the baseline's hidden states is not finite"
+            elif not added.all():
+                found[name] = "in the baseline it adds nothing to its input, so that no error relative to that exists"
+        return found
+
 
 def sample(held_out: HeldOut, model: PreTrainedModel, tokens: int) -> tuple[Window, ...]:
     """Beginnings of windows from all over the text, about `tokens` tokens, no more than a gibibyte of states needs.

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.jobs import EXPLAINED, CellRequest, Job, Progress
@@ -69,7 +69,8 @@ class Worker:
             progress: told of the cell's stages.
 
         Raises:
-            CellError: the cell crashed, took too long, or explained why it could not be measured.
+            CellError: the cell crashed, took too long, explained why it could not be measured, or answered with what is no
+                number.
             EvaluationError: the worker cannot be started.
         """
         process = self._started()
@@ -78,14 +79,25 @@ class Worker:
         log.unlink(missing_ok=True)
         job = Job(request=request, result=result, log=log, threads=self._threads)
         assert process.stdin is not None, "started with a pipe"
-        process.stdin.write(job.model_dump_json().encode() + b"\n")
-        process.stdin.flush()
+        try:
+            process.stdin.write(job.model_dump_json().encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:  # it died after its last cell
+            self._stop()
+            raise CellError("the worker died" + _tail(self._directory / "worker.log")) from None
         status = self._follow(log, progress)
         if status == EXPLAINED:
             raise CellError(result.read_text(encoding="utf-8"))
         if status != 0:
             raise CellError(_crash(status, log))
-        return answer.model_validate_json(result.read_bytes())
+        try:
+            return answer.model_validate_json(result.read_bytes())
+        except OSError as error:
+            raise CellError(f"its answer cannot be read: {error.strerror}") from error
+        except ValidationError as error:  # what is not finite has no JSON
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise CellError(f"its answer is not what was asked for: {place}: {first['msg']}") from error
 
     def _follow(self, log: Path, progress: Progress) -> int:
         """Pass progress on until the cell ends; its exit status."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.baseline import Baseline, BaselineWriter, TokenScores
-from quantlab.evaluation.jobs import Progress, QualityRequest
+from quantlab.evaluation.jobs import Progress, QualityRequest, QualityResult
 from quantlab.evaluation.layers import LayerErrors, Routes, agreeing, keep_routes, keep_states, layer_errors, sample
 from quantlab.evaluation.manifest import kept_experts, read_manifest
 from quantlab.evaluation.predictions import score
@@ -25,7 +25,7 @@ _TOKENS, _BYTES, _NLL, _CORRECT, _KL, _AGREEING, _BASELINE_NLL, _BASELINE_CORREC
 _COLUMNS = 10
 
 
-def measure_quality(request: QualityRequest, progress: Progress) -> Quality:
+def measure_quality(request: QualityRequest, progress: Progress) -> QualityResult:
     """Load an artifact and score the held-out text.
 
     Raises:
@@ -55,12 +55,13 @@ def measure_quality(request: QualityRequest, progress: Progress) -> Quality:
             scores = score(model, held_out, keep=keep, progress=scored, routes=routes)
     if request.role == "compared":
         quality = summarise(held_out, scores, baseline.scores, compute_dtype=suite.dtype)
-        inside = agreeing(request.predictions, routes.found()), layer_errors(request.predictions, model, windows)
-        return with_layers(quality, held_out, *inside)
+        errors = layer_errors(request.predictions, model, windows)
+        quality = with_layers(quality, held_out, agreeing(request.predictions, routes.found()), errors)
+        return QualityResult(quality=quality, failures=errors.faults() if errors is not None else {})
     if request.role == "baseline":
         keep_routes(request.predictions, routes.found())
         keep_states(request.predictions, model, windows)
-    return summarise(held_out, scores, None, compute_dtype=suite.dtype)
+    return QualityResult(quality=summarise(held_out, scores, None, compute_dtype=suite.dtype), failures={})
 
 
 def summarise(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | None, *, compute_dtype: str) -> Quality:
@@ -151,13 +152,18 @@ def with_layers(
 
 
 def _relative(errors: LayerErrors) -> dict[str, Measured]:
-    """Norm of the difference over norm of what the layer adds, with intervals over windows."""
-    count = len(errors.layers)
-    sums = resample(np.hstack([errors.difference, errors.added]), np.zeros(len(errors.difference), dtype=np.int64))
-    return {
-        name: sums.measure(lambda row, at=at: np.sqrt(row[..., at] / row[..., at + count]), n=errors.tokens)  # type: ignore[misc]
-        for at, name in enumerate(errors.layers)
-    }
+    """Norm of the difference over norm of what the layer adds, with intervals over windows; of layers where both are numbers."""
+    faults = errors.faults()
+    sound = [at for at, name in enumerate(errors.layers) if name not in faults]
+    if not sound:
+        return {}
+    table = np.hstack([errors.difference[:, sound], errors.added[:, sound]])
+    sums = resample(table, np.zeros(len(table), dtype=np.int64))
+
+    def error(at: int) -> Callable[[Floats], Floats]:
+        return lambda row: np.sqrt(row[..., at] / row[..., at + len(sound)])
+
+    return {errors.layers[layer]: sums.measure(error(at), n=errors.tokens) for at, layer in enumerate(sound)}
 
 
 def document_sums(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | None) -> Floats:

@@ -6,16 +6,18 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from quantlab.errors import EvaluationError
+from quantlab.evaluation import hardware
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
-from quantlab.evaluation.jobs import MemoryRequest, QualityRequest
+from quantlab.evaluation.jobs import MemoryRequest, QualityRequest, QualityResult
 from quantlab.evaluation.processes import CellError, Worker
-from quantlab.evaluation.record import Memory, Quality, Record, read_record
+from quantlab.evaluation.record import Memory, Record, read_record
 from quantlab.evaluation.suite import load_suite
 from tests.evaluation.conftest import write_tokenizer
 
@@ -167,7 +169,44 @@ def test_an_unforeseen_error_is_told_with_its_last_words(
     (damaged / "tokenizer.json").write_text("{}")
     request = QualityRequest(directory=damaged, suite=suite, predictions=tmp_path / "kept", role="alone", key="k")
     with pytest.raises(CellError, match="exit code 1: "):
-        worker.run("quality", request, Quality, progress=lambda *_: None)
+        worker.run("quality", request, QualityResult, progress=lambda *_: None)
+
+
+def test_an_answer_that_holds_no_numbers_is_a_cell_that_says_so(worker: Worker, suite: Path, model: Path) -> None:
+    """JSON has no word for what is not finite: it arrives as null, where the answer must have a number."""
+
+    class Endless(Memory):
+        load_seconds: float  # type: ignore[assignment]  # the cell answers with something else
+
+    with pytest.raises(CellError, match="not what was asked for: load_seconds: Input should be a valid number"):
+        worker.run("memory", MemoryRequest(directory=model, suite=suite), Endless, progress=lambda *_: None)
+    assert worker.run("memory", MemoryRequest(directory=model, suite=suite), Memory, progress=lambda *_: None)
+
+
+def test_a_worker_that_died_between_two_cells_is_started_again(worker: Worker, suite: Path, model: Path) -> None:
+    request = MemoryRequest(directory=model, suite=suite)
+    before = children(os.getpid())
+    worker.run("memory", request, Memory, progress=lambda *_: None)
+    for process in children(os.getpid()):
+        os.kill(process, signal.SIGKILL)
+    assert before
+    time.sleep(0.2)  # a signal takes a moment
+    assert worker.run("memory", request, Memory, progress=lambda *_: None)
+
+
+def test_versions_are_told_also_where_quantlab_is_run_from_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package in {"quantlab", "triton"}:
+            raise PackageNotFoundError(package)
+        return "1.2.3"
+
+    monkeypatch.setattr("quantlab.evaluation.hardware.version", version)
+    found = hardware.versions()
+    assert set(found) == {
+        "python", "quantlab", "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy"
+    }  # fmt: skip
+    assert found["quantlab"] == "run from its sources"
+    assert found["numpy"] == "1.2.3"
 
 
 def test_leaving_ends_the_worker_and_its_cell(suite: Path, model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""Errors of layers alone: what is no number is said, not stored."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from quantlab.evaluation.layers import LayerErrors
+from quantlab.evaluation.quality import with_layers
+from quantlab.evaluation.record import Divergence, Domain, Measured, Quality
+from quantlab.evaluation.text import HeldOut, Window
+
+NOTHING: Mapping[str, NDArray[np.bool_]] = {}
+
+
+def quality() -> Quality:
+    one = Measured(value=0.5, low=0.4, high=0.6, n=10)
+    divergence = Divergence(
+        kl_mean=one, kl_median=one, kl_p99=one, top1_agreement=one, flips_to_wrong=one, flips_to_right=one
+    )
+    return Quality(
+        compute_dtype="float32",
+        perplexity=one,
+        bits_per_byte=one,
+        next_token_accuracy=one,
+        domains={"prose": Domain(perplexity=one, bits_per_byte=one)},
+        perplexity_change_percent=one,
+        accuracy_loss_percent=one,
+        kl_to_baseline=one,
+        top1_agreement=one,
+        divergence=divergence,
+    )
+
+
+def held_out(documents: int) -> HeldOut:
+    windows = tuple(Window(index, np.arange(5), 1, 9) for index in range(documents))
+    return HeldOut(("prose",), np.zeros(documents, dtype=np.int64), windows, "")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_layer_whose_error_is_no_number_says_why_and_costs_no_other(bad: float) -> None:
+    difference, added = np.full((8, 4), 4.0), np.full((8, 4), 16.0)
+    difference[3, 1] = bad
+    added[2, 2] = bad
+    added[:, 3] = 0
+    errors = LayerErrors(("layer 0", "layer 1", "layer 2", "layer 3"), difference, added, tokens=32)
+    found = with_layers(quality(), held_out(8), NOTHING, errors)
+    assert found.divergence is not None
+    assert {name: error.value for name, error in found.divergence.layer_errors.items()} == {"layer 0": 0.5}
+    assert Quality.model_validate_json(found.model_dump_json()) == found
+    faults = errors.faults()
+    assert set(faults) == {"layer 1", "layer 2", "layer 3"}
+    assert "not finite" in faults["layer 1"]
+    assert "not finite" in faults["layer 2"]
+    assert "adds nothing" in faults["layer 3"]
