@@ -52,8 +52,6 @@ def measure_tasks(request: TasksRequest, progress: Progress) -> TasksResult:
         for seed in wanted.seeds:
             try:
                 scores = answer(answering, loaded, wanted, seed, progress)
-                if scores is None:
-                    continue
                 twin = _twin(scores, baseline)
                 results.append(summarise_task(scores, twin))
                 found.append(scores)
@@ -64,17 +62,13 @@ def measure_tasks(request: TasksRequest, progress: Progress) -> TasksResult:
     return TasksResult(tasks=tuple(results), failures=failures)
 
 
-def answer(
-    answering: Answering, loaded: LoadedSuite, wanted: SuiteTask, seed: int, progress: Progress
-) -> ItemScores | None:
-    """The scores of one task; None for next_token, which is measured with the perplexity."""
+def answer(answering: Answering, loaded: LoadedSuite, wanted: SuiteTask, seed: int, progress: Progress) -> ItemScores:
+    """The scores of one task."""
     if not wanted.ours:
         definitions = loaded.path.parent / wanted.definitions if wanted.definitions else None
         answerer = harness.Answerer(answering.model, answering.tokenizer, answering.prefix, seed)
         return harness.answer(answerer, wanted, definitions)
     task = loaded.tasks[wanted.task]
-    if task.task.kind == "next_token":
-        return None
 
     def told(done: int, total: int) -> None:
         progress(task.task.name, done, total)

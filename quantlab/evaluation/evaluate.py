@@ -30,7 +30,7 @@ from quantlab.evaluation.manifest import check_unchanged, matrix_errors, read_ma
 from quantlab.evaluation.processes import CellError, Worker
 from quantlab.evaluation.record import Attention, Failure, Memory, Quality, Record, Speed, TaskResult, read_record
 from quantlab.evaluation.rows import adjusted
-from quantlab.evaluation.scores import kept_scores, next_token_result
+from quantlab.evaluation.scores import kept_scores
 from quantlab.evaluation.suite import LoadedSuite, load_suite
 
 RECORDS = "records"
@@ -286,7 +286,7 @@ def _measure(evaluation: _Evaluation, worker: Worker, cell: Cell) -> Record:
     """Quality, tasks and memory of one artifact, joined with its speed; of the baseline also attention."""
     failures: list[Failure] = []
     quality = _measure_quality(evaluation, worker, cell, failures)
-    tasks = _measure_tasks(evaluation, worker, cell, quality, failures)
+    tasks = _measure_tasks(evaluation, worker, cell, failures)
     memory = None
     try:
         request = MemoryRequest(directory=cell.directory, suite=evaluation.suite.path, device=evaluation.request.device)
@@ -330,36 +330,23 @@ def _measure_quality(evaluation: _Evaluation, worker: Worker, cell: Cell, failur
 
 
 def _measure_tasks(
-    evaluation: _Evaluation, worker: Worker, cell: Cell, quality: Quality | None, failures: list[Failure]
+    evaluation: _Evaluation, worker: Worker, cell: Cell, failures: list[Failure]
 ) -> tuple[TaskResult, ...]:
-    """The suite's tasks in its order; next-token accuracy is taken from the quality."""
-    suite = evaluation.suite
-    wanted = [
-        task for task in suite.suite.tasks if not (task.ours and suite.tasks[task.task].task.kind == "next_token")
-    ]
-    answered: tuple[TaskResult, ...] = ()
-    if wanted:
-        request = TasksRequest(**_quality_request(evaluation, cell).model_dump(exclude={"kind"}))
+    """The suite's tasks in its order."""
+    if not evaluation.suite.suite.tasks:
+        return ()
+    request = TasksRequest(**_quality_request(evaluation, cell).model_dump(exclude={"kind"}))
 
-        def progress(_: str, done: int, total: int) -> None:
-            evaluation.progress(f"{cell.variant}: tasks", done, total)
+    def progress(_: str, done: int, total: int) -> None:
+        evaluation.progress(f"{cell.variant}: tasks", done, total)
 
-        try:
-            result = worker.run(f"{cell.variant}-tasks", request, TasksResult, progress=progress)
-        except CellError as error:
-            failures.append(Failure(cell="tasks", reason=str(error)))
-        else:
-            answered = result.tasks
-            failures += [Failure(cell="tasks", reason=f"{name}: {why}") for name, why in result.failures.items()]
-    results: list[TaskResult] = []
-    for task in suite.suite.tasks:
-        if task in wanted:
-            name = suite.tasks[task.task].task.name if task.ours else task.task
-            results += [one for one in answered if one.name == name and one not in results]
-        elif quality is not None:
-            loaded = suite.tasks[task.task]
-            results.append(next_token_result(loaded.task, quality, loaded.sha256))
-    return tuple(results)
+    try:
+        result = worker.run(f"{cell.variant}-tasks", request, TasksResult, progress=progress)
+    except CellError as error:
+        failures.append(Failure(cell="tasks", reason=str(error)))
+        return ()
+    failures += [Failure(cell="tasks", reason=f"{name}: {why}") for name, why in result.failures.items()]
+    return result.tasks
 
 
 def _quality_request(evaluation: _Evaluation, cell: Cell) -> QualityRequest:

@@ -9,9 +9,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from quantlab.checkpoint.files import write_atomically
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.record import Measured, Quality, Significance, TaskResult
+from quantlab.evaluation.record import Measured, Significance, TaskResult
 from quantlab.evaluation.statistics import Floats, Resampled, mcnemar, resample, verdict
-from quantlab.evaluation.tasks import Task
 
 TASK_SCORES = "tasks.json"
 """The baseline's scores, item by item, in the directory of its predictions."""
@@ -115,27 +114,6 @@ def summarise_task(found: ItemScores, baseline: ItemScores | None) -> TaskResult
             "significance": Significance(p=mcnemar(to_wrong, to_right), verdict=verdict(loss)),
         }
     return result.model_copy(update=compared)
-
-
-def next_token_result(task: Task, quality: Quality, data_sha256: str) -> TaskResult:
-    """Next-token accuracy as a task's line, from the quality measured on the same tokens."""
-    score, loss = quality.next_token_accuracy, quality.accuracy_loss
-    flips = quality.divergence
-    return TaskResult(
-        name=task.name,
-        version=str(task.version),
-        metric="accuracy",
-        score=score,
-        n=score.n,
-        random_baseline=task.random_baseline,
-        baseline_score=score.value + loss.value if loss is not None else None,
-        loss=loss,
-        to_wrong=round(flips.flips_to_wrong.value * score.n) if flips is not None else None,
-        to_right=round(flips.flips_to_right.value * score.n) if flips is not None else None,
-        significance=quality.significance.get("accuracy_loss_percent"),
-        decoding="most likely token",
-        data_sha256=data_sha256,
-    )
 
 
 def _mean(row: Floats) -> Floats:

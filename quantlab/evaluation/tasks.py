@@ -16,12 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from quantlab.documents import load_document
 from quantlab.errors import EvaluationError
 
-Kind = Literal["choice", "completion", "next_token"]
+Kind = Literal["choice", "completion"]
 Metric = Literal["accuracy", "accuracy_per_byte", "exact_match"]
 _METRICS: dict[Kind, tuple[Metric, ...]] = {
     "choice": ("accuracy", "accuracy_per_byte"),
     "completion": ("exact_match",),
-    "next_token": ("accuracy",),
 }
 
 
@@ -37,10 +36,9 @@ class Task(_Strict):
     version: int = Field(gt=0)
     """Raised by every change that alters scores."""
     kind: Kind
-    """choice: which of some answers is likelier. completion: is the answer what the model would write. next_token: share of
-    held-out tokens predicted rightly, which costs nothing beside the perplexity."""
-    items: str = ""
-    """JSON lines beside this file; none for next_token."""
+    """choice: which of some answers is likelier. completion: is the answer what the model would write."""
+    items: str = Field(min_length=1)
+    """JSON lines beside this file."""
     metrics: tuple[Metric, ...] = Field(min_length=1)
     """accuracy: the likeliest answer is right. accuracy_per_byte: the same with log-likelihoods divided by the answers' UTF-8
     bytes, so that long answers are not at a loss. exact_match: each token of the answer is the most likely one."""
@@ -56,8 +54,6 @@ class Task(_Strict):
             raise ValueError(
                 f"a task of kind {self.kind} has no metric `{wrong[0]}`; use {', '.join(_METRICS[self.kind])}"
             )
-        if bool(self.items) == (self.kind == "next_token"):
-            raise ValueError("a next_token task has no items, any other has; give `items: FILE.jsonl`")
         return self
 
 
@@ -84,7 +80,7 @@ class LoadedTask:
 
     Attributes:
         task: what the file says.
-        items: empty for next_token.
+        items: at least one.
         sha256: hash of both files.
     """
 
@@ -114,8 +110,6 @@ def load_task(path: Path) -> LoadedTask:
     """
     task, content = load_document(path, Task, kind="task")
     digest = hashlib.sha256(hashlib.sha256(content).digest())
-    if not task.items:
-        return LoadedTask(task, (), digest.hexdigest())
     file = path.parent / task.items
     try:
         data = file.read_bytes()

@@ -21,7 +21,6 @@ name: regression
 version: 1
 text: {{corpus: {ROOT}/eval/corpora/heldout.jsonl, length: 128, tokens_per_domain: 640}}
 tasks:
-  - {{task: {ROOT}/eval/tasks/next_token.yaml}}
   - {{task: {ROOT}/eval/tasks/grammar.yaml, items: 40}}
 layer_error_tokens: 512
 """
@@ -98,9 +97,8 @@ def test_every_loss_has_its_p_and_one_corrected_for_the_rows(records: dict[str, 
         change = quality.significance["perplexity_change_percent"]
         assert change.holm_p is not None
         assert change.p <= change.holm_p <= 3 * change.p
-        next_token, grammar = records[name].tasks
-        assert (next_token.name, grammar.name, grammar.n) == ("next_token", "grammar", 40)
-        assert next_token.score == quality.next_token_accuracy
+        (grammar,) = records[name].tasks
+        assert (grammar.name, grammar.n) == ("grammar", 40)
         assert grammar.score.low > 0.5, "the reference is far above chance"
         assert grammar.significance is not None
         assert grammar.significance.holm_p is not None

@@ -36,13 +36,12 @@ def test_shipped_tasks_load_and_are_described(path: Path) -> None:
     readme = (path.parent / "README.md").read_text()
     assert f"## {task.task.name}\n" in readme
     assert f"{task.task.random_baseline:g}" in readme.partition(f"## {task.task.name}\n")[2].partition("\n## ")[0]
-    if task.task.kind != "next_token":
-        assert len(task.items) >= (150 if path.stem == "retrieval" else 500)
-        answers = [item.answer for item in task.items]
-        choices = len(task.items[0].choices)
-        assert all(len(item.choices) == choices and len(set(item.choices)) == choices for item in task.items)
-        # no place of the right answer is favoured
-        assert all(0.7 < answers.count(place) * choices / len(answers) < 1.3 for place in range(choices))
+    assert len(task.items) >= (150 if path.stem == "retrieval" else 500)
+    answers = [item.answer for item in task.items]
+    choices = len(task.items[0].choices)
+    assert all(len(item.choices) == choices and len(set(item.choices)) == choices for item in task.items)
+    # no place of the right answer is favoured
+    assert all(0.7 < answers.count(place) * choices / len(answers) < 1.3 for place in range(choices))
 
 
 def test_items_come_from_held_out_text_and_distractors_from_the_same_document() -> None:
