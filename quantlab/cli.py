@@ -50,6 +50,12 @@ OutOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option(help="Where models compute, in calibration and measurements: cpu, cuda, cuda:1, …")
 ]
+TimeLimitOption = Annotated[
+    float,
+    typer.Option(
+        min=1, help="Seconds that one measurement, or one task, may take before it is given up.", metavar="SECONDS"
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
 
@@ -120,6 +126,7 @@ def run(
     out: OutOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts that another recipe made.")] = False,
     device: DeviceOption = "cpu",
+    time_limit: TimeLimitOption = 3600.0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -132,7 +139,7 @@ def run(
             load_claims(loaded.resolve(loaded.recipe.evaluate.claims))
     from quantlab.run.loop import Settings  # imports torch, which `plan` and `--help` do without
     from quantlab.runtime.device import find_device
-    from quantlab.stages import make, measure
+    from quantlab.stages import Measuring, make, measure
 
     directory = _directory(loaded, out)
     found = find_device(device)
@@ -148,7 +155,8 @@ def run(
             )
         return
     with _interruptible():
-        matrix = measure(loaded, compiled, directory, console=_err, quiet=quiet or as_json, reuse=True, device=found)
+        how = Measuring(device=found, time_limit=time_limit, reuse=True, quiet=quiet or as_json)
+        matrix = measure(loaded, compiled, directory, how, console=_err)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
     if not (quiet or as_json):
         _err.print(f"{time.monotonic() - started:.0f} s in all", style="dim")
@@ -162,6 +170,7 @@ def evaluate_artifacts(
         bool, typer.Option("--again", help="Measure everything anew; otherwise records that still hold are kept.")
     ] = False,
     device: DeviceOption = "cpu",
+    time_limit: TimeLimitOption = 3600.0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -175,11 +184,12 @@ def evaluate_artifacts(
             fix="add `evaluate: {suite: eval/suites/quick.yaml}`",
         )
     from quantlab.runtime.device import find_device  # imports torch
-    from quantlab.stages import measure
+    from quantlab.stages import Measuring, measure
 
-    directory, found, silent = _directory(loaded, out), find_device(device), quiet or as_json
+    directory = _directory(loaded, out)
+    how = Measuring(device=find_device(device), time_limit=time_limit, reuse=not again, quiet=quiet or as_json)
     with _interruptible():
-        matrix = measure(loaded, compiled, directory, console=_err, quiet=silent, reuse=not again, device=found)
+        matrix = measure(loaded, compiled, directory, how, console=_err)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
 
 

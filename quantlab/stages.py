@@ -4,6 +4,7 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,36 +42,47 @@ def make(
         return make_artifacts(plan, recipe, directory, announce, settings)
 
 
-def measure(
-    recipe: LoadedRecipe, plan: Plan, out: Path, *, console: Console, quiet: bool, reuse: bool, device: torch.device
-) -> Matrix:
+@dataclass(frozen=True)
+class Measuring:
+    """Where, how long and how loudly to measure.
+
+    Attributes:
+        device: where models compute.
+        time_limit: seconds that one measurement, or one task, may take.
+        reuse: keep what earlier records hold where artifact, suite, baseline and hardware are unchanged.
+        quiet: no progress bars.
+    """
+
+    device: torch.device
+    time_limit: float
+    reuse: bool = True
+    quiet: bool = False
+
+
+def measure(recipe: LoadedRecipe, plan: Plan, out: Path, how: Measuring, *, console: Console) -> Matrix:
     """Measure every artifact and write records and matrix.
 
     Args:
         recipe: a recipe that says what to measure.
         plan: the same recipe compiled.
         out: the run's directory, with all artifacts made.
+        how: where, how long and how loudly.
         console: where progress bars go.
-        quiet: no progress bars.
-        reuse: keep records whose artifact, suite, baseline and hardware are unchanged.
-        device: where models compute.
 
     Raises:
         ArtifactError: an artifact is missing, or was made by another recipe.
         EvaluationError: the suite's text cannot be read.
     """
-    request = _request(recipe, plan, RunDirectory(out), reuse=reuse, device=device)
-    if device.type == "cuda":
+    request = _request(recipe, plan, RunDirectory(out), how)
+    if how.device.type == "cuda":
         torch.cuda.empty_cache()  # what making the artifacts left here would be missing to the processes that measure
-    with show.progress_bars(console, quiet=quiet) as bars:
+    with show.progress_bars(console, quiet=how.quiet) as bars:
         records = evaluate(request, progress=show.StageBars(bars))
     claims = recipe.recipe.evaluate.claims if recipe.recipe.evaluate else None
     return write_report(records, out, claims=recipe.resolve(claims) if claims else None)
 
 
-def _request(
-    recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, *, reuse: bool, device: torch.device
-) -> EvaluationRequest:
+def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Measuring) -> EvaluationRequest:
     wanted = recipe.recipe.evaluate
     assert wanted is not None, "asked only of recipes that evaluate"
     source = plan.checkpoint
@@ -93,8 +105,9 @@ def _request(
         suite=recipe.resolve(wanted.suite),
         baseline=wanted.baseline,
         cells=tuple(cells),
-        reuse=reuse,
+        reuse=how.reuse,
+        time_limit=how.time_limit,
         command=shlex.join(["quantlab", *sys.argv[1:]]),
-        device=str(device),
-        gpu=name_of(device),
+        device=str(how.device),
+        gpu=name_of(how.device),
     )

@@ -9,13 +9,15 @@ from transformers import PreTrainedModel
 
 from quantlab.errors import EvaluationError
 from quantlab.evaluation import harness
-from quantlab.evaluation.jobs import Progress, TasksRequest, TasksResult
+from quantlab.evaluation.jobs import Progress, TaskAnswer, TasksRequest, TasksResult, Tell
 from quantlab.evaluation.likelihood import Likelihood, encode, likelihoods
-from quantlab.evaluation.scores import ItemScores, keep_scores, kept_scores, summarise_task
-from quantlab.evaluation.suite import LoadedSuite, SuiteTask, load_suite
-from quantlab.evaluation.tasks import Item, LoadedTask, Metric
+from quantlab.evaluation.scores import ItemScores, keep_scores, kept_scores, summarise_task, twin
+from quantlab.evaluation.suite import LoadedSuite, TaskRun, load_suite
+from quantlab.evaluation.tasks import Item, Metric
 from quantlab.evaluation.text import load_tokenizer
 from quantlab.runtime.load import load
+
+NO_BASELINE = "nothing to compare with: the baseline did not answer it"
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Answering:
     prefix: tuple[int, ...]
 
 
-def measure_tasks(request: TasksRequest, progress: Progress) -> TasksResult:
-    """Answer every task of the suite; a task that cannot be answered costs that task alone.
+def measure_tasks(request: TasksRequest, progress: Progress, tell: Tell) -> TasksResult:
+    """Answer tasks of the suite, the model loaded once; one that cannot be answered costs that one alone.
 
     Raises:
         QuantlabError: the artifact or its tokenizer cannot be used.
@@ -44,55 +46,52 @@ def measure_tasks(request: TasksRequest, progress: Progress) -> TasksResult:
     tokenizer, prefix = load_tokenizer(request.directory)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[loaded.suite.text.dtype]
     answering = Answering(load(request.directory, dtype=dtype, device=request.device), tokenizer, prefix)
-    baseline = kept_scores(request.predictions, request.key) if request.role == "compared" else None
-    found: list[ItemScores] = []
-    failures: dict[str, str] = {}
-    results = []
-    for wanted in loaded.suite.tasks:
-        for seed in wanted.seeds:
-            try:
-                scores = answer(answering, loaded, wanted, seed, progress)
-                twin = _twin(scores, baseline)
-                results.append(summarise_task(scores, twin))
-                found.append(scores)
-            except EvaluationError as error:
-                failures[wanted.task] = str(error).replace("\n  ", "; ")
+    for number in request.runs:
+        tell(TaskAnswer(run=number))
+        try:
+            scores = answer(answering, loaded, loaded.runs[number], progress)
+            tell(_told(request, number, scores))
+        except EvaluationError as error:
+            tell(TaskAnswer(run=number, reason=str(error).replace("\n  ", "; ")))
+    return TasksResult(answered=len(request.runs))
+
+
+def _told(request: TasksRequest, number: int, scores: ItemScores) -> TaskAnswer:
+    """The answer for a record; the baseline's scores are kept, those of others compared with them."""
     if request.role == "baseline":
-        keep_scores(request.predictions, request.key, found)
-    return TasksResult(tasks=tuple(results), failures=failures)
+        result = summarise_task(scores, None)
+        keep_scores(request.scores, request.key, scores)
+        return TaskAnswer(run=number, result=result)
+    baseline = twin(scores, kept_scores(request.scores, request.key))
+    reason = NO_BASELINE if baseline is None else None
+    return TaskAnswer(run=number, result=summarise_task(scores, baseline), reason=reason)
 
 
-def answer(answering: Answering, loaded: LoadedSuite, wanted: SuiteTask, seed: int, progress: Progress) -> ItemScores:
+def answer(answering: Answering, loaded: LoadedSuite, run: TaskRun, progress: Progress) -> ItemScores:
     """The scores of one task."""
+    wanted = run.wanted
     if not wanted.ours:
         definitions = loaded.path.parent / wanted.definitions if wanted.definitions else None
-        answerer = harness.Answerer(answering.model, answering.tokenizer, answering.prefix, seed)
+        answerer = harness.Answerer(answering.model, answering.tokenizer, answering.prefix, run.seed)
         return harness.answer(answerer, wanted, definitions)
     task = loaded.tasks[wanted.task]
 
     def told(done: int, total: int) -> None:
-        progress(task.task.name, done, total)
+        progress(run.name, done, total)
 
-    items = task.drawn(wanted.items, seed)
+    items = task.drawn(wanted.items, run.seed)
     encoded = [
         [encode(answering.tokenizer, answering.prefix, item.context, choice) for choice in item.choices]
         for item in items
     ]
     answers = likelihoods(answering.model, encoded, progress=told)
-    return item_scores(task, wanted, seed, items, answers)
-
-
-def item_scores(
-    task: LoadedTask, wanted: SuiteTask, seed: int, items: Sequence[Item], answers: Sequence[Sequence[Likelihood]]
-) -> ItemScores:
-    """Right or wrong for each item, with what names the task."""
-    metric = next(name for name in task.task.metrics if wanted.metric in {None, name})
+    metric = next(name for name in task.task.metrics if name == run.metric)
     return ItemScores(
         name=task.task.name,
         version=str(task.task.version),
         metric=metric,
         random_baseline=task.task.random_baseline,
-        seed=seed,
+        seed=run.seed,
         data_sha256=task.sha256,
         documents=tuple(item.document for item in items),
         groups=tuple(item.group for item in items),
@@ -107,11 +106,3 @@ def score_item(item: Item, answers: Sequence[Likelihood], metric: Metric) -> flo
     weights = [len(choice.encode()) if metric == "accuracy_per_byte" else 1 for choice in item.choices]
     values = [given.logprob / weight for given, weight in zip(answers, weights, strict=True)]
     return float(values.index(max(values)) == item.answer)
-
-
-def _twin(found: ItemScores, baseline: Sequence[ItemScores] | None) -> ItemScores | None:
-    """The baseline's scores of the same task; None where there is no baseline or it did not answer this task."""
-    if baseline is None:
-        return None
-    same = [one for one in baseline if (one.name, one.metric, one.seed) == (found.name, found.metric, found.seed)]
-    return same[0] if same else None

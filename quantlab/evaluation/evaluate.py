@@ -2,40 +2,30 @@
 
 Speed comes first, for all artifacts at once, because its ratios are taken within interleaved rounds. Then the baseline,
 whose predictions the others are compared with, then everything else; each record is written as soon as it is complete,
-so an evaluation that is interrupted goes on where it stopped. A record is kept when nothing it depends on has changed.
+so an evaluation that is interrupted goes on where it stopped. A record is kept when nothing it depends on has changed; of
+one with failures what failed is tried again, and all else is kept.
 """
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantlab.checkpoint.files import write_atomically
 from quantlab.errors import ArtifactError, EvaluationError
 from quantlab.evaluation import hardware
-from quantlab.evaluation.contexts import measure_contexts
-from quantlab.evaluation.jobs import (
-    MemoryRequest,
-    Progress,
-    QualityRequest,
-    QualityResult,
-    Role,
-    SpeedRequest,
-    SpeedResult,
-    TasksRequest,
-    TasksResult,
-    predictions_complete,
-)
+from quantlab.evaluation.jobs import Progress, predictions_complete
 from quantlab.evaluation.manifest import check_unchanged, matrix_errors, read_manifest, tokens_per_expert
-from quantlab.evaluation.processes import CellError, Worker
-from quantlab.evaluation.record import Attention, Failure, Memory, Quality, Record, Speed, TaskResult, read_record
+from quantlab.evaluation.measuring import Bench, Found, measure_row, measure_speeds, sound_parts
+from quantlab.evaluation.processes import Worker
+from quantlab.evaluation.record import Failure, Record, read_record
 from quantlab.evaluation.rows import adjusted
-from quantlab.evaluation.scores import kept_scores
+from quantlab.evaluation.scores import kept_scores, twin
 from quantlab.evaluation.suite import LoadedSuite, load_suite
 
 RECORDS = "records"
 _WORK = ".work"
-_PREDICTIONS = ".baseline"
+_BASELINE = ".baseline"
 _WORDS = {"recipe", "recipe_sha256", "description", "artifact", "command"}  # these change without changing a number
 
 
@@ -70,7 +60,7 @@ class EvaluationRequest:
         baseline: the variant that losses are relative to; one of the cells.
         cells: what to evaluate, in the order of the rows.
         reuse: whether records that still hold are kept.
-        time_limit: seconds that one measurement may take.
+        time_limit: seconds that one measurement may take, and one task.
         command: what was run, for the records.
         device: where models compute: "cpu", "cuda" or "cuda:1".
         gpu: name of that device, for the records; empty for the CPU.
@@ -89,7 +79,7 @@ class EvaluationRequest:
     gpu: str = ""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Evaluation:
     """What the steps of one evaluation share."""
 
@@ -99,9 +89,6 @@ class _Evaluation:
     hardware: str
     versions: dict[str, str]
     progress: Progress
-    baseline_failure: str | None = None
-    speeds: Mapping[str, Speed] = field(default_factory=dict)
-    speed_failures: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def records(self) -> Path:
@@ -109,21 +96,26 @@ class _Evaluation:
 
     @property
     def predictions(self) -> Path:
-        return self.records / _PREDICTIONS
+        return self.records / _BASELINE / "text"
+
+    @property
+    def scores(self) -> Path:
+        return self.records / _BASELINE / "tasks.json"
 
     @property
     def key(self) -> str:
-        """Names the baseline's predictions by everything they depend on."""
+        """Names the baseline's answers by everything they depend on."""
         parts = (self.baseline.artifact_sha256, self.suite.sha256, self.hardware, str(sorted(self.versions.items())))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def baseline_is_kept(self) -> bool:
-        """Whether all that other rows are compared with is there."""
-        answered = kept_scores(self.predictions, self.key) is not None
-        return predictions_complete(self.predictions, self.key) and (answered or not self.suite.suite.tasks)
+    def is_baseline(self, cell: Cell) -> bool:
+        return cell.variant == self.baseline.variant
 
     def path(self, variant: str) -> Path:
         return self.records / f"{variant}.json"
+
+    def bench(self, worker: Worker) -> Bench:
+        return Bench(worker, self.suite, self.predictions, self.scores, self.key, self.request.device, self.progress)
 
 
 def evaluate(request: EvaluationRequest, *, progress: Progress | None = None) -> list[Record]:
@@ -142,25 +134,23 @@ def evaluate(request: EvaluationRequest, *, progress: Progress | None = None) ->
         ArtifactError: an artifact was changed since it was made, or a record cannot be written.
     """
     evaluation = _prepare(request, progress or _silent)
-    kept = {cell.variant: record for cell in request.cells if (record := _kept(evaluation, cell)) is not None}
-    missing = [cell for cell in request.cells if cell.variant not in kept]
-    if missing and not evaluation.baseline_is_kept():
-        kept.pop(request.baseline, None)
-    missing = [cell for cell in request.cells if cell.variant not in kept]
-    if kept:
-        evaluation.progress(f"{len(kept)} of {len(request.cells)} records kept from before", 1, 1)
+    found = _known(evaluation)
+    missing = [
+        cell
+        for cell in request.cells
+        if found[cell.variant].lacks(evaluation.suite, is_baseline=evaluation.is_baseline(cell))
+    ]
+    if len(missing) < len(request.cells):
+        kept = len(request.cells) - len(missing)
+        evaluation.progress(f"{kept} of {len(request.cells)} records kept from before", 1, 1)
     for cell in missing:  # stopped half-way, no record of something else stays behind
-        evaluation.path(cell.variant).unlink(missing_ok=True)
+        if found[cell.variant] == Found():
+            evaluation.path(cell.variant).unlink(missing_ok=True)
     if missing:
-        with Worker(evaluation.records / _WORK, threads=hardware.threads(), time_limit=request.time_limit) as worker:
-            _measure_speed(evaluation, worker, missing)
-            for cell in sorted(missing, key=lambda cell: cell.variant != request.baseline):
-                kept[cell.variant] = _measure(evaluation, worker, cell)
-                _write(evaluation, kept[cell.variant])
-    records = adjusted([kept[cell.variant] for cell in request.cells])
+        _measure(evaluation, missing, found)
+    records = adjusted([_record(evaluation, cell, found[cell.variant]) for cell in request.cells])
     for record in records:
-        if record != kept[record.variant]:
-            _write(evaluation, record)
+        _write(evaluation, record)
     return records
 
 
@@ -181,6 +171,8 @@ def _prepare(request: EvaluationRequest, progress: Progress) -> _Evaluation:
     evaluation = _Evaluation(request, suite, baselines[0], hardware.describe(request.gpu), versions, progress)
     try:
         evaluation.records.mkdir(parents=True, exist_ok=True)
+        if not request.reuse:
+            evaluation.scores.unlink(missing_ok=True)
     except OSError as error:
         raise ArtifactError(
             "the records cannot be written",
@@ -191,38 +183,66 @@ def _prepare(request: EvaluationRequest, progress: Progress) -> _Evaluation:
     return evaluation
 
 
-def _kept(evaluation: _Evaluation, cell: Cell) -> Record | None:
-    """The record of an earlier evaluation, if it is complete and measuring again could only repeat it."""
+def _known(evaluation: _Evaluation) -> dict[str, Found]:
+    """What earlier evaluations found of every variant and still holds."""
+    found = {cell.variant: _earlier(evaluation, cell) for cell in evaluation.request.cells}
+    baseline = evaluation.baseline.variant
+    others = [one for variant, one in found.items() if variant != baseline]
+    if any(one.quality is None for one in others) and not predictions_complete(evaluation.predictions, evaluation.key):
+        found[baseline] = replace(found[baseline], quality=None)  # there would be nothing to compare with
+    answered = kept_scores(evaluation.scores, evaluation.key)
+    tasks = {
+        number: result
+        for number, result in found[baseline].tasks.items()
+        if all(number in one.tasks for one in others) or twin(result, answered) is not None
+    }
+    found[baseline] = replace(found[baseline], tasks=tasks)
+    return found
+
+
+def _earlier(evaluation: _Evaluation, cell: Cell) -> Found:
+    """What the record of an earlier evaluation says, where measuring again could only repeat it."""
     path = evaluation.path(cell.variant)
     if not evaluation.request.reuse or not path.is_file():
-        return None
+        return Found()
     try:
-        found = read_record(path)
+        record = read_record(path)
     except ArtifactError:  # of another version: measured again
-        return None
-    measured = Measurements(found.quality, found.tasks, found.memory, found.speed, attention=found.attention)
-    current = _record(evaluation, cell, measured)
-    current = current.model_copy(update={"command": found.command})  # of the run that measured
-    if found.model_dump(exclude=_WORDS) != current.model_dump(exclude=_WORDS):
-        return None
-    if found != current:
-        _write(evaluation, current)
-    return current
+        return Found()
+    tasks = dict(enumerate(record.tasks))
+    same = _record(
+        evaluation,
+        cell,
+        Found(record.quality, tasks, record.memory, record.speed, record.attention, failures=record.failures),
+    )
+    if record.model_dump(exclude=_WORDS) != same.model_dump(exclude=_WORDS):
+        return Found()
+    return sound_parts(evaluation.suite, record)
 
 
-@dataclass(frozen=True)
-class Measurements:
-    """What was found out about one artifact."""
+def _measure(evaluation: _Evaluation, missing: list[Cell], found: dict[str, Found]) -> None:
+    """Measure what is missing and write each record as soon as it is complete."""
+    request = evaluation.request
+    with Worker(evaluation.records / _WORK, threads=hardware.threads(), time_limit=request.time_limit) as worker:
+        bench = evaluation.bench(worker)
+        timed = measure_speeds(
+            bench, {cell.variant: cell.directory for cell in missing if found[cell.variant].speed is None}
+        )
+        for cell in sorted(missing, key=lambda cell: not evaluation.is_baseline(cell)):
+            variant = cell.variant
+            known = replace(found[variant], command=request.command, failures=_of_speed(timed.failures, variant))
+            known = replace(known, speed=timed.speeds.get(variant, known.speed))
+            found[variant] = measure_row(
+                bench, variant, cell.directory, known, is_baseline=evaluation.is_baseline(cell)
+            )
+            _write(evaluation, _record(evaluation, cell, found[variant]))
 
-    quality: Quality | None
-    tasks: tuple[TaskResult, ...]
-    memory: Memory | None
-    speed: Speed | None
-    failures: tuple[Failure, ...] = ()
-    attention: Attention | None = None
+
+def _of_speed(failures: Mapping[str, str], variant: str) -> tuple[Failure, ...]:
+    return (Failure(cell="speed", reason=failures[variant]),) if variant in failures else ()
 
 
-def _record(evaluation: _Evaluation, cell: Cell, found: Measurements) -> Record:
+def _record(evaluation: _Evaluation, cell: Cell, found: Found) -> Record:
     request, suite = evaluation.request, evaluation.suite
     manifest = read_manifest(cell.directory)
     return Record(
@@ -239,7 +259,7 @@ def _record(evaluation: _Evaluation, cell: Cell, found: Measurements) -> Record:
         suite_name=suite.suite.name,
         suite_version=suite.suite.version,
         seeds=_seeds(suite),
-        command=request.command,
+        command=found.command,
         hardware=evaluation.hardware,
         versions=evaluation.versions,
         quality=found.quality,
@@ -247,7 +267,7 @@ def _record(evaluation: _Evaluation, cell: Cell, found: Measurements) -> Record:
         speed=found.speed,
         failures=found.failures,
         tokens_per_expert=tokens_per_expert(manifest),
-        tasks=found.tasks,
+        tasks=tuple(found.tasks[number] for number in sorted(found.tasks)),
         attention=found.attention,
         matrix_errors=matrix_errors(manifest),
     )
@@ -265,108 +285,10 @@ def _seeds(suite: LoadedSuite) -> dict[str, int]:
     return seeds
 
 
-def _measure_speed(evaluation: _Evaluation, worker: Worker, cells: list[Cell]) -> None:
-    if evaluation.suite.suite.speed is None:
-        return
-
-    def progress(stage: str, done: int, total: int) -> None:
-        evaluation.progress(f"speed: {stage}", done, total)
-
-    artifacts = {cell.variant: cell.directory for cell in cells}
-    request = SpeedRequest(suite=evaluation.suite.path, artifacts=artifacts, device=evaluation.request.device)
-    try:
-        result = worker.run("speed", request, SpeedResult, progress=progress)
-    except CellError as error:
-        evaluation.speed_failures = {cell.variant: str(error) for cell in cells}
-    else:
-        evaluation.speeds, evaluation.speed_failures = result.speeds, result.failures
-
-
-def _measure(evaluation: _Evaluation, worker: Worker, cell: Cell) -> Record:
-    """Quality, tasks and memory of one artifact, joined with its speed; of the baseline also attention."""
-    failures: list[Failure] = []
-    quality = _measure_quality(evaluation, worker, cell, failures)
-    tasks = _measure_tasks(evaluation, worker, cell, failures)
-    memory = None
-    try:
-        request = MemoryRequest(directory=cell.directory, suite=evaluation.suite.path, device=evaluation.request.device)
-        memory = worker.run(f"{cell.variant}-memory", request, Memory, progress=_silent)
-    except CellError as error:
-        failures.append(Failure(cell="memory", reason=str(error)))
-    if cell.variant in evaluation.speed_failures:
-        failures.append(Failure(cell="speed", reason=evaluation.speed_failures[cell.variant]))
-    speed = evaluation.speeds.get(cell.variant)
-    attention = None
-    if cell.variant == evaluation.request.baseline:
-        attention = measure_contexts(
-            worker,
-            evaluation.suite,
-            cell.directory,
-            device=evaluation.request.device,
-            progress=evaluation.progress,
-        )
-    return _record(evaluation, cell, Measurements(quality, tasks, memory, speed, tuple(failures), attention))
-
-
-def _measure_quality(evaluation: _Evaluation, worker: Worker, cell: Cell, failures: list[Failure]) -> Quality | None:
-    def progress(_: str, done: int, total: int) -> None:
-        """One bar per row, whatever it is busy with."""
-        evaluation.progress(f"{cell.variant}: quality", done, total)
-
-    try:
-        found = worker.run(
-            f"{cell.variant}-quality", _quality_request(evaluation, cell), QualityResult, progress=progress
-        )
-    except CellError as error:
-        failures.append(Failure(cell="quality", reason=str(error)))
-        if cell.variant == evaluation.request.baseline:
-            evaluation.baseline_failure = str(error)
-        return None
-    if cell.variant != evaluation.request.baseline and evaluation.baseline_failure is not None:
-        reason = f"nothing to compare with: the baseline failed: {evaluation.baseline_failure}"
-        failures.append(Failure(cell="quality", reason=reason))
-    failures += [Failure(cell="quality", reason=f"{part}: {why}") for part, why in found.failures.items()]
-    return found.quality
-
-
-def _measure_tasks(
-    evaluation: _Evaluation, worker: Worker, cell: Cell, failures: list[Failure]
-) -> tuple[TaskResult, ...]:
-    """The suite's tasks in its order."""
-    if not evaluation.suite.suite.tasks:
-        return ()
-    request = TasksRequest(**_quality_request(evaluation, cell).model_dump(exclude={"kind"}))
-
-    def progress(_: str, done: int, total: int) -> None:
-        evaluation.progress(f"{cell.variant}: tasks", done, total)
-
-    try:
-        result = worker.run(f"{cell.variant}-tasks", request, TasksResult, progress=progress)
-    except CellError as error:
-        failures.append(Failure(cell="tasks", reason=str(error)))
-        return ()
-    failures += [Failure(cell="tasks", reason=f"{name}: {why}") for name, why in result.failures.items()]
-    return result.tasks
-
-
-def _quality_request(evaluation: _Evaluation, cell: Cell) -> QualityRequest:
-    role: Role = "compared"
-    if cell.variant == evaluation.request.baseline:
-        role = "baseline"
-    elif evaluation.baseline_failure is not None:
-        role = "alone"
-    return QualityRequest(
-        directory=cell.directory,
-        suite=evaluation.suite.path,
-        predictions=evaluation.predictions,
-        role=role,
-        key=evaluation.key,
-        device=evaluation.request.device,
-    )
-
-
 def _write(evaluation: _Evaluation, record: Record) -> None:
-    write_atomically(evaluation.path(record.variant), record.model_dump_json(indent=2).encode() + b"\n")
+    path, content = evaluation.path(record.variant), record.model_dump_json(indent=2).encode() + b"\n"
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomically(path, content)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

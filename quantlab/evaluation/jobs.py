@@ -12,6 +12,9 @@ from quantlab.evaluation.record import AttentionCell, Quality, Speed, TaskResult
 Progress = Callable[[str, int, int], None]
 """Told of a stage, how much of it is done and how much there is (0 when that is not known)."""
 
+Tell = Callable[[BaseModel], None]
+"""Takes a part of a cell's answer as soon as it is there."""
+
 EXPLAINED = 3
 """Exit code of a cell that could say what is wrong; the file of its result then holds the reason as text."""
 
@@ -54,16 +57,18 @@ class QualityResult(_Strict):
 
 
 class TasksRequest(_Strict):
-    """One artifact's answers to the suite's tasks; answered with a `TasksResult`."""
+    """One artifact's answers to some of the suite's tasks; each is told as soon as it is there, as a `TaskAnswer`."""
 
     kind: Literal["tasks"] = "tasks"
     directory: Path
     """The artifact."""
     suite: Path
     """The suite."""
-    predictions: Path
-    """Directory of the baseline's predictions, its scores of items among them."""
-    role: Role
+    runs: tuple[int, ...]
+    """Which: indices into `LoadedSuite.runs`."""
+    scores: Path
+    """File of the baseline's scores, item by item."""
+    role: Literal["baseline", "compared"]
     """As in `QualityRequest`."""
     key: str
     """As in `QualityRequest`."""
@@ -71,13 +76,22 @@ class TasksRequest(_Strict):
     """As in `QualityRequest`."""
 
 
-class TasksResult(_Strict):
-    """Every task of the suite is in one of the two."""
+class TaskAnswer(_Strict):
+    """One task; with neither a result nor a reason it has only been begun."""
 
-    tasks: tuple[TaskResult, ...]
-    """What was measured, in the order of the suite."""
-    failures: dict[str, str]
-    """Task -> why it could not be."""
+    run: int
+    """Which: an index into `LoadedSuite.runs`."""
+    result: TaskResult | None = None
+    """What was measured."""
+    reason: str | None = None
+    """Why there is no result, or what it lacks."""
+
+
+class TasksResult(_Strict):
+    """What is left to say when all tasks have been told."""
+
+    answered: int
+    """How many."""
 
 
 class MemoryRequest(_Strict):

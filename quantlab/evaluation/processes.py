@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -44,7 +44,7 @@ class Worker:
         Args:
             directory: takes results and logs of cells.
             threads: threads a cell computes with.
-            time_limit: seconds a cell may take.
+            time_limit: seconds a cell may take, and each of the parts it answers in.
         """
         self._directory, self._threads, self._time_limit = directory, threads, time_limit
         self._process: subprocess.Popen[bytes] | None = None
@@ -59,7 +59,15 @@ class Worker:
     ) -> None:
         self._stop()
 
-    def run(self, name: str, request: CellRequest, answer: type[Answer], *, progress: Progress) -> Answer:
+    def run(
+        self,
+        name: str,
+        request: CellRequest,
+        answer: type[Answer],
+        *,
+        progress: Progress,
+        part: Callable[[str], None] | None = None,
+    ) -> Answer:
         """Run one cell.
 
         Args:
@@ -67,6 +75,7 @@ class Worker:
             request: what to measure.
             answer: the model of the answer.
             progress: told of the cell's stages.
+            part: takes, as JSON, what the cell answers before its end; the time limit begins anew with each.
 
         Raises:
             CellError: the cell crashed, took too long, explained why it could not be measured, or answered with what is no
@@ -85,7 +94,7 @@ class Worker:
         except BrokenPipeError:  # it died after its last cell
             self._stop()
             raise CellError("the worker died" + _tail(self._directory / "worker.log")) from None
-        status = self._follow(log, progress)
+        status = self._follow(log, progress, part)
         if status == EXPLAINED:
             raise CellError(result.read_text(encoding="utf-8"))
         if status != 0:
@@ -99,8 +108,8 @@ class Worker:
             place = ".".join(map(str, first["loc"]))
             raise CellError(f"its answer is not what was asked for: {place}: {first['msg']}") from error
 
-    def _follow(self, log: Path, progress: Progress) -> int:
-        """Pass progress on until the cell ends; its exit status."""
+    def _follow(self, log: Path, progress: Progress, part: Callable[[str], None] | None) -> int:
+        """Pass progress and parts on until the cell ends; its exit status."""
         deadline = time.monotonic() + self._time_limit
         while True:
             message = self._message(deadline)
@@ -110,6 +119,10 @@ class Worker:
             match message["event"]:
                 case "progress":
                     progress(message["stage"], message["done"], message["total"])
+                case "part":
+                    deadline = time.monotonic() + self._time_limit
+                    if part is not None:
+                        part(message["answer"])
                 case "exit":
                     return int(message["status"])
                 case "end":

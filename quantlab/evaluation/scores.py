@@ -12,8 +12,6 @@ from quantlab.errors import EvaluationError
 from quantlab.evaluation.record import Measured, Significance, TaskResult
 from quantlab.evaluation.statistics import Floats, Resampled, mcnemar, resample, verdict
 
-TASK_SCORES = "tasks.json"
-"""The baseline's scores, item by item, in the directory of its predictions."""
 _FEWEST_UNITS = 5  # an interval drawn from fewer says nothing
 
 
@@ -47,23 +45,30 @@ class _Kept(BaseModel):
     tasks: tuple[ItemScores, ...]
 
 
-def keep_scores(directory: Path, key: str, tasks: Sequence[ItemScores]) -> None:
-    """Write the baseline's scores.
+def keep_scores(path: Path, key: str, found: ItemScores) -> None:
+    """Add the baseline's scores of one task to those already there under the same key.
 
     Raises:
         ArtifactError: they cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / TASK_SCORES, _Kept(key=key, tasks=tuple(tasks)).model_dump_json().encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    others = tuple(one for one in kept_scores(path, key) if twin(found, [one]) is None)
+    write_atomically(path, _Kept(key=key, tasks=(*others, found)).model_dump_json().encode())
 
 
-def kept_scores(directory: Path, key: str) -> tuple[ItemScores, ...] | None:
-    """The baseline's scores, if those in `directory` are of the baseline and suite that `key` names."""
+def kept_scores(path: Path, key: str) -> tuple[ItemScores, ...]:
+    """The baseline's scores in `path`; none if they are not those of the baseline and suite that `key` names."""
     try:
-        kept = TypeAdapter(_Kept).validate_json((directory / TASK_SCORES).read_bytes())
+        kept = TypeAdapter(_Kept).validate_json(path.read_bytes())
     except (OSError, ValidationError):
-        return None
-    return kept.tasks if kept.key == key else None
+        return ()
+    return kept.tasks if kept.key == key else ()
+
+
+def twin(found: ItemScores | TaskResult, others: Sequence[ItemScores]) -> ItemScores | None:
+    """The scores of the same task, metric, seed and shots; None if they are not among the others."""
+    wanted = (found.name, found.metric, found.seed, found.shots)
+    return next((one for one in others if (one.name, one.metric, one.seed, one.shots) == wanted), None)
 
 
 def summarise_task(found: ItemScores, baseline: ItemScores | None) -> TaskResult:

@@ -155,6 +155,23 @@ class Suite(_Strict):
 
 
 @dataclass(frozen=True)
+class TaskRun:
+    """One task with one of its seeds.
+
+    Attributes:
+        wanted: what the suite says of the task.
+        seed: of what is drawn.
+        name: as results give it.
+        metric: as results give it; None where lm-eval decides.
+    """
+
+    wanted: SuiteTask
+    seed: int
+    name: str
+    metric: str | None
+
+
+@dataclass(frozen=True)
 class LoadedSuite:
     """A suite and where it came from.
 
@@ -173,6 +190,18 @@ class LoadedSuite:
     @property
     def corpus(self) -> Path:
         return (self.path.parent / self.suite.text.corpus).resolve()
+
+    @property
+    def runs(self) -> tuple[TaskRun, ...]:
+        """Every task with every one of its seeds, in the order of the tables."""
+        runs = []
+        for wanted in self.suite.tasks:
+            name, metric = wanted.task, wanted.metric
+            if wanted.ours:
+                task = self.tasks[wanted.task].task
+                name, metric = task.name, metric or task.metrics[0]
+            runs += [TaskRun(wanted, seed, name, metric) for seed in wanted.seeds]
+        return tuple(runs)
 
     @property
     def title(self) -> str:

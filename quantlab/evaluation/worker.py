@@ -6,8 +6,8 @@ imports them once and forks a child per cell: the child has everything imported,
 starts from the imports alone. The worker itself never computes: a thread pool started before a fork would be lost in it.
 
 It speaks JSON lines. In: a `Job` per line. Out: {"event": "ready"}, then per job any number of {"event": "progress",
-"stage": …, "done": …, "total": …} and {"event": "exit", "status": …}, the child's exit code, negative for the signal that
-killed it. The end of input ends the worker.
+"stage": …, "done": …, "total": …} and, of tasks, {"event": "part", "answer": …}, at last {"event": "exit", "status": …}, the
+child's exit code, negative for the signal that killed it. The end of input ends the worker.
 """
 
 import gc
@@ -32,6 +32,7 @@ from quantlab.evaluation.jobs import (
     QualityRequest,
     SpeedRequest,
     TasksRequest,
+    Tell,
 )
 from quantlab.evaluation.memory import measure_memory
 from quantlab.evaluation.quality import measure_quality
@@ -71,8 +72,11 @@ def _run(job: Job, answers: TextIO) -> int:
     def progress(stage: str, done: int, total: int) -> None:
         _tell(answers, event="progress", stage=stage, done=done, total=total)
 
+    def tell(part: BaseModel) -> None:
+        _tell(answers, event="part", answer=part.model_dump_json())
+
     try:
-        answer = _measure(job, progress)
+        answer = _measure(job, progress, tell)
     except QuantlabError as error:
         job.result.write_text(str(error).replace("\n  ", "; "), encoding="utf-8")
         return EXPLAINED
@@ -80,12 +84,12 @@ def _run(job: Job, answers: TextIO) -> int:
     return 0
 
 
-def _measure(job: Job, progress: Progress) -> BaseModel:
+def _measure(job: Job, progress: Progress, tell: Tell) -> BaseModel:
     match job.request:
         case QualityRequest():
             return measure_quality(job.request, progress)
         case TasksRequest():
-            return measure_tasks(job.request, progress)
+            return measure_tasks(job.request, progress, tell)
         case MemoryRequest():
             return measure_memory(job.request, progress)
         case SpeedRequest():

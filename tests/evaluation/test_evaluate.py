@@ -1,6 +1,7 @@
 """The whole evaluation in its own processes: records, reuse, and cells that fail."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 from quantlab.errors import EvaluationError
 from quantlab.evaluation import hardware
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
-from quantlab.evaluation.jobs import MemoryRequest, QualityRequest, QualityResult
+from quantlab.evaluation.jobs import CellRequest, MemoryRequest, QualityRequest, QualityResult, TaskAnswer, TasksRequest
 from quantlab.evaluation.processes import CellError, Worker
 from quantlab.evaluation.record import Memory, Record, read_record
 from quantlab.evaluation.suite import load_suite
@@ -81,8 +82,142 @@ def test_records_failures_and_reuse(request_: EvaluationRequest, monkeypatch: py
     monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", NoWorker)
     moved = evaluate(dataclasses.replace(mended, baseline="other"))
     assert all(record.quality is record.memory is record.speed is None for record in moved)
-    assert [failure.cell for failure in moved[0].failures] == ["quality", "memory", "speed"]
+    assert {failure.cell for failure in moved[0].failures} == {"quality", "memory", "speed"}
     assert read_record(request_.directory / "records" / "same.json") == moved[1]
+
+
+def test_a_rerun_tries_what_failed_and_keeps_the_rest(
+    request_: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Watched(Worker):
+        def run(self, name: str, *arguments: object, **options: object) -> object:  # type: ignore[override]
+            asked.append(name)
+            return super().run(name, *arguments, **options)  # type: ignore[arg-type]
+
+    class MemoryFails(Watched):
+        def run(self, name: str, *arguments: object, **options: object) -> object:  # type: ignore[override]
+            if name == "same-memory":
+                raise CellError("out of memory")
+            return super().run(name, *arguments, **options)
+
+    request = dataclasses.replace(
+        request_, cells=tuple(cell for cell in request_.cells if cell.variant in {"source", "same"})
+    )
+    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", MemoryFails)
+    first = evaluate(request)
+    assert [[(one.cell, one.reason) for one in record.failures] for record in first] == [
+        [],
+        [("memory", "out of memory")],
+    ]
+    assert asked == ["speed", "source-quality", "source-memory", "same-quality"]
+    asked.clear()
+    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", Watched)
+    second = evaluate(request)
+    assert asked == ["same-memory"]
+    assert second[0] == first[0]
+    assert second[1].memory is not None
+    assert second[1].failures == ()
+    assert (second[1].quality, second[1].speed) == (first[1].quality, first[1].speed)
+    assert read_record(request.directory / "records" / "same.json") == second[1]
+    asked.clear()
+    shutil.rmtree(request.directory / "records" / ".baseline")
+    (request.directory / "records" / "same.json").unlink()
+    third = evaluate(request)
+    assert asked == ["speed", "source-quality", "same-quality", "same-memory"], "the baseline answers again"
+    assert [record.quality for record in third] == [record.quality for record in second]
+
+
+ITEMS = [
+    {
+        "id": index,
+        "document": f"d{index}",
+        "context": f"the sun rose over {index}",
+        "choices": [" a quiet harbour", " nobody spoke"],
+        "answer": index % 2,
+    }
+    for index in range(12)
+]
+
+
+def write_task(directory: Path, name: str) -> None:
+    (directory / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    (directory / f"{name}.yaml").write_text(
+        f"name: {name}\nversion: 1\nkind: choice\nitems: {name}.jsonl\nmetrics: [accuracy]\nrandom_baseline: 0.5\ndescription: d\n"
+    )
+
+
+def test_a_task_that_ends_the_process_costs_itself_alone(
+    request_: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second"):
+        write_task(request_.suite.parent, name)
+    text = request_.suite.read_text()
+    request_.suite.write_text(
+        text[: text.index("speed:")] + "tasks: [{task: first.yaml, items: 8, seeds: [0, 1]}, {task: second.yaml}]\n"
+    )
+    request = dataclasses.replace(
+        request_, cells=tuple(cell for cell in request_.cells if cell.variant in {"source", "other"})
+    )
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    class Watched(Worker):
+        def run(self, name: str, request: CellRequest, *arguments: object, **options: object) -> object:  # type: ignore[override]
+            if isinstance(request, TasksRequest):
+                asked.append((name, request.runs))
+            return super().run(name, request, *arguments, **options)  # type: ignore[arg-type]
+
+    class Dies(Watched):
+        """In the baseline's second task."""
+
+        def run(self, name: str, request: CellRequest, *arguments: object, **options: object) -> object:  # type: ignore[override]
+            if isinstance(request, TasksRequest) and request.role == "baseline" and 1 in request.runs:
+                before = tuple(run for run in request.runs if run < 1)
+                super().run(name, request.model_copy(update={"runs": before}), *arguments, **options)
+                options["part"](TaskAnswer(run=1).model_dump_json())  # type: ignore[operator]
+                raise CellError("it was ended by SIGKILL")
+            return super().run(name, request, *arguments, **options)
+
+    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", Dies)
+    source, other = evaluate(request)
+    assert asked == [("source-tasks", (0,)), ("source-tasks", (2,)), ("other-tasks", (0, 1, 2))]
+    assert [one.reason for one in source.failures] == ["first, seed 1: it was ended by SIGKILL"]
+    assert [(task.name, task.seed) for task in source.tasks] == [("first", 0), ("second", 0)]
+    assert [(task.name, task.seed, task.loss is None) for task in other.tasks] == [
+        ("first", 0, False), ("first", 1, True), ("second", 0, False)
+    ]  # fmt: skip
+    assert [one.reason for one in other.failures] == [
+        "first, seed 1: nothing to compare with: the baseline did not answer it"
+    ]
+    asked.clear()
+    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", Watched)
+    again = evaluate(request)
+    assert asked == [("source-tasks", (1,)), ("other-tasks", (1,))]
+    assert all(record.failures == () and len(record.tasks) == 3 for record in again)
+    assert again[1].tasks[1].loss is not None
+    assert again[0].tasks[::2] == source.tasks
+
+
+def test_the_time_limit_begins_anew_with_each_part_of_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(tmp_path, threads=1, time_limit=10)
+    clock = iter([0.0, 7.0, 14.0])
+    monkeypatch.setattr("quantlab.evaluation.processes.time.monotonic", lambda: next(clock))
+    events = iter(
+        [{"event": "part", "answer": "{}"}, {"event": "part", "answer": "{}"}, {"event": "exit", "status": 0}]
+    )
+    deadlines: list[float] = []
+
+    def message(deadline: float) -> dict[str, object]:
+        deadlines.append(deadline)
+        return next(events)
+
+    monkeypatch.setattr(worker, "_message", message)
+    heard: list[str] = []
+    assert worker._follow(tmp_path / "log", lambda *_: None, heard.append) == 0
+    assert (deadlines, heard) == ([10.0, 17.0, 24.0], ["{}", "{}"])
 
 
 class NoWorker(Worker):

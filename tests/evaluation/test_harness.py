@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.answers import measure_tasks
 from quantlab.evaluation.harness import Answerer, answer
-from quantlab.evaluation.jobs import TasksRequest
+from quantlab.evaluation.jobs import TaskAnswer, TasksRequest
+from quantlab.evaluation.record import TaskResult
 from quantlab.evaluation.suite import SuiteTask, load_suite
 from quantlab.evaluation.text import load_tokenizer
 from quantlab.runtime.load import load
@@ -141,6 +142,15 @@ def test_answers_are_those_of_lm_evals_own_model(dense: Path, definitions: Path)
     assert ours.generate(prompts) == written
 
 
+def results(request: TasksRequest) -> list[TaskResult]:
+    """What every run gives; each is begun, then answered."""
+    told: list[TaskAnswer] = []
+    measure_tasks(request, lambda *_: None, told.append)  # type: ignore[arg-type]
+    assert [answer.run for answer in told] == [run for run in request.runs for _ in range(2)]
+    assert all(answer.reason is None for answer in told)
+    return [answer.result for answer in told if answer.result is not None]
+
+
 def test_our_scores_equal_lm_evals_on_the_same_items(dense: Path, definitions: Path, suite: Path) -> None:
     here = suite.parent
     (here / "both.yaml").write_text(
@@ -150,14 +160,13 @@ def test_our_scores_equal_lm_evals_on_the_same_items(dense: Path, definitions: P
         + "  - {task: ours, metric: acc, definitions: definitions}\n  - {task: ours, metric: acc_bytes, definitions: definitions}\n"
         + "  - {task: last, definitions: definitions}\n  - {task: written, definitions: definitions, seeds: [1, 2]}\n"
     )
-    kept = here / "kept"
-    request = TasksRequest(directory=dense, suite=here / "both.yaml", predictions=kept, role="baseline", key="k")
-    result = measure_tasks(request, lambda *_: None)
-    assert result.failures == {}
-    choice, acc, written = result.tasks[0], result.tasks[3], result.tasks[6:]
-    scores = {
-        (one["name"], one["metric"]): one["scores"] for one in json.loads((kept / "tasks.json").read_text())["tasks"]
-    }
+    kept = here / "kept.json"
+    request = TasksRequest(
+        directory=dense, suite=here / "both.yaml", runs=tuple(range(8)), scores=kept, role="baseline", key="k"
+    )
+    tasks = results(request)
+    choice, acc, written = tasks[0], tasks[3], tasks[6:]
+    scores = {(one["name"], one["metric"]): one["scores"] for one in json.loads(kept.read_text())["tasks"]}
     assert scores["choice", "accuracy"] == scores["ours", "acc"]
     assert scores["choice", "accuracy_per_byte"] == scores["ours", "acc_bytes"]
     assert scores["completion", "exact_match"] == scores["last", "acc"]
@@ -165,8 +174,8 @@ def test_our_scores_equal_lm_evals_on_the_same_items(dense: Path, definitions: P
     assert (acc.source, acc.version, acc.n, acc.score.value) == ("lm-eval", "3", 30, choice.score.value)
     assert [one.seed for one in written] == [1, 2]
     assert written[0].decoding == "greedy, at most 8 tokens"
-    compared = measure_tasks(request.model_copy(update={"role": "compared"}), lambda *_: None)
-    assert all(task.loss is not None and task.loss.value == 0 for task in compared.tasks)
+    compared = results(request.model_copy(update={"role": "compared"}))
+    assert all(task.loss is not None and task.loss.value == 0 for task in compared)
 
 
 def test_sampled_answers_follow_their_seed(dense: Path) -> None:
