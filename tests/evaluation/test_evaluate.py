@@ -199,6 +199,26 @@ def test_a_task_that_ends_the_process_costs_itself_alone(
     assert again[0].tasks[::2] == source.tasks
 
 
+def test_two_evaluations_of_one_artifact_give_the_same_accuracy(request_: EvaluationRequest) -> None:
+    write_task(request_.suite.parent, "choice")
+    text = request_.suite.read_text()
+    request_.suite.write_text(text[: text.index("speed:")] + "tasks: [{task: choice.yaml, items: 8}]\n")
+    cells = tuple(cell for cell in request_.cells if cell.variant in {"source", "other"})
+    first, second = (
+        evaluate(dataclasses.replace(request_, cells=cells, directory=request_.directory.parent / name))
+        for name in ("one", "two")
+    )
+    other = first[1]
+    assert other.failures == ()
+    assert other.quality is not None
+    assert other.quality.divergence is not None
+    assert other.quality.kl_to_baseline is not None
+    assert other.quality.kl_to_baseline.value > 0
+    assert other.quality.divergence.layer_errors
+    assert other.tasks[0].loss is not None
+    assert [(record.quality, record.tasks) for record in first] == [(record.quality, record.tasks) for record in second]
+
+
 def test_the_time_limit_begins_anew_with_each_part_of_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
