@@ -108,12 +108,14 @@ class LayerErrors:
         layers: their names.
         difference: squared norm of the difference of outputs [W, L].
         added: squared norm of what the baseline's layer adds to its input [W, L].
+        documents: the document of each window [W].
         tokens: tokens of all windows.
     """
 
     layers: tuple[str, ...]
     difference: Floats
     added: Floats
+    documents: NDArray[np.int64]
     tokens: int
 
     def faults(self) -> dict[str, str]:
@@ -196,7 +198,8 @@ def layer_errors(directory: Path, model: PreTrainedModel, windows: Sequence[Wind
     with _removed(handles):
         model.base_model(input_ids=_ids(windows).to(model.device), use_cache=False)
     names = tuple(f"layer {index}" for index in range(len(layers)))
-    return LayerErrors(names, difference, added, _ids(windows).numel())
+    documents = np.array([window.document for window in windows])
+    return LayerErrors(names, difference, added, documents, _ids(windows).numel())
 
 
 @contextmanager

@@ -118,10 +118,11 @@ def _divergence(held_out: HeldOut, scores: TokenScores, baseline: TokenScores, s
 
 def _significance(sums: Resampled, n: int) -> dict[str, Significance]:
     """Accuracy is tested as a difference of shares: it is zero exactly when the loss in percent is."""
-    return {
+    found = {
         "perplexity_change_percent": sums.compare(_perplexity_change, n=n)[1],
         "accuracy_loss_percent": sums.compare(_accuracy_difference, n=n)[1],
     }
+    return {name: significance for name, significance in found.items() if significance is not None}
 
 
 def with_layers(
@@ -152,12 +153,15 @@ def with_layers(
 
 
 def _relative(errors: LayerErrors) -> dict[str, Measured]:
-    """Norm of the difference over norm of what the layer adds, with intervals over windows; of layers where both are numbers."""
+    """Norm of the difference over norm of what the layer adds, with intervals over documents; of layers where both are numbers."""
     faults = errors.faults()
     sound = [at for at, name in enumerate(errors.layers) if name not in faults]
     if not sound:
         return {}
-    table = np.hstack([errors.difference[:, sound], errors.added[:, sound]])
+    by_window = np.hstack([errors.difference[:, sound], errors.added[:, sound]])
+    documents, document = np.unique(errors.documents, return_inverse=True)
+    table = np.zeros((len(documents), by_window.shape[1]))
+    np.add.at(table, document, by_window)
     sums = resample(table, np.zeros(len(table), dtype=np.int64))
 
     def error(at: int) -> Callable[[Floats], Floats]:

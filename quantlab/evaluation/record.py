@@ -7,7 +7,7 @@ records and nothing else. Later versions may add fields; they do not rename thes
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from quantlab.errors import ArtifactError
 
@@ -17,12 +17,22 @@ class _Frozen(BaseModel):
 
 
 class Measured(_Frozen):
-    """A number with its 95 % interval and the count it rests on."""
+    """A number with its 95 % interval, or the range it was found in, and the count it rests on."""
 
     value: float
     low: float
     high: float
     n: int
+    interval: Literal["95 %", "range"] = "95 %"
+    """What `low` and `high` are: a 95 % interval, or only the least and the most that was found, where that was too little for one."""
+    reason: str = ""
+    """Why it is a range, and of what: "3 repetitions", "5 documents"; empty for a 95 % interval."""
+
+    @model_serializer(mode="wrap")
+    def _plain(self, inner: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """A 95 % interval is written with the four keys that every reader of a record or a matrix knows."""
+        written: dict[str, object] = inner(self)
+        return written if self.interval == "range" else {name: written[name] for name in ("value", "low", "high", "n")}
 
 
 Verdict = Literal["no measurable loss", "loss", "gain"]

@@ -113,11 +113,9 @@ def summarise_task(found: ItemScores, baseline: ItemScores | None) -> TaskResult
     if set(found.scores) | set(baseline.scores) <= {0.0, 1.0}:
         pairs = list(zip(baseline.scores, found.scores, strict=True))
         to_wrong, to_right = pairs.count((1.0, 0.0)), pairs.count((0.0, 1.0))
-        compared |= {
-            "to_wrong": to_wrong,
-            "to_right": to_right,
-            "significance": Significance(p=mcnemar(to_wrong, to_right), verdict=verdict(loss)),
-        }
+        compared |= {"to_wrong": to_wrong, "to_right": to_right}
+        if significance is not None:
+            compared["significance"] = Significance(p=mcnemar(to_wrong, to_right), verdict=verdict(loss))
     return result.model_copy(update=compared)
 
 

@@ -17,7 +17,7 @@ from quantlab.report.verdict import judge, tested
 
 State = Literal["value", "baseline", "failed", "missing"]
 
-INTERVALS = "Intervals are 95 % intervals; losses and changes are paired with the baseline on the same tokens."
+INTERVALS = "Intervals are 95 % intervals unless called a range; losses and changes are paired with the baseline on the same tokens."
 HOLM_NOTE = "A loss is called measurable only if it stays so after correction for the number of rows (Holm)."
 PRUNED_NOTE = "Pruned weights are stored as zeros in dense tensors: pruning alone saves neither memory nor time."
 
@@ -131,8 +131,9 @@ def number(value: float, unit: Unit) -> str:
 
 
 def interval(measured: Measured, unit: Unit) -> str:
-    """`low to high`: an en dash between negative numbers is hard to read."""
-    return f"{number(measured.low, unit)} to {number(measured.high, unit)}"
+    """`low to high`: an en dash between negative numbers is hard to read. What is no 95 % interval is called what it is."""
+    ends = f"{number(measured.low, unit)} to {number(measured.high, unit)}"
+    return ends if measured.interval == "95 %" else f"{ends}, range of {measured.reason}"
 
 
 def _margin(measured: Measured, unit: Unit) -> str:

@@ -167,6 +167,8 @@ def _number(column: Column, rows: tuple[Row, Row], records: tuple[Record, Record
         return judged("not judged", "measured once, so without an interval", difference)
     if noise:
         return judged("not judged", "; ".join(noise), difference)
+    if difference.interval == "range":
+        return judged("not judged", f"too little for an interval: {difference.reason}", difference)
     return judged(_verdict(difference, column), "", difference)
 
 

@@ -22,4 +22,12 @@ def subtract(b: Measured, a: Measured) -> Measured:
     difference = b.value - a.value
     below = math.hypot(b.value - b.low, a.high - a.value)
     above = math.hypot(b.high - b.value, a.value - a.low)
-    return Measured(value=difference, low=difference - below, high=difference + above, n=min(a.n, b.n))
+    reasons = [found.reason for found in (a, b) if found.interval == "range"]
+    return Measured(
+        value=difference,
+        low=difference - below,
+        high=difference + above,
+        n=min(a.n, b.n),
+        interval="range" if reasons else "95 %",
+        reason=", ".join(dict.fromkeys(reasons)),
+    )

@@ -44,7 +44,9 @@ def test_a_layer_whose_error_is_no_number_says_why_and_costs_no_other(bad: float
     difference[3, 1] = bad
     added[2, 2] = bad
     added[:, 3] = 0
-    errors = LayerErrors(("layer 0", "layer 1", "layer 2", "layer 3"), difference, added, tokens=32)
+    errors = LayerErrors(
+        ("layer 0", "layer 1", "layer 2", "layer 3"), difference, added, documents=np.arange(8), tokens=32
+    )
     found = with_layers(quality(), held_out(8), NOTHING, errors)
     assert found.divergence is not None
     assert {name: error.value for name, error in found.divergence.layer_errors.items()} == {"layer 0": 0.5}
@@ -54,3 +56,22 @@ def test_a_layer_whose_error_is_no_number_says_why_and_costs_no_other(bad: float
     assert "not finite" in faults["layer 1"]
     assert "not finite" in faults["layer 2"]
     assert "adds nothing" in faults["layer 3"]
+
+
+def test_the_errors_of_layers_are_drawn_by_document() -> None:
+    """Windows of one document are alike: cut into more of them, it says no more than before."""
+    generator = np.random.default_rng(0)
+    difference, added = generator.uniform(1, 4, (12, 1)), np.full((12, 1), 16.0)
+    found = []
+    for pieces in (1, 5):
+        documents = np.repeat(np.arange(12), pieces)
+        errors = LayerErrors(
+            ("layer 0",), difference[documents] / pieces, added[documents] / pieces, documents=documents, tokens=60
+        )
+        divergence = with_layers(quality(), held_out(12), NOTHING, errors).divergence
+        assert divergence is not None
+        found.append(divergence.layer_errors["layer 0"])
+    whole, cut = found
+    assert (cut.value, cut.low, cut.high) == pytest.approx((whole.value, whole.low, whole.high))
+    assert whole.interval == "95 %"
+    assert whole.low < whole.value < whole.high

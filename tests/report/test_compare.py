@@ -11,6 +11,7 @@ from rich.console import Console
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Measured, Record, TaskResult
+from quantlab.report.cells import interval
 from quantlab.report.compare import Comparison, Number, Pair, compare
 from quantlab.report.compare_terminal import print_comparison
 from quantlab.report.difference import subtract
@@ -38,6 +39,19 @@ def test_turning_the_sides_round_turns_the_interval_round() -> None:
     a, b = wilson(3, 40), wilson(9, 50)
     one, other = subtract(b, a), subtract(a, b)
     assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low))
+
+
+def test_a_range_is_called_one_and_nothing_is_concluded_from_it(recipe: list[Record]) -> None:
+    few = Measured(value=2.0, low=1.0, high=3.0, n=3, interval="range", reason="3 repetitions")
+    assert interval(few, "plain") == "1.00 to 3.00, range of 3 repetitions"
+    assert interval(Measured(value=2.0, low=1.0, high=3.0, n=9), "plain") == "1.00 to 3.00"
+    between = subtract(few, wilson(3, 40))
+    assert (between.interval, between.reason) == ("range", "3 repetitions")
+    memory = recipe[4].memory
+    assert memory is not None
+    slow = recipe[4].model_copy(update={"memory": memory.model_copy(update={"load_seconds": few})})
+    found = numbers(recipe[3], slow)["load_seconds"]
+    assert (found.verdict, found.reason) == ("not judged", "too little for an interval: 3 repetitions")
 
 
 def sides(a: Record, b: Record) -> Comparison:
