@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from quantlab.errors import DeviceError
-from quantlab.evaluation.contention import Moment, crowd, spread
-from quantlab.evaluation.gauges import forget_peak, give_back, held_bytes, now, peak_bytes
+from quantlab.evaluation.contention import spread
+from quantlab.evaluation.gauges import forget_peak, give_back, held_bytes, now, peak_bytes, watched
 from quantlab.evaluation.jobs import AttentionRequest, AttentionResult, Progress
 from quantlab.evaluation.record import AttentionCell
 from quantlab.evaluation.speed import DTYPES, Layout, layout_name, layout_of
@@ -131,12 +131,15 @@ def measured(model: PreTrainedModel, case: Case) -> AttentionCell:
     for part in (ids[:, :_FEW], ids[:, :1]):  # kernels are made and thread pools started before anything counts
         model(input_ids=part, past_key_values=few, use_cache=True, logits_to_keep=1)
     give_back()
-    held, begin = held_bytes(device), Moment.now()
-    decode = _decode(model, few, ids[:, :1], case)
-    give_back()
-    forget_peak(device)
-    prefill = _repeat(lambda: _read(model, ids), case, device)
-    others = crowd(begin, Moment.now(), threads=torch.get_num_threads())
+    held = held_bytes(device)
+
+    def both() -> tuple[_Repeats, _Repeats]:
+        decode = _decode(model, few, ids[:, :1], case)
+        give_back()
+        forget_peak(device)
+        return decode, _repeat(lambda: _read(model, ids), case, device)
+
+    (decode, prefill), others = watched(both, device)
     rates = {
         "prefill_tokens_per_second": case.context / prefill.seconds,
         "decode_tokens_per_second": case.steps / decode.seconds,

@@ -1,7 +1,8 @@
 """Was the machine quiet while something was timed? A number taken among strangers is marked, not printed as fact.
 
-Two signs. Processor time that neither this process nor idleness accounts for went to others; Linux counts it, per
-processor, and where it does not the load average has to do. And rounds of one cell that differ much from each other.
+Three signs. Processor time that neither this process nor idleness accounts for went to others; Linux counts it, per
+processor, and where it does not the load average has to do. A GPU that is busy while this process leaves it idle, before the
+timing or after. And rounds of one cell that differ much from each other. Needs no torch.
 """
 
 import os
@@ -16,6 +17,8 @@ from quantlab.evaluation.statistics import Floats
 
 _TOLERATED: Final = 0.1
 """Share of the processors used that others may have: system services take less."""
+_BUSY_PERCENT: Final = 5
+"""Of the last second in which a GPU may be busy with what is not ours: drawing a screen takes less."""
 _SPREAD: Final = 0.25
 """Middle half of the rounds over their median, above which a cell is noisy; on a quiet machine it is below 0.1."""
 _STAT: Final = Path("/proc/stat")
@@ -54,6 +57,13 @@ def crowd(begin: Moment, end: Moment, *, threads: int) -> str | None:
         return f"a load of {load:.1f} on {threads} cores" if load > threads * (1 + _TOLERATED) + 1 else None
     others = (end.busy - begin.busy - (end.own - begin.own)) / (end.wall - begin.wall)
     return f"other processes took {others:.1f} of {threads} cores" if others > _TOLERATED * threads else None
+
+
+def crowded_gpu(percent: int | None) -> str | None:
+    """What a GPU's utilization says while this process leaves it idle, in words; None if nothing that matters, or unknown."""
+    if percent is None or percent <= _BUSY_PERCENT:
+        return None
+    return f"other processes kept the GPU busy for {percent} % of the time"
 
 
 def spread(rates: Floats) -> str | None:

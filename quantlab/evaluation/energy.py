@@ -22,16 +22,34 @@ def meter(device: torch.device) -> Meter | None:
     return _nvml(device) if device.type == "cuda" else _rapl()
 
 
-def _nvml(device: torch.device) -> Meter | None:
-    """The counter of a CUDA device, from Volta on."""
+def utilization(device: torch.device) -> int | None:
+    """Percent of the last second at most in which a CUDA device was busy, with whatever it was; None where nobody says."""
+    found = _handle(device)
+    rates = (ctypes.c_uint * 2)()  # of the processors and of the memory
+    if found is None or found[0].nvmlDeviceGetUtilizationRates(found[1], ctypes.byref(rates)):
+        return None
+    return int(rates[0])
+
+
+def _handle(device: torch.device) -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
+    """NVML and what it calls a CUDA device; None where it is missing or does not know the device."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
-    identifier = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+    identifier, handle = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode(), ctypes.c_void_p()
     if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByUUID(identifier, ctypes.byref(handle)):
         return None
+    return library, handle
+
+
+def _nvml(device: torch.device) -> Meter | None:
+    """The counter of a CUDA device, from Volta on."""
+    found = _handle(device)
+    if found is None:
+        return None
+    library, handle = found
+    millijoules = ctypes.c_ulonglong()
     if library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)):
         return None
 

@@ -2,6 +2,8 @@
 
 On the CPU memory is the resident size of the whole process; Linux can forget its peak, so that the next one is found. On
 CUDA it is what torch's allocator holds of tensors, which leaves out the libraries and what the allocator keeps in reserve.
+
+A device is also watched for others: `contention.py` says what counts.
 """
 
 import ctypes
@@ -10,11 +12,18 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 
+from quantlab.evaluation.contention import Moment, crowd, crowded_gpu
+from quantlab.evaluation.energy import utilization
+
+Work = TypeVar("Work")
+_SAMPLED: Final = 1.2
+"""Seconds after which nothing of this process is left in a GPU's utilization."""
 _STATUS: Final = Path("/proc/self/statm")
 _FORGET: Final = Path("/proc/self/clear_refs")
 
@@ -61,3 +70,20 @@ def forget_peak(device: torch.device) -> bool:
     except OSError:
         return False
     return True
+
+
+def watched(work: Callable[[], Work], device: torch.device) -> tuple[Work, str | None]:
+    """What `work` gives, and what others did on the device meanwhile, in words; None if too little to matter."""
+    before, begin = _others(device), Moment.now()
+    found = work()
+    end = Moment.now()
+    return found, before or crowd(begin, end, threads=torch.get_num_threads()) or _others(device)
+
+
+def _others(device: torch.device) -> str | None:
+    """What others do on a GPU that this process leaves idle; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    time.sleep(_SAMPLED)
+    return crowded_gpu(utilization(device))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quantlab.evaluation.record import AttentionCell, Quality, Speed, TaskResult
+from quantlab.evaluation.record import AttentionCell, Quality, TaskResult
 
 Progress = Callable[[str, int, int], None]
 """Told of a stage, how much of it is done and how much there is (0 when that is not known)."""
@@ -107,24 +107,49 @@ class MemoryRequest(_Strict):
 
 
 class SpeedRequest(_Strict):
-    """The speed of several artifacts; answered with a `SpeedResult`."""
+    """The speed of several artifacts in one process; answered with a `SpeedResult`."""
 
     kind: Literal["speed"] = "speed"
     suite: Path
     """The suite."""
     artifacts: dict[str, Path]
     """Variant -> directory of its artifact."""
+    process: int = 0
+    """Which of the suite's processes this is; orders the rounds."""
     device: str = "cpu"
     """As in `QualityRequest`."""
 
 
-class SpeedResult(_Strict):
-    """Every variant is in one of the two."""
+class TwinTimings(_Strict):
+    """What one twin did in one process."""
 
-    speeds: dict[str, Speed]
-    """What was measured."""
+    layout: str
+    """Of its weights, for people."""
+    is_fp16: bool
+    """Whether it is the one that ratios are taken against."""
+    variants: tuple[str, ...]
+    """Those it stands for."""
+    memory_percent_of_fp16: float
+    """Bytes it holds for its weights, in percent of the same weights at two bytes each."""
+    rates: dict[str, tuple[float, ...]]
+    """Tokens per second in each round, by what was done: "decode.1", "prefill.8"."""
+    joules: dict[str, tuple[float, ...]]
+    """Joules per decoded token in each stretch, by batch size; empty where the device does not count them."""
+
+
+class SpeedResult(_Strict):
+    """What one process timed; every variant is in a twin or among the failures."""
+
+    computed_by: str
+    """The GPU, or whose operators the processor ran."""
+    twins: tuple[TwinTimings, ...]
+    """Entry i of all rates is from the same round, entry i of all joules from the same stretch."""
     failures: dict[str, str]
-    """Why it could not be."""
+    """Variant -> why it could not be measured."""
+    others: str | None
+    """What other processes did meanwhile; None if nothing that matters."""
+    others_of_energy: str | None
+    """The same, while energy was read."""
 
 
 class AttentionRequest(_Strict):

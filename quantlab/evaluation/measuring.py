@@ -23,6 +23,7 @@ from quantlab.evaluation.jobs import (
     TasksResult,
 )
 from quantlab.evaluation.processes import CellError, Worker
+from quantlab.evaluation.rates import speeds_of
 from quantlab.evaluation.record import Attention, Failure, Memory, Quality, Record, Speed, TaskResult
 from quantlab.evaluation.suite import LoadedSuite, TaskRun
 
@@ -110,19 +111,32 @@ def _is_of(run: TaskRun, task: TaskResult) -> bool:
     )
 
 
-def measure_speeds(bench: Bench, artifacts: Mapping[str, Path]) -> SpeedResult:
+@dataclass(frozen=True)
+class Speeds:
+    """Every variant that was asked for is in one of the two."""
+
+    speeds: Mapping[str, Speed]
+    failures: Mapping[str, str]
+
+
+def measure_speeds(bench: Bench, artifacts: Mapping[str, Path]) -> Speeds:
     """The speed of all artifacts (variant -> directory) at once, because ratios are taken within interleaved rounds."""
-    if bench.suite.suite.speed is None or not artifacts:
-        return SpeedResult(speeds={}, failures={})
+    suite = bench.suite.suite.speed
+    if suite is None or not artifacts:
+        return Speeds({}, {})
+    results = []
+    for process in range(suite.processes):
+        request = SpeedRequest(suite=bench.suite.path, artifacts=dict(artifacts), process=process, device=bench.device)
 
-    def progress(stage: str, done: int, total: int) -> None:
-        bench.progress(f"speed: {stage}", done, total)
+        def progress(stage: str, done: int, total: int, process: int = process) -> None:
+            bench.progress(f"speed, process {process + 1}: {stage}", done, total)
 
-    request = SpeedRequest(suite=bench.suite.path, artifacts=dict(artifacts), device=bench.device)
-    try:
-        return bench.worker.run("speed", request, SpeedResult, progress=progress)
-    except CellError as error:
-        return SpeedResult(speeds={}, failures=dict.fromkeys(artifacts, str(error)))
+        try:
+            results.append(bench.worker.run(f"speed-{process}", request, SpeedResult, progress=progress))
+        except CellError as error:
+            return Speeds({}, dict.fromkeys(artifacts, str(error)))
+    failures = {variant: why for result in results for variant, why in result.failures.items()}
+    return Speeds(speeds_of(suite, results), failures)
 
 
 def measure_row(bench: Bench, variant: str, directory: Path, found: Found, *, is_baseline: bool) -> Found:

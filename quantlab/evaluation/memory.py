@@ -18,7 +18,7 @@ from quantlab.runtime.device import find_device
 from quantlab.runtime.load import load
 
 _MOST_LOADS = 5
-_LOADING_SECONDS = 1.0
+_LOADING_SECONDS = 0.5
 _CACHE_LENGTHS = (8, 24)
 _COMPANIONS = ("config.json", INDEX_NAME, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 

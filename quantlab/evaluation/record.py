@@ -197,7 +197,10 @@ class Memory(_Frozen):
 
 
 class Speed(_Frozen):
-    """Tokens per second of a random-weight twin, interleaved with the FP16 twin. Keys are batch sizes."""
+    """Tokens per second of a random-weight twin, interleaved with the FP16 twin. Keys are batch sizes.
+
+    An interval says where another evaluation on the same machine finds the number, 19 times in 20.
+    """
 
     twin: str
     """What was timed: width, layers and context of the twin."""
@@ -205,6 +208,8 @@ class Speed(_Frozen):
     """In which layout: "int4_g128 on 95 % of the weights, the rest bfloat16"."""
     twin_memory_percent_of_fp16: float | None = None
     """Bytes the twin holds for its weights, scales included, in percent of the same weights at two bytes each."""
+    processes: int = 1
+    """In how many processes it was timed; each number is the mean of their medians, its n counts the rounds of all."""
     decode_tokens_per_second: dict[str, Measured]
     prefill_tokens_per_second: dict[str, Measured]
     decode_over_fp16: dict[str, Measured]

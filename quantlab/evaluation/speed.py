@@ -3,14 +3,14 @@
 How long a step takes depends on shapes and layouts, not on what the weights are, so the twin has the width of the target
 model, a few of its layers, and random weights in exactly the layout of the artifact. Machines drift: clocks, caches and
 neighbours change within seconds. So all twins are alive at once, every round times each of them in a new random order,
-and a ratio to the FP16 twin is taken within the round; its median over rounds is what the table shows.
+and a ratio to the FP16 twin is taken within the round. What several such processes found is put together in `rates.py`.
 
 On CUDA a decode step is captured as a graph and replayed, with a cache of fixed size, as serving engines do it.
 """
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,12 +22,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quantlab.checkpoint.index import read_json
 from quantlab.errors import EvaluationError, QuantlabError
-from quantlab.evaluation.contention import Moment, crowd, spread
 from quantlab.evaluation.energy import meter
-from quantlab.evaluation.gauges import now
-from quantlab.evaluation.jobs import Progress, SpeedRequest, SpeedResult
-from quantlab.evaluation.record import Measured, Speed
-from quantlab.evaluation.statistics import Floats, median
+from quantlab.evaluation.gauges import now, watched
+from quantlab.evaluation.jobs import Progress, SpeedRequest, SpeedResult, TwinTimings
 from quantlab.evaluation.suite import SpeedSuite, load_suite
 from quantlab.formats.compressed_tensors import QUANT_METHOD, QuantizationConfig, parse_config
 from quantlab.runtime.account import weight_bytes
@@ -35,7 +32,8 @@ from quantlab.runtime.decode import Decoder
 from quantlab.runtime.native import library as native
 from quantlab.runtime.twin import random_twin
 
-_LEAST_ROUNDS = 7
+LEAST_ROUNDS = 3
+"""Of one process."""
 _SEED = 0
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -90,19 +88,27 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
                 raise
             reasons[layout] = str(error)
     progress("building twins", len(distinct), len(distinct))
-    begin = Moment.now()
-    timings = time_rounds(twins, tasks(suite), suite, progress)
-    others = crowd(begin, Moment.now(), threads=torch.get_num_threads())
-    energies = {layout: energy_per_token(twin, suite) for layout, twin in twins.items()}
-    speeds, failures = {}, {}
-    for variant, layout in layouts.items():
-        if layout in twins:
-            sharing = [other for other in layouts if other != variant and layouts[other] == layout]
-            summary = summarise(suite, twins[layout], timings[layout], timings[FP16], sharing=sharing, others=others)
-            speeds[variant] = summary.model_copy(update={"energy_joules_per_token": energies[layout]})
-        else:
-            failures[variant] = reasons[layout]
-    return SpeedResult(speeds=speeds, failures=failures)
+    device = next(twins[FP16].model.parameters()).device
+    timings, others = watched(lambda: time_rounds(twins, suite, progress, seed=request.process), device)
+    joules, others_of_energy = watched(lambda: read_energy(twins, suite, seed=request.process), device)
+    return SpeedResult(
+        computed_by=_computed_by(twins[FP16]),
+        twins=tuple(
+            TwinTimings(
+                layout=twin.name,
+                is_fp16=layout == FP16,
+                variants=tuple(variant for variant, one in layouts.items() if one == layout),
+                memory_percent_of_fp16=100 * held.total / held.fp16,
+                rates={f"{task.kind}.{task.batch}": values for task, values in timings[layout].items()},
+                joules=joules.get(layout, {}),
+            )
+            for layout, twin in twins.items()
+            for held in [weight_bytes(twin.model)]
+        ),
+        failures={variant: reasons[layout] for variant, layout in layouts.items() if layout in reasons},
+        others=others,
+        others_of_energy=others_of_energy,
+    )
 
 
 def layout_of(directory: Path) -> Layout:
@@ -182,23 +188,25 @@ def tasks(suite: SpeedSuite) -> tuple[Task, ...]:
 
 
 def time_rounds(
-    twins: Mapping[Layout, Twin], wanted: Sequence[Task], suite: SpeedSuite, progress: Progress
-) -> dict[Layout, dict[Task, Floats]]:
-    """Tokens per second of every twin and task in each round [n]; entry i of all of them is from the same round."""
-    rates: dict[Layout, dict[Task, list[float]]] = {layout: {task: [] for task in wanted} for layout in twins}
-    generator = np.random.default_rng(_SEED)
+    twins: Mapping[Layout, Twin], suite: SpeedSuite, progress: Progress, *, seed: int
+) -> dict[Layout, dict[Task, tuple[float, ...]]]:
+    """Tokens per second of every twin and task in each round; entry i of all of them is from the same round."""
+    wanted = tasks(suite)
+    rates: dict[Layout, dict[Task, tuple[float, ...]]] = {layout: dict.fromkeys(wanted, ()) for layout in twins}
+    most, seconds = -(-suite.rounds // suite.processes), suite.seconds / suite.processes
+    generator = np.random.default_rng((_SEED, seed))
     order = list(twins)
     start = time.perf_counter()
     done = 0
-    while done < _LEAST_ROUNDS or (done < suite.rounds and time.perf_counter() - start < suite.seconds):
-        progress("timing rounds", done, suite.rounds)
+    while done < LEAST_ROUNDS or (done < most and time.perf_counter() - start < seconds):
+        progress("timing rounds", done, most)
         for task in wanted:
             for index in generator.permutation(len(order)):
-                seconds = run_task(twins[order[index]], task)
-                rates[order[index]][task].append(task.batch * task.tokens / seconds)
+                taken = run_task(twins[order[index]], task)
+                rates[order[index]][task] += (task.batch * task.tokens / taken,)
         done += 1
     progress("timing rounds", done, done)
-    return {layout: {task: np.array(values) for task, values in by_task.items()} for layout, by_task in rates.items()}
+    return rates
 
 
 @torch.inference_mode()
@@ -226,64 +234,30 @@ def run_task(twin: Twin, task: Task) -> float:
     return seconds
 
 
-def energy_per_token(twin: Twin, suite: SpeedSuite) -> dict[str, Measured] | None:
-    """Joules per decoded token by batch size, in seven stretches of steady decoding; None where the device does not count them."""
-    device = next(twin.model.parameters()).device
+def read_energy(
+    twins: Mapping[Layout, Twin], suite: SpeedSuite, *, seed: int
+) -> dict[Layout, dict[str, tuple[float, ...]]]:
+    """Joules per decoded token by batch size, in stretches of steady decoding that take turns; empty where none are counted."""
+    device = next(twins[FP16].model.parameters()).device
     joules = meter(device) if suite.energy_seconds else None
     if joules is None:
-        return None
-    found = {}
-    for task in (task for task in tasks(suite) if task.kind == "decode"):
-        stretches = []
-        for _ in range(_LEAST_ROUNDS):
-            begin, start, tokens = joules(), now(device), 0
-            while now(device) - start < suite.energy_seconds / _LEAST_ROUNDS:
-                run_task(twin, task)
-                tokens += task.batch * task.tokens
-            stretches.append((joules() - begin) / tokens)
-        found[str(task.batch)] = median(np.array(stretches))
+        return {}
+    decodes = [task for task in tasks(suite) if task.kind == "decode"]
+    found: dict[Layout, dict[str, tuple[float, ...]]] = {
+        layout: {str(task.batch): () for task in decodes} for layout in twins
+    }
+    generator = np.random.default_rng((_SEED, seed))
+    order = list(twins)
+    stretch = suite.energy_seconds / suite.processes / LEAST_ROUNDS
+    for _ in range(LEAST_ROUNDS):
+        for task in decodes:
+            for index in generator.permutation(len(order)):
+                begin, start, tokens = joules(), now(device), 0
+                while now(device) - start < stretch:
+                    run_task(twins[order[index]], task)
+                    tokens += task.batch * task.tokens
+                found[order[index]][str(task.batch)] += ((joules() - begin) / tokens,)
     return found
-
-
-def summarise(
-    suite: SpeedSuite,
-    twin: Twin,
-    rates: Mapping[Task, Floats],
-    fp16: Mapping[Task, Floats],
-    *,
-    sharing: Sequence[str],
-    others: str | None = None,
-) -> Speed:
-    """The record's numbers: medians over rounds, ratios within a round.
-
-    Args:
-        suite: what was asked for.
-        twin: what was timed.
-        rates: tokens per second of each task in each round.
-        fp16: the same of the FP16 twin.
-        sharing: variants with the same layout.
-        others: what other processes did meanwhile, None if nothing that matters.
-    """
-    cells: dict[str, dict[str, Floats]] = {"decode_tokens_per_second": {}, "prefill_tokens_per_second": {}}
-    cells |= {"decode_over_fp16": {}, "prefill_over_fp16": {}, "time_to_first_token_seconds": {}}
-    for task, values in rates.items():
-        cells[f"{task.kind}_tokens_per_second"][str(task.batch)] = values
-        cells[f"{task.kind}_over_fp16"][str(task.batch)] = values / fp16[task]
-        if task.kind == "prefill":
-            cells["time_to_first_token_seconds"][str(task.batch)] = task.batch * task.tokens / values
-    named = {f"{name}.{batch}": values for name, by_batch in cells.items() for batch, values in by_batch.items()}
-    shared = f", timed once with {', '.join(sharing)}" if sharing else ""
-    held = weight_bytes(twin.model)
-    return Speed(
-        twin=f"{suite.description}, {suite.prompt} tokens in the cache, {_computed_by(twin)}",
-        layout=twin.name + shared,
-        twin_memory_percent_of_fp16=100 * held.total / held.fp16,
-        quartiles={
-            cell: (float(np.quantile(values, 0.25)), float(np.quantile(values, 0.75))) for cell, values in named.items()
-        },
-        noise={cell: reason for cell, values in named.items() if (reason := others or spread(values))},
-        **{name: {batch: median(values) for batch, values in by_batch.items()} for name, by_batch in cells.items()},
-    )
 
 
 def _computed_by(twin: Twin) -> str:

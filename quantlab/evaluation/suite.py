@@ -44,10 +44,12 @@ class SpeedSuite(_Strict):
     """Tokens in the cache when decoding starts, and tokens of a prefill."""
     steps: int = Field(default=4, gt=0)
     """Tokens decoded per sequence and round."""
-    rounds: int = Field(default=15, ge=7)
-    """Most rounds; each times every twin once. Seven at least: a median of fewer has no 95 % interval."""
+    processes: int = Field(default=2, ge=2)
+    """Processes that build and time all twins, one after the other. Two at least: what processes differ by cannot be told from one."""
+    rounds: int = Field(default=15, ge=6)
+    """Most rounds of all processes together; each times every twin once."""
     seconds: float = Field(default=30.0, gt=0)
-    """After this long no further round starts, unless fewer than seven are done."""
+    """Of timing, all processes together: after its share no further round starts, unless a process has done fewer than three."""
     energy_seconds: float = Field(default=0.0, ge=0)
     """Steady decoding per twin and batch that energy is read around, where the device counts it; 0 leaves it out."""
 

@@ -68,8 +68,8 @@ speed:
   batches: [1, 2]
   prompt: 4
   steps: 2
-  rounds: 7
-  seconds: 0.1
+  rounds: 8
+  seconds: 20
   shape: {shape}
 """
 

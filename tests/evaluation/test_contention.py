@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quantlab.evaluation import contention
-from quantlab.evaluation.contention import Moment, crowd, spread
+from quantlab.evaluation.contention import Moment, crowd, crowded_gpu, spread
 
 
 def spin(seconds: float) -> None:
@@ -57,3 +57,9 @@ def test_rounds_that_disagree_are_noisy() -> None:
         spread(np.array([10.0, 14.0, 7.0, 13.0, 8.0, 10.0, 15.0]))
         == "the middle half of its 7 rounds spreads over 45 % of the median"
     )
+
+
+def test_a_gpu_that_others_keep_busy_is_told() -> None:
+    assert crowded_gpu(None) is None
+    assert crowded_gpu(3) is None
+    assert crowded_gpu(40) == "other processes kept the GPU busy for 40 % of the time"

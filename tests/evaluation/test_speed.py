@@ -9,18 +9,18 @@ import torch
 
 from quantlab.errors import EvaluationError
 from quantlab.evaluation import energy
-from quantlab.evaluation.jobs import SpeedRequest
+from quantlab.evaluation.jobs import SpeedRequest, SpeedResult, TwinTimings
+from quantlab.evaluation.rates import speeds_of
 from quantlab.evaluation.speed import (
     FP16,
     Layout,
     Task,
     Twin,
     build,
-    energy_per_token,
     layout_of,
     measure_speed,
+    read_energy,
     run_task,
-    summarise,
     tasks,
 )
 from quantlab.evaluation.suite import load_suite
@@ -69,20 +69,31 @@ def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path
         "mixed": write_config(tmp_path / "mixed", dtype="bfloat16", quantization_config=mixed),
     }
     stages = []
-    result = measure_speed(SpeedRequest(suite=suite, artifacts=artifacts), lambda *stage: stages.append(stage))
-    assert set(result.speeds) == {"fp16", "pruned", "w4a16"}
-    assert "quantized in different ways" in result.failures["mixed"]
-    fp16, pruned, w4a16 = (result.speeds[name] for name in ("fp16", "pruned", "w4a16"))
+    results = [
+        measure_speed(
+            SpeedRequest(suite=suite, artifacts=artifacts, process=process), lambda *stage: stages.append(stage)
+        )
+        for process in range(2)
+    ]
+    assert all("quantized in different ways" in result.failures["mixed"] for result in results)
+    assert all(SpeedResult.model_validate_json(result.model_dump_json()) == result for result in results)
+    speed = load_suite(suite).suite.speed
+    assert speed is not None
+    speeds = speeds_of(speed, results)
+    assert set(speeds) == {"fp16", "pruned", "w4a16"}
+    fp16, pruned, w4a16 = (speeds[name] for name in ("fp16", "pruned", "w4a16"))
     assert fp16.twin.startswith("a twin of nothing, ")
     assert fp16.layout == "float16, timed once with pruned"
     assert fp16.decode_tokens_per_second == pruned.decode_tokens_per_second
     assert "int4_g128 on" in w4a16.layout
     assert set(w4a16.decode_tokens_per_second) == {"1", "2"}
     assert set(w4a16.prefill_over_fp16) == {"1"}
-    assert w4a16.decode_over_fp16["2"].n == 7
+    ratio = w4a16.decode_over_fp16["2"]
+    assert (ratio.n, ratio.interval, w4a16.processes) == (8, "95 %", 2)
+    assert ratio.low < ratio.value < ratio.high
     one = fp16.decode_over_fp16["1"]
     assert (one.value, one.low, one.high) == (1, 1, 1)
-    assert ("timing rounds", 7, 7) in stages
+    assert ("timing rounds", 4, 4) in stages
 
 
 @pytest.mark.parametrize("fixed", [None, True])
@@ -100,57 +111,110 @@ def test_every_round_starts_from_the_same_context(suite: Path, fixed: bool | Non
     assert all(isinstance(cache, Decoder) == bool(fixed) for cache in twin.caches.values())
 
 
+def timings(
+    rates: dict[str, np.ndarray], fp16: dict[str, np.ndarray], *, joules: dict[str, np.ndarray] | None = None
+) -> SpeedResult:
+    """Of a process that timed the FP16 twin and another."""
+
+    def plain(values: dict[str, np.ndarray]) -> dict[str, tuple[float, ...]]:
+        return {name: tuple(one.tolist()) for name, one in values.items()}
+
+    shared, drawn = {"memory_percent_of_fp16": 30.0}, plain(joules or {})
+    one = TwinTimings(layout="float16", is_fp16=True, variants=("fp16",), rates=plain(fp16), joules=drawn, **shared)
+    other = TwinTimings(
+        layout="int8",
+        is_fp16=False,
+        variants=("int8", "also"),
+        rates=plain(rates),
+        joules=plain(joules or {}),
+        **shared,
+    )
+    return SpeedResult(computed_by="a processor", twins=(one, other), failures={}, others=None, others_of_energy=None)
+
+
 def test_ratios_are_taken_within_a_round(suite: Path) -> None:
     speed = load_suite(suite).suite.speed
     assert speed is not None
     drift = np.array([1.0, 5, 2, 9, 4, 3, 8])  # the machine's, the same for both
-    task = Task("decode", 1, 2)
-    twin = Twin(torch.nn.Linear(2, 2), {}, "float32")  # type: ignore[arg-type]
-    summary = summarise(speed, twin, {task: 3 * drift}, {task: drift}, sharing=[])
-    ratio = summary.decode_over_fp16["1"]
-    assert (ratio.value, ratio.low, ratio.high) == (3, 3, 3)
-    assert summary.twin_memory_percent_of_fp16 == 200
-    assert summary.decode_tokens_per_second["1"].high > 3 * summary.decode_tokens_per_second["1"].low
+    names = ("decode.1", "decode.2", "prefill.1")
+    result = timings(dict.fromkeys(names, 3 * drift), dict.fromkeys(names, drift))
+    found = speeds_of(speed, [result, result])["int8"]
+    ratio = found.decode_over_fp16["1"]
+    assert (ratio.value, ratio.low, ratio.high, ratio.n) == (pytest.approx(3), pytest.approx(3), pytest.approx(3), 14)
+    assert found.twin == "a twin of nothing, 4 tokens in the cache, a processor"
+    assert (found.layout, found.twin_memory_percent_of_fp16) == ("int8, timed once with also", 30)
+
+
+def test_what_processes_differ_by_widens_every_interval(suite: Path) -> None:
+    """Rounds that agree within each process say nothing about the next one."""
+    speed = load_suite(suite).suite.speed
+    assert speed is not None
+    names, fp16 = ("decode.1", "decode.2", "prefill.1"), np.full(5, 10.0)
+    first = timings({name: np.full(5, 20.0) for name in names}, dict.fromkeys(names, fp16))
+    second = timings({name: np.full(5, 22.0) for name in names}, dict.fromkeys(names, fp16))
+    ratio = speeds_of(speed, [first, second])["int8"].decode_over_fp16["1"]
+    assert ratio.value == pytest.approx(np.sqrt(2.0 * 2.2))
+    deviation = np.log(1.1) / np.sqrt(2)  # of one process, from two; Student's t of three batch sizes is 3.18
+    assert np.log(ratio.high / ratio.value) == pytest.approx(3.18 * deviation, rel=0.02)
+    assert np.log(ratio.value / ratio.low) == pytest.approx(3.18 * deviation, rel=0.02)
+    few = speed.model_copy(update={"batches": (1,), "prefill_batches": (1,)})
+    two = [
+        timings({name: np.full(5, rate) for name in names[::2]}, dict.fromkeys(names[::2], fp16)) for rate in (20.0, 22)
+    ]
+    untold = speeds_of(few, two)["int8"].decode_over_fp16["1"]
+    assert (untold.low, untold.high, untold.interval, untold.reason) == (2.0, 2.2, "range", "2 processes")
 
 
 def test_cells_taken_among_strangers_or_that_disagree_are_marked(suite: Path) -> None:
     speed = load_suite(suite).suite.speed
     assert speed is not None
-    twin = build(FP16, speed)
-    decode, prefill = Task("decode", 1, 2), Task("prefill", 1, 4)
     steady, wild = np.linspace(9.9, 10.1, 7), np.array([5.0, 15, 10, 4, 16, 10, 10])
-    rates = {decode: steady, prefill: wild}
-    quiet = summarise(speed, twin, rates, rates, sharing=[])
-    assert set(quiet.noise) == {"prefill_tokens_per_second.1", "time_to_first_token_seconds.1"}
-    assert quiet.quartiles["decode_tokens_per_second.1"] == pytest.approx((9.95, 10.05))
+    rates = {"decode.1": steady, "prefill.1": wild}
+    result = timings(rates, rates, joules={"1": steady, "2": wild})
+    quiet = speeds_of(speed, [result, result])["int8"]
+    assert set(quiet.noise) == {
+        "prefill_tokens_per_second.1", "time_to_first_token_seconds.1", "energy_joules_per_token.2"
+    }  # fmt: skip
+    assert quiet.quartiles["decode_tokens_per_second.1"] == pytest.approx((9.9, 10.1), abs=0.06)
     assert quiet.time_to_first_token_seconds["1"].value == pytest.approx(4 / 10)
-    assert quiet.energy_joules_per_token is None
-    crowded = summarise(speed, twin, rates, rates, sharing=[], others="other processes took 0.9 of 2 cores")
-    assert set(crowded.noise) == set(crowded.quartiles)
-    assert len(crowded.noise) == 5
+    uncounted = timings(rates, rates)
+    assert speeds_of(speed, [uncounted, uncounted])["int8"].energy_joules_per_token is None
+    assert quiet.energy_joules_per_token is not None
+    assert quiet.energy_joules_per_token["1"].value == pytest.approx(10)
+    crowded = result.model_copy(update={"others": "other processes took 0.9 of 2 cores"})
+    noisy = speeds_of(speed, [result, crowded])["int8"].noise
+    assert set(noisy) == set(quiet.quartiles) - {"energy_joules_per_token.1"}
+    drained = result.model_copy(update={"others_of_energy": "other processes kept the GPU busy for 40 % of the time"})
+    noisy = speeds_of(speed, [drained, result])["int8"].noise
+    assert set(noisy) == {*quiet.noise, "energy_joules_per_token.1"}
 
 
-def test_energy_is_read_around_steady_decoding(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_energy_is_read_around_steady_decoding_by_turns(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speed = load_suite(suite).suite.speed
     assert speed is not None
-    twin = build(FP16, speed)
-    assert energy_per_token(twin, speed) is None
+    other = Layout("bfloat16", None)
+    twins = {FP16: build(FP16, speed), other: build(other, speed)}
+    assert read_energy(twins, speed, seed=0) == {}
     asked = speed.model_copy(update={"energy_seconds": 0.07})
     monkeypatch.setattr("quantlab.evaluation.speed.meter", lambda device: None)
-    assert energy_per_token(twin, asked) is None
-    decoded = 0
+    assert read_energy(twins, asked, seed=0) == {}
+    joules, turns = 0.0, []
 
-    def counted(_: Twin, task: Task) -> None:
-        nonlocal decoded
-        decoded += task.batch * task.tokens
+    def counted(twin: Twin, task: Task) -> None:
+        nonlocal joules
+        joules += task.batch * task.tokens * (2.0 if twin is twins[other] else 0.5)
+        if turns[-1:] != [(twin.name, task.batch)]:
+            turns.append((twin.name, task.batch))
 
     monkeypatch.setattr("quantlab.evaluation.speed.run_task", counted)
-    monkeypatch.setattr("quantlab.evaluation.speed.meter", lambda device: lambda: 7.0 + 0.5 * decoded)
-    found = energy_per_token(twin, asked)
-    assert found is not None
-    assert set(found) == {"1", "2"}
-    assert found["1"].value == found["2"].value == pytest.approx(0.5)
-    assert found["1"].n == 7
+    monkeypatch.setattr("quantlab.evaluation.speed.meter", lambda device: lambda: 7.0 + joules)
+    found = read_energy(twins, asked, seed=0)
+    for layout, expected in ((FP16, 0.5), (other, 2.0)):
+        assert set(found[layout]) == {"1", "2"}
+        assert [len(values) for values in found[layout].values()] == [3, 3]
+        assert np.array(list(found[layout].values())) == pytest.approx(expected)
+    # every batch size is decoded by both before the next, and no twin has all its stretches at once
+    assert [{name for name, _ in turns[at : at + 2]} for at in range(0, 12, 2)] == [{"float16", "bfloat16"}] * 6
 
 
 def test_rapl_counters_may_wrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from quantlab.evaluation.record import Measured
-from quantlab.evaluation.statistics import RESAMPLES, holm, mcnemar, median, percentile, resample
+from quantlab.evaluation.statistics import (
+    RESAMPLES,
+    between,
+    holm,
+    mcnemar,
+    median,
+    percentile,
+    repeated,
+    resample,
+)
 
 EXPERIMENTS = 2000
 
@@ -180,6 +189,49 @@ def test_of_too_few_documents_the_range_is_told_and_nothing_concluded(documents:
     tokens = percentile(np.repeat(shares, 10), np.repeat(np.arange(documents), 10), strata, share=0.5)
     assert (tokens.interval, tokens.reason) == ("range", f"{documents} documents")
     assert (tokens.low, tokens.high) == (shares.min(), shares.max())
+
+
+LAYOUTS, BATCHES = 5, 4
+
+
+def evaluated(generator: np.random.Generator, processes: int, *, between_processes: float) -> list[Measured]:
+    """Ratios of one evaluation: each process has effects of its own on every twin and batch size, FP16's among them; each round
+    a clock of its own; the truth is 2.
+    """
+    rounds = 5
+    values = np.zeros((LAYOUTS, BATCHES, processes, rounds))
+    for process in range(processes):
+        effects = generator.normal(0, between_processes, (LAYOUTS + 1, BATCHES, 1))
+        clock = generator.normal(0, 0.1, (1, 1, rounds))
+        times = np.exp(effects + clock + generator.normal(0, 0.02, (LAYOUTS + 1, BATCHES, rounds)))
+        values[:, :, process] = 2 * times[1:] / times[:1]
+    cells = values.reshape(-1, processes, rounds)
+    spread = between(np.median(values, axis=3), correlation=0.5)  # of ratios that share FP16's effect
+    return [repeated(list(cell), spread) for cell in cells]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("between_processes", [0.0, 0.03, 0.1])
+def test_two_evaluations_give_speed_ratios_within_each_others_intervals(
+    processes: int, between_processes: float
+) -> None:
+    generator = np.random.default_rng(8)
+    inside = []
+    for _ in range(EXPERIMENTS // 10):  # of twenty cells each
+        one, other = (evaluated(generator, processes, between_processes=between_processes) for _ in range(2))
+        inside += [a.low <= b.value <= a.high for a, b in zip(one, other, strict=True)]
+    assert 0.93 <= np.mean(inside) <= 0.97
+
+
+def test_rounds_of_one_process_alone_would_promise_too_much() -> None:
+    """The interval of the median over rounds, which knows nothing of processes, misses the next evaluation most of the time."""
+    generator = np.random.default_rng(9)
+    inside = []
+    for _ in range(EXPERIMENTS):
+        first, second = generator.normal(0, 0.05, 2)
+        one = median(np.exp(first + generator.normal(0, 0.02, 10)))
+        inside.append(one.low <= np.exp(second) <= one.high)
+    assert np.mean(inside) < 0.5
 
 
 def test_a_document_is_only_exchanged_with_documents_of_its_domain() -> None:

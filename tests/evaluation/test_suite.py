@@ -51,7 +51,7 @@ def test_the_hash_covers_suite_and_corpus(suite: Path) -> None:
         ("length: 24", "lenght: 24", "did you mean `length`"),
         ("length: 24", "length: 2", "out of range"),
         ("version: 1", "", "`version` is missing"),
-        ("rounds: 7", "rounds: 6", "out of range"),
+        ("rounds: 8", "rounds: 5", "out of range"),
         ("prompt: 4", "prompt: four", "wrong type"),
         ("batches: [1, 2]", "batches: []", "empty"),
         ("  description: a twin of nothing", "  descripton: a twin", "did you mean `description`"),
