@@ -36,7 +36,11 @@ class Measured(_Frozen):
 
 
 Verdict = Literal["no measurable loss", "loss", "gain"]
-"""What a paired difference to the baseline says. "no measurable loss": its 95 % interval covers zero."""
+"""What a paired difference to the baseline says. "no measurable loss": its 95 % interval covers zero, or its `holm_p` is above 0.05."""
+
+
+LEVEL = 0.05
+"""Of significance, as a 95 % interval has it."""
 
 
 class Significance(_Frozen):
@@ -51,6 +55,19 @@ class Significance(_Frozen):
     holm_p: float | None = None
     """p adjusted over the rows of the matrix that have this number; None until all of them are measured."""
     verdict: Verdict
+    """Decided once, when all rows of the matrix are known; tables and recommendations read it here."""
+
+
+def verdict(loss: Measured, holm_p: float | None = None) -> Verdict:
+    """What a paired loss, positive where the artifact is worse, says.
+
+    Args:
+        loss: with its 95 % interval.
+        holm_p: its p adjusted over the rows of a matrix, once all of them are known; above 0.05 the loss could be chance.
+    """
+    if loss.low <= 0 <= loss.high or (holm_p is not None and holm_p > LEVEL):
+        return "no measurable loss"
+    return "loss" if loss.low > 0 else "gain"
 
 
 class Domain(_Frozen):

@@ -1,13 +1,13 @@
-"""What a record says only beside the others: p values adjusted for the number of rows."""
+"""What a record says only beside the others: p values adjusted for the number of rows, and the verdicts that follow from them."""
 
 from collections.abc import Callable, Sequence
 
-from quantlab.evaluation.record import Record, Significance, TaskResult
+from quantlab.evaluation.record import Measured, Record, Significance, TaskResult, verdict
 from quantlab.evaluation.statistics import holm
 
 
 def adjusted(records: Sequence[Record]) -> list[Record]:
-    """The records with `holm_p`, over all rows that have the number: one family per measure and one per task."""
+    """The records with `holm_p` over all rows that have the number (one family per measure and one per task), and with verdicts."""
     measures = sorted({name for record in records if record.quality for name in record.quality.significance})
     tasks = sorted({_name(task) for record in records for task in record.tasks})
     found = list(records)
@@ -20,19 +20,25 @@ def adjusted(records: Sequence[Record]) -> list[Record]:
 
 def _with_holm(
     records: Sequence[Record],
-    read: Callable[[Record], Significance | None],
+    read: Callable[[Record], tuple[Measured, Significance] | None],
     write: Callable[[Record, Significance], Record],
 ) -> list[Record]:
     tested = {index: one for index, record in enumerate(records) if (one := read(record)) is not None}
-    values = dict(zip(tested, holm([one.p for one in tested.values()]), strict=True))
-    return [
-        write(record, tested[index].model_copy(update={"holm_p": values[index]})) if index in tested else record
-        for index, record in enumerate(records)
-    ]
+    found = list(records)
+    for index, holm_p in zip(tested, holm([one.p for _, one in tested.values()]), strict=True):
+        loss, significance = tested[index]
+        judged = significance.model_copy(update={"holm_p": holm_p, "verdict": verdict(loss, holm_p)})
+        found[index] = write(found[index], judged)
+    return found
 
 
-def _measure(record: Record, name: str) -> Significance | None:
-    return record.quality.significance.get(name) if record.quality is not None else None
+def _measure(record: Record, name: str) -> tuple[Measured, Significance] | None:
+    quality = record.quality
+    if quality is None or name not in quality.significance:
+        return None
+    # of accuracy the difference of shares is what was tested
+    loss = quality.perplexity_change_percent if name == "perplexity_change_percent" else quality.accuracy_loss
+    return (loss, quality.significance[name]) if loss is not None else None
 
 
 def _set_measure(name: str) -> Callable[[Record, Significance], Record]:
@@ -48,8 +54,11 @@ def _name(task: TaskResult) -> tuple[str, str, int]:
     return task.name, task.metric, task.seed
 
 
-def _task(record: Record, name: tuple[str, str, int]) -> Significance | None:
-    return next((task.significance for task in record.tasks if _name(task) == name), None)
+def _task(record: Record, name: tuple[str, str, int]) -> tuple[Measured, Significance] | None:
+    task = next((task for task in record.tasks if _name(task) == name), None)
+    if task is None or task.loss is None or task.significance is None:
+        return None
+    return task.loss, task.significance
 
 
 def _set_task(name: tuple[str, str, int]) -> Callable[[Record, Significance], Record]:

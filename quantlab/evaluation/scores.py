@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from quantlab.checkpoint.files import write_atomically
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.record import Measured, Significance, TaskResult
-from quantlab.evaluation.statistics import Floats, Resampled, mcnemar, resample, verdict
+from quantlab.evaluation.record import Measured, Significance, TaskResult, verdict
+from quantlab.evaluation.statistics import Floats, Resampled, mcnemar, resample
 
 _FEWEST_UNITS = 5  # an interval drawn from fewer says nothing
 

@@ -36,7 +36,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from quantlab.evaluation.record import Measured, Significance, Verdict
+from quantlab.evaluation.record import Measured, Significance, verdict
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
@@ -160,13 +160,6 @@ def _drawn_documents(strata: NDArray[np.int64], seen: NDArray[np.bool_]) -> tupl
         rows = np.flatnonzero(seen & (strata == stratum))
         counts[:, rows] = _counts(len(rows), index)
     return counts, int(seen.sum()) - len(present)
-
-
-def verdict(loss: Measured) -> Verdict:
-    """What a paired loss, positive where the artifact is worse, says."""
-    if loss.low <= 0 <= loss.high:
-        return "no measurable loss"
-    return "loss" if loss.low > 0 else "gain"
 
 
 def mcnemar(to_wrong: int, to_right: int) -> float:

@@ -1,30 +1,24 @@
-"""What a row's intervals say of its losses: "no measurable loss" only where zero lies inside.
-
-With many rows, one in twenty of those that lost nothing would be called a loss by its own 95 % interval. Where a record
-has p values adjusted over the rows (Holm 1979), these decide instead.
-"""
+"""The verdicts on a row's losses, as its record holds them: decided there once, after correction for the number of rows."""
 
 from collections.abc import Iterator
 
-from quantlab.evaluation.record import Measured, Significance, Verdict
+from quantlab.evaluation.record import Measured, Significance, Verdict, verdict
 from quantlab.report.rows import Row
-
-LEVEL = 0.05
 
 
 def judge(measured: Measured | None, significance: Significance | None) -> Verdict | None:
-    """What one loss says; positive is worse. None where it was not measured."""
-    if measured is None:
+    """What one loss says, positive being worse; None where it was not measured, or too little of it for an interval.
+
+    A record without tests has intervals alone.
+    """
+    if measured is None or measured.interval == "range":
         return None
-    holm_p = significance.holm_p if significance else None
-    if measured.low <= 0 <= measured.high or (holm_p is not None and holm_p > LEVEL):
-        return "no measurable loss"
-    return "loss" if measured.value > 0 else "gain"
+    return significance.verdict if significance else verdict(measured)
 
 
 def verdicts(row: Row) -> dict[str, Verdict]:
     """The verdict on every measured loss of a row, by what was lost: "accuracy", "perplexity", "task retrieval"."""
-    return {name: verdict for name, verdict in _verdicts(row) if verdict is not None}
+    return {name: said for name, said in _verdicts(row) if said is not None}
 
 
 def _verdicts(row: Row) -> Iterator[tuple[str, Verdict | None]]:
@@ -39,8 +33,8 @@ def summary(row: Row) -> str | None:
     found = verdicts(row)
     if not found:
         return None
-    lost = [name for name, verdict in found.items() if verdict == "loss" and not name.startswith("task ")]
-    tasks = sum(verdict == "loss" and name.startswith("task ") for name, verdict in found.items())
+    lost = [name for name, said in found.items() if said == "loss" and not name.startswith("task ")]
+    tasks = sum(said == "loss" and name.startswith("task ") for name, said in found.items())
     if tasks:
         lost.append(f"{tasks} of {len(row.tasks)} tasks")
     return f"loss: {', '.join(lost)}" if lost else "no measurable loss"

@@ -16,7 +16,7 @@ from quantlab.evaluation.record import (
     Significance,
     Speed,
     TaskResult,
-    Verdict,
+    verdict,
 )
 
 FP16_BYTES = 31_457_280
@@ -146,7 +146,7 @@ def make_task(
     name: str, score: float, loss: float | None, *, p: float = 0.4, chance: float | None = 0.25
 ) -> TaskResult:
     found = None if loss is None else measured(loss, 0.012, 600)
-    verdict: Verdict = "no measurable loss" if loss is None or abs(loss) <= 0.012 else "loss" if loss > 0 else "gain"
+    holm_p = min(1.0, 4 * p)
     return TaskResult(
         name=name,
         version="1",
@@ -156,7 +156,7 @@ def make_task(
         random_baseline=chance,
         baseline_score=score + (loss or 0.0),
         loss=found,
-        significance=None if loss is None else Significance(p=p, holm_p=min(1.0, 4 * p), verdict=verdict),
+        significance=None if found is None else Significance(p=p, holm_p=holm_p, verdict=verdict(found, holm_p)),
         by_group={f"{length} tokens": measured(score, 0.04, 150) for length in (512, 1024, 2048)}
         if name == "retrieval"
         else {},

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from quantlab.evaluation.record import Measured, Record, Significance
+from quantlab.evaluation.record import Measured, Record, Significance, verdict
 from quantlab.report.matrix import build_matrix
 from quantlab.report.recommend import recommend
 from quantlab.report.verdict import judge, summary
@@ -28,8 +28,16 @@ Make = Callable[..., Record]
     ],
 )
 def test_one_loss(value: float, half: float, holm_p: float | None, expected: str) -> None:
-    significance = None if holm_p is None else Significance(p=0.01, holm_p=holm_p, verdict="loss")
-    assert judge(measured(value, half), significance) == expected
+    loss = measured(value, half)
+    significance = None if holm_p is None else Significance(p=0.01, holm_p=holm_p, verdict=verdict(loss, holm_p))
+    assert judge(loss, significance) == expected
+
+
+def test_the_verdict_is_the_records() -> None:
+    """Decided where all rows are known, not here again."""
+    assert judge(measured(1.0, 0.5), Significance(p=0.01, verdict="no measurable loss")) == "no measurable loss"
+    few = Measured(value=1.0, low=0.5, high=1.5, n=5, interval="range", reason="5 documents")
+    assert judge(few, None) is None
 
 
 def test_nothing_measured_is_no_verdict(recipe: list[Record]) -> None:
@@ -81,7 +89,7 @@ def test_rows_that_lost_nothing_are_seldom_called_losses() -> None:
         rows = [Measured(value=v, low=v - 1.959964, high=v + 1.959964, n=9) for v in values]
         alone += any(judge(row, None) != "no measurable loss" for row in rows)
         corrected += any(
-            judge(row, Significance(p=p, holm_p=holm, verdict="loss")) != "no measurable loss"
+            judge(row, Significance(p=p, holm_p=holm, verdict=verdict(row, holm))) != "no measurable loss"
             for row, p, holm in zip(rows, p_values, adjusted, strict=True)
         )
     assert alone > 0.25 * 500
