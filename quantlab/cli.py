@@ -19,6 +19,7 @@ from quantlab.checkpoint.hub import download
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.documents import nearest
 from quantlab.errors import QuantlabError, RecipeError
+from quantlab.evaluation.manifest import check_unchanged
 from quantlab.evaluation.suite import load_suite
 from quantlab.plan.compile import code_version, compile_plan
 from quantlab.plan.model import Plan
@@ -200,6 +201,9 @@ def report(
 ) -> None:
     """Build the matrix again from the records of a run, without measuring."""
     records = read_records(directory / "records")
+    for record in records:
+        if record.artifact == f"artifacts/{record.variant}":
+            check_unchanged(directory / record.artifact)
     copy = directory / ".recipe.yaml"
     if copy.is_file():
         order = ["source", *load_recipe(copy).recipe.variants]

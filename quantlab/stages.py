@@ -13,6 +13,7 @@ from rich.console import Console
 from quantlab import console as show
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.manifest import weights_sha256
 from quantlab.plan.model import Plan, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.report.files import write_report
@@ -22,6 +23,9 @@ from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import MadeArtifacts, make_artifacts
 from quantlab.run.loop import Settings
 from quantlab.runtime.device import name_of
+
+SOURCE_HASHES = ".source.json"
+"""Hashes of the source's shards, in the run's directory: records hold only as long as these do."""
 
 
 def make(
@@ -86,7 +90,7 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
     wanted = recipe.recipe.evaluate
     assert wanted is not None, "asked only of recipes that evaluate"
     source = plan.checkpoint
-    cells = [Cell("source", "the checkpoint as it is", source.directory, recipe.recipe.model, source.fingerprint())]
+    cells = []
     for variant in plan.variants:
         artifact = directory.artifact(variant.name)
         if not directory.is_complete(variant):
@@ -98,13 +102,16 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
             )
         digest = hashlib.sha256((artifact / MANIFEST_NAME).read_bytes()).hexdigest()
         cells.append(Cell(variant.name, variant.description, artifact, f"artifacts/{variant.name}", digest))
+    weights = weights_sha256(source.files, directory.path / SOURCE_HASHES)
+    digest = hashlib.sha256(f"{source.fingerprint()} {weights}".encode()).hexdigest()
+    as_it_is = Cell("source", "the checkpoint as it is", source.directory, recipe.recipe.model, digest)
     return EvaluationRequest(
         directory=directory.path,
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
         suite=recipe.resolve(wanted.suite),
         baseline=wanted.baseline,
-        cells=tuple(cells),
+        cells=(as_it_is, *cells),
         reuse=how.reuse,
         time_limit=how.time_limit,
         command=shlex.join(["quantlab", *sys.argv[1:]]),

@@ -38,7 +38,7 @@ class Cell:
         description: the passes in one line, for people.
         directory: the artifact, or the source checkpoint.
         artifact: the same directory as records name it, relative to the run's directory.
-        artifact_sha256: hash of its manifest; of the checkpoint's headers for `source`.
+        artifact_sha256: hash of its manifest; of the checkpoint's configuration and weights for `source`.
     """
 
     variant: str

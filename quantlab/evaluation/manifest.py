@@ -1,12 +1,15 @@
 """What an artifact's manifest says, as records repeat it; and whether the artifact still is what its manifest says."""
 
 import hashlib
+import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from quantlab.checkpoint.files import write_atomically
 from quantlab.checkpoint.index import read_json
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import MatrixErrors
@@ -65,6 +68,27 @@ def _summary(layer: int, kind: str, entries: list[dict[str, Any]]) -> MatrixErro
     )
 
 
+def weights_sha256(shards: Sequence[Path], known: Path) -> str:
+    """Hash of the contents of a checkpoint's shards.
+
+    Args:
+        shards: safetensors files.
+        known: keeps the hash of each by its size and time, so that a large checkpoint is read once; made where there is none.
+
+    Raises:
+        ArtifactError: `known` cannot be written.
+    """
+    hashes = read_json(known) if known.is_file() else {}
+    found = {}
+    for path in sorted(shards):
+        status = path.stat()
+        state = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        found[state] = hashes.get(state) or _sha256(path)
+    if found != hashes:
+        write_atomically(known, json.dumps(found, indent=1).encode())
+    return hashlib.sha256("\n".join(found.values()).encode()).hexdigest()
+
+
 def check_unchanged(artifact: Path) -> None:
     """Refuse an artifact that was changed after it was made: a record would name it by a hash that is not its own.
 
@@ -82,10 +106,14 @@ def check_unchanged(artifact: Path) -> None:
         if status.st_size != file["bytes"]:
             raise _changed(path, f"{status.st_size:,} bytes, the manifest says {file['bytes']:,}")
         if status.st_mtime_ns > written:
-            with path.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest = _sha256(path)
             if digest != file["sha256"]:
                 raise _changed(path, f"sha256 {digest[:12]}…, the manifest says {file['sha256'][:12]}…")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _changed(path: Path, found: str) -> ArtifactError:

@@ -14,7 +14,7 @@ from quantlab.evaluation.jobs import Progress, QualityRequest, QualityResult
 from quantlab.evaluation.layers import LayerErrors, Routes, agreeing, keep_routes, keep_states, layer_errors, sample
 from quantlab.evaluation.manifest import kept_experts, read_manifest
 from quantlab.evaluation.predictions import score
-from quantlab.evaluation.record import Divergence, Domain, Measured, Quality, Significance
+from quantlab.evaluation.record import Divergence, Documents, Domain, Measured, Quality, Significance
 from quantlab.evaluation.statistics import Floats, Resampled, percentile, resample
 from quantlab.evaluation.suite import load_suite
 from quantlab.evaluation.text import HeldOut, cut, load_tokenizer, read_corpus
@@ -99,6 +99,32 @@ def summarise(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | No
         top1_agreement=compared and compared.measure(_mean_of(_AGREEING), n=n),
         divergence=_divergence(held_out, scores, baseline, everything) if baseline is not None else None,
         significance=_significance(compared, n) if compared is not None else {},
+        documents=_documents(held_out, table, compared=baseline is not None),
+    )
+
+
+def _documents(held_out: HeldOut, table: Floats, *, compared: bool) -> Documents:
+    """The sums as a record keeps them: of the documents that were scored."""
+    seen = table[:, _TOKENS] > 0
+
+    def counts(column: int) -> tuple[int, ...]:
+        return tuple(int(value) for value in table[seen, column])
+
+    def sums(column: int) -> tuple[float, ...]:
+        return tuple(float(value) for value in table[seen, column])
+
+    return Documents(
+        tokens_sha256=held_out.sha256,
+        domain=tuple(held_out.domains[stratum] for stratum in held_out.strata[seen]),
+        tokens=counts(_TOKENS),
+        nll=sums(_NLL),
+        correct=counts(_CORRECT),
+        kl=sums(_KL) if compared else (),
+        agreeing=counts(_AGREEING) if compared else (),
+        to_wrong=counts(_TO_WRONG) if compared else (),
+        to_right=counts(_TO_RIGHT) if compared else (),
+        baseline_nll=sums(_BASELINE_NLL) if compared else (),
+        baseline_correct=counts(_BASELINE_CORRECT) if compared else (),
     )
 
 

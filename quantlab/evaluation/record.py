@@ -125,6 +125,27 @@ class MatrixErrors(_Frozen):
     """What was done in place of what the recipe asks for, and for how many matrices."""
 
 
+class Documents(_Frozen):
+    """Sums over the scored tokens of each document, so that two records can be compared on the same text. One entry a document."""
+
+    tokens_sha256: str
+    """Hash of the tokens that were scored."""
+    domain: tuple[str, ...]
+    tokens: tuple[int, ...]
+    nll: tuple[float, ...]
+    """Minus log-probability, in nats, as is `kl`."""
+    correct: tuple[int, ...]
+    """Tokens whose most likely prediction was right."""
+    kl: tuple[float, ...] = ()
+    """KL(baseline || artifact); empty for the baseline itself, as are the rest."""
+    agreeing: tuple[int, ...] = ()
+    """Tokens on which artifact and baseline predict the same."""
+    to_wrong: tuple[int, ...] = ()
+    to_right: tuple[int, ...] = ()
+    baseline_nll: tuple[float, ...] = ()
+    baseline_correct: tuple[int, ...] = ()
+
+
 class Quality(_Frozen):
     """How well the artifact predicts held-out text, and how far it is from the baseline on the same tokens."""
 
@@ -149,6 +170,12 @@ class Quality(_Frozen):
     """The same as `accuracy_loss_percent`, as a difference of shares."""
     significance: dict[str, Significance] = {}
     """Of `perplexity_change_percent` and `accuracy_loss_percent`, by these names; empty for the baseline."""
+    documents: Documents | None = None
+    """What all of this is made of; None in records of earlier versions."""
+
+
+TaskKey = tuple[str, str, int]
+"""Name, metric and seed: what tells the results of one record apart."""
 
 
 class TaskResult(_Frozen):
@@ -189,6 +216,15 @@ class TaskResult(_Frozen):
     """Of what is drawn: order of items, examples."""
     data_sha256: str = ""
     """Hash of the task's definition and items; empty for tasks whose data the harness fetches."""
+    document_items: tuple[int, ...] = ()
+    """Items of each document, in an order that depends on the items alone; empty in records of earlier versions."""
+    document_scores: tuple[float, ...] = ()
+    """Sum of their scores."""
+
+    @property
+    def key(self) -> TaskKey:
+        """A record may hold several metrics and seeds of one task."""
+        return self.name, self.metric, self.seed
 
 
 class Memory(_Frozen):
@@ -297,7 +333,7 @@ class Record(_Frozen):
     artifact: str
     """Directory of the artifact, relative to the run's directory; the checkpoint's own for `source`."""
     artifact_sha256: str
-    """Hash of the artifact's manifest; of the checkpoint's headers for `source`."""
+    """Hash of the artifact's manifest; of the checkpoint's configuration and weights for `source`."""
     baseline: str
     """The variant that losses are relative to."""
     baseline_sha256: str = ""

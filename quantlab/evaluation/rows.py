@@ -1,15 +1,21 @@
-"""What a record says only beside the others: p values adjusted for the number of rows, and the verdicts that follow from them."""
+"""What a record says only beside the others: p values adjusted for the number of rows, and the verdicts that follow from them.
+
+With many rows, one in twenty of those that lost nothing would be called a loss by its own 95 % interval. So a loss is called
+one only where its interval leaves out zero and p stays below the level after correction. Every table repeats these verdicts.
+"""
 
 from collections.abc import Callable, Sequence
 
-from quantlab.evaluation.record import Measured, Record, Significance, TaskResult, verdict
+from quantlab.evaluation.record import Measured, Record, Significance, TaskKey, verdict
 from quantlab.evaluation.statistics import holm
+
+Tested = tuple[Measured, Significance]
 
 
 def adjusted(records: Sequence[Record]) -> list[Record]:
     """The records with `holm_p` over all rows that have the number (one family per measure and one per task), and with verdicts."""
     measures = sorted({name for record in records if record.quality for name in record.quality.significance})
-    tasks = sorted({_name(task) for record in records for task in record.tasks})
+    tasks = sorted({task.key for record in records for task in record.tasks})
     found = list(records)
     for name in measures:
         found = _with_holm(found, lambda record, name=name: _measure(record, name), _set_measure(name))  # type: ignore[misc]
@@ -19,9 +25,7 @@ def adjusted(records: Sequence[Record]) -> list[Record]:
 
 
 def _with_holm(
-    records: Sequence[Record],
-    read: Callable[[Record], tuple[Measured, Significance] | None],
-    write: Callable[[Record, Significance], Record],
+    records: Sequence[Record], read: Callable[[Record], Tested | None], write: Callable[[Record, Significance], Record]
 ) -> list[Record]:
     tested = {index: one for index, record in enumerate(records) if (one := read(record)) is not None}
     found = list(records)
@@ -32,7 +36,7 @@ def _with_holm(
     return found
 
 
-def _measure(record: Record, name: str) -> tuple[Measured, Significance] | None:
+def _measure(record: Record, name: str) -> Tested | None:
     quality = record.quality
     if quality is None or name not in quality.significance:
         return None
@@ -50,21 +54,15 @@ def _set_measure(name: str) -> Callable[[Record, Significance], Record]:
     return write
 
 
-def _name(task: TaskResult) -> tuple[str, str, int]:
-    return task.name, task.metric, task.seed
+def _task(record: Record, key: TaskKey) -> Tested | None:
+    found = next((task for task in record.tasks if task.key == key), None)
+    return (found.loss, found.significance) if found and found.significance and found.loss else None
 
 
-def _task(record: Record, name: tuple[str, str, int]) -> tuple[Measured, Significance] | None:
-    task = next((task for task in record.tasks if _name(task) == name), None)
-    if task is None or task.loss is None or task.significance is None:
-        return None
-    return task.loss, task.significance
-
-
-def _set_task(name: tuple[str, str, int]) -> Callable[[Record, Significance], Record]:
+def _set_task(key: TaskKey) -> Callable[[Record, Significance], Record]:
     def write(record: Record, found: Significance) -> Record:
         tasks = tuple(
-            task.model_copy(update={"significance": found}) if _name(task) == name else task for task in record.tasks
+            task.model_copy(update={"significance": found}) if task.key == key else task for task in record.tasks
         )
         return record.model_copy(update={"tasks": tasks})
 

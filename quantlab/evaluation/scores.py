@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from quantlab.checkpoint.files import write_atomically
@@ -104,6 +105,8 @@ def summarise_task(found: ItemScores, baseline: ItemScores | None) -> TaskResult
         shots=found.shots,
         seed=found.seed,
         data_sha256=found.data_sha256,
+        document_items=tuple(int(count) for count in np.bincount(_document(found))),
+        document_scores=tuple(float(total) for total in np.bincount(_document(found), weights=found.scores)),
     )
     if baseline is None:
         return result
@@ -117,6 +120,11 @@ def summarise_task(found: ItemScores, baseline: ItemScores | None) -> TaskResult
         if significance is not None:
             compared["significance"] = Significance(p=mcnemar(to_wrong, to_right), verdict=verdict(loss))
     return result.model_copy(update=compared)
+
+
+def _document(found: ItemScores) -> NDArray[np.int64]:
+    """The document of each item, by the order of their names."""
+    return np.unique(np.array(found.documents), return_inverse=True)[1]
 
 
 def _mean(row: Floats) -> Floats:

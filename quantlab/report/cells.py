@@ -10,9 +10,8 @@ from typing import Literal
 
 from quantlab.evaluation.record import Measured, Significance, Verdict
 from quantlab.report.column import Column, Unit
-from quantlab.report.columns import task_of
 from quantlab.report.matrix import Matrix
-from quantlab.report.rows import Row, noise_of
+from quantlab.report.rows import Row, noise_of, task_of
 from quantlab.report.verdict import judge, tested
 
 State = Literal["value", "baseline", "failed", "missing"]
@@ -71,14 +70,21 @@ def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
 
 
 def _is_loss(column: Column) -> bool:
-    return column.relative and column.unit in ("change", "points")
+    """Whether a record holds a verdict on it; kinds of text have none of their own."""
+    return column.relative and column.unit in ("change", "points") and column.group != "domains"
 
 
 def _significance(row: Row, column: Column) -> Significance | None:
-    if column.key.startswith("task_loss."):
-        task = task_of(row, column.key.removeprefix("task_loss."))
-        return task.significance if task else None
+    if column.task is not None:
+        task = task_of(row, column.task)
+        return task.significance if task and column.relative else None
     return row.significance.get(column.key)
+
+
+def counts(matrix: Matrix, column: Column) -> str:
+    """What the numbers of a column rest on: n, or the least and the most of it; empty for what was not drawn."""
+    found = {n for row in matrix.rows if (n := cell(matrix, row, column).n)}
+    return " to ".join(f"{n:,}" for n in sorted({min(found), max(found)})) if found else ""
 
 
 def details(row: Row, column: Column, found: Cell) -> str:
@@ -105,7 +111,8 @@ def details(row: Row, column: Column, found: Cell) -> str:
 def _empty_cell(matrix: Matrix, row: Row, column: Column) -> Cell:
     if column.relative and row.variant == matrix.baseline and row.perplexity is not None:
         return Cell(state="baseline", text="baseline" if column.key == "accuracy_loss_percent" else "–")
-    reasons = [failure.reason for failure in row.failures if failure.cell == column.group]
+    measured_with = "quality" if column.group == "domains" else column.group
+    reasons = [failure.reason for failure in row.failures if failure.cell == measured_with]
     if reasons:
         return Cell(state="failed", text="failed", reason="; ".join(reasons))
     return Cell(state="missing", text="–")

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from quantlab.evaluation.record import Measured
+from quantlab.evaluation.record import Measured, TaskKey
 from quantlab.report.rows import Row
 
 Unit = Literal[
     "percent", "change", "ratio", "plain", "nats", "share", "points", "bytes", "seconds", "milliseconds", "rate"
 ]
-Group = Literal["quality", "tasks", "memory", "speed"]
+Group = Literal["quality", "domains", "tasks", "memory", "speed"]
+"""Columns that stand in one table; "domains": quality by kind of text."""
 Phase = Literal["decode", "prefill"]
 Need = Literal["suite", "baseline", "hardware"]
 
@@ -35,6 +36,8 @@ class Column:
     better: Literal["low", "high"]
     relative: bool = False
     """Compares with the baseline, so the baseline itself has none."""
+    task: TaskKey | None = None
+    """Of columns of a task: which."""
     of_machine: bool = False
     """Depends on the hardware it was measured on."""
 

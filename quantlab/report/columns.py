@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from quantlab.evaluation.record import Measured, TaskResult
-from quantlab.report.column import Column, Phase
+from quantlab.evaluation.record import Measured, TaskKey, TaskResult
+from quantlab.report.column import Column, Phase, Unit
 from quantlab.report.fixed_columns import DETAILS_COLUMNS, DIVERGENCE_COLUMNS, HEADLINE_COLUMNS, KV_CACHE, TWIN_MEMORY
 from quantlab.report.matrix import Matrix
-from quantlab.report.rows import Row
+from quantlab.report.rows import Row, task_labels, task_of
 
 
 def columns(matrix: Matrix) -> tuple[Column, ...]:
@@ -24,6 +24,7 @@ def columns_of(rows: Sequence[Row]) -> tuple[Column, ...]:
         *HEADLINE_COLUMNS,
         *DETAILS_COLUMNS,
         *(DIVERGENCE_COLUMNS if any(row.divergence for row in rows) else ()),
+        *_domain_columns(rows),
         *_task_columns(rows),
         *((KV_CACHE,) if any(row.kv_cache_bytes_per_token is not None for row in rows) else ()),
         *((TWIN_MEMORY,) if any(row.twin_memory_percent_of_fp16 is not None for row in rows) else ()),
@@ -111,26 +112,50 @@ def _energy_column(batch: str) -> Column:
     )
 
 
-def task_of(row: Row, name: str) -> TaskResult | None:
-    """The result of a task by its name."""
-    return next((task for task in row.tasks if task.name == name), None)
+def _domain_columns(rows: Sequence[Row]) -> Iterator[Column]:
+    """For every kind of text its perplexity, the change of it and KL, where there are several kinds."""
+    domains = list(rows[0].domains)
+    for name in domains if len(domains) > 1 else ():
+        yield _domain_column("perplexity", name, "perplexity", "Perplexity", unit="plain", relative=False)
+        yield _domain_column(
+            "perplexity_change_percent", name, "change %", "Change of perplexity against the baseline", unit="change"
+        )
+        yield _domain_column("kl_to_baseline", name, "KL, nats", "Mean KL divergence from the baseline", unit="nats")
+
+
+def _domain_column(field: str, name: str, head: str, meaning: str, *, unit: Unit, relative: bool = True) -> Column:
+    def read(row: Row) -> Measured | None:
+        domain = row.domains[name]
+        found: Measured | None = getattr(domain, field) if domain else None
+        return found
+
+    return Column(
+        key=f"{field}_on.{name}",
+        field=f"quality.domains.{name}.{field}",
+        heading=f"{name}: {head}",
+        meaning=f"{meaning} on held-out text of the kind {name}.",
+        group="domains",
+        unit=unit,
+        read=read,
+        better="low",
+        relative=relative,
+    )
 
 
 def _task_columns(rows: Sequence[Row]) -> Iterator[Column]:
     """For every task its loss and its score, in the order of the suite."""
-    for task in {task.name: task for row in rows for task in row.tasks}.values():
-        yield from _columns_of_task(task)
+    tasks = {task.key: task for row in rows for task in row.tasks}
+    for key, name in task_labels(tasks.values()).items():
+        yield from _columns_of_task(tasks[key], key, name)
 
 
-def _columns_of_task(task: TaskResult) -> tuple[Column, Column]:
-    name = task.name
-
+def _columns_of_task(task: TaskResult, key: TaskKey, name: str) -> tuple[Column, Column]:
     def loss(row: Row) -> Measured | None:
-        found = task_of(row, name)
+        found = task_of(row, key)
         return found.loss if found else None
 
     def score(row: Row) -> Measured | None:
-        found = task_of(row, name)
+        found = task_of(row, key)
         return found.score if found else None
 
     chance = "" if task.random_baseline is None else f"; guessing gets {100 * task.random_baseline:.0f} %"
@@ -146,6 +171,7 @@ def _columns_of_task(task: TaskResult) -> tuple[Column, Column]:
             read=loss,
             better="low",
             relative=True,
+            task=key,
         ),
         Column(
             key=f"task_score.{name}",
@@ -156,5 +182,6 @@ def _columns_of_task(task: TaskResult) -> tuple[Column, Column]:
             unit="share",
             read=score,
             better="high" if task.higher_is_better else "low",
+            task=key,
         ),
     )

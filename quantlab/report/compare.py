@@ -1,17 +1,19 @@
 """Two records side by side: what differs about them, every number with its interval, and which differences can be measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from quantlab.errors import ArtifactError
-from quantlab.evaluation.record import Measured, Record
+from quantlab.evaluation.record import Measured, Record, TaskKey
 from quantlab.report.column import Column, Need, Unit
 from quantlab.report.columns import columns_of
 from quantlab.report.difference import exact, subtract
-from quantlab.report.rows import Frozen, Row, build_row, keys_of, noise_of
+from quantlab.report.paired import paired, paired_tasks
+from quantlab.report.rows import Frozen, Row, build_row, keys_of, noise_of, task_labels
 
 Verdict = Literal["A is better", "B is better", "no measurable difference", "equal", "not comparable", "not judged"]
+UNPAIRED = "unpaired: the records do not hold the scores of the same documents"
 GRAMMAR = "a run's directory (runs/NAME), one of its artifacts (runs/NAME/artifacts/VARIANT) or a record (a .json file)"
 
 
@@ -34,6 +36,8 @@ class Number(Frozen):
     b: Measured | float | None
     difference: Measured | None = None
     """b - a with its 95 % interval; n is the smaller count."""
+    paired: bool = False
+    """The interval is of the same items on both sides; else of two independent measurements."""
     verdict: Verdict
     reason: str = ""
     """Why it is not comparable or not judged."""
@@ -142,7 +146,9 @@ def _baseline(record: Record) -> str:
 def _number(column: Column, rows: tuple[Row, Row], records: tuple[Record, Record], barriers: dict[Need, str]) -> Number:
     a, b = (_value(column, row, record) for row, record in zip(rows, records, strict=True))
 
-    def judged(verdict: Verdict, reason: str = "", difference: Measured | None = None) -> Number:
+    def judged(
+        verdict: Verdict, reason: str = "", difference: Measured | None = None, *, is_paired: bool = False
+    ) -> Number:
         return Number(
             key=column.key,
             heading=column.heading,
@@ -150,6 +156,7 @@ def _number(column: Column, rows: tuple[Row, Row], records: tuple[Record, Record
             a=a,
             b=b,
             difference=difference,
+            paired=is_paired,
             verdict=verdict,
             reason=reason,
         )
@@ -162,14 +169,27 @@ def _number(column: Column, rows: tuple[Row, Row], records: tuple[Record, Record
     noise = [
         f"noisy in {side}: {why}" for side, row in zip("AB", rows, strict=True) if (why := noise_of(row, column.key))
     ]
-    difference = subtract(exact(b), exact(a))
+    same_items = _paired(column, rows, records)
+    difference = same_items or subtract(exact(b), exact(a))
     if column.of_machine and difference.low == difference.high != 0:
         return judged("not judged", "measured once, so without an interval", difference)
     if noise:
         return judged("not judged", "; ".join(noise), difference)
     if difference.interval == "range":
         return judged("not judged", f"too little for an interval: {difference.reason}", difference)
-    return judged(_verdict(difference, column), "", difference)
+    is_paired = same_items is not None or 0.0 in (a, b)  # a loss is paired with the baseline
+    verdict = _verdict(difference, column)
+    if column.group in ("quality", "domains", "tasks") and not is_paired and verdict.endswith("better"):
+        return judged("not judged", UNPAIRED, difference)
+    return judged(verdict, "", difference, is_paired=is_paired)
+
+
+def _paired(column: Column, rows: tuple[Row, Row], records: tuple[Record, Record]) -> Measured | None:
+    """The difference on the same documents, where both records hold them."""
+    if column.task is not None:
+        a, b = (next(task for task in record.tasks if task.key == column.task) for record in records)
+        return paired_tasks(a, b, column)
+    return paired(rows[0].documents, rows[1].documents, column.key)
 
 
 def _value(column: Column, row: Row, record: Record) -> Measured | float | None:
@@ -183,8 +203,8 @@ def _value(column: Column, row: Row, record: Record) -> Measured | float | None:
 
 def _why_not(column: Column, records: tuple[Record, Record], barriers: dict[Need, str]) -> str:
     if column.group == "tasks":
-        tasks = [next(t for t in record.tasks if t.name == column.key.partition(".")[2]) for record in records]
-        versions = [(t.version, t.data_sha256, t.metric, t.shots, t.decoding) for t in tasks]
+        tasks = [next(task for task in record.tasks if task.key == column.task) for record in records]
+        versions = [(task.version, task.data_sha256, task.shots, task.decoding) for task in tasks]
         if versions[0] != versions[1]:
             return f"other version of the task ({tasks[0].version} and {tasks[1].version})"
     for need in column.needs:
@@ -206,10 +226,11 @@ def _differences(a: Record, b: Record) -> Iterator[Difference]:
     for (what, ours), (_, theirs) in zip(_identity(a), _identity(b), strict=True):
         if ours != theirs:
             yield Difference(what=what, a=ours or "–", b=theirs or "–")
+    labels = task_labels([*a.tasks, *b.tasks])
     for what, ours_by_name, theirs_by_name in (
         ("version of", a.versions, b.versions),
         ("seed of", {k: str(v) for k, v in a.seeds.items()}, {k: str(v) for k, v in b.seeds.items()}),
-        ("task", _tasks(a), _tasks(b)),
+        ("task", _tasks(a, labels), _tasks(b, labels)),
     ):
         for name in dict.fromkeys([*ours_by_name, *theirs_by_name]):
             one, other = ours_by_name.get(name, "–"), theirs_by_name.get(name, "–")
@@ -236,5 +257,5 @@ def _identity(record: Record) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _tasks(record: Record) -> dict[str, str]:
-    return {task.name: f"{task.version} {task.data_sha256[:12]}".strip() for task in record.tasks}
+def _tasks(record: Record, labels: Mapping[TaskKey, str]) -> dict[str, str]:
+    return {labels[task.key]: f"{task.version} {task.data_sha256[:12]}".strip() for task in record.tasks}

@@ -13,8 +13,9 @@ from quantlab.report.terminal import in_encoding
 
 _STYLES = {"A is better": "bold", "B is better": "bold", "not comparable": "yellow", "not judged": "yellow"}
 NOTE = (
-    "Numbers stand with their 95 % intervals. B − A takes both for independent, which is cautious where both read the same "
-    "text; a difference is measurable where its interval leaves out zero."
+    "Numbers stand with their 95 % intervals. B − A of quality and tasks is of the same documents; where the records do not hold "
+    "their scores, or the number is no sum over them, it is unpaired and nothing is claimed of it. B − A of times takes both for "
+    "independent. A difference is measurable where its interval leaves out zero."
 )
 
 

@@ -1,5 +1,7 @@
 """matrix.html and matrix.svg: the matrix as one page that needs no network, and its plot alone for README files."""
 
+import re
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quantlab.report.attention_text import attention_table
@@ -16,7 +18,7 @@ from quantlab.report.recommend import RULES, Recommendation, recommend
 from quantlab.report.sheets import Sheet, make_sheet
 from quantlab.report.spreadsheet import to_csv
 
-MAIN = (
+_MAIN = (
     *HEADLINE,
     "perplexity_change_percent",
     "kl_to_baseline",
@@ -24,11 +26,10 @@ MAIN = (
     "artifact_bytes",
     "peak_memory_bytes",
     "load_seconds",
-    "decode_tokens_per_second.1",
-    "decode_tokens_per_second.8",
-    "prefill_tokens_per_second.1",
+    "decode_tokens_per_second",
+    "prefill_tokens_per_second",
 )
-"""Columns of the first table."""
+"""Columns of the first table, at every batch size and on every machine."""
 
 
 def to_html(matrix: Matrix) -> str:
@@ -56,7 +57,6 @@ def to_html(matrix: Matrix) -> str:
             claims=claims_table(matrix),
             notes=notes(matrix),
             failures=failures(matrix),
-            domains=tuple(matrix.rows[0].domains),
             tokens=sorted({row.perplexity.n for row in matrix.rows if row.perplexity}),
             versions=versions(matrix),
             heat_maps=heat_maps(matrix),
@@ -64,6 +64,12 @@ def to_html(matrix: Matrix) -> str:
             share_marks=SHARE_MARKS,
         )
     )
+
+
+def main_and_rest(every: tuple[Column, ...]) -> tuple[tuple[Column, ...], tuple[Column, ...]]:
+    """The columns of the first table, and all others."""
+    main = tuple(column for column in every if re.split("[.@]", column.key)[0] in _MAIN)
+    return main, tuple(column for column in every if column not in main)
 
 
 def to_svg(matrix: Matrix) -> str | None:
@@ -104,14 +110,18 @@ def versions(matrix: Matrix) -> tuple[tuple[str, str], ...]:
 
 def _sheets(matrix: Matrix, every: tuple[Column, ...], found: tuple[Recommendation, ...]) -> tuple[Sheet, ...]:
     picked = {row.variant: tuple(one.goal for one in found if one.variant == row.variant) for row in matrix.rows}
-    main = tuple(column for key in MAIN for column in every if column.key == key)
-    tasks = tuple(column for column in every if column.group == "tasks")
-    rest = tuple(column for column in every if column.key not in MAIN and column.group != "tasks")
+    main, others = main_and_rest(every)
+    tasks = tuple(column for column in others if column.group == "tasks")
+    domains = tuple(column for column in others if column.group == "domains")
+    rest = tuple(column for column in others if column.group not in ("tasks", "domains"))
     caption = "Accuracy, memory and speed of every variant"
     sheets = [make_sheet(matrix, "main", caption, main, picked=picked)]
     if tasks:
         sheets.append(make_sheet(matrix, "tasks", "Tasks: what each variant lost, and its score", tasks))
-    return (*sheets, make_sheet(matrix, "rest", "All other numbers", rest))
+    sheets.append(make_sheet(matrix, "rest", "All other numbers", rest))
+    if domains:
+        sheets.append(make_sheet(matrix, "domains", "Quality by kind of text", domains))
+    return tuple(sheets)
 
 
 def _facts(matrix: Matrix, found: Recommendation, every: tuple[Column, ...]) -> tuple[str, ...]:

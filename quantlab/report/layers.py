@@ -12,11 +12,15 @@ from typing import Final
 
 from quantlab.evaluation.record import MatrixErrors, Measured, TaskResult
 from quantlab.report.matrix import Matrix
+from quantlab.report.rows import Row, same_layout, task_labels, task_of
 
 LEVELS: Final = 6
 """Classes of the background."""
 _STANDS_OUT: Final = 3.0
 """A layer with this many times the median of its row is named."""
+_OUT_OF_SHAPE: Final = 1.5
+"""So is one whose error over that of the same layer in similar rows is this many times what it is in the row's other layers."""
+_FEWEST_LAYERS: Final = 3
 _EVEN: Final = 1.5
 """Numbers within this factor of each other get one background: their order is no news."""
 
@@ -61,6 +65,7 @@ class TileMap:
 
 def layer_maps(matrix: Matrix) -> tuple[TileMap, ...]:
     """The error that each layer adds, and the router's agreement, of every variant that has them."""
+    peers = {row.variant: _similar(row, matrix) for row in matrix.rows}
     divergences = {row.variant: row.divergence for row in matrix.rows if row.divergence}
     errors = {variant: found.layer_errors for variant, found in divergences.items() if found.layer_errors}
     routers = {variant: found.router_agreement for variant, found in divergences.items() if found.router_agreement}
@@ -75,6 +80,7 @@ def layer_maps(matrix: Matrix) -> tuple[TileMap, ...]:
                 errors,
                 subject="the error of",
                 badness=lambda value: value,
+                peers=peers,
             )
         )
     if routers:
@@ -91,6 +97,11 @@ def layer_maps(matrix: Matrix) -> tuple[TileMap, ...]:
     return tuple(maps)
 
 
+def _similar(row: Row, matrix: Matrix) -> tuple[str, ...]:
+    """Other rows of the same tensors in the same layout: what differs between their layers is how well each was made."""
+    return tuple(other.variant for other in matrix.rows if other is not row and same_layout(row, other))
+
+
 def matrix_maps(matrix: Matrix) -> tuple[TileMap, ...]:
     """For every variant, the error of its matrices by kind and layer, as the artifact's manifest tells it."""
     return tuple(_of_matrices(row.variant, row.matrix_errors) for row in matrix.rows if row.matrix_errors)
@@ -98,13 +109,14 @@ def matrix_maps(matrix: Matrix) -> tuple[TileMap, ...]:
 
 def group_maps(matrix: Matrix) -> tuple[TileMap, ...]:
     """For every task whose items fall into groups, such as lengths of the context, the score of each."""
-    tasks = {task.name: task for row in matrix.rows for task in row.tasks if task.by_group}
-    return tuple(_of_task(matrix, task) for task in tasks.values())
+    tasks = {task.key: task for row in matrix.rows for task in row.tasks if task.by_group}
+    labels = task_labels(task for row in matrix.rows for task in row.tasks)
+    return tuple(_of_task(matrix, task, labels[key]) for key, task in tasks.items())
 
 
-def _of_task(matrix: Matrix, task: TaskResult) -> TileMap:
-    found = {row.variant: one.by_group for row in matrix.rows for one in row.tasks if one.name == task.name}
-    groups = _in_order({group for scores in found.values() for group in scores})
+def _of_task(matrix: Matrix, task: TaskResult, label: str) -> TileMap:
+    found = {row.variant: one.by_group for row in matrix.rows if (one := task_of(row, task.key))}
+    groups = in_order({group for scores in found.values() for group in scores})
     worse = -1.0 if task.higher_is_better else 1.0
     levels = _levels([1 + worse * score.value for scores in found.values() for score in scores.values()])
     lines = []
@@ -121,9 +133,7 @@ def _of_task(matrix: Matrix, task: TaskResult) -> TileMap:
         ]
         lines.append((variant, tuple(tiles)))
     meaning = f"{task.metric.capitalize()} in percent, by group of items."
-    return TileMap(
-        f"task-{task.name}", f"{task.name} by group", meaning, "variant", "group", tuple(groups), tuple(lines), ()
-    )
+    return TileMap(f"task-{label}", f"{label} by group", meaning, "variant", "group", tuple(groups), tuple(lines), ())
 
 
 def _map(
@@ -134,12 +144,15 @@ def _map(
     *,
     subject: str,
     badness: Callable[[float], float],
+    peers: Mapping[str, Sequence[str]] | None = None,
 ) -> TileMap:
-    layers = _in_order({layer for row in values.values() for layer in row})
+    layers = in_order({layer for row in values.values() for layer in row})
     level = _levels([badness(found.value) for row in values.values() for found in row.values()])
     lines, sentences = [], []
     for variant, row in values.items():
         usual = median(badness(found.value) for found in row.values())
+        similar = [name for name in (peers or {}).get(variant, ()) if name in values]
+        misshapen = _out_of_shape(row, [values[name] for name in similar])
         tiles = []
         for layer in layers:
             found = row.get(layer)
@@ -147,20 +160,48 @@ def _map(
                 tiles.append(Tile("–", None, f"{variant}, {layer}: not measured"))
                 continue
             bad = badness(found.value)
-            out = len(row) > 2 and bad > _STANDS_OUT * usual and level(bad) > 0
+            out = len(row) >= _FEWEST_LAYERS and bad > _STANDS_OUT * usual and level(bad) > 0
             text, ends = _percent(found.value), f"{_percent(found.low)} to {_percent(found.high)}"
-            tiles.append(Tile(text, level(bad), f"{variant}, {layer}: {text} % ({ends}), n = {found.n:,}", out))
-            if out:
-                times = f", {bad / usual:.1f} times as far off as the median of its layers" if usual else ""
+            details = f"{variant}, {layer}: {text} % ({ends}), n = {found.n:,}"
+            tiles.append(Tile(text, level(bad), details, out or layer in misshapen))
+            times = f", {bad / usual:.1f} times as far off as the median of its layers" if usual else ""
+            if not out and layer in misshapen:
+                here, elsewhere = misshapen[layer]
+                times = f", {here:.1f} times that of {' and '.join(similar)} (same layout), {elsewhere:.1f} times in its other layers"
+            if out or layer in misshapen:
                 sentences.append(f"{variant}: {subject} {layer} stands out, {text} %{times}.")
         lines.append((variant, tuple(tiles)))
     return TileMap(name, caption, meaning, "variant", "layer", _heads(layers), tuple(lines), tuple(sentences))
 
 
+def _out_of_shape(
+    row: Mapping[str, Measured], similar: Sequence[Mapping[str, Measured]]
+) -> dict[str, tuple[float, float]]:
+    """Layers whose error over the similar rows' is larger than in the row's other layers, with both quotients.
+
+    A variant may be worse than a similar one everywhere; one layer that is worse than the others account for is at fault.
+    Named only where the intervals keep apart.
+    """
+    over: dict[str, tuple[float, float]] = {}
+    for layer, found in row.items():
+        others = [other[layer] for other in similar if layer in other]
+        expected = median(other.value for other in others) if others else 0.0
+        if expected > 0:
+            over[layer] = found.value / expected, found.low / max(other.high for other in others)
+    if len(over) < _FEWEST_LAYERS:
+        return {}
+    usual = median(quotient for quotient, _ in over.values())
+    return {
+        layer: (quotient, usual)
+        for layer, (quotient, surely) in over.items()
+        if quotient > _OUT_OF_SHAPE * usual and surely > usual
+    }
+
+
 def _of_matrices(variant: str, errors: Sequence[MatrixErrors]) -> TileMap:
     by_output = any(found.output_error is not None for found in errors)
     values = {(found.kind, found.layer): found for found in errors}
-    layers = _in_order({found.layer for found in errors})
+    layers = in_order({found.layer for found in errors})
     kinds = list(dict.fromkeys(found.kind for found in errors))
     level = _levels([_worst(found) for found in errors])
     lines = []
@@ -213,7 +254,7 @@ def _levels(values: Iterable[float]) -> Callable[[float], int]:
     return lambda value: 0 if value <= least else min(LEVELS - 1, int(LEVELS * math.log(value / least) / span))
 
 
-def _in_order(layers: Iterable[str]) -> list[str]:
+def in_order(layers: Iterable[str]) -> list[str]:
     """By their numbers, as "layer 10" comes after "layer 9"."""
     return sorted(layers, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 

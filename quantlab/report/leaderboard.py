@@ -12,8 +12,9 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from quantlab.errors import ArtifactError
-from quantlab.evaluation.record import Measured, Record
+from quantlab.evaluation.record import Record, TaskKey
 from quantlab.report.matrix import Matrix
+from quantlab.report.paired import paired
 from quantlab.report.rows import Frozen, Row, build_row, keys_of
 from quantlab.report.verdict import summary
 
@@ -38,7 +39,7 @@ class Place(Frozen):
 
 
 class Leaderboard(Frozen):
-    """All places, best first: by perplexity change, the most sensitive of the paired losses."""
+    """All places, best first: by KL to the baseline, which sees every change of a prediction."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
@@ -50,7 +51,7 @@ class Leaderboard(Frozen):
     hardware: tuple[str, ...]
     places: tuple[Place, ...]
     unranked: tuple[Place, ...] = ()
-    """The baseline, and records without a paired loss."""
+    """The baseline, and records that were not compared with it."""
 
     def to_json(self) -> str:
         """The text of leaderboard.json."""
@@ -93,34 +94,37 @@ def build_leaderboard(runs: Sequence[tuple[str, Sequence[tuple[str, Record]]]]) 
         for name, (_, link, record) in zip(names, entries, strict=True)
     ]
     described = list(zip(rows, entries, strict=True))
-    ranked = sorted((pair for pair in described if pair[0].perplexity_change_percent), key=lambda pair: _order(pair[0]))
-    changes = [row.perplexity_change_percent for row, _ in ranked if row.perplexity_change_percent]
+    ranked = sorted((pair for pair in described if pair[0].kl_to_baseline), key=lambda pair: _order(pair[0]))
     return Leaderboard(
         suite=first.suite,
         suite_sha256=first.suite_sha256,
         baseline=first.baseline,
         baseline_sha256=first.baseline_sha256,
         hardware=tuple(sorted({record.hardware for _, _, record in entries})),
-        places=tuple(
-            _place(row, entry, ranks=_ranks(change, changes))
-            for (row, entry), change in zip(ranked, changes, strict=True)
-        ),
-        unranked=tuple(
-            _place(row, entry, ranks=(0, 0)) for row, entry in described if not row.perplexity_change_percent
-        ),
+        places=tuple(_place(row, entry, ranks=_ranks(row, [other for other, _ in ranked])) for row, entry in ranked),
+        unranked=tuple(_place(row, entry, ranks=(0, 0)) for row, entry in described if not row.kl_to_baseline),
     )
 
 
 def _order(row: Row) -> tuple[float, float, str]:
-    change, memory = row.perplexity_change_percent, row.memory_percent_of_fp16
-    return (change.value if change else 0.0, 1e9 if memory is None else memory, row.variant)
+    distance, memory = row.kl_to_baseline, row.memory_percent_of_fp16
+    return (distance.value if distance else 0.0, 1e9 if memory is None else memory, row.variant)
 
 
-def _ranks(own: Measured, every: Sequence[Measured]) -> tuple[int, int]:
+def _ranks(own: Row, every: Sequence[Row]) -> tuple[int, int]:
     """The places that intervals leave open: behind whoever is surely better, ahead of whoever is surely worse."""
-    better = sum(other.high < own.low for other in every)
-    worse = sum(other.low > own.high for other in every)
+    better = sum(_is_surely_nearer(other, own) for other in every)
+    worse = sum(_is_surely_nearer(own, other) for other in every)
     return 1 + better, len(every) - worse
+
+
+def _is_surely_nearer(a: Row, b: Row) -> bool:
+    """Whether a's KL is below b's by the interval of their difference on the same documents, else by both intervals."""
+    difference = paired(a.documents, b.documents, "kl_to_baseline")
+    if difference is not None:
+        return difference.low > 0
+    near, far = a.kl_to_baseline, b.kl_to_baseline
+    return near is not None and far is not None and near.high < far.low
 
 
 def _place(row: Row, entry: tuple[str, str, Record], *, ranks: tuple[int, int]) -> Place:
@@ -158,7 +162,7 @@ def _names(entries: Sequence[tuple[str, str, Record]]) -> list[str]:
 
 def _refuse_mixtures(entries: Sequence[tuple[str, str, Record]]) -> None:
     first_run, _, first = entries[0]
-    tasks: dict[str, tuple[str, tuple[object, ...]]] = {}
+    tasks: dict[TaskKey, tuple[str, tuple[object, ...]]] = {}
     for run, _, record in entries:
         here, there = f"{record.variant} of {run}", f"{first.variant} of {first_run}"
         for label, ours, theirs in (
@@ -170,10 +174,10 @@ def _refuse_mixtures(entries: Sequence[tuple[str, str, Record]]) -> None:
             if ours != theirs:
                 raise _mixture(label, (here, theirs), (there, ours))
         for task in record.tasks:
-            key = (task.version, task.data_sha256, task.metric, task.shots, task.decoding)
-            where, known = tasks.setdefault(task.name, (here, key))
-            if known != key:
-                differing = next((a, b) for a, b in zip(known, key, strict=True) if a != b)
+            made = (task.version, task.data_sha256, task.shots, task.decoding)
+            where, known = tasks.setdefault(task.key, (here, made))
+            if known != made:
+                differing = next((a, b) for a, b in zip(known, made, strict=True) if a != b)
                 raise _mixture(
                     f"version of the task {task.name}", (here, str(differing[1])), (where, str(differing[0]))
                 )

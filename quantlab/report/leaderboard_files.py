@@ -11,15 +11,17 @@ from quantlab.report.cells import cell, notes
 from quantlab.report.column import HEADLINE, Column
 from quantlab.report.columns import columns
 from quantlab.report.files import find_records, write_texts
-from quantlab.report.html import MAIN, environment, plots, versions
+from quantlab.report.html import environment, main_and_rest, plots, versions
 from quantlab.report.leaderboard import NAME, Leaderboard, Place, build_leaderboard
-from quantlab.report.markdown import cell_text, escaped, table_line
+from quantlab.report.markdown import cell_text, code, escaped, table_line
 from quantlab.report.plot import SPEED_NAMES
+from quantlab.report.rows import link_to
 from quantlab.report.sheets import make_sheet
 from quantlab.report.spreadsheet import to_csv
 
 ORDER = (
-    "Best first by perplexity change, the most sensitive of the paired losses. A rank such as 2–4 says that intervals overlap: "
+    "Best first by KL to the baseline, which sees every change of a prediction where accuracy sees only what becomes right or "
+    "wrong. A rank such as 2–4 says that intervals, paired where the records allow it, do not tell: "
     "the row is surely behind one other and surely ahead of all after the fourth."
 )
 
@@ -59,8 +61,7 @@ def leaderboard_html(board: Leaderboard) -> str:
     matrix = board.as_matrix()
     every = columns(matrix)
     ranks = {place.row.variant: place.rank for place in board.places}
-    main = tuple(column for column in every if column.key.partition("@")[0] in MAIN)
-    rest = tuple(column for column in every if column.key.partition("@")[0] not in MAIN)
+    main, rest = main_and_rest(every)
     return (
         environment()
         .get_template("leaderboard.html.j2")
@@ -97,10 +98,10 @@ def leaderboard_markdown(board: Leaderboard) -> str:
         cells = [cell_text(cell(matrix, row, column)) for column in shown]
         told = [escaped(place.verdict or "–"), escaped(row.description), escaped(place.recipe)]
         rank = "–" if place in board.unranked else place.rank
-        lines.append(table_line([rank, f"`{row.variant}`", *cells, *told, f"[record]({row.record})"]))
+        lines.append(table_line([rank, code(row.variant), *cells, *told, f"[record]({link_to(row)})"]))
     about = [
-        f"Suite: {board.suite}, sha256 `{board.suite_sha256}`",
-        f"Baseline: {board.baseline} `{board.baseline_sha256}`",
+        f"Suite: {escaped(board.suite)}, sha256 `{board.suite_sha256}`",
+        f"Baseline: {escaped(board.baseline)} `{board.baseline_sha256}`",
     ]
     about += [f"Hardware: {escaped(hardware)}" for hardware in board.hardware]
     blocks = ["# Leaderboard", ORDER, "\n".join(lines), "\n".join(f"- {escaped(note)}" for note in notes(matrix))]
@@ -108,8 +109,8 @@ def leaderboard_markdown(board: Leaderboard) -> str:
 
 
 def shown_columns(board: Leaderboard) -> list[Column]:
-    """The columns that decide, and perplexity change, which ranks."""
-    names = (*HEADLINE, "perplexity_change_percent")
+    """The columns that decide, and KL, which ranks."""
+    names = (*HEADLINE, "perplexity_change_percent", "kl_to_baseline")
     return [column for column in columns(board.as_matrix()) if column.key.partition("@")[0] in names]
 
 

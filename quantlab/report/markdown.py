@@ -3,7 +3,7 @@
 import re
 
 from quantlab.report.attention_text import attention_table
-from quantlab.report.cells import Cell, cell, failures, notes
+from quantlab.report.cells import Cell, cell, counts, failures, notes
 from quantlab.report.claims_text import claims_table
 from quantlab.report.column import Column
 from quantlab.report.columns import columns
@@ -28,10 +28,9 @@ def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
         "## Details",
         *(
             _table(matrix, [column for column in every[_HEADLINE_COLUMNS:] if column.group == group])
-            for group in ("quality", "tasks", "memory", "speed")
+            for group in ("quality", "domains", "tasks", "memory", "speed")
             if any(column.group == group for column in every[_HEADLINE_COLUMNS:])
         ),
-        *_domains(matrix),
         *_attention(matrix),
         *_layers(matrix),
         *_claims(matrix),
@@ -64,6 +63,9 @@ def _table(matrix: Matrix, shown: tuple[Column, ...] | list[Column], *, with_des
         cells = [_text(cell(matrix, row, column), column, told) for column in shown]
         told_of = [escaped(summary(row) or "–"), escaped(row.description)] if with_description else []
         lines.append(table_line([_variant(matrix, row), *cells, *told_of]))
+    rests_on = [counts(matrix, column) or "–" for column in shown]
+    if any(count != "–" for count in rests_on):
+        lines.append(table_line(["*n*", *rests_on, *(["", ""] if with_description else [])]))
     return "\n".join(lines)
 
 
@@ -83,27 +85,8 @@ def cell_text(found: Cell) -> str:
 
 
 def _variant(matrix: Matrix, row: Row) -> str:
-    name = f"`{row.variant}`"
+    name = code(row.variant)
     return f"{name} (baseline)" if row.variant == matrix.baseline else name
-
-
-def _domains(matrix: Matrix) -> list[str]:
-    """Perplexity by the kind of text, where there is more than one."""
-    names = list(matrix.rows[0].domains)
-    if len(names) < 2:
-        return []
-    lines = [
-        table_line(["perplexity on", *(escaped(name) for name in names)]),
-        table_line(["---", *("---:" for _ in names)]),
-    ]
-    for row in matrix.rows:
-        domains = [row.domains[name] for name in names]
-        lines.append(
-            table_line(
-                [_variant(matrix, row), *(f"{domain.perplexity.value:.2f}" if domain else "–" for domain in domains)]
-            )
-        )
-    return ["\n".join(lines)]
 
 
 def _attention(matrix: Matrix) -> list[str]:
@@ -130,7 +113,7 @@ def _layers(matrix: Matrix) -> list[str]:
         if len(found.heads) <= _MOST_LAYERS:
             heads = [found.corner, *(f"{found.unit} {head}" for head in found.heads)]
             lines = [table_line(heads), table_line(["---", *("---:" for _ in found.heads)])]
-            lines += [table_line([f"`{name}`", *(tile.text for tile in tiles)]) for name, tiles in found.lines]
+            lines += [table_line([code(name), *(tile.text for tile in tiles)]) for name, tiles in found.lines]
             blocks.append("\n".join(lines))
     return blocks
 
@@ -163,6 +146,11 @@ def _provenance(matrix: Matrix) -> str:
 def table_line(cells: list[str]) -> str:
     """One line of a table."""
     return f"| {' | '.join(cells)} |"
+
+
+def code(text: str) -> str:
+    """Text as it is, in a table too."""
+    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def escaped(text: str) -> str:

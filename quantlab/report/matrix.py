@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Attention, Record
 from quantlab.report.claims import CheckedClaims, Claims, check_claims
-from quantlab.report.rows import Frozen, Row, build_row, keys_of
+from quantlab.report.rows import Frozen, Row, build_row, finite_attention, keys_of
 
 
 class Matrix(Frozen):
@@ -57,7 +57,7 @@ def build_matrix(
         raise ArtifactError("there are no records to report", fix="run `quantlab eval` first")
     _refuse_strangers(records)
     first, keys = records[0], keys_of(records)
-    attention = next((record.attention for record in records if record.attention), None)
+    attention = finite_attention(next((record.attention for record in records if record.attention), None))
     rows = tuple(build_row(record, keys, link=(links or {}).get(record.variant)) for record in records)
     return Matrix(
         recipe=first.recipe,

@@ -13,7 +13,8 @@ from typing import Literal
 from quantlab.evaluation.record import Measured
 from quantlab.report.cells import interval, number
 from quantlab.report.matrix import Matrix
-from quantlab.report.rows import Row, noise_of
+from quantlab.report.paired import paired
+from quantlab.report.rows import Row, noise_of, passes_of, same_layout
 from quantlab.report.verdict import verdicts
 
 NEGLIGIBLE_PERCENT = 0.1
@@ -28,9 +29,10 @@ SAME_MEMORY_POINTS = 0.5
 RULES = {
     "quality": "The least memory among variants without a measurable loss of accuracy or in a task and whose perplexity is not measurably above the baseline's "
     f"(or surely at most {NEGLIGIBLE_PERCENT:g} % above it), where the interval rules out a rise of more than {EXCLUDED_PERCENT:g} %.",
-    "memory": f"The least memory among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %.",
+    "memory": f"The least memory among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %. Of the same "
+    "memory the one that can have lost least; of the same layout the one of fewer passes, where no difference can be measured.",
     "speed": f"The fastest decode at batch size 1 among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %; "
-    "among those whose speeds overlap, the one that can have lost least. Speeds marked noisy do not count.",
+    "among those whose speeds overlap, the one that can have lost least, or fewer passes as above. Speeds marked noisy do not count.",
 }
 """How each goal is decided, for people."""
 
@@ -195,15 +197,19 @@ def _for_speed(judged: Sequence[_Judged]) -> Recommendation:
         )
     top, fastest = max(faster, key=lambda pair: pair[0].value)
     level = [(speed, found) for speed, found in faster if speed.high >= top.low]
-    speed, pick = min(level, key=lambda pair: (pair[1].worst, -pair[0].value))
+    _, best = min(level, key=lambda pair: (pair[1].worst, -pair[0].value))
+    pick = _simplest(best, [found for _, found in level])
+    speed = next(speed for speed, found in level if found is pick)
     sentence = f"{pick.row.variant} decodes {number(speed.value, 'ratio')}× as fast as FP16 ({interval(speed, 'ratio')}) at batch size 1"
     batch, ratio = _largest_batch(pick.row)
     if ratio is not None:
         sentence += f" and {number(ratio.value, 'ratio')}× ({interval(ratio, 'ratio')}) at {batch}"
     sentence += f", with {pick.losses}"
-    if pick is not fastest:
+    alike = [found for _, found in level if _is_alike(pick, found)]
+    sentence += "".join(_why_not(pick, found) for found in alike)
+    if pick is not fastest and fastest not in alike:
         sentence += f"; {fastest.row.variant} measures {number(top.value, 'ratio')}×, but the intervals overlap and more loss remains possible there"
-    level_with = [found.row.variant for _, found in level if found is not pick and found is not fastest]
+    level_with = [found.row.variant for _, found in level if found not in (pick, fastest, *alike)]
     if level_with:
         intervals = "interval of {} overlaps" if len(level_with) == 1 else "intervals of {} overlap"
         sentence += f"; the {intervals.format(_listed(level_with))} with the fastest's"
@@ -211,11 +217,41 @@ def _for_speed(judged: Sequence[_Judged]) -> Recommendation:
 
 
 def _smallest(weighed: Sequence[tuple[float, _Judged]]) -> tuple[float, _Judged]:
-    """The least memory; among rows of the same memory, the one that can have lost least."""
+    """The least memory; among rows of the same memory the one that can have lost least, or a simpler one as good."""
     least = min(memory for memory, _ in weighed)
-    return min(
-        ((memory, found) for memory, found in weighed if memory - least <= SAME_MEMORY_POINTS),
-        key=lambda pair: pair[1].worst,
+    same = [(memory, found) for memory, found in weighed if memory - least <= SAME_MEMORY_POINTS]
+    _, best = min(same, key=lambda pair: pair[1].worst)
+    pick = _simplest(best, [found for _, found in same])
+    return next((memory, found) for memory, found in same if found is pick)
+
+
+def _simplest(best: _Judged, others: Iterable[_Judged]) -> _Judged:
+    """`best`, or one of the same layout that fewer passes made, where no difference between the two can be measured."""
+    as_good = [found for found in others if _is_alike(found, best)]
+    return min([best, *as_good], key=lambda found: (passes_of(found.row), found.worst))
+
+
+def _is_alike(simpler: _Judged, other: _Judged) -> bool:
+    """Whether more passes made the other without a difference that can be measured."""
+    if not same_layout(simpler.row, other.row) or passes_of(simpler.row) >= passes_of(other.row):
+        return False
+    difference = _difference(simpler, other)
+    if difference is None:  # unpaired: nothing is claimed where the intervals overlap
+        return simpler.rise.low <= other.rise.high and other.rise.low <= simpler.rise.high
+    return difference.low <= 0 <= difference.high
+
+
+def _difference(a: _Judged, b: _Judged) -> Measured | None:
+    """Of their perplexity changes, on the same documents."""
+    return paired(a.row.documents, b.row.documents, "perplexity_change_percent")
+
+
+def _why_not(pick: _Judged, other: _Judged) -> str:
+    difference = _difference(pick, other)
+    how = "unpaired" if difference is None else f"{_with_interval(difference)} on the same documents"
+    return (
+        f"; {other.row.variant} has the same layout and {passes_of(other.row)} passes in place of {passes_of(pick.row)}, and no "
+        f"measurable difference of perplexity change ({how})"
     )
 
 
@@ -223,7 +259,9 @@ def _same_memory(pick: _Judged, memory: float, weighed: Sequence[tuple[float, _J
     """A clause for each row that the pick was preferred to for its quality, not for its size."""
     same = [found for other, found in weighed if found is not pick and abs(other - memory) <= SAME_MEMORY_POINTS]
     return "".join(
-        f"; {found.row.variant} takes about the same memory with a perplexity change of {_with_interval(found.rise)}"
+        _why_not(pick, found)
+        if _is_alike(pick, found)
+        else f"; {found.row.variant} takes about the same memory with a perplexity change of {_with_interval(found.rise)}"
         for found in same
     )
 

@@ -4,14 +4,19 @@ Every key stands in every row, so a reader can index without asking first; what 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from quantlab.evaluation.record import (
+    Attention,
+    AttentionCell,
     Divergence,
+    Documents,
     Domain,
     Failure,
     MatrixErrors,
@@ -21,11 +26,13 @@ from quantlab.evaluation.record import (
     Record,
     Significance,
     Speed,
+    TaskKey,
     TaskResult,
 )
 
 _DECODE_BATCHES = ("1", "8")
 _PREFILL_BATCHES = ("1",)
+_Part = TypeVar("_Part", bound=BaseModel)
 
 
 class Frozen(BaseModel):
@@ -61,6 +68,8 @@ class Row(Frozen):
     next_token_accuracy: Measured | None
     """Share of tokens, 0 to 1."""
     divergence: Divergence | None = None
+    documents: Documents | None = Field(default=None, exclude=True)
+    """Sums over documents, which pair rows with each other; in records only."""
     significance: dict[str, Significance] = {}
     """Of the changes against the baseline, by their names here."""
     tasks: tuple[TaskResult, ...] = ()
@@ -146,7 +155,11 @@ def build_row(record: Record, keys: Keys, *, link: str | None = None) -> Row:
         link: where the record lies, relative to the directory of the report.
     """
     failures = list(record.failures)
-    quality, speed = _finite_quality(record.quality, failures), _finite_speed(record.speed, failures)
+    quality = _if_finite(record.quality, failures, "quality")
+    memory = _if_finite(record.memory, failures, "memory")
+    speed = _if_finite(record.speed, failures, "speed")
+    tasks = tuple(task for task in record.tasks if _if_finite(task, failures, "tasks"))
+    errors = tuple(found for found in record.matrix_errors if _if_finite(found, failures, "quality"))
     return Row(
         variant=record.variant,
         description=record.description,
@@ -155,14 +168,51 @@ def build_row(record: Record, keys: Keys, *, link: str | None = None) -> Row:
         record=link,
         hardware=record.hardware,
         **_quality_fields(quality, keys),
-        **_memory_fields(record.memory),
+        **_memory_fields(memory),
         **_speed_fields(speed, keys),
-        tasks=record.tasks,
-        tokens_per_expert=record.tokens_per_expert,
-        matrix_errors=record.matrix_errors,
+        documents=quality.documents if quality else None,
+        tasks=tuple(task.model_copy(update={"document_items": (), "document_scores": ()}) for task in tasks),
+        tokens_per_expert={block: counts for block, counts in record.tokens_per_expert.items() if counts},
+        matrix_errors=errors,
         failures=tuple(failures),
         versions=record.versions,
     )
+
+
+def passes_of(row: Row) -> int:
+    """How many passes made it; a description names them one behind the other."""
+    return row.description.count(" → ") + 1
+
+
+def link_to(row: Row, field: str = "") -> str | None:
+    """URL of the record of a row, at one of its fields; None where no record lies beside the report."""
+    if row.record is None:
+        return None
+    return quote(row.record) + (f"#{quote(field)}" if field else "")
+
+
+def same_layout(a: Row, b: Row) -> bool:
+    """Whether two rows hold the same tensors in the same formats, so that they differ in the values alone."""
+    layouts = [(row.layout or "").partition(", timed once with ")[0] for row in (a, b)]
+    return a.weights_bytes is not None and a.weights_bytes == b.weights_bytes and layouts[0] == layouts[1]
+
+
+def task_of(row: Row, key: TaskKey) -> TaskResult | None:
+    """The result of one metric and seed of a task."""
+    return next((task for task in row.tasks if task.key == key), None)
+
+
+def task_labels(tasks: Iterable[TaskResult]) -> dict[TaskKey, str]:
+    """What each task of a table is called: its name, with metric and seed where the table has several of them."""
+    keys = dict.fromkeys(task.key for task in tasks)
+    metrics = Counter(name for name, _ in {(name, metric) for name, metric, _ in keys})
+    seeds = Counter(name for name, _ in {(name, seed) for name, _, seed in keys})
+    return {
+        (name, metric, seed): name
+        + (f" {metric}" if metrics[name] > 1 else "")
+        + (f" seed {seed}" if seeds[name] > 1 else "")
+        for name, metric, seed in keys
+    }
 
 
 def noise_of(row: Row, key: str) -> str | None:
@@ -243,46 +293,37 @@ def _memory_percent(memory: Memory | None) -> float | None:
     return 100 * memory.weights_bytes / memory.fp16_weights_bytes
 
 
-def _is_finite(measured: Measured | None) -> bool:
-    return measured is None or all(math.isfinite(number) for number in (measured.value, measured.low, measured.high))
-
-
-def _finite_quality(quality: Quality | None, failures: list[Failure]) -> Quality | None:
-    """The quality, or None and a failure: an artifact that answers with infinities has no quality worth a column."""
-    if quality is None:
-        return None
-    numbers: dict[str, Measured | None] = {
-        "perplexity": quality.perplexity,
-        "bits per byte": quality.bits_per_byte,
-        "next-token accuracy": quality.next_token_accuracy,
-        "perplexity change": quality.perplexity_change_percent,
-        "accuracy loss": quality.accuracy_loss_percent,
-        "KL to the baseline": quality.kl_to_baseline,
-        "top-1 agreement": quality.top1_agreement,
-    }
-    for name, domain in quality.domains.items():
-        numbers |= {f"perplexity on {name}": domain.perplexity, f"bits per byte on {name}": domain.bits_per_byte}
-    return quality if _all_finite(numbers, failures, cell="quality") else None
-
-
-def _finite_speed(speed: Speed | None, failures: list[Failure]) -> Speed | None:
-    if speed is None:
-        return None
-    numbers: dict[str, Measured | None] = {}
-    for label, by_batch in (
-        ("decode tokens per second", speed.decode_tokens_per_second),
-        ("prefill tokens per second", speed.prefill_tokens_per_second),
-        ("decode over FP16", speed.decode_over_fp16),
-        ("prefill over FP16", speed.prefill_over_fp16),
-    ):
-        numbers |= {f"{label} at batch {batch}": measured for batch, measured in by_batch.items()}
-    return speed if _all_finite(numbers, failures, cell="speed") else None
-
-
-def _all_finite(
-    numbers: Mapping[str, Measured | None], failures: list[Failure], *, cell: Literal["quality", "speed"]
-) -> bool:
-    infinite = [name for name, measured in numbers.items() if not _is_finite(measured)]
+def _if_finite(
+    found: _Part | None, failures: list[Failure], cell: Literal["quality", "memory", "speed", "tasks"]
+) -> _Part | None:
+    """A part of a record, or None and a failure: what answers with infinities has no numbers worth a column."""
+    infinite = list(dict.fromkeys(_infinite(found.model_dump()))) if found is not None else []
     if infinite:
-        failures.append(Failure(cell=cell, reason=f"no finite number: {', '.join(infinite)}"))
-    return not infinite
+        about = f"{found.name}: " if isinstance(found, TaskResult) else ""
+        failures.append(Failure(cell=cell, reason=f"{about}no finite number: {', '.join(infinite)}"))
+    return None if infinite else found
+
+
+def finite_attention(found: Attention | None) -> Attention | None:
+    """The same, with a reason in place of cells that hold what is no number."""
+    if found is None:
+        return None
+    cells = [
+        AttentionCell(implementation=cell.implementation, context=cell.context, reason=f"no finite number: {', '.join(infinite)}")
+        if (infinite := list(dict.fromkeys(_infinite(cell.model_dump()))))
+        else cell
+        for cell in found.cells
+    ]  # fmt: skip
+    return found.model_copy(update={"cells": tuple(cells)})
+
+
+def _infinite(found: object, path: str = "") -> Iterator[str]:
+    """Where the numbers stand that are none; of a measured one, its own place."""
+    if isinstance(found, float) and not math.isfinite(found):
+        yield path
+    elif isinstance(found, dict):
+        for key, value in found.items():
+            yield from _infinite(value, path if key in ("value", "low", "high") else f"{path}.{key}".lstrip("."))
+    elif isinstance(found, list | tuple):
+        for value in found:
+            yield from _infinite(value, path)

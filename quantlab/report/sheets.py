@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from quantlab.report.cells import Cell, cell, details
+from quantlab.report.cells import Cell, cell, counts, details
 from quantlab.report.column import HEADLINE, Column
 from quantlab.report.matrix import Matrix
-from quantlab.report.rows import Row, noise_of
+from quantlab.report.rows import Row, link_to, noise_of
 from quantlab.report.verdict import summary, verdicts
 
 _LONGEST_REASON = 120
@@ -38,6 +38,8 @@ class Line:
 
     row: Row
     is_baseline: bool
+    href: str | None
+    """The row's record."""
     picked_for: tuple[str, ...]
     """Goals it is recommended for."""
     rank: str
@@ -57,6 +59,8 @@ class Sheet:
     caption: str
     corner: str
     columns: tuple[Column, ...]
+    counts: tuple[str, ...]
+    """n of each column."""
     lines: tuple[Line, ...]
     main: bool
 
@@ -88,6 +92,7 @@ def make_sheet(
             Line(
                 row=row,
                 is_baseline=row.variant == matrix.baseline,
+                href=link_to(row),
                 picked_for=(picked or {}).get(row.variant, ()),
                 rank=(ranks or {}).get(row.variant, ""),
                 summary=told,
@@ -96,7 +101,15 @@ def make_sheet(
                 cells=tuple(_with_reasons([drawn[index] for drawn in by_column], shown)),
             )
         )
-    return Sheet(name, caption, "variant", tuple(shown), tuple(lines), main=name == "main")
+    return Sheet(
+        name,
+        caption,
+        "variant",
+        tuple(shown),
+        tuple(counts(matrix, column) for column in shown),
+        tuple(lines),
+        main=name == "main",
+    )
 
 
 def _filters(matrix: Matrix, row: Row) -> dict[str, str]:
@@ -136,8 +149,7 @@ def _drawn_column(matrix: Matrix, column: Column) -> list[Drawn]:
     span = (most - least) or 1.0
     drawn = []
     for row, found in zip(matrix.rows, cells, strict=True):
-        href = f"{row.record}#{column.field}" if row.record else None
-        plain = Drawn(cell=found, tip=details(row, column, found), href=href)
+        plain = Drawn(cell=found, tip=details(row, column, found), href=link_to(row, column.field))
         drawn.append(_with_graphic(plain, column, least=least, span=span))
     return drawn
 

@@ -1,90 +1,101 @@
-"""matrix.csv: the matrix for spreadsheets, every number in full.
+"""matrix.csv: the matrix for spreadsheets, every number of the page in full.
 
-A measured value takes four columns: the name of matrix.json, then the same with `_low`, `_high` and `_n`. A batch size
-is the end of the name: `decode_tokens_per_second_8`.
+A measured value takes four columns: the name of matrix.json, then the same with `_low`, `_high` and `_n`. What a number is
+of (a batch size, a task, a kind of text, a layer) is the end of the name: `decode_tokens_per_second_8`.
 """
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from quantlab.evaluation.record import Measured
-from quantlab.report.columns import task_of
+from quantlab.evaluation.record import Attention, Measured
+from quantlab.report.columns import columns_of
+from quantlab.report.layers import in_order
 from quantlab.report.matrix import Matrix
-from quantlab.report.rows import Row
+from quantlab.report.rows import Row, task_labels, task_of
 from quantlab.report.verdict import summary
 
-_PLAIN = (
-    "memory_percent_of_fp16",
-    "weights_bytes",
-    "fp16_weights_bytes",
-    "quantized_weights_percent_of_fp16",
-    "artifact_bytes",
-    "peak_memory_bytes",
-    "kv_cache_bytes_per_token",
-    "twin_memory_percent_of_fp16",
-)
+Value = Measured | float | None
+Line = dict[str, str | float | int | None]
 
 
 def to_csv(matrix: Matrix) -> str:
     """The text of matrix.csv."""
     text = io.StringIO()
-    lines = [_flat(row, matrix.rows) for row in matrix.rows]
+    lines = _lines(matrix)
     writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
 
 
-def _flat(row: Row, rows: Sequence[Row]) -> dict[str, str | float | int | None]:
-    flat: dict[str, str | float | int | None] = {"variant": row.variant, "artifact": row.artifact}
-    measured: dict[str, Measured | None] = {
-        "accuracy_loss_percent": row.accuracy_loss_percent,
-        "speed_over_fp16": row.speed_over_fp16,
-        "perplexity": row.perplexity,
-        "perplexity_change_percent": row.perplexity_change_percent,
-        "kl_to_baseline": row.kl_to_baseline,
-        "top1_agreement": row.top1_agreement,
-        "bits_per_byte": row.bits_per_byte,
-        "next_token_accuracy": row.next_token_accuracy,
-        "load_seconds": row.load_seconds_interval,
-    }
-    plain = {name: getattr(row, name) for name in _PLAIN}
-    for label, by_batch in (
-        ("decode_tokens_per_second", row.decode_tokens_per_second),
-        ("prefill_tokens_per_second", row.prefill_tokens_per_second),
-        ("decode_over_fp16", row.decode_over_fp16),
-        ("prefill_over_fp16", row.prefill_over_fp16),
-        ("time_to_first_token_seconds", row.time_to_first_token_seconds),
-        ("energy_joules_per_token", row.energy_joules_per_token),
-    ):
-        measured |= {f"{label}_{batch}": number for batch, number in by_batch.items()}
-    flat |= _four("accuracy_loss_percent", measured.pop("accuracy_loss_percent"))
-    flat["memory_percent_of_fp16"] = plain.pop("memory_percent_of_fp16")
-    for name, number in measured.items():
-        flat |= _four(name, number)
-    flat |= plain
-    for name, domain in row.domains.items():
-        flat |= _four(f"perplexity_on_{name}", domain.perplexity if domain else None)
-        flat |= _four(f"bits_per_byte_on_{name}", domain.bits_per_byte if domain else None)
-    for task in (task for found in rows for task in found.tasks):
-        own = task_of(row, task.name)
-        flat |= _four(f"task_score_{task.name}", own.score if own else None)
-        flat |= _four(f"task_loss_{task.name}", own.loss if own else None)
-    layers = {layer for found in rows if found.divergence for layer in found.divergence.layer_errors}
-    for layer in sorted(layers, key=lambda name: (len(name), name)):
-        error = row.divergence.layer_errors.get(layer) if row.divergence else None
-        flat[f"error_of_{layer.replace(' ', '_')}"] = error.value if error else None
-    flat |= {
-        "verdict": summary(row),
-        "noise": "; ".join(f"{key}: {why}" for key, why in row.noise.items()),
-        "description": row.description,
-        "failures": "; ".join(f"{failure.cell}: {failure.reason}" for failure in row.failures),
-    }
-    return flat
+def _lines(matrix: Matrix) -> list[Line]:
+    rows = [row.model_copy(update={"hardware": ""}) for row in matrix.rows]  # a line is of one machine: no column apart
+    numbers = [dict(_numbers(row, rows)) for row in rows]
+    plain = {name for found in numbers for name, value in found.items() if isinstance(value, int | float)}
+    lines: list[Line] = []
+    for row, found in zip(rows, numbers, strict=True):
+        line: Line = {"variant": row.variant, "artifact": row.artifact}
+        for name, value in found.items():
+            line |= _cells(name, value, plain=name in plain)
+        for name, value in _attention(matrix.attention) if matrix.attention else ():
+            shown = value if row.variant == matrix.baseline else None
+            line |= _cells(name, shown, plain=not isinstance(value, Measured))
+        for block in _keys([other.tokens_per_expert for other in rows]):
+            tokens = " ".join(map(str, row.tokens_per_expert.get(block, ())))
+            line[_named(f"tokens_of_experts_in {block}")] = tokens
+        line |= {
+            "verdict": summary(row),
+            "noise": "; ".join(f"{key}: {why}" for key, why in row.noise.items()),
+            "description": row.description,
+            "failures": "; ".join(f"{failure.cell}: {failure.reason}" for failure in row.failures),
+        }
+        lines.append(line)
+    return lines
 
 
-def _four(name: str, measured: Measured | None) -> dict[str, str | float | int | None]:
-    if measured is None:
-        return {name: None, f"{name}_low": None, f"{name}_high": None, f"{name}_n": None}
-    return {name: measured.value, f"{name}_low": measured.low, f"{name}_high": measured.high, f"{name}_n": measured.n}
+def _numbers(row: Row, rows: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+    """Every number of a row, under names that all rows have."""
+    for column in columns_of(rows):
+        yield column.key, column.read(row)
+    yield "bits_per_byte", row.bits_per_byte
+    yield "fp16_weights_bytes", row.fp16_weights_bytes
+    for domain, found in row.domains.items():
+        yield f"bits_per_byte_on {domain}", found.bits_per_byte if found else None
+    for key, label in task_labels(task for other in rows for task in other.tasks).items():
+        tasks = [task for other in rows if (task := task_of(other, key))]
+        own = task_of(row, key)
+        for group in _keys([task.by_group for task in tasks]):
+            yield f"task_score.{label} of {group}", own.by_group.get(group) if own else None
+    for name, start in (("layer_errors", "error_of"), ("router_agreement", "router_agreement_of")):
+        own_layers = getattr(row.divergence, name, {})
+        for layer in _keys([getattr(other.divergence, name, {}) for other in rows]):
+            yield f"{start} {layer}", own_layers.get(layer)
+    own_errors = {f"{found.layer} {found.kind}": found for found in row.matrix_errors}
+    for place in _keys([{f"{found.layer} {found.kind}": found for found in other.matrix_errors} for other in rows]):
+        for name in ("relative_error", "relative_error_max", "output_error", "output_error_max"):
+            yield f"{name} of {place}", getattr(own_errors.get(place), name, None)
+
+
+def _attention(attention: Attention) -> Iterator[tuple[str, Value]]:
+    """Numbers of the baseline's twin."""
+    sizes = ("prefill_peak_bytes", "decode_peak_bytes", "cache_bytes")
+    for found in attention.cells:
+        for name in (*sizes, "prefill_tokens_per_second", "decode_tokens_per_second"):
+            yield f"attention {found.implementation} at {found.context} {name}", getattr(found, name)
+
+
+def _keys(maps: Sequence[Mapping[str, object]]) -> list[str]:
+    return in_order({key for found in maps for key in found})
+
+
+def _cells(name: str, value: Value, *, plain: bool) -> Line:
+    name = _named(name)
+    if plain:
+        return {name: None if isinstance(value, Measured) else value}
+    parts = (value.value, value.low, value.high, value.n) if isinstance(value, Measured) else (None,) * 4
+    return dict(zip((name, f"{name}_low", f"{name}_high", f"{name}_n"), parts, strict=True))
+
+
+def _named(name: str) -> str:
+    return name.replace(".", "_").replace(" ", "_")

@@ -24,13 +24,12 @@ _DETAILS = (
     "kl_to_baseline",
     "top1_agreement",
     "artifact_bytes",
-    "decode_tokens_per_second.1",
-    "decode_tokens_per_second.8",
+    "decode_tokens_per_second",
     "peak_memory_bytes",
     "load_seconds",
-    "prefill_tokens_per_second.1",
+    "prefill_tokens_per_second",
 )
-"""In the order in which they are worth a terminal's width."""
+"""In the order in which they are worth a terminal's width; rates at every batch size."""
 _WITH_MARGIN = (*_HEADLINE, "perplexity_change_percent")
 _HEADS = {
     "accuracy_loss_percent": "accuracy\nloss %",
@@ -40,11 +39,10 @@ _HEADS = {
     "kl_to_baseline": "KL\nnats",
     "top1_agreement": "top-1\nagree %",
     "artifact_bytes": "size\non disk",
-    "decode_tokens_per_second.1": "decode 1\ntok/s, twin",
-    "decode_tokens_per_second.8": "decode 8\ntok/s, twin",
+    "decode_tokens_per_second": "decode {}\ntok/s, twin",
     "peak_memory_bytes": "peak\nmemory",
     "load_seconds": "load\ns",
-    "prefill_tokens_per_second.1": "prefill 1\ntok/s, twin",
+    "prefill_tokens_per_second": "prefill {}\ntok/s, twin",
 }
 _LABEL_WIDTH = 9
 _LONGEST_LINE = 120
@@ -87,10 +85,9 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
 
 def table_that_fits(matrix: Matrix, console: Console) -> Table:
     """The table with as many details as the console is wide; the first four columns stand always."""
-    known = {column.key: column for column in columns(matrix)}
-    details = [known[key] for key in _DETAILS if key in known]
-    headline = [known[key] for key in _HEADLINE]
-    fitting = list(headline)
+    every = columns(matrix)
+    details = [column for name in _DETAILS for column in every if column.key.partition(".")[0] == name]
+    fitting = [column for column in every if column.key in _HEADLINE]
     for detail in details:
         candidate = _table(matrix, [*fitting, detail], console)
         if Measurement.get(console, console.options.update(max_width=10_000), candidate).maximum <= console.width:
@@ -102,8 +99,9 @@ def _table(matrix: Matrix, shown: list[Column], console: Console) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
     table.add_column("\nvariant", overflow="fold", style="bold", ratio=None)
     for column in shown:
+        name, _, batch = column.key.partition(".")
         table.add_column(
-            in_encoding(console, _HEADS[column.key]),
+            in_encoding(console, _HEADS[name].format(batch)),
             justify="right",
             no_wrap=True,
             style=None if column.key in _HEADLINE else "dim",

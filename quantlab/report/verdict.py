@@ -1,9 +1,9 @@
-"""The verdicts on a row's losses, as its record holds them: decided there once, after correction for the number of rows."""
+"""What a row says of its losses, in words. The verdicts are the records' own (`evaluation.rows`); nothing is judged here twice."""
 
 from collections.abc import Iterator
 
 from quantlab.evaluation.record import Measured, Significance, Verdict, verdict
-from quantlab.report.rows import Row
+from quantlab.report.rows import Row, task_labels
 
 
 def judge(measured: Measured | None, significance: Significance | None) -> Verdict | None:
@@ -24,8 +24,9 @@ def verdicts(row: Row) -> dict[str, Verdict]:
 def _verdicts(row: Row) -> Iterator[tuple[str, Verdict | None]]:
     yield "accuracy", judge(row.accuracy_loss_percent, row.significance.get("accuracy_loss_percent"))
     yield "perplexity", judge(row.perplexity_change_percent, row.significance.get("perplexity_change_percent"))
+    labels = task_labels(row.tasks)
     for task in row.tasks:
-        yield f"task {task.name}", judge(task.loss, task.significance)
+        yield f"task {labels[task.key]}", judge(task.loss, task.significance)
 
 
 def summary(row: Row) -> str | None:

@@ -1,5 +1,6 @@
 """What records repeat of a manifest, and artifacts that were changed since."""
 
+import hashlib
 import json
 import os
 import re
@@ -11,7 +12,14 @@ import pytest
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
-from quantlab.evaluation.manifest import check_unchanged, kept_experts, matrix_errors, read_manifest, tokens_per_expert
+from quantlab.evaluation.manifest import (
+    check_unchanged,
+    kept_experts,
+    matrix_errors,
+    read_manifest,
+    tokens_per_expert,
+    weights_sha256,
+)
 from quantlab.evaluation.record import Measured, Memory, Record, read_record
 from tests.evaluation.test_verify import make
 
@@ -95,6 +103,24 @@ def test_a_file_that_was_only_touched_is_hashed_and_taken(artifact: Path) -> Non
         if path.name != "manifest.json":
             os.utime(path, ns=(later, later))
     check_unchanged(artifact)
+
+
+def test_weights_are_known_by_their_contents_and_read_once(tmp_path: Path) -> None:
+    shards, known = (tmp_path / "b.safetensors", tmp_path / "a.safetensors"), tmp_path / "known.json"
+    for number, path in enumerate(shards):
+        path.write_bytes(bytes([number]) * 100)
+    contents = [hashlib.sha256(bytes([number]) * 100).hexdigest() for number in (1, 0)]
+    first = weights_sha256(shards, known)
+    assert first == hashlib.sha256("\n".join(contents).encode()).hexdigest()
+    assert weights_sha256(shards[::-1], known) == first
+    _flip(tmp_path)
+    assert weights_sha256(shards, known) != first
+    known.write_text(known.read_text().replace(contents[0], "kept").replace(contents[1], "kept"))
+    assert "kept" in known.read_text()
+    before = weights_sha256(shards, known)
+    assert before == weights_sha256(shards, known)
+    known.unlink()
+    assert weights_sha256(shards, known) != before, "the kept hash was taken for a file that had not changed"
 
 
 def record() -> Record:

@@ -11,6 +11,11 @@ from safetensors.torch import load_file, save_file
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
 from quantlab.evaluation.record import Record
+from quantlab.report.compare import compare
+from quantlab.report.layers import layer_maps
+from quantlab.report.leaderboard import build_leaderboard
+from quantlab.report.matrix import build_matrix
+from quantlab.report.paired import STATISTICS
 from tests.evaluation.test_verify import make
 
 ROOT = Path(__file__).parents[2]
@@ -102,3 +107,45 @@ def test_every_loss_has_its_p_and_one_corrected_for_the_rows(records: dict[str, 
         assert grammar.score.low > 0.5, "the reference is far above chance"
         assert grammar.significance is not None
         assert grammar.significance.holm_p is not None
+
+
+def test_tables_rank_the_shuffled_expert_last_and_name_its_layer(records: dict[str, Record]) -> None:
+    errors, _ = layer_maps(build_matrix(list(records.values())))
+    (sentence,) = errors.sentences
+    assert sentence.startswith(f"shuffled: the error of layer {LAYER} stands out")
+    marked = [(name, layer) for name, line in errors.lines for layer, tile in enumerate(line) if tile.stands_out]
+    assert marked == [("shuffled", LAYER)]
+    board = build_leaderboard([("run", [(f"{name}.json", record) for name, record in records.items()])])
+    assert (board.places[-1].row.variant, board.places[-1].rank) == ("shuffled", "3"), "surely behind the others"
+
+
+def test_the_sums_by_document_make_the_numbers_of_the_record(records: dict[str, Record]) -> None:
+    for record in records.values():
+        assert record.quality is not None
+        assert record.quality.documents is not None
+        for key, statistic in STATISTICS.items():
+            name = key.removeprefix("divergence.")
+            found = getattr(record.quality.divergence if "." in key else record.quality, name, None)
+            if found is not None:
+                names = type(record.quality.documents).model_fields.keys() - {"tokens_sha256", "domain"}
+                sums = {each: sum(getattr(record.quality.documents, each)) for each in names}
+                assert statistic(sums) == pytest.approx(found.value, rel=1e-9), key
+        grammar = record.tasks[-1]
+        assert sum(grammar.document_items) == grammar.n
+        assert sum(grammar.document_scores) / grammar.n == pytest.approx(grammar.score.value)
+
+
+def test_tables_show_no_difference_between_the_same_artifact_under_two_names(records: dict[str, Record]) -> None:
+    untimed = {"memory": None}  # loading takes its time
+    sides = [[(Path(name), records[name].model_copy(update=untimed))] for name in ("sound", "same")]
+    (pair,) = compare(*sides, names=("sound", "same")).pairs
+    assert {number.verdict for number in pair.numbers} <= {"equal", "no measurable difference"}
+    assert {number.key for number in pair.numbers if number.paired} >= {
+        "perplexity",
+        "kl_to_baseline",
+        "task_score.grammar",
+    }
+    assert {number.difference.value for number in pair.numbers if number.difference is not None} == {0.0}
+    board = build_leaderboard([("run", [(f"{name}.json", record) for name, record in records.items()])])
+    ranks = {place.row.variant: place.rank for place in board.places}
+    assert ranks["sound"] == ranks["same"]

@@ -229,6 +229,7 @@ def make_faulty(record: Record) -> Record:
             "quality": quality.model_copy(
                 update={
                     "divergence": make_divergence(0.0187, at_fault=3),
+                    "kl_to_baseline": measured(0.041, 0.002),
                     "accuracy_loss_percent": measured(3.1, 0.4),
                     "perplexity_change_percent": measured(6.2, 0.5),
                 }
@@ -283,10 +284,11 @@ def constructed() -> Callable[..., Record]:
         rise: tuple[float, float],
         memory: float | None = 50.0,
         speed: tuple[float, float] | None = (1.5, 0.1),
+        kl: float = 0.0,
     ) -> Record:
         return make_record(
             variant,
-            quality=make_quality(loss=measured(*loss), rise=measured(*rise)),
+            quality=make_quality(loss=measured(*loss), rise=measured(*rise), kl=kl),
             memory=None if memory is None else make_memory(memory),
             speed=None if speed is None else make_speed(speed[0], half=speed[1]),
         )

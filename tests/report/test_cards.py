@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
+from typer.testing import CliRunner
 
+from quantlab.cli import app
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record
 from quantlab.report.cards import END, START
@@ -80,3 +83,21 @@ def test_an_artifact_changed_since_its_record_is_refused(run: tuple[list[Record]
         write_report(records, artifact.parents[1])
     assert str(caught.value.where).endswith("artifacts/w4a16/manifest.json")
     assert [path.name for path in artifact.parents[1].iterdir()] == ["artifacts"]
+
+
+def test_the_verb_refuses_an_artifact_whose_shards_are_not_those_of_the_record(run: tuple[list[Record], Path]) -> None:
+    records, artifact = run
+    shard = artifact / "model.safetensors"
+    shard.write_bytes(b"as measured")
+    files = {shard.name: {"sha256": hashlib.sha256(b"as measured").hexdigest(), "bytes": 11}}
+    (artifact / "manifest.json").write_text(json.dumps({"files": files}))
+    out = artifact.parents[1]
+    (out / "records").mkdir()
+    for record in (at_home(record, artifact) for record in records):
+        (out / "records" / f"{record.variant}.json").write_text(record.model_dump_json())
+    assert CliRunner().invoke(app, ["report", str(out)]).exit_code == 0
+    shard.write_bytes(b"as replaced")
+    os.utime(shard, (2e9, 2e9))
+    refused = CliRunner().invoke(app, ["report", str(out)])
+    assert isinstance(refused.exception, ArtifactError)
+    assert str(refused.exception.where) == str(shard)

@@ -112,7 +112,7 @@ def test_failures_stand_in_the_cell_with_their_reason(damaged: list[Record]) -> 
     page = Page(text)
     assert "<layer 3>" not in text
     assert "no kernel for int8 | activations of 4 dimensions: `o_proj` <layer 3>" in page.text
-    assert [found["class"] for _, found in page.attributes if found.get("class") == "reason"] == 6 * ["reason"]
+    assert [found["class"] for _, found in page.attributes if found.get("class") == "reason"] == 8 * ["reason"]
     assert "Not drawn: int8: accuracy loss not measured." in page.text
 
 
@@ -194,3 +194,14 @@ def test_a_memory_failure_shows_in_the_memory_cell(recipe: list[Record]) -> None
     page = Page(to_html(build_matrix(recipe)))
     assert "the process was killed" in page.text
     assert "Not drawn: w4a16: memory not measured." in page.text
+
+
+def test_the_first_table_shows_every_batch_size(rich: list[Record]) -> None:
+    page = Page(to_html(build_matrix(rich)))
+    keys = [found["data-key"] for tag, found in page.attributes if tag == "th" and "data-key" in found]
+    assert [key for key in keys if str(key).startswith("decode_tokens")] == [
+        f"decode_tokens_per_second.{batch}" for batch in (1, 8, 32)
+    ]
+    assert (
+        keys.index("decode_tokens_per_second.32") < keys.index("prefill_tokens_per_second.1") < keys.index("perplexity")
+    )

@@ -84,3 +84,32 @@ def test_a_variant_without_error_does_not_press_the_others_together() -> None:
     assert level(1e-7) == level(0.001) == 0
     assert level(0.01) < level(0.03) < level(0.1) == LEVELS - 1
     assert [_levels([0.1, 0.12])(value) for value in (0.1, 0.12)] == [0, 0]
+
+
+def faults(records: list[Record], *, at: int, times: float) -> tuple[str, ...]:
+    """What is said where the error of one layer of a second int4 variant is `times` that of the first's."""
+    quality = records[4].quality
+    assert quality is not None
+    assert quality.divergence is not None
+    errors = {
+        layer: found.model_copy(update={key: 1.1 * times ** (layer == f"layer {at}") * getattr(found, key) for key in ("value", "low", "high")})
+        for layer, found in quality.divergence.layer_errors.items()
+    }  # fmt: skip
+    divergence = quality.divergence.model_copy(update={"layer_errors": errors})
+    second = records[4].model_copy(
+        update={"variant": "second", "quality": quality.model_copy(update={"divergence": divergence})}
+    )
+    return layer_maps(build_matrix([*records, second]))[0].sentences
+
+
+def test_a_layer_is_held_against_the_same_layer_of_similar_rows(rich: list[Record]) -> None:
+    sound = rich[:5]
+    assert faults(sound, at=5, times=1.0) == faults(sound, at=5, times=1.3) == ()
+    (sentence,) = faults(sound, at=5, times=1.8)
+    assert sentence.startswith("second: the error of layer 5 stands out")
+    assert sentence.endswith("2.0 times that of w4a16 (same layout), 1.1 times in its other layers.")
+    memory = sound[4].memory
+    assert memory is not None
+    other = memory.model_copy(update={"weights_bytes": memory.weights_bytes + 1})
+    alone = build_matrix([*sound, rich[-1].model_copy(update={"memory": other})])
+    assert "same layout" not in " ".join(layer_maps(alone)[0].sentences)

@@ -3,10 +3,13 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
+from markdown_it import MarkdownIt
 from rich.console import Console
 
 from quantlab.errors import ArtifactError
@@ -37,10 +40,10 @@ def write_run(directory: Path, records: list[Record]) -> Path:
 
 def test_ranks_go_no_further_than_the_intervals(recipe: list[Record], constructed: Make) -> None:
     rows = [
-        constructed("worst", loss=(9, 1), rise=(9, 1)),
-        constructed("best", loss=(0, 0.1), rise=(0, 0.1)),
-        constructed("close", loss=(2, 1), rise=(2.5, 1)),
-        constructed("second", loss=(2, 1), rise=(2, 1)),
+        constructed("worst", loss=(2, 1), rise=(2, 1), kl=0.09),
+        constructed("best", loss=(9, 1), rise=(9, 1), kl=0.001),
+        constructed("close", loss=(2, 1), rise=(2, 1), kl=0.021),
+        constructed("second", loss=(2, 1), rise=(2.5, 1), kl=0.02),
     ]
     board = board_of([recipe[0], *rows])
     assert [(place.row.variant, place.rank) for place in board.places] == [
@@ -119,6 +122,25 @@ def test_files_hold_every_record_and_links_that_resolve(recipe: list[Record], tm
     console = Console(file=io.StringIO(), width=140)
     print_leaderboard(board, console)
     assert "b/w4a16" in console.file.getvalue()
+
+
+def test_links_resolve_whatever_a_run_is_called(recipe: list[Record], tmp_path: Path) -> None:
+    run, other = (write_run(tmp_path / name, recipe) for name in ("a [1] (x)|50% #2?`q=1`", 'b"><i>'))
+    out = tmp_path / "out"
+    write_leaderboard([run, other], out)
+    html = (out / "leaderboard.html").read_text()
+    markdown = (out / "leaderboard.md").read_text()
+    assert "<i>" not in html
+    rendered = MarkdownIt("commonmark").enable("table").render(markdown)
+    for links, count in (
+        (re.findall('<a class="value" href="([^"]*)"', html), 200),
+        (re.findall('<a href="([^"]*)">record<', html), 15),
+        (re.findall('<a href="([^"]*)">record<', rendered), 15),
+    ):
+        assert len(links) >= count
+        for link in links:
+            assert Record.model_validate_json((out / unquote(urlsplit(link).path)).read_bytes())
+    assert {line.count("<td") for line in rendered.split("<tr>")[2:]} == {11}
 
 
 def test_a_refused_leaderboard_writes_nothing(recipe: list[Record], tmp_path: Path) -> None:

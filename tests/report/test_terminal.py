@@ -81,3 +81,10 @@ def test_measurable_losses_are_bold(recipe: list[Record]) -> None:
     text = printed(recipe, 80, color=True)
     assert "\x1b[1m0.92\x1b[0m" in text
     assert "\x1b[1m0.08\x1b[0m" not in text
+
+
+def test_every_batch_size_that_was_measured_is_shown(rich: list[Record]) -> None:
+    head = printed(rich, 300).splitlines()[1]
+    assert [head.count(f"decode {batch} ") for batch in (1, 8, 32)] == [1, 1, 1]
+    one = [record.model_copy(update={"speed": None}) for record in rich]
+    assert "decode" not in printed(one, 300).splitlines()[1]

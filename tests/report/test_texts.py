@@ -7,8 +7,9 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
-from quantlab.evaluation.record import Record
+from quantlab.evaluation.record import Measured, Record
 from quantlab.report.cells import PRUNED_NOTE, human_bytes, number
+from quantlab.report.html import to_html
 from quantlab.report.markdown import to_markdown
 from quantlab.report.matrix import build_matrix
 from quantlab.report.spreadsheet import to_csv
@@ -51,9 +52,10 @@ def test_markdown_tables_hold_the_numbers(recipe: list[Record]) -> None:
         "passes",
     ]
     assert all(len(line) == len(table[0]) for table in (first, *details) for line in table)
-    assert [line[0] for line in first[1:]] == ["source (baseline)", *(row.variant for row in matrix.rows[1:])]
+    assert first[-1] == ["n", "65,536", "–", "9", "", ""]
+    assert [line[0] for line in first[1:-1]] == ["source (baseline)", *(row.variant for row in matrix.rows[1:])]
     assert first[1][1] == "baseline"
-    for line, row in zip(first[2:], matrix.rows[1:], strict=True):
+    for line, row in zip(first[2:-1], matrix.rows[1:], strict=True):
         assert row.accuracy_loss_percent is not None
         assert row.speed_over_fp16 is not None
         assert plain(line[1]) == pytest.approx(row.accuracy_loss_percent.value, abs=0.005)
@@ -66,7 +68,7 @@ def test_markdown_tables_hold_the_numbers(recipe: list[Record]) -> None:
 
 def test_markdown_tells_failures_and_escapes_them(damaged: list[Record]) -> None:
     first, *_ = tables(to_markdown(build_matrix(damaged), with_plot=False))
-    by_name = {line[0]: line for line in first[1:]}
+    by_name = {line[0]: line for line in first[1:-1]}
     assert by_name["int8"][1] == "failed: no kernel for int8 | activations of 4 dimensions: `o_proj` <layer 3>"
     assert by_name["pruned-8"][1:4] == ["failed: killed: out of memory", "–", "failed: timed out after 600 s"]
     assert by_name["w4a16"][3] == "–"
@@ -116,6 +118,47 @@ def test_csv_holds_the_numbers_in_full(damaged: list[Record]) -> None:
         at_8 = row.decode_tokens_per_second["8"]
         assert line["decode_tokens_per_second_8"] == ("" if at_8 is None else repr(at_8.value))
     assert "quality: no kernel for int8" in next(line for line in lines if line["variant"] == "int8")["failures"]
+
+
+def test_kinds_of_text_stand_with_change_kl_interval_and_n_in_every_format(recipe: list[Record]) -> None:
+    change, kl = Measured(value=1.5, low=1.25, high=1.75, n=4000), Measured(value=0.02, low=0.018, high=0.022, n=4000)
+    quality = recipe[4].quality
+    assert quality is not None
+    prose = quality.domains["prose"].model_copy(update={"perplexity_change_percent": change, "kl_to_baseline": kl})
+    recipe[4] = recipe[4].model_copy(
+        update={"quality": quality.model_copy(update={"domains": quality.domains | {"prose": prose}})}
+    )
+    matrix = build_matrix(recipe)
+    line = list(csv.DictReader(io.StringIO(to_csv(matrix))))[4]
+    for name, found in (("perplexity_change_percent_on_prose", change), ("kl_to_baseline_on_prose", kl)):
+        parts = [line[name], line[f"{name}_low"], line[f"{name}_high"], line[f"{name}_n"]]
+        assert list(map(float, parts)) == [found.value, found.low, found.high, found.n]
+    (table,) = [found for found in tables(to_markdown(matrix, with_plot=True)) if "prose: change %" in found[0]]
+    shown = dict(zip(table[0], table[5], strict=True))
+    assert (shown["prose: change %"], shown["prose: KL, nats"]) == ("1.50 (1.25 to 1.75)", "0.0200 (0.0180 to 0.0220)")
+    assert dict(zip(table[0], table[-1], strict=True))["prose: change %"] == "4,000"
+    page = to_html(matrix)
+    assert "w4a16, prose: change %: 1.50 (1.25 to 1.75) · n = 4,000" in page
+    assert "w4a16, prose: KL, nats: 0.0200 (0.0180 to 0.0220) · n = 4,000" in page
+
+
+def test_csv_holds_every_number_of_the_records(rich: list[Record]) -> None:
+    """With its ends and n, under whatever name: nothing that a page can show is left out."""
+    lines = list(csv.DictReader(io.StringIO(to_csv(build_matrix(rich)))))
+    for record, line in zip(rich, lines, strict=True):
+        fours = {tuple(line.get(f"{name}{end}", "") for end in ("", "_low", "_high", "_n")) for name in line}
+        repeated = {"accuracy_loss": True, "divergence": {"kl_mean", "top1_agreement"}}  # of other fields
+        shown = record.model_dump(exclude={"quality": repeated})
+        for found in measured_in(shown):
+            assert tuple(map(repr, (found["value"], found["low"], found["high"], found["n"]))) in fours
+
+
+def measured_in(found: object) -> list[dict[str, float]]:
+    if isinstance(found, dict):
+        if found.keys() == {"value", "low", "high", "n"}:
+            return [found]
+        return [one for value in found.values() for one in measured_in(value)]
+    return [one for value in found for one in measured_in(value)] if isinstance(found, list | tuple) else []
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_compare_runs_and_variants(runs: Path) -> None:
     shown = quantlab("compare", runs / "new" / "artifacts" / "int8", runs / "new" / "records" / "w4a16.json")
     assert shown.returncode == 0, shown.stderr
     assert "int4_g128 (gptq)" in shown.stdout
-    assert "A is better" in shown.stdout
+    assert "B is better" in shown.stdout
 
 
 def test_leaderboard_merges_and_refuses(runs: Path, tmp_path: Path) -> None:

@@ -1,14 +1,22 @@
 """A loss is called one only where its interval leaves out zero, and stays one after correction for many rows."""
 
+import csv
+import hashlib
+import io
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from quantlab.evaluation.record import Measured, Record, Significance, verdict
+from quantlab.report.cards import END, START
+from quantlab.report.files import write_report
 from quantlab.report.matrix import build_matrix
 from quantlab.report.recommend import recommend
+from quantlab.report.terminal import print_matrix
 from quantlab.report.verdict import judge, summary
 from tests.report.conftest import make_task, measured
 
@@ -38,6 +46,39 @@ def test_the_verdict_is_the_records() -> None:
     assert judge(measured(1.0, 0.5), Significance(p=0.01, verdict="no measurable loss")) == "no measurable loss"
     few = Measured(value=1.0, low=0.5, high=1.5, n=5, interval="range", reason="5 documents")
     assert judge(few, None) is None
+
+
+def test_every_table_says_what_the_record_says(rich: list[Record], tmp_path: Path) -> None:
+    """A loss whose interval leaves out zero, but which is none after correction: the record's word stands everywhere."""
+    quality = rich[4].quality
+    assert quality is not None
+    said = Significance(p=0.03, holm_p=0.09, verdict="no measurable loss")
+    lone = rich[4].model_copy(
+        update={
+            "tasks": (),
+            "quality": quality.model_copy(update={"significance": dict.fromkeys(quality.significance, said)}),
+        }
+    )
+    artifact = tmp_path / "artifacts" / "w4a16"
+    artifact.mkdir(parents=True)
+    (artifact / "README.md").write_text(f"{START}\n{END}\n")
+    (artifact / "manifest.json").write_text("{}")
+    lone = lone.model_copy(update={"artifact_sha256": hashlib.sha256(b"{}").hexdigest()})
+    matrix = write_report([rich[0], lone], tmp_path)
+    console = Console(file=io.StringIO(), width=160)
+    print_matrix(matrix, console)
+    assert "No measurable loss: w4a16." in console.file.getvalue()
+    assert (
+        "| `w4a16` | 0.92 (0.61 to 1.23) | 34.9 | 2.61 (2.55 to 2.67) | no measurable loss |"
+        in (tmp_path / "matrix.md").read_text()
+    )
+    page = (tmp_path / "matrix.html").read_text()
+    assert 'data-lost="no"' in page
+    assert "▼" not in page
+    assert "measurable loss · p = 0.09 after Holm" in page
+    assert "**no measurable loss**" in (artifact / "README.md").read_text()
+    (line,) = [line for line in csv.DictReader((tmp_path / "matrix.csv").open()) if line["variant"] == "w4a16"]
+    assert line["verdict"] == "no measurable loss"
 
 
 def test_nothing_measured_is_no_verdict(recipe: list[Record]) -> None:
