@@ -103,10 +103,9 @@ def _score_batch(
         head: from hidden states to logits.
         hidden: final hidden states [t, H].
         targets: the tokens that follow [t], on any device.
-        baseline: predictions to compare with, whose next states are those of this batch.
+        baseline: predictions to compare with.
         span: where the batch lies among all tokens.
     """
-    reference = baseline.read(len(targets)) if baseline is not None else None
     targets = targets.to(hidden.device)
     vocabulary = head(hidden[:1]).shape[-1]
     size = max(_CHUNK_LOGITS // vocabulary, _FEWEST_CHUNK_TOKENS)
@@ -118,12 +117,21 @@ def _score_batch(
         lse = _logsumexp(logits)
         top1 = logits.argmax(dim=-1)
         nll = lse - logits.gather(1, target[:, None])[:, 0]
-        kl = None
-        if baseline is not None and reference is not None:
-            reference_logits = torch.nn.functional.linear(reference[start:stop], baseline.head).float()
-            reference_lse = baseline.scores.lse[span.start + start : span.start + stop]
-            kl = divergence(reference_logits, reference_lse.to(lse.device), logits, lse)
-        parts.append(TokenScores(nll, top1, lse, top1 == target, kl))
+        kl, stride = None, 1
+        if baseline is not None:
+            places, states = baseline.read(slice(span.start + start, span.start + stop))
+            reference = torch.nn.functional.linear(states, baseline.head).float()
+            stride = baseline.stride
+            if stride > 1:  # the same products of the same rows, so that equal models still give equal logits
+                logits = head(hidden[start:stop][places]).float()
+                lse_of_kept, reference_lse = _logsumexp(logits), _logsumexp(reference)
+            else:
+                lse_of_kept, reference_lse = (
+                    lse,
+                    baseline.scores.lse[span.start + start : span.start + stop].to(lse.device),
+                )
+            kl = divergence(reference, reference_lse, logits, lse_of_kept)
+        parts.append(TokenScores(nll, top1, lse, top1 == target, kl, stride))
     return parts
 
 
@@ -141,6 +149,7 @@ def joined(parts: Sequence[TokenScores]) -> TokenScores:
         lse=torch.cat([part.lse for part in parts]).cpu(),
         correct=torch.cat([part.correct for part in parts]).cpu(),
         kl=torch.cat(kl).cpu() if kl else None,
+        stride=parts[0].stride,
     )
 
 

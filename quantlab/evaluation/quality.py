@@ -22,7 +22,8 @@ from quantlab.runtime.load import load
 
 # the sums over documents that every number of the table is made of
 _TOKENS, _BYTES, _NLL, _CORRECT, _KL, _AGREEING, _BASELINE_NLL, _BASELINE_CORRECT, _TO_WRONG, _TO_RIGHT = range(10)
-_COLUMNS = 10
+_KL_TOKENS = 10  # those whose KL is known
+_COLUMNS = 11
 
 
 def measure_quality(request: QualityRequest, progress: Progress) -> QualityResult:
@@ -44,19 +45,25 @@ def measure_quality(request: QualityRequest, progress: Progress) -> QualityResul
     scored = lambda done, total: progress("scoring", done, total)  # noqa: E731 - the stage's name and nothing else
     with Routes(model, kept_experts(read_manifest(request.directory))) as routes:
         if request.role == "compared":
-            with Baseline(
-                request.predictions, tokens_sha256=held_out.sha256, dtype=dtype, device=model.device
-            ) as baseline:
-                scores = score(model, held_out, baseline=baseline, progress=scored, routes=routes)
+            baseline = Baseline(request.predictions, tokens_sha256=held_out.sha256, dtype=dtype, device=model.device)
+            scores = score(model, held_out, baseline=baseline, progress=scored, routes=routes)
         else:
             keep = None
             if request.role == "baseline":
-                keep = BaselineWriter(request.predictions, key=request.key, tokens_sha256=held_out.sha256)
+                keep = BaselineWriter(
+                    request.predictions,
+                    key=request.key,
+                    tokens_sha256=held_out.sha256,
+                    most_bytes=suite.predictions_bytes,
+                )
             scores = score(model, held_out, keep=keep, progress=scored, routes=routes)
     if request.role == "compared":
         quality = summarise(held_out, scores, baseline.scores, compute_dtype=suite.dtype)
         errors = layer_errors(request.predictions, model, windows)
         quality = with_layers(quality, held_out, agreeing(request.predictions, routes.found()), errors)
+        assert quality.divergence is not None, "compared with a baseline"
+        divergence = quality.divergence.model_copy(update={"predictions_bytes": baseline.nbytes})
+        quality = quality.model_copy(update={"divergence": divergence})
         return QualityResult(quality=quality, failures=errors.faults() if errors is not None else {})
     if request.role == "baseline":
         keep_routes(request.predictions, routes.found())
@@ -81,7 +88,7 @@ def summarise(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | No
         tokens = int(one.totals[_TOKENS])
         domains[name] = Domain(perplexity=_perplexity(one), bits_per_byte=one.measure(_bits_per_byte, n=tokens))
         if baseline is not None:
-            change = one.measure(_perplexity_change, n=tokens), one.measure(_mean_of(_KL), n=tokens)
+            change = one.measure(_perplexity_change, n=tokens), _mean_kl(one)
             domains[name] = domains[name].model_copy(
                 update={"perplexity_change_percent": change[0], "kl_to_baseline": change[1]}
             )
@@ -95,7 +102,7 @@ def summarise(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | No
         perplexity_change_percent=compared and compared.measure(_perplexity_change, n=n),
         accuracy_loss_percent=compared and _accuracy_loss(compared, n),
         accuracy_loss=compared and compared.measure(_accuracy_difference, n=n),
-        kl_to_baseline=compared and compared.measure(_mean_of(_KL), n=n),
+        kl_to_baseline=compared and _mean_kl(compared),
         top1_agreement=compared and compared.measure(_mean_of(_AGREEING), n=n),
         divergence=_divergence(held_out, scores, baseline, everything) if baseline is not None else None,
         significance=_significance(compared, n) if compared is not None else {},
@@ -131,9 +138,11 @@ def _documents(held_out: HeldOut, table: Floats, *, compared: bool) -> Documents
 def _divergence(held_out: HeldOut, scores: TokenScores, baseline: TokenScores, sums: Resampled) -> Divergence:
     assert scores.kl is not None, "scored against a baseline"
     kl, n = scores.kl.double().numpy(), held_out.tokens
-    document = held_out.documents()
+    document = held_out.documents()[:: scores.stride]
+    sample = f"all {n:,} tokens" if scores.stride == 1 else f"one in {scores.stride} of {n:,} tokens"
     return Divergence(
-        kl_mean=sums.measure(_mean_of(_KL), n=n),
+        kl_sample=sample,
+        kl_mean=_mean_kl(sums),
         kl_median=percentile(kl, document, held_out.strata, share=0.5),
         kl_p99=percentile(kl, document, held_out.strata, share=0.99),
         top1_agreement=sums.measure(_mean_of(_AGREEING), n=n),
@@ -213,7 +222,9 @@ def document_sums(held_out: HeldOut, scores: TokenScores, baseline: TokenScores 
     table[:, _NLL] = by_document(scores.nll)
     table[:, _CORRECT] = by_document(scores.correct)
     if baseline is not None and scores.kl is not None:
-        table[:, _KL] = by_document(scores.kl)
+        kept = document[:: scores.stride]
+        table[:, _KL] = np.bincount(kept, weights=scores.kl.double().numpy(), minlength=documents)
+        table[:, _KL_TOKENS] = np.bincount(kept, minlength=documents)
         table[:, _AGREEING] = by_document(scores.top1 == baseline.top1)
         table[:, _BASELINE_NLL] = by_document(baseline.nll)
         table[:, _BASELINE_CORRECT] = by_document(baseline.correct)
@@ -232,6 +243,11 @@ def _perplexity(sums: Resampled) -> Measured:
             fix="check the artifact with `quantlab verify`, then its variant in the recipe",
         )
     return sums.measure(lambda row: np.exp(row[..., _NLL] / row[..., _TOKENS]), n=int(sums.totals[_TOKENS]))
+
+
+def _mean_kl(sums: Resampled) -> Measured:
+    """Over the tokens it is known of."""
+    return sums.measure(lambda row: row[..., _KL] / row[..., _KL_TOKENS], n=int(sums.totals[_KL_TOKENS]))
 
 
 def _mean_of(column: int) -> Callable[[Floats], Floats]:

@@ -25,6 +25,9 @@ class TextSuite(_Strict):
     """Tokens the model sees at once, a beginning-of-sequence token included."""
     tokens_per_domain: int = Field(gt=0)
     """Most tokens scored per domain; the first window of every document comes before any document's second."""
+    predictions_bytes: int = Field(default=4 << 30, gt=0)
+    """Most bytes that the baseline's hidden states may take, besides its head; where those of all tokens need more, the KL is
+    taken on one token in two, three …, evenly spaced, which the record says."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the activations. A router that picks experts amplifies rounding, so differences of artifacts show best in float32."""
 

@@ -51,8 +51,8 @@ def keep_baseline(model: LlamaForCausalLM, held_out: HeldOut, directory: Path) -
 
 
 def compare(model: LlamaForCausalLM, held_out: HeldOut, directory: Path, **options: int) -> TokenScores:
-    with Baseline(directory, tokens_sha256=held_out.sha256, dtype=torch.float32) as baseline:
-        return score(model, held_out, baseline=baseline, **options)
+    baseline = Baseline(directory, tokens_sha256=held_out.sha256, dtype=torch.float32)
+    return score(model, held_out, baseline=baseline, **options)
 
 
 def test_scores_equal_the_oracle(held_out: HeldOut, tmp_path: Path) -> None:
@@ -94,12 +94,14 @@ def test_scores_equal_the_oracle(held_out: HeldOut, tmp_path: Path) -> None:
 def test_hidden_states_give_the_stored_logits_bit_for_bit(held_out: HeldOut, tmp_path: Path) -> None:
     model = dense_model(0)
     keep_baseline(model, held_out, tmp_path / "kept")
-    with (
-        Baseline(tmp_path / "kept", tokens_sha256=held_out.sha256, dtype=torch.float32) as baseline,
-        torch.inference_mode(),
-    ):
+    baseline = Baseline(tmp_path / "kept", tokens_sha256=held_out.sha256, dtype=torch.float32)
+    with torch.inference_mode():
+        done = 0
         for windows in held_out.batches(4096):
-            hidden = baseline.read(sum(window.scored for window in windows))
+            span = slice(done, done + sum(window.scored for window in windows))
+            places, hidden = baseline.read(span)
+            done = span.stop
+            assert torch.equal(places, torch.arange(len(hidden)))
             longest = len(windows[0].tokens)
             ids = torch.stack(
                 [torch.nn.functional.pad(torch.from_numpy(w.tokens), (0, longest - len(w.tokens))) for w in windows]
@@ -188,3 +190,36 @@ def test_predictions_are_stored_as_an_array_others_can_open(held_out: HeldOut, t
     hidden = np.load(tmp_path / "kept" / "hidden.npy", mmap_mode="r")
     assert hidden.shape == (held_out.tokens, 64)
     assert hidden.dtype == np.float32
+
+
+@pytest.mark.parametrize("batch_tokens", [4096, 50])
+def test_a_bounded_sample_gives_the_kl_of_its_tokens(held_out: HeldOut, tmp_path: Path, batch_tokens: int) -> None:
+    first, second = dense_model(0), dense_model(1)
+    everything = keep_baseline(first, held_out, tmp_path / "all")
+    whole = compare(second, held_out, tmp_path / "all")
+    most = -(-held_out.tokens // 3) * 64 * 4 + 100
+    writer = BaselineWriter(tmp_path / "some", key="k", tokens_sha256=held_out.sha256, most_bytes=most)
+    sampled = score(first, held_out, keep=writer, batch_tokens=batch_tokens)
+    hidden = np.load(tmp_path / "some" / "hidden.npy", mmap_mode="r")
+    assert hidden.shape == (-(-held_out.tokens // 3), 64)
+    assert hidden.nbytes <= most
+    scores = compare(second, held_out, tmp_path / "some", batch_tokens=batch_tokens)
+    assert whole.kl is not None
+    assert scores.kl is not None
+    torch.testing.assert_close(scores.kl, whole.kl[::3], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(scores.nll, whole.nll, rtol=1e-5, atol=1e-5)
+    itself = compare(first, held_out, tmp_path / "some", batch_tokens=batch_tokens).kl
+    assert itself is not None
+    assert itself.abs().max() == 0
+
+    full = summarise(held_out, whole, everything, compute_dtype="float32")
+    found = summarise(held_out, scores, sampled, compute_dtype="float32")
+    assert found.divergence is not None
+    assert full.divergence is not None
+    assert full.divergence.kl_sample == f"all {held_out.tokens:,} tokens"
+    assert found.divergence.kl_sample == f"one in 3 of {held_out.tokens:,} tokens"
+    assert found.kl_to_baseline == found.divergence.kl_mean
+    assert found.divergence.kl_mean.value == pytest.approx(float(whole.kl[::3].double().mean()), rel=1e-3)
+    assert found.divergence.kl_mean.n == found.divergence.kl_median.n == len(scores.kl)
+    assert found.divergence.kl_median.value == pytest.approx(float(whole.kl[::3].median()), rel=1e-3)
+    assert found.top1_agreement == full.top1_agreement, "of every token, as all but the KL"

@@ -96,10 +96,10 @@ class Judge:
             return {"found": found, "failed": "weights are missing"}
         dense = self._work / "dense"
         write_checkpoint({name: weights[name].float() for name in self._reference}, self._source, dense)
-        with Baseline(self._predictions, tokens_sha256=self._held_out.sha256, dtype=torch.float32) as baseline:
-            scores = score(load(dense, dtype=torch.float32), self._held_out, baseline=baseline)
-            quality = summarise(self._held_out, scores, baseline.scores, compute_dtype="float32")
-            sums = document_sums(self._held_out, scores, baseline.scores)
+        baseline = Baseline(self._predictions, tokens_sha256=self._held_out.sha256, dtype=torch.float32)
+        scores = score(load(dense, dtype=torch.float32), self._held_out, baseline=baseline)
+        quality = summarise(self._held_out, scores, baseline.scores, compute_dtype="float32")
+        sums = document_sums(self._held_out, scores, baseline.scores)
         print(artifact.name, quality.kl_to_baseline, quality.perplexity_change_percent, flush=True)
         return {"found": found, "quality": quality.model_dump(), "sums": sums.tolist()}
 
