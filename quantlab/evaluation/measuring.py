@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from quantlab.evaluation.contexts import measure_contexts
 from quantlab.evaluation.jobs import (
     MemoryRequest,
@@ -22,7 +24,7 @@ from quantlab.evaluation.jobs import (
     TasksRequest,
     TasksResult,
 )
-from quantlab.evaluation.processes import CellError, Worker
+from quantlab.evaluation.processes import CellError, Worker, wrong_answer
 from quantlab.evaluation.rates import speeds_of
 from quantlab.evaluation.record import Attention, Failure, Memory, Quality, Record, Speed, TaskResult
 from quantlab.evaluation.suite import LoadedSuite, TaskRun
@@ -230,7 +232,10 @@ def _asked(bench: Bench, variant: str, request: TasksRequest) -> list[TaskAnswer
         bench.progress(f"{variant}: tasks", done, total)
 
     def hear(text: str) -> None:
-        told.append(TaskAnswer.model_validate_json(text))
+        try:
+            told.append(TaskAnswer.model_validate_json(text))
+        except ValidationError as error:
+            told.append(TaskAnswer(run=told[-1].run, reason=wrong_answer(error)))
 
     lost: Sequence[int] = ()
     reason = ""

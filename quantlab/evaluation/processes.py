@@ -103,10 +103,8 @@ class Worker:
             return answer.model_validate_json(result.read_bytes())
         except OSError as error:
             raise CellError(f"its answer cannot be read: {error.strerror}") from error
-        except ValidationError as error:  # what is not finite has no JSON
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise CellError(f"its answer is not what was asked for: {place}: {first['msg']}") from error
+        except ValidationError as error:
+            raise CellError(wrong_answer(error)) from error
 
     def _follow(self, log: Path, progress: Progress, part: Callable[[str], None] | None) -> int:
         """Pass progress and parts on until the cell ends; its exit status."""
@@ -181,6 +179,12 @@ class Worker:
                 pipe.close()
         self._process.wait()
         self._process = None
+
+
+def wrong_answer(error: ValidationError) -> str:
+    """What is wrong with an answer; what is not finite, for example, has no JSON and arrives as null."""
+    first = error.errors(include_url=False)[0]
+    return f"its answer is not what was asked for: {'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _environment() -> dict[str, str]:

@@ -80,8 +80,15 @@ def summarise_task(found: ItemScores, baseline: ItemScores | None) -> TaskResult
         baseline: those of the baseline on the same items; None for the baseline itself.
 
     Raises:
-        EvaluationError: there are too few items, or the baseline answered others.
+        EvaluationError: there are too few items, a score is no number, or the baseline answered others.
     """
+    if not np.isfinite(found.scores).all():
+        raise EvaluationError(
+            "a score is not a number",
+            where=f"task {found.name}",
+            found=f"{int((~np.isfinite(found.scores)).sum())} of {len(found.scores)} items",
+            fix=f"choose another metric than {found.metric}, or check the artifact with `quantlab verify`",
+        )
     if baseline is not None and found.model_dump(exclude={"scores"}) != baseline.model_dump(exclude={"scores"}):
         raise EvaluationError(
             "the artifact and the baseline answered different items",

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import NoReturn
@@ -14,9 +14,18 @@ from typing import NoReturn
 import pytest
 
 from quantlab.errors import EvaluationError
-from quantlab.evaluation import hardware
+from quantlab.evaluation import hardware, measuring
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
-from quantlab.evaluation.jobs import CellRequest, MemoryRequest, QualityRequest, QualityResult, TaskAnswer, TasksRequest
+from quantlab.evaluation.jobs import (
+    CellRequest,
+    MemoryRequest,
+    QualityRequest,
+    QualityResult,
+    TaskAnswer,
+    TasksRequest,
+    TasksResult,
+)
+from quantlab.evaluation.measuring import Bench
 from quantlab.evaluation.processes import CellError, Worker
 from quantlab.evaluation.record import Memory, Record, read_record
 from quantlab.evaluation.suite import load_suite
@@ -199,6 +208,34 @@ def test_a_task_that_ends_the_process_costs_itself_alone(
     assert all(record.failures == () and len(record.tasks) == 3 for record in again)
     assert again[1].tasks[1].loss is not None
     assert again[0].tasks[::2] == source.tasks
+
+
+def test_a_task_whose_answer_is_no_number_says_so(request_: EvaluationRequest) -> None:
+    write_task(request_.suite.parent, "choice")
+    request_.suite.write_text(request_.suite.read_text() + "tasks: [{task: choice.yaml, seeds: [0, 1]}]\n")
+
+    class Odd(Worker):
+        def run(self, name: str, request: CellRequest, *_: object, **options: object) -> object:  # type: ignore[override]
+            part: Callable[[str], None] = options["part"]  # type: ignore[assignment]
+            part(TaskAnswer(run=0).model_dump_json())
+            part('{"run": 0, "result": null, "reason": null, "odd": null}')
+            part(TaskAnswer(run=1).model_dump_json())
+            part(TaskAnswer(run=1, reason="too hard").model_dump_json())
+            return TasksResult(answered=2)
+
+    bench = Bench(
+        worker=Odd(request_.directory, threads=1, time_limit=1),
+        suite=load_suite(request_.suite),
+        predictions=request_.directory,
+        scores=request_.directory,
+        key="",
+        device="cpu",
+        progress=lambda *_: None,
+    )
+    found = measuring._tasks(bench, "row", request_.directory, {}, is_baseline=True)
+    assert [answer.run for answer in found] == [0, 1]
+    assert [answer.reason for answer in found][1] == "too hard"
+    assert "not what was asked for: odd" in str(found[0].reason)
 
 
 def test_two_evaluations_of_one_artifact_give_the_same_accuracy(request_: EvaluationRequest) -> None:

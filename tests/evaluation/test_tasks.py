@@ -12,6 +12,7 @@ from quantlab.errors import EvaluationError, QuantlabError, RecipeError
 from quantlab.evaluation.answers import score_item
 from quantlab.evaluation.likelihood import Likelihood
 from quantlab.evaluation.scores import ItemScores, summarise_task
+from quantlab.evaluation.statistics import FEWEST_DEGREES
 from quantlab.evaluation.suite import load_suite
 from quantlab.evaluation.tasks import Item, load_task
 
@@ -37,6 +38,11 @@ def test_shipped_tasks_load_and_are_described(path: Path) -> None:
     assert f"## {task.task.name}\n" in readme
     assert f"{task.task.random_baseline:g}" in readme.partition(f"## {task.task.name}\n")[2].partition("\n## ")[0]
     assert len(task.items) >= (150 if path.stem == "retrieval" else 500)
+    if path.stem == "retrieval":  # few items: of each length enough documents for an interval of its own
+        documents = {
+            group: {item.document for item in task.items if item.group == group} for group in ("512", "1024", "2048")
+        }
+        assert min(map(len, documents.values())) > FEWEST_DEGREES
     answers = [item.answer for item in task.items]
     choices = len(task.items[0].choices)
     assert all(len(item.choices) == choices and len(set(item.choices)) == choices for item in task.items)
@@ -175,6 +181,13 @@ def test_where_low_is_good_more_is_a_loss() -> None:
     assert result.to_wrong is None
     assert result.significance is not None
     assert result.significance.verdict == "loss"
+
+
+def test_scores_that_are_no_numbers_are_an_error() -> None:
+    with pytest.raises(EvaluationError, match="not a number") as raised:
+        summarise_task(scored([1.0] * 38 + [float("nan"), float("inf")], metric="bits"), None)
+    assert raised.value.found == "2 of 40 items"
+    assert "bits" in str(raised.value.fix)
 
 
 def test_other_items_than_the_baselines_are_an_error() -> None:
