@@ -11,7 +11,7 @@ from quantlab.evaluation.record import Measured
 from quantlab.report.cells import interval, number
 from quantlab.report.matrix import Matrix
 from quantlab.report.plot import Tick, nice_ticks
-from quantlab.report.rows import Row, noise_of
+from quantlab.report.rows import Row, link_to, noise_of
 
 WIDTH = 360.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 118.0, 74.0, 8.0, 24.0
@@ -29,6 +29,7 @@ class Bar:
         text: beside the bar.
         noise: why it is no fact.
         details: everything about it in one line.
+        href: where the number stands in its record.
     """
 
     variant: str
@@ -41,6 +42,7 @@ class Bar:
     noise: str | None
     is_baseline: bool
     details: str
+    href: str | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def _panel(matrix: Matrix, phase: str, batch: str, timed: Sequence[tuple[Row, Me
                 noise=noise,
                 is_baseline=row.variant == matrix.baseline,
                 details=_details(row, ratio, phase=phase, batch=batch, noise=noise),
+                href=link_to(row, f"speed.{phase}_over_fp16.{batch}"),
             )
         )
     bottom = _TOP + len(bars) * _STEP

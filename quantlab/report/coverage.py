@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from quantlab.report.matrix import Matrix
+from quantlab.report.rows import Row, link_to
 
 SHARE_NAMES: Final = ("under a quarter of its share", "under half", "about its share", "from 1.5×", "from 3×")
 SHARE_MARKS: Final = ("!", "−", "", "+", "*")
@@ -33,7 +34,7 @@ class HeatMap:
     Attributes:
         variant: its name.
         width, height: of the drawing in pixels.
-        layers: name and y of every row.
+        layers: name and y of every row, and where its numbers stand in the record.
         squares: the experts.
         sentence: the extremes in words.
     """
@@ -41,21 +42,21 @@ class HeatMap:
     variant: str
     width: int
     height: int
-    layers: tuple[tuple[str, int], ...]
+    layers: tuple[tuple[str, int, str | None], ...]
     squares: tuple[Square, ...]
     sentence: str
 
 
 def heat_maps(matrix: Matrix) -> tuple[HeatMap, ...]:
     """One for every variant whose experts were watched."""
-    return tuple(_draw(row.variant, row.tokens_per_expert) for row in matrix.rows if row.tokens_per_expert)
+    return tuple(_draw(row, row.tokens_per_expert) for row in matrix.rows if row.tokens_per_expert)
 
 
-def _draw(variant: str, layers: dict[str, tuple[int, ...]]) -> HeatMap:
+def _draw(row: Row, layers: dict[str, tuple[int, ...]]) -> HeatMap:
     squares, names = [], []
     fewest = min((count, expert, name) for name, counts in layers.items() for expert, count in enumerate(counts))
     for line, (name, counts) in enumerate(layers.items()):
-        names.append((name.removeprefix("layer "), line * CELL))
+        names.append((name.removeprefix("layer "), line * CELL, link_to(row, f"tokens_per_expert.{name}")))
         mean = sum(counts) / len(counts)
         for expert, count in enumerate(counts):
             ratio = count / mean if mean else 0.0
@@ -65,4 +66,4 @@ def _draw(variant: str, layers: dict[str, tuple[int, ...]]) -> HeatMap:
     count, expert, name = fewest
     sentence = f"Fewest: {count:,} tokens for expert {expert} of {name}."
     width = CELL * max(map(len, layers.values()))
-    return HeatMap(variant, width, CELL * len(layers), tuple(names), tuple(squares), sentence)
+    return HeatMap(row.variant, width, CELL * len(layers), tuple(names), tuple(squares), sentence)

@@ -11,10 +11,11 @@ from quantlab.report.claims_text import claims_table
 from quantlab.report.column import HEADLINE, Column
 from quantlab.report.columns import columns
 from quantlab.report.coverage import SHARE_MARKS, SHARE_NAMES, heat_maps
-from quantlab.report.layers import group_maps, layer_maps, matrix_maps
+from quantlab.report.layers import LETTER_WIDTH, TILE_HEIGHT, TILE_WIDTH, group_maps, layer_maps, matrix_maps
 from quantlab.report.matrix import Matrix
 from quantlab.report.plot import SPEED_NAMES, Plot, lay_out
 from quantlab.report.recommend import RULES, Recommendation, recommend
+from quantlab.report.rows import noise_of
 from quantlab.report.sheets import Sheet, make_sheet
 from quantlab.report.spreadsheet import to_csv
 
@@ -55,6 +56,7 @@ def to_html(matrix: Matrix) -> str:
             matrix_maps=matrix_maps(matrix),
             attention=attention_table(matrix),
             claims=claims_table(matrix),
+            tile_size=(TILE_WIDTH, TILE_HEIGHT, LETTER_WIDTH),
             notes=notes(matrix),
             failures=failures(matrix),
             tokens=sorted({row.perplexity.n for row in matrix.rows if row.perplexity}),
@@ -136,5 +138,7 @@ def _facts(matrix: Matrix, found: Recommendation, every: tuple[Column, ...]) -> 
     if row.memory_percent_of_fp16 is not None:
         facts.append(f"{number(row.memory_percent_of_fp16, 'percent')} % memory")
     if row.speed_over_fp16 is not None:
-        facts.append(f"{number(row.speed_over_fp16.value, 'ratio')}× speed{' (noisy)' if row.noise else ''}")
+        facts.append(
+            f"{number(row.speed_over_fp16.value, 'ratio')}× speed{' (noisy)' if noise_of(row, 'speed_over_fp16') else ''}"
+        )
     return tuple(facts)

@@ -8,12 +8,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Final
+from typing import Final, Literal
 
 from quantlab.evaluation.record import MatrixErrors, Measured, TaskResult
 from quantlab.report.matrix import Matrix
-from quantlab.report.rows import Row, same_layout, task_labels, task_of
+from quantlab.report.rows import Row, link_to, same_layout, task_labels, task_of
 
+TILE_WIDTH, TILE_HEIGHT, LETTER_WIDTH = 58, 24, 7
+"""Of the map as a drawing, in pixels."""
 LEVELS: Final = 6
 """Classes of the background."""
 _STANDS_OUT: Final = 3.0
@@ -36,6 +38,8 @@ class Tile:
     level: int | None
     details: str
     stands_out: bool = False
+    href: str | None = None
+    """Where the number stands in its record."""
 
 
 @dataclass(frozen=True)
@@ -63,38 +67,53 @@ class TileMap:
     sentences: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Measure:
+    """What a record holds of each layer.
+
+    Attributes:
+        field: of the record's `quality.divergence`.
+        name, caption, meaning: of its map; `{baseline}` stands for the baseline's name.
+        subject: begins the sentence on what stands out.
+        badness: of a value, 0 where nothing is wrong.
+        by_peers: a layer is also held against the same layer of similar rows.
+    """
+
+    field: Literal["layer_errors", "router_agreement"]
+    name: str
+    caption: str
+    meaning: str
+    subject: str
+    badness: Callable[[float], float]
+    by_peers: bool
+
+
+_MEASURES: Final = (
+    _Measure(
+        field="layer_errors",
+        name="layer-errors",
+        caption="Error of each layer",
+        meaning="What a layer adds to the hidden states, given {baseline}'s own hidden states: norm of the difference over norm of "
+        "what the baseline's layer adds, in percent. No error of earlier layers reaches it, so a layer at fault stands out.",
+        subject="the error of",
+        badness=lambda value: value,
+        by_peers=True,
+    ),
+    _Measure(
+        field="router_agreement",
+        name="router-agreement",
+        caption="Agreement of the routers",
+        meaning="Percent of tokens that a layer's router sends to the same experts as in {baseline}.",
+        subject="the agreement in",
+        badness=lambda value: 1 - value,
+        by_peers=False,
+    ),
+)
+
+
 def layer_maps(matrix: Matrix) -> tuple[TileMap, ...]:
     """The error that each layer adds, and the router's agreement, of every variant that has them."""
-    peers = {row.variant: _similar(row, matrix) for row in matrix.rows}
-    divergences = {row.variant: row.divergence for row in matrix.rows if row.divergence}
-    errors = {variant: found.layer_errors for variant, found in divergences.items() if found.layer_errors}
-    routers = {variant: found.router_agreement for variant, found in divergences.items() if found.router_agreement}
-    maps = []
-    if errors:
-        maps.append(
-            _map(
-                "layer-errors",
-                "Error of each layer",
-                f"What a layer adds to the hidden states, given {matrix.baseline}'s own hidden states: norm of the difference over norm of "
-                "what the baseline's layer adds, in percent. No error of earlier layers reaches it, so a layer at fault stands out.",
-                errors,
-                subject="the error of",
-                badness=lambda value: value,
-                peers=peers,
-            )
-        )
-    if routers:
-        maps.append(
-            _map(
-                "router-agreement",
-                "Agreement of the routers",
-                f"Percent of tokens that a layer's router sends to the same experts as in {matrix.baseline}.",
-                routers,
-                subject="the agreement in",
-                badness=lambda value: 1 - value,
-            )
-        )
-    return tuple(maps)
+    return tuple(found for measure in _MEASURES if (found := _map(matrix, measure)))
 
 
 def _similar(row: Row, matrix: Matrix) -> tuple[str, ...]:
@@ -104,7 +123,7 @@ def _similar(row: Row, matrix: Matrix) -> tuple[str, ...]:
 
 def matrix_maps(matrix: Matrix) -> tuple[TileMap, ...]:
     """For every variant, the error of its matrices by kind and layer, as the artifact's manifest tells it."""
-    return tuple(_of_matrices(row.variant, row.matrix_errors) for row in matrix.rows if row.matrix_errors)
+    return tuple(_of_matrices(row, row.matrix_errors) for row in matrix.rows if row.matrix_errors)
 
 
 def group_maps(matrix: Matrix) -> tuple[TileMap, ...]:
@@ -115,12 +134,12 @@ def group_maps(matrix: Matrix) -> tuple[TileMap, ...]:
 
 
 def _of_task(matrix: Matrix, task: TaskResult, label: str) -> TileMap:
-    found = {row.variant: one.by_group for row in matrix.rows if (one := task_of(row, task.key))}
-    groups = in_order({group for scores in found.values() for group in scores})
+    found = {row.variant: (row, one.by_group) for row in matrix.rows if (one := task_of(row, task.key))}
+    groups = in_order({group for _, scores in found.values() for group in scores})
     worse = -1.0 if task.higher_is_better else 1.0
-    levels = _levels([1 + worse * score.value for scores in found.values() for score in scores.values()])
+    levels = _levels([1 + worse * score.value for _, scores in found.values() for score in scores.values()])
     lines = []
-    for variant, scores in found.items():
+    for variant, (row, scores) in found.items():
         tiles = [
             Tile("–", None, f"{variant}, {group}: not measured")
             if (score := scores.get(group)) is None
@@ -128,6 +147,7 @@ def _of_task(matrix: Matrix, task: TaskResult, label: str) -> TileMap:
                 _percent(score.value),
                 levels(1 + worse * score.value),
                 f"{variant}, {group}: {_percent(score.value)} % ({_percent(score.low)} to {_percent(score.high)}), n = {score.n:,}",
+                href=link_to(row, f"tasks.{label}.by_group.{group}"),
             )
             for group in groups
         ]
@@ -136,22 +156,19 @@ def _of_task(matrix: Matrix, task: TaskResult, label: str) -> TileMap:
     return TileMap(f"task-{label}", f"{label} by group", meaning, "variant", "group", tuple(groups), tuple(lines), ())
 
 
-def _map(
-    name: str,
-    caption: str,
-    meaning: str,
-    values: Mapping[str, Mapping[str, Measured]],
-    *,
-    subject: str,
-    badness: Callable[[float], float],
-    peers: Mapping[str, Sequence[str]] | None = None,
-) -> TileMap:
+def _map(matrix: Matrix, measure: _Measure) -> TileMap | None:
+    rows = {row.variant: row for row in matrix.rows}
+    of_rows = {name: getattr(row.divergence, measure.field, {}) for name, row in rows.items()}
+    values: dict[str, dict[str, Measured]] = {name: found for name, found in of_rows.items() if found}
+    if not values:
+        return None
+    badness = measure.badness
     layers = in_order({layer for row in values.values() for layer in row})
     level = _levels([badness(found.value) for row in values.values() for found in row.values()])
     lines, sentences = [], []
     for variant, row in values.items():
         usual = median(badness(found.value) for found in row.values())
-        similar = [name for name in (peers or {}).get(variant, ()) if name in values]
+        similar = [name for name in _similar(rows[variant], matrix) if name in values and measure.by_peers]
         misshapen = _out_of_shape(row, [values[name] for name in similar])
         tiles = []
         for layer in layers:
@@ -163,15 +180,19 @@ def _map(
             out = len(row) >= _FEWEST_LAYERS and bad > _STANDS_OUT * usual and level(bad) > 0
             text, ends = _percent(found.value), f"{_percent(found.low)} to {_percent(found.high)}"
             details = f"{variant}, {layer}: {text} % ({ends}), n = {found.n:,}"
-            tiles.append(Tile(text, level(bad), details, out or layer in misshapen))
+            href = link_to(rows[variant], f"quality.divergence.{measure.field}.{layer}")
+            tiles.append(Tile(text, level(bad), details, out or layer in misshapen, href))
             times = f", {bad / usual:.1f} times as far off as the median of its layers" if usual else ""
             if not out and layer in misshapen:
                 here, elsewhere = misshapen[layer]
                 times = f", {here:.1f} times that of {' and '.join(similar)} (same layout), {elsewhere:.1f} times in its other layers"
             if out or layer in misshapen:
-                sentences.append(f"{variant}: {subject} {layer} stands out, {text} %{times}.")
+                sentences.append(f"{variant}: {measure.subject} {layer} stands out, {text} %{times}.")
         lines.append((variant, tuple(tiles)))
-    return TileMap(name, caption, meaning, "variant", "layer", _heads(layers), tuple(lines), tuple(sentences))
+    meaning = measure.meaning.format(baseline=matrix.baseline)
+    return TileMap(
+        measure.name, measure.caption, meaning, "variant", "layer", _heads(layers), tuple(lines), tuple(sentences)
+    )
 
 
 def _out_of_shape(
@@ -198,7 +219,7 @@ def _out_of_shape(
     }
 
 
-def _of_matrices(variant: str, errors: Sequence[MatrixErrors]) -> TileMap:
+def _of_matrices(row: Row, errors: Sequence[MatrixErrors]) -> TileMap:
     by_output = any(found.output_error is not None for found in errors)
     values = {(found.kind, found.layer): found for found in errors}
     layers = in_order({found.layer for found in errors})
@@ -207,7 +228,7 @@ def _of_matrices(variant: str, errors: Sequence[MatrixErrors]) -> TileMap:
     lines = []
     for kind in kinds:
         found_by_layer = (values.get((kind, layer)) for layer in layers)
-        lines.append((kind, tuple(_tile_of(found, level) for found in found_by_layer)))
+        lines.append((kind, tuple(_tile_of(row, found, level) for found in found_by_layer)))
     what = (
         "squared error of the outputs over squared outputs"
         if by_output
@@ -215,7 +236,14 @@ def _of_matrices(variant: str, errors: Sequence[MatrixErrors]) -> TileMap:
     )
     meaning = f"The worst matrix of each kind: {what}, in percent, as it was when the artifact was made."
     return TileMap(
-        f"matrices-{variant}", f"Matrices of {variant}", meaning, "kind", "layer", _heads(layers), tuple(lines), ()
+        f"matrices-{row.variant}",
+        f"Matrices of {row.variant}",
+        meaning,
+        "kind",
+        "layer",
+        _heads(layers),
+        tuple(lines),
+        (),
     )
 
 
@@ -223,7 +251,7 @@ def _worst(found: MatrixErrors) -> float:
     return found.relative_error_max if found.output_error_max is None else found.output_error_max
 
 
-def _tile_of(found: MatrixErrors | None, level: Callable[[float], int]) -> Tile:
+def _tile_of(row: Row, found: MatrixErrors | None, level: Callable[[float], int]) -> Tile:
     if found is None:
         return Tile("–", None, "none was changed")
     details = (
@@ -234,7 +262,8 @@ def _tile_of(found: MatrixErrors | None, level: Callable[[float], int]) -> Tile:
     if found.worst:
         details += f", worst {found.worst}"
     details += "".join(f", {count}: {what}" for what, count in found.fallbacks.items())
-    return Tile(_percent(_worst(found)), level(_worst(found)), details)
+    href = link_to(row, f"matrix_errors.{found.layer}.{found.kind}")
+    return Tile(_percent(_worst(found)), level(_worst(found)), details, href=href)
 
 
 def _percent(value: float) -> str:

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image
@@ -221,7 +222,7 @@ def test_every_number_leads_to_its_record(page: Driver, run: Path) -> None:
     )
     assert len(links) > 80
     for link in links:
-        file, _, field = link.partition("#")
+        file, _, field = unquote(link).partition("#")
         value = json.loads((run / file).read_text())
         for part in field.split("."):
             value = value[part]
@@ -265,6 +266,13 @@ def test_downloads_are_whole_files(page: Driver, run: Path) -> None:
     assert picture.size == (1800, 940)
     corners = {picture.getpixel((x, y)) for x in (0, 1799) for y in (0, 939)}
     assert corners == {(255, 255, 255, 255)}
+    press(page, 'button[data-file="quickstart-layer-errors"][data-save="svg"]')
+    tiles = ElementTree.fromstring(wait_for(page.downloads / "quickstart-layer-errors.svg"))
+    texts = [text.text for text in tiles.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Error of each layer, percent", "faulty", "82.0", "7"} <= set(texts)
+    press(page, 'button[data-file="quickstart-layer-errors"][data-save="png"]')
+    picture = Image.open(io.BytesIO(wait_for(page.downloads / "quickstart-layer-errors.png"))).convert("RGB")
+    assert len(picture.getcolors(1 << 20) or []) > 8, "every class has its background"
     press(page, "a[download$='.csv']")
     assert wait_for(page.downloads / "quickstart.csv") == (run / "matrix.csv").read_bytes()
 

@@ -15,7 +15,7 @@ def test_every_expert_is_drawn(recipe: list[Record]) -> None:
     assert found.variant == recipe[1].variant
     assert [square.share for square in found.squares] == [2, 2, 2, 2, 0, 1, 2, 3, 0, 0, 0, 4]
     assert len(SHARE_NAMES) == 5
-    assert [name for name, _ in found.layers] == ["1", "2", "3"]
+    assert [name for name, *_ in found.layers] == ["1", "2", "3"]
     assert found.squares[4].text == "layer 2, expert 0: 10 tokens, 0.10× its share"
     assert found.sentence == "Fewest: 0 tokens for expert 0 of layer 3."
     page = to_html(matrix)

@@ -1,17 +1,22 @@
 """matrix.html stands alone and says everything; matrix.svg is well-formed; labels of the plot keep apart."""
 
 import itertools
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from quantlab.evaluation.record import Failure, Measured, Record
+from quantlab.report.claims import load_claims
 from quantlab.report.html import to_html, to_svg
 from quantlab.report.matrix import build_matrix
 from quantlab.report.plot import lay_out, nice_ticks
 
+GUIDE = Path(__file__).parents[2] / "eval" / "claims" / "guide.yaml"
 VOID = {"meta", "link", "br", "wbr", "img", "hr", "input"}
 
 
@@ -205,3 +210,32 @@ def test_the_first_table_shows_every_batch_size(rich: list[Record]) -> None:
     assert (
         keys.index("decode_tokens_per_second.32") < keys.index("prefill_tokens_per_second.1") < keys.index("perplexity")
     )
+
+
+def test_every_number_of_maps_bars_and_claims_leads_to_its_place_in_a_record(rich: list[Record]) -> None:
+    claims, _ = load_claims(GUIDE)
+    links = {record.variant: f"records/{record.variant}.json" for record in rich}
+    text = to_html(build_matrix(rich, links=links, claims=claims))
+    found = [unquote(link) for link in re.findall('<a [^>]*href="(records/[^"]*#[^"]*)"', text)]
+    for field, count in (
+        ("w4a16.json#quality.divergence.layer_errors.layer 3", 1),
+        ("w4a16.json#quality.divergence.router_agreement.layer 3", 1),
+        ("w4a16.json#matrix_errors.layer 3.mlp.experts.gate_proj", 1),
+        ("w4a16.json#tokens_per_expert.layer 3", 1),
+        ("w4a16.json#tasks.retrieval.by_group.512 tokens", 1),
+        ("w4a16.json#tasks.retrieval.loss", 1),
+        ("w4a16.json#speed.decode_over_fp16.32", 2),  # a table and a bar
+    ):
+        assert found.count(f"records/{field}") == count, field
+    claimed = re.findall('<td><a class="value" href="([^"]*)">', text)
+    assert "records/w4a16.json#quality.accuracy_loss_percent" in claimed
+    assert "records/w4a16.json#speed.twin_memory_percent_of_fp16" not in claimed, "it was not measured"
+
+
+def test_only_what_was_disturbed_is_called_noisy(rich: list[Record]) -> None:
+    speed = rich[4].speed
+    assert speed is not None
+    for key, expected in (("decode_tokens_per_second.8", 0), ("decode_tokens_per_second.1", 1)):
+        noisy = speed.model_copy(update={"noise": {key: "others took a core"}})
+        records = [*rich[:3], rich[4].model_copy(update={"speed": noisy})]
+        assert to_html(build_matrix(records)).count("× speed (noisy)</li>") == expected
