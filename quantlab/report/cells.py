@@ -56,8 +56,8 @@ def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
         return Cell(
             state="value",
             text=number(found.value, column.unit),
-            interval=interval(found, column.unit),
-            margin=_margin(found, column.unit),
+            interval=interval(found, column.unit) if found.n != 1 else None,
+            margin=_margin(found, column.unit) if found.n != 1 else None,
             number=found.value,
             low=found.low,
             high=found.high,

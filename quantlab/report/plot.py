@@ -256,7 +256,8 @@ def _labels(marks: Sequence[Mark], *, within: Box) -> Iterator[Label]:
         places = list(_places(mark, width))
         costs = [sum(label.box.overlap(box) for box in taken) + 10 * _outside(label.box, within) for label in places]
         chosen = places[min(range(len(places)), key=lambda index: (round(costs[index], 3), index))]
-        taken.append(chosen.box)
+        box = chosen.box  # side by side, two names would read as one
+        taken.append(Box(box.left - _LETTER, box.top, box.right + _LETTER, box.bottom))
         yield chosen
 
 

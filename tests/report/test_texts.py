@@ -142,6 +142,16 @@ def test_kinds_of_text_stand_with_change_kl_interval_and_n_in_every_format(recip
     assert "w4a16, prose: KL, nats: 0.0200 (0.0180 to 0.0220) · n = 4,000" in page
 
 
+def test_what_was_measured_once_has_no_interval(recipe: list[Record]) -> None:
+    memory = recipe[4].memory
+    assert memory is not None
+    once = memory.model_copy(update={"load_seconds": Measured(value=1.3, low=1.3, high=1.3, n=1)})
+    text = to_markdown(build_matrix([recipe[0], recipe[4].model_copy(update={"memory": once})]), with_plot=True)
+    (table,) = [found for found in tables(text) if "load, s" in found[0]]
+    assert dict(zip(table[0], table[2], strict=True))["load, s"] == "1.30"
+    assert dict(zip(table[0], table[-1], strict=True))["load, s"] == "1 to 5"
+
+
 def test_csv_holds_every_number_of_the_records(rich: list[Record]) -> None:
     """With its ends and n, under whatever name: nothing that a page can show is left out."""
     lines = list(csv.DictReader(io.StringIO(to_csv(build_matrix(rich)))))
