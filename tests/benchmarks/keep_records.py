@@ -1,0 +1,44 @@
+"""Keep the records of a run with the table that they make: `python tests/benchmarks/keep_records.py runs/NAME eval/results/NAME`.
+
+Given the same place twice, the table is made again from the records kept there. A test makes every kept table again and
+compares the bytes.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TABLE = ("matrix.md", "matrix.svg")
+_RECIPE, _COPY = "recipe.yaml", ".recipe.yaml"  # as kept, as in a run's directory
+
+
+def keep(run: Path, place: Path) -> None:
+    """Copy the records of `run` to `place`, and make their table."""
+    (place / "records").mkdir(parents=True, exist_ok=True)
+    if run.resolve() != place.resolve():
+        for stale in (place / "records").glob("*.json"):
+            stale.unlink()
+        for record in (run / "records").glob("*.json"):
+            shutil.copy(record, place / "records")
+        for name, kept in ((_COPY, _RECIPE), ("claims.yaml", "claims.yaml")):
+            if (run / name).is_file():
+                shutil.copyfile(run / name, place / kept)
+    with tempfile.TemporaryDirectory() as directory:
+        report(place, Path(directory))
+        for name in TABLE:
+            shutil.copyfile(Path(directory) / name, place / name)
+
+
+def report(place: Path, directory: Path) -> None:
+    """Make the report of kept records in another directory."""
+    shutil.copytree(place / "records", directory / "records")
+    for kept, name in ((_RECIPE, _COPY), ("claims.yaml", "claims.yaml")):
+        if (place / kept).is_file():
+            shutil.copyfile(place / kept, directory / name)
+    subprocess.run([sys.executable, "-m", "quantlab", "report", str(directory), "--json"], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+
+
+if __name__ == "__main__":
+    keep(Path(sys.argv[1]), Path(sys.argv[2]))
