@@ -29,6 +29,7 @@ from quantlab.evaluation.record import AttentionCell
 from quantlab.evaluation.speed import DTYPES, Layout, layout_name, layout_of
 from quantlab.evaluation.statistics import Floats, median
 from quantlab.evaluation.suite import load_suite
+from quantlab.runtime.cache import cached
 from quantlab.runtime.device import find_device, free_bytes, ran_out
 from quantlab.runtime.twin import random_twin
 
@@ -129,7 +130,7 @@ def measured(model: PreTrainedModel, case: Case) -> AttentionCell:
     ids = torch.randint(int(model.config.vocab_size), (1, case.context), generator=generator).to(device)
     few = DynamicCache(config=model.config)
     for part in (ids[:, :_FEW], ids[:, :1]):  # kernels are made and thread pools started before anything counts
-        model(input_ids=part, past_key_values=few, use_cache=True, logits_to_keep=1)
+        model(input_ids=part, **cached(few), logits_to_keep=1)
     give_back()
     held = held_bytes(device)
 
@@ -171,7 +172,7 @@ class _Repeats:
 
 
 def _read(model: PreTrainedModel, ids: Tensor) -> None:
-    model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, **cached(DynamicCache(config=model.config)), logits_to_keep=1)
 
 
 def _decode(model: PreTrainedModel, few: DynamicCache, token: Tensor, case: Case) -> _Repeats:
@@ -181,7 +182,7 @@ def _decode(model: PreTrainedModel, few: DynamicCache, token: Tensor, case: Case
 
     def steps() -> None:
         for _ in range(case.steps):
-            model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=token, **cached(cache), logits_to_keep=1)
         cache.crop(-case.steps)
 
     found = _repeat(steps, case, model.device)

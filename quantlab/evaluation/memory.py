@@ -14,6 +14,7 @@ from quantlab.evaluation.record import Memory
 from quantlab.evaluation.statistics import median
 from quantlab.evaluation.suite import load_suite
 from quantlab.runtime.account import weight_bytes
+from quantlab.runtime.cache import cached
 from quantlab.runtime.device import find_device
 from quantlab.runtime.load import load
 
@@ -80,7 +81,7 @@ def cache_bytes(model: PreTrainedModel) -> tuple[int, str]:
     for length in _CACHE_LENGTHS:
         cache = DynamicCache(config=model.config)
         ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, **cached(cache), logits_to_keep=1)
         caches.append([(layer.keys, layer.values) for layer in cache.layers])
     shorter, longer = (sum(keys.nbytes + values.nbytes for keys, values in cache) for cache in caches)
     keys, values = caches[0][0]

@@ -28,6 +28,7 @@ from quantlab.evaluation.jobs import Progress, SpeedRequest, SpeedResult, TwinTi
 from quantlab.evaluation.suite import SpeedSuite, load_suite
 from quantlab.formats.compressed_tensors import QUANT_METHOD, QuantizationConfig, parse_config
 from quantlab.runtime.account import weight_bytes
+from quantlab.runtime.cache import cached
 from quantlab.runtime.decode import Decoder
 from quantlab.runtime.native import library as native
 from quantlab.runtime.twin import random_twin
@@ -159,7 +160,7 @@ def build(layout: Layout, suite: SpeedSuite, *, device: str = "cpu", fixed: bool
     else:
         filled = DynamicCache(config=model.config)
         with torch.inference_mode():
-            model(input_ids=prompt, past_key_values=filled, use_cache=True, logits_to_keep=1)
+            model(input_ids=prompt, **cached(filled), logits_to_keep=1)
             for batch in suite.batches:
                 grown = copy.deepcopy(filled)
                 grown.batch_repeat_interleave(batch)
@@ -217,7 +218,7 @@ def run_task(twin: Twin, task: Task) -> float:
     if task.kind == "prefill":
         cache = DynamicCache(config=model.config)
         start = now(model.device)
-        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=tokens, **cached(cache), logits_to_keep=1)
         return now(model.device) - start
     context = twin.caches[task.batch]
     start = now(model.device)
@@ -225,7 +226,7 @@ def run_task(twin: Twin, task: Task) -> float:
         if isinstance(context, Decoder):
             context.step(tokens[:, step])
         else:
-            model(input_ids=tokens[:, step : step + 1], past_key_values=context, use_cache=True)
+            model(input_ids=tokens[:, step : step + 1], **cached(context))
     seconds = now(model.device) - start
     if isinstance(context, Decoder):
         context.rewind(context.used - task.tokens)

@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.runtime.account import weight_bytes
+from quantlab.runtime.cache import cached
 from quantlab.runtime.native.library import status
 from quantlab.runtime.twin import random_twin
 
@@ -100,12 +101,12 @@ def decoder(model: PreTrainedModel, *, batch: int, prompt: int) -> Callable[[], 
     """A call that decodes one token per sequence at the length `prompt` and returns its seconds."""
     tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(batch))
     cache = DynamicCache(config=model.config)
-    model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    model(input_ids=tokens, **cached(cache))
     step = tokens[:, :1]
 
     def run() -> float:
         start = time.perf_counter()
-        model(input_ids=step, past_key_values=cache, use_cache=True)
+        model(input_ids=step, **cached(cache))
         seconds = time.perf_counter() - start
         cache.crop(-1)
         return seconds
