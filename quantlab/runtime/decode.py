@@ -30,9 +30,15 @@ _WARM_UPS: Final = 2
 def capturable(model: PreTrainedModel) -> bool:
     """Whether a step of the model can be captured: nothing in it may wait for the device.
 
-    Experts wait where their kernels take not the model's dtype or not the layout of their weights.
+    Experts wait where their kernels take not the model's dtype or not the layout of their weights; rotary embeddings that depend
+    on the length of the text wait to learn it.
     """
-    return all(module.routes_on_device(model.dtype) for module in model.modules() if isinstance(module, Experts))
+    return all(
+        module.routes_on_device(model.dtype)
+        if isinstance(module, Experts)
+        else getattr(module, "rope_type", None) not in {"dynamic", "longrope"}
+        for module in model.modules()
+    )
 
 
 class Decoder:
@@ -43,7 +49,8 @@ class Decoder:
         batch: sequences, B.
         length: tokens per sequence, prompt included, S.
         capture: whether a step is captured; None for yes on CUDA where the model is `capturable`.
-        fuse: whether a step is a `FusedStep` where that takes the model; if not, it is transformers'.
+        fuse: whether a step is a `FusedStep` where that takes the model; if not, it is transformers'. `fuses` says which it is.
+            A fused step does not call the modules of the model: hooks on layers see the prompts only.
 
     Raises:
         CacheError: the model attends to fewer than `length` tokens, in windows, or by flash attention, which takes no mask;
@@ -82,7 +89,7 @@ class Decoder:
         self._position = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._padding = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
         self._places = torch.arange(length, device=self._device)
-        self._fuses = fuse and fuses(model)
+        self.fuses = fuse and fuses(model)
         self._fused: FusedStep | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
@@ -217,7 +224,7 @@ class Decoder:
 
     def _step(self) -> Tensor:
         """One step on the tensors that stay in place; nothing in it waits for the device."""
-        if self._fuses:
+        if self.fuses:
             if self._fused is None:
                 self._fused = FusedStep(self._model, self._cache, self._position, self._padding)
             logits = self._fused(self._tokens)
@@ -238,7 +245,7 @@ class Decoder:
 
     def _back(self, tokens: int) -> None:
         self._position -= tokens
-        if not self._fuses:  # a fused step reads the position alone
+        if not self.fuses:  # a fused step reads the position alone
             for layer in self._cache.layers:
                 layer.cumulative_length -= tokens
 
@@ -252,11 +259,10 @@ class Decoder:
                     self._step()
                     self._back(1)
             torch.cuda.current_stream(self._device).wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                self._graph, stream=stream
-            ):  # torch's own stream is of the device that captured first
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):  # torch's own stream is of the device that captured first
                 self._logits = self._step()
+            self._graph = graph
 
 
 def _no_room_to_read(free: int | None, device: torch.device, *, where: str) -> DeviceError:
@@ -276,7 +282,7 @@ def _not_capturable(model: PreTrainedModel) -> CacheError:
         where="decoding with a fixed cache",
         found=f"a model on {model.device}"
         if on_cpu
-        else f"experts whose kernels do not take {model.dtype} and their layout",
+        else f"experts whose kernels do not take {model.dtype} and their layout, or rotary embeddings that depend on the length",
         fix="leave `capture` out: the steps then run one by one"
         + ("" if on_cpu else ", or load the model in bfloat16 or float16, its experts of a scheme the kernels take"),
     )

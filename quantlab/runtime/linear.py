@@ -1,5 +1,6 @@
 """Linears and MLPs on banks of matrices."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -92,16 +93,15 @@ class PackedLinear(nn.Module):
 class StackedLinear(nn.Module):
     """Linears that read the same input, as one matrix: the rows of each below those of the one before.
 
-    transformers calls them one by one, with the same tensor. The first call computes all, and each hands out its own; what is
-    kept in between ends with the last.
+    transformers calls them one by one, with the same tensor, which must not change in between. The first call computes all, and each
+    hands out its own. What is kept ends with the last call, or with the input.
     """
 
     def __init__(self, linear: PackedLinear, sizes: Sequence[int]) -> None:
         super().__init__()
         self.linear = linear
         self.sizes = tuple(sizes)
-        self._input: Tensor | None = None
-        self._left: dict[int, Tensor] = {}
+        self._last: tuple[weakref.ref[Tensor], dict[int, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[..., K] -> [..., N] of every linear."""
@@ -109,11 +109,15 @@ class StackedLinear(nn.Module):
 
     def part(self, x: Tensor, index: int) -> Tensor:
         """[..., K] -> [..., N] of linear `index`."""
-        if self._input is not x or index not in self._left:
-            self._input, self._left = x, dict(enumerate(self(x)))
-        result = self._left.pop(index)
-        if not self._left:
-            self._input = None
+        last = self._last  # read once: another thread may be here with another input
+        left = last[1] if last is not None and last[0]() is x else {}
+        result = left.pop(index, None)
+        if result is None:
+            left = dict(enumerate(self(x)))
+            result = left.pop(index)
+            self._last = (weakref.ref(x, lambda _: left.clear()), left)
+        if not left:
+            self._last = None
         return result
 
 

@@ -1,9 +1,9 @@
 """A step of one new token per sequence on a CUDA device, in few launches.
 
 transformers' code runs some thirty small kernels in a layer beside the products, and at a few tokens each costs as long as the
-reading of a small matrix. Here a layer is a handful of launches on the same modules and the same cache: norms; the products that
-read one input as one; rotation, cache and attention together; the router at once; what goes to the residual stream added by
-the product that makes it. Each launch begins while the one before still runs, and sends for its weights meanwhile.
+reading of a small matrix. Here a dense layer is seven launches on the same modules and the same cache, one with experts seventeen:
+norms; the products that read one input as one; rotation, cache and attention together; the router at once; what goes to the residual
+stream added by the product that makes it. Those of our own kernels overlap (`quantlab.runtime.cuda.kernels`).
 
 What is computed is what transformers computes, with fewer roundings in between.
 
@@ -48,6 +48,9 @@ class _Layer:
 
 class FusedStep:
     """A step of a model from a fixed cache.
+
+    It reads the weights of the model's modules and does not call the modules: hooks on them see nothing of it, and a module that is
+    replaced later is not used.
 
     Args:
         model: one that `fuses`.

@@ -241,7 +241,10 @@ def as_markdown(lines: list[dict[str, Any]], head: str) -> str:
             "| weights | batch | ms per step | × BF16, transformers' step (quartiles) | × BF16, fused | GB | quantized % of FP16 | GB per step | TB/s |"
         ]
         text += ["|---|--:|--:|--:|--:|--:|--:|--:|--:|", *(row(line) for line in of_model), ""]
-        text += ["Kernels of a step at batch 1, in µs (launches):", ""]
+        text += [
+            "Kernels of a step at batch 1, in µs (launches); launches overlap, and the time of one includes its wait for the one before:",
+            "",
+        ]
         for line in of_model:
             if line["batch"] == 1:
                 each = (

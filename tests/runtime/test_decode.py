@@ -217,6 +217,13 @@ def test_what_cannot_be_captured_is_not_captured() -> None:
     assert not capturable(model(torch.bfloat16, act_fn=nn.GELU()))
 
 
+def test_rotary_embeddings_that_wait_for_the_length_are_not_captured() -> None:
+    scaled = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+    config = {"model_type": "llama", **FAMILIES["llama"]}
+    assert capturable(random_twin(config, None, dtype=torch.float32, seed=0))
+    assert not capturable(random_twin(config | scaled, None, dtype=torch.float32, seed=0))
+
+
 def test_capture_is_refused_where_it_cannot_be(
     models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

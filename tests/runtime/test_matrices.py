@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from quantlab.runtime.linear import (
     DenseLinear,
     GatedMLP,
     PackedLinear,
+    PartOfStack,
     ReorderedLinear,
+    StackedLinear,
     dense_linear,
 )
 from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, QuantizedMatrices, quantized_matrices
@@ -233,3 +236,50 @@ def test_gated_mlp_equals_its_formula() -> None:
     gate, up = x @ weights[0][:128].T, x @ weights[0][128:].T
     expected = (torch.nn.functional.silu(gate) * up) @ weights[1].T
     assert torch.allclose(GatedMLP(gate_up, down, torch.nn.SiLU())(x), expected, atol=1e-6)
+
+
+def stacked(calls: list[Tensor]) -> tuple[StackedLinear, list[PartOfStack]]:
+    linear = PackedLinear(bank_of("int8_weight", [made("int8_weight", 192, 128)]), torch.randn(192))
+    linear.register_forward_hook(lambda module, inputs, output: calls.append(output))
+    stack = StackedLinear(linear, (128, 16, 48))
+    return stack, [PartOfStack(stack, index) for index in range(3)]
+
+
+def test_parts_of_a_stack_compute_once_and_keep_nothing() -> None:
+    calls: list[Tensor] = []
+    stack, parts = stacked(calls)
+    for rows in (1, 5):
+        x = torch.randn(2, rows, 128)
+        found = [part(x) for part in parts]
+        assert len(calls) == 1
+        assert [part.shape[-1] for part in found] == [part.out_features for part in parts] == [128, 16, 48]
+        assert torch.equal(torch.cat(found, dim=-1), calls.pop())
+        assert stack._last is None
+
+
+def test_parts_of_a_stack_tell_inputs_apart_and_let_go_of_them() -> None:
+    calls: list[Tensor] = []
+    stack, (first, second, _) = stacked(calls)
+    x, other = torch.randn(2, 128), torch.randn(2, 128)
+    one, another = first(x), second(other)
+    assert torch.equal(one, calls[0][..., :128])
+    assert torch.equal(another, calls[1][..., 128:144])
+    assert torch.equal(first(x), one), "asked for again, computed again"
+    calls.clear()
+    del x  # as after an error in the middle
+    assert stack._last is not None
+    assert not stack._last[1], "what was computed for an input ends with it"
+
+
+def test_parts_of_a_stack_serve_threads() -> None:
+    stack, parts = stacked([])
+    inputs = [torch.randn(1, 128) for _ in range(4)]
+    expected = [torch.cat(stack(x), dim=-1) for x in inputs]
+
+    def same(index: int) -> bool:
+        return all(
+            torch.equal(torch.cat([part(inputs[index]) for part in parts], dim=-1), expected[index]) for _ in range(200)
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same, range(4)))

@@ -108,6 +108,7 @@ class CudaMatrices(nn.Module):
         if self.kind == Kind.INT8_TOKENS:
             x, x_scale = launch.quantize_tokens(x)
         if tiles.runs:
+            assert added is None, "runs are for more tokens"
             return launch.run_product(m, x, x_scale, tiles, dtype=dtype, gated=gated)
         return launch.product(m, x, x_scale, tiles, dtype=dtype, gated=gated, added=added)
 

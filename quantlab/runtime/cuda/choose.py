@@ -4,6 +4,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+LEAST: tl.constexpr = tl.constexpr(-3e38)
+"""What is wanted of an expert of a group that was not chosen, or with a score that is no number: less than of others, more than
+of one that is chosen already. So there are always TOP_K experts, and a token of NaNs gets weights of NaN."""
+
 
 @triton.jit
 def choose(
@@ -43,11 +47,12 @@ def choose(
         read = tl.load(logits + t * E + expert, mask=real, other=float("-inf"), cache_modifier=".cg")
         if SIGMOID:
             scores = tl.where(real, 1.0 / (1.0 + tl.exp(-read)), 0.0)
-            wanted = tl.where(real, scores + tl.load(bias + expert, mask=real, other=0), float("-inf"))
+            wanted = scores + tl.load(bias + expert, mask=real, other=0)
         else:
             above = tl.exp(read - tl.max(tl.max(read, axis=1), axis=0))
             scores = above / tl.sum(tl.sum(above, axis=1), axis=0)
-            wanted = tl.where(real, scores, float("-inf"))
+            wanted = scores
+        wanted = tl.where(real, tl.where(wanted == wanted, wanted, LEAST), float("-inf"))
         if TOP_GROUPS < GROUPS:
             group = tl.max(wanted, axis=1)
             if SIGMOID:
@@ -58,7 +63,11 @@ def choose(
                 best = tl.min(tl.where(left == tl.max(left, axis=0), g, GW), axis=0)
                 left = tl.where(g == best, float("-inf"), left)
             lost = (left > float("-inf"))[:, None]
-            wanted = tl.where(lost, float("-inf") if SIGMOID else 0.0, wanted)
+            if SIGMOID:
+                wanted = tl.where(lost & real, LEAST, wanted)
+            else:
+                scores = tl.where(lost, 0.0, scores)
+                wanted = tl.where(lost & real, 0.0, wanted)
         total = 0.0
         for k in tl.static_range(TOP_K):
             best = tl.max(tl.max(wanted, axis=1), axis=0)

@@ -9,6 +9,11 @@ ordered as the tensor cores want them (`quantlab.runtime.cuda.layout`): a thread
 part of the product, in order. Integers that share a word are a quarter (int4) or half (int8) of the block apart, so that
 words [BN, 32] give four tiles [BN, 32] of neighbouring columns. No number ever moves between threads.
 
+Launches of few rows overlap (CHAINED; programmatic dependent launch): a kernel is launched before the one ahead of it has ended.
+Every program of such a kernel waits for that end before it reads what another wrote, and before it writes; so whatever comes
+after it may rely on all that came before. Those that say when they are nearly done let the next one begin then, else it
+begins with their end.
+
 Legend: E matrices, N rows (outputs), K columns (inputs), T rows of activations, tile sizes BN and BM.
 """
 
@@ -22,7 +27,6 @@ _PREFETCH = """{ .reg .pred first; .reg .u32 thread;
 mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
 @first cp.async.bulk.prefetch.L2.global [$1], NBYTES; mov.u32 $0, 0; }"""
 PREFETCH_8K: tl.constexpr = tl.constexpr(_PREFETCH.replace("NBYTES", "8192"))
-PREFETCH_16K: tl.constexpr = tl.constexpr(_PREFETCH.replace("NBYTES", "16384"))
 
 INT4: tl.constexpr = tl.constexpr(0)
 INT8: tl.constexpr = tl.constexpr(1)
@@ -228,7 +232,7 @@ def product(
     out: [T, N], or [T, N / 2] where GATED: ``silu(gate) * up`` of a matrix with the gate's rows first, then up's.
     added: [T, N] of out's dtype, added to the product where ADDED.
     partial: [tiles, splits, BM, BN] scratch; arrived: [tiles] int32, zero before and after.
-    CHAINED: launched while the kernel before, which may write x, ends; the next is launched while this one does.
+    CHAINED: see above; int8 rows are sent for before the wait.
     """
     row_blocks = tl.cdiv(T, BM)
     tile = tl.program_id(0)
@@ -271,10 +275,9 @@ def send_for(w, tile_n, first, last, N, GATED: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def send_for_rows(start, ROWS: tl.constexpr):
-    """The same for 64 or 128 rows from `start` on."""
-    asm: tl.constexpr = PREFETCH_8K if ROWS == 64 else PREFETCH_16K
-    tl.static_assert(ROWS == 64 or ROWS == 128)
-    tl.inline_asm_elementwise(asm, "=r,l", [start], dtype=tl.int32, is_pure=False, pack=1)
+    """The same for 64 rows from `start` on."""
+    tl.static_assert(ROWS == 64)
+    tl.inline_asm_elementwise(PREFETCH_8K, "=r,l", [start], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """What is done to each row of activations between the products.
 
-CHAINED: launched while the kernel before, which may write what is read here, ends; the next is launched while this one does.
+CHAINED: see `quantlab.runtime.cuda.kernels`.
 """
 
 import triton
