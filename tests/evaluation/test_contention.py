@@ -6,8 +6,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
-from quantlab.evaluation import contention
+from quantlab.evaluation import contention, gauges
 from quantlab.evaluation.contention import Moment, crowd, crowded_gpu, spread
 
 
@@ -63,3 +64,26 @@ def test_a_gpu_that_others_keep_busy_is_told() -> None:
     assert crowded_gpu(None) is None
     assert crowded_gpu(3) is None
     assert crowded_gpu(40) == "other processes kept the GPU busy for 40 % of the time"
+
+
+def test_a_gpu_is_looked_at_while_nothing_of_ours_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    def told(what: str) -> None:
+        happened.append(what)
+
+    def read(device: torch.device) -> int:
+        told("read")
+        return 40 if happened.count("read") == 2 else 0
+
+    monkeypatch.setattr(gauges.torch.cuda, "synchronize", lambda device: told("done"))
+    monkeypatch.setattr(gauges.time, "sleep", lambda seconds: told(f"{seconds:g} s"))
+    monkeypatch.setattr(gauges, "utilization", read)
+    monkeypatch.setattr(gauges, "crowd", lambda *_, **__: None)
+    found, others = gauges.watched(lambda: told("work"), torch.device("cuda"))
+    assert found is None
+    assert others == "other processes kept the GPU busy for 40 % of the time"
+    assert happened == ["done", "1.2 s", "read", "work", "done", "1.2 s", "read"]
+    happened.clear()
+    assert gauges.watched(lambda: 7, torch.device("cpu")) == (7, None)
+    assert happened == []
