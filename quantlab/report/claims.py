@@ -16,6 +16,7 @@ from quantlab.documents import load_document
 from quantlab.errors import RecipeError
 from quantlab.evaluation.record import Attention, Measured
 from quantlab.report.difference import exact, subtract
+from quantlab.report.paired import paired
 from quantlab.report.rows import Frozen, Row, noise_of
 
 Metric = Literal[
@@ -42,6 +43,7 @@ NAMES: dict[Metric, str] = {
 }
 _VAGUE = 0.3
 """An interval wider than this share of the claimed number contains too much to confirm it."""
+_OF_TEXT = {"accuracy_loss_percent", "accuracy_kept_percent", "perplexity_change_percent"}
 _HIGHER_IS_BETTER = {"accuracy_kept_percent", "speed_over_fp16", "attention_memory_saved_percent"}
 
 
@@ -212,12 +214,25 @@ def _check(claim: Claim, rows: dict[str, Row], *, baseline: str) -> CheckedClaim
         other = _value(rows[claim.better_than], claim.metric, baseline=baseline)
         if other is None:
             return said("not measured here", None)
-        difference = subtract(exact(found), exact(other))
-        return said(_at_most(_times(difference, sign), 0.0), difference, f"difference to {claim.better_than}")
+        same_items = _paired(row, rows[claim.better_than], claim.metric)
+        difference = same_items or subtract(exact(found), exact(other))
+        more = f"difference to {claim.better_than}"
+        of_baseline = baseline in (claim.variant, claim.better_than)  # losses are paired with it already
+        if claim.metric in _OF_TEXT and same_items is None and not of_baseline:
+            return said("not decided", difference, f"{more}, unpaired")
+        return said(_at_most(_times(difference, sign), 0.0), difference, more)
     measured = _times(exact(found), sign)
     if claim.equals is not None:
         return said(_equals(measured, sign * claim.equals, claim.tolerance), found)
     return said(_bounded(claim, exact(found)), found)
+
+
+def _paired(row: Row, other: Row, metric: Metric) -> Measured | None:
+    """How much more the row has than the other on the same documents, where both have them."""
+    if metric == "accuracy_kept_percent":
+        lost = paired(other.documents, row.documents, "accuracy_loss_percent")
+        return _times(lost, -1.0) if lost else None
+    return paired(other.documents, row.documents, metric)
 
 
 def _claimed(claim: Claim) -> str:

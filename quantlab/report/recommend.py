@@ -144,8 +144,8 @@ def _for_quality(matrix: Matrix, judged: Sequence[_Judged]) -> Recommendation:
         names = _listed(found.row.variant for _, found in keeping)
         return Recommendation("quality", None, f"{names} kept the quality, but no memory was measured to choose by.")
     best = min(judged, key=lambda found: found.rise.value)
-    rivals = [found.row.variant for found in judged if found is not best and found.rise.low <= best.rise.high]
-    overlap = f" (the interval overlaps with {_listed(rivals)})" if rivals else ""
+    rivals = [found.row.variant for found in judged if found is not best and not _differs(best, found)]
+    overlap = f" (not measurably better than {_listed(rivals)})" if rivals else ""
     return Recommendation(
         "quality",
         matrix.baseline,
@@ -235,10 +235,15 @@ def _is_alike(simpler: _Judged, other: _Judged) -> bool:
     """Whether more passes made the other without a difference that can be measured."""
     if not same_layout(simpler.row, other.row) or passes_of(simpler.row) >= passes_of(other.row):
         return False
-    difference = _difference(simpler, other)
-    if difference is None:  # unpaired: nothing is claimed where the intervals overlap
-        return simpler.rise.low <= other.rise.high and other.rise.low <= simpler.rise.high
-    return difference.low <= 0 <= difference.high
+    return not _differs(simpler, other)
+
+
+def _differs(a: _Judged, b: _Judged) -> bool:
+    """Whether their perplexity changes differ measurably; unpaired, no difference is claimed where the intervals overlap."""
+    difference = _difference(a, b)
+    if difference is None:
+        return a.rise.low > b.rise.high or b.rise.low > a.rise.high
+    return not difference.low <= 0 <= difference.high
 
 
 def _difference(a: _Judged, b: _Judged) -> Measured | None:

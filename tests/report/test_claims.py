@@ -13,6 +13,7 @@ from quantlab.report.html import to_html
 from quantlab.report.markdown import to_markdown
 from quantlab.report.matrix import build_matrix
 from tests.report.conftest import measured
+from tests.report.test_paired import documents
 
 GUIDE = Path(__file__).parents[2] / "eval" / "claims" / "guide.yaml"
 
@@ -65,10 +66,22 @@ def test_one_variant_against_another(recipe: list[Record]) -> None:
     def against(variant: str, other: str) -> CheckedClaim:
         return check(recipe, metric="accuracy_kept_percent", variant=variant, better_than=other)
 
-    assert against("fp16", "w4a16").verdict == "holds"
-    assert against("w4a16", "fp16").verdict == "does not hold"
-    assert against("fp16", "int8").verdict == "not decided"
     assert against("source", "w4a16").verdict == "holds"
+    assert against("fp16", "w4a16").verdict == "not decided"
+    assert against("fp16", "w4a16").note == "difference to w4a16, unpaired"
+    for index, missed in ((1, 0), (2, 0), (4, 2)):
+        kept = documents([0.0] * 40)
+        right = tuple(count - missed - number % 2 * bool(missed) for number, count in enumerate(kept.correct))
+        quality = recipe[index].quality
+        assert quality is not None
+        update = {"documents": kept.model_copy(update={"correct": right})}
+        recipe[index] = recipe[index].model_copy(update={"quality": quality.model_copy(update=update)})
+    found = against("fp16", "w4a16")
+    assert (found.verdict, found.note) == ("holds", "difference to w4a16")
+    assert isinstance(found.value, Measured)
+    assert found.value.value == pytest.approx(100 * 2.5 / 52)
+    assert against("w4a16", "fp16").verdict == "does not hold"
+    assert against("fp16", "int8").value == Measured(value=0, low=0, high=0, n=4000)
     assert check(recipe, metric="speed_over_fp16", variant="w4a16", better_than="int8").verdict == "holds"
 
 

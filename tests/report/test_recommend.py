@@ -60,7 +60,7 @@ def test_measurable_losses_everywhere_keep_the_baseline(recipe: list[Record], co
         constructed("c", loss=(3, 0.2), rise=(4, 0.4)),
     )
     assert found["quality"].variant == "source"
-    assert "closest is a (the interval overlaps with b)" in found["quality"].sentence
+    assert "closest is a (not measurably better than b)" in found["quality"].sentence
 
 
 def test_no_memory_saved_is_said(recipe: list[Record], constructed: Make) -> None:
