@@ -5,6 +5,7 @@ built. Speed is of a machine: every machine has its own columns.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -101,7 +102,10 @@ def build_leaderboard(runs: Sequence[tuple[str, Sequence[tuple[str, Record]]]]) 
         baseline=first.baseline,
         baseline_sha256=first.baseline_sha256,
         hardware=tuple(sorted({record.hardware for _, _, record in entries})),
-        places=tuple(_place(row, entry, ranks=_ranks(row, [other for other, _ in ranked])) for row, entry in ranked),
+        places=tuple(
+            _place(row, entry, ranks=ranks)
+            for (row, entry), ranks in zip(ranked, _ranks([row for row, _ in ranked]), strict=True)
+        ),
         unranked=tuple(_place(row, entry, ranks=(0, 0)) for row, entry in described if not row.kl_to_baseline),
     )
 
@@ -111,11 +115,14 @@ def _order(row: Row) -> tuple[float, float, str]:
     return (distance.value if distance else 0.0, 1e9 if memory is None else memory, row.variant)
 
 
-def _ranks(own: Row, every: Sequence[Row]) -> tuple[int, int]:
-    """The places that intervals leave open: behind whoever is surely better, ahead of whoever is surely worse."""
-    better = sum(_is_surely_nearer(other, own) for other in every)
-    worse = sum(_is_surely_nearer(own, other) for other in every)
-    return 1 + better, len(every) - worse
+def _ranks(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Of rows in order, the places that intervals leave open: behind whoever is surely better, ahead of whoever is surely worse."""
+    better, worse = [0] * len(rows), [0] * len(rows)
+    for near, far in itertools.combinations(range(len(rows)), 2):
+        if _is_surely_nearer(rows[near], rows[far]):
+            better[far] += 1
+            worse[near] += 1
+    return [(1 + ahead, len(rows) - behind) for ahead, behind in zip(better, worse, strict=True)]
 
 
 def _is_surely_nearer(a: Row, b: Row) -> bool:

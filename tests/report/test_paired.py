@@ -37,7 +37,8 @@ def documents(offsets: list[float], *, sha: str = "t", tokens: int = 100) -> Doc
 
 
 def row(variant: str, found: Documents | None, *, description: str = "int4_g128 (gptq)", rise: float = 1.5) -> Record:
-    quality = make_quality(loss=measured(0.5, 0.4), rise=measured(rise, 0.9), kl=0.02)
+    kl = sum(found.kl) / sum(found.tokens) if found else 0.02
+    quality = make_quality(loss=measured(0.5, 0.4), rise=measured(rise, 0.9), kl=kl)
     return make_record(
         variant,
         quality=quality.model_copy(update={"documents": found}),
