@@ -132,7 +132,7 @@ class LayerErrors:
 def sample(held_out: HeldOut, model: PreTrainedModel, tokens: int) -> tuple[Window, ...]:
     """Beginnings of windows from all over the text, about `tokens` tokens, no more than a gibibyte of states needs.
 
-    None at all if they would be too few for an error bar.
+    None at all if they would be too few to stand for the text.
     """
     config = model.config
     width = min(LAYER_WINDOW, len(held_out.windows[0].tokens))

@@ -13,7 +13,7 @@ from quantlab.errors import EvaluationError
 from quantlab.evaluation.record import Measured, Significance, TaskResult, verdict
 from quantlab.evaluation.statistics import Floats, Resampled, mcnemar, resample
 
-_FEWEST_UNITS = 5  # an interval drawn from fewer says nothing
+_FEWEST_UNITS = 5  # fewer stand for nothing; statistics.py says how many an interval takes
 
 
 class ItemScores(BaseModel):
@@ -143,7 +143,7 @@ def _resampled(found: ItemScores, baseline: ItemScores | None) -> Resampled:
     names, document = np.unique(np.array(found.documents), return_inverse=True)
     if len(names) < _FEWEST_UNITS:
         raise EvaluationError(
-            "a task has too few items for an error bar",
+            "a task has too few items",
             where=f"task {found.name}",
             found=f"{len(found.scores)} items from {len(names)} documents",
             fix=f"give it items from at least {_FEWEST_UNITS} documents",
@@ -160,7 +160,7 @@ def _resampled(found: ItemScores, baseline: ItemScores | None) -> Resampled:
 
 
 def _by_group(found: ItemScores) -> dict[str, Measured]:
-    """The score of every group with documents enough for an error bar; none where there is one group."""
+    """The score of every group with more than a few documents; none where there is one group."""
     names = list(dict.fromkeys(found.groups))
     if len(names) == 1:
         return {}

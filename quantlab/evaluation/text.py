@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from quantlab.checkpoint.index import read_json
 from quantlab.errors import EvaluationError
 
-_FEWEST_DOCUMENTS = 5  # an interval drawn from fewer units says nothing
+_FEWEST_DOCUMENTS = 5  # fewer stand for nothing; statistics.py says how many an interval takes
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def cut(
             every document, then the second and so on, because the number of documents sets the width of an error bar.
 
     Raises:
-        EvaluationError: a domain has too few documents for an error bar.
+        EvaluationError: a domain has too few documents.
     """
     domains = tuple(sorted({document.domain for document in documents}))
     strata = np.array([domains.index(document.domain) for document in documents])
@@ -195,7 +195,7 @@ def cut(
             taken.append(window)
         if len(seen) < _FEWEST_DOCUMENTS:
             raise EvaluationError(
-                "a domain has too few documents for an error bar",
+                "a domain has too few documents",
                 where=f"domain {domain}",
                 found=f"{len(seen)} documents with text within {tokens_per_domain} tokens",
                 fix=f"give at least {_FEWEST_DOCUMENTS} documents per domain, and a `tokens_per_domain` that lets them in",
