@@ -10,6 +10,59 @@ of one that is chosen already. So there are always TOP_K experts, and a token of
 
 
 @triton.jit
+def pick(
+    logits, bias, index, weights, scaling,
+    E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr, SIGMOID: tl.constexpr,
+    NORMED: tl.constexpr, GW: tl.constexpr, PW: tl.constexpr, KW: tl.constexpr,
+):  # fmt: skip
+    """The experts of one row by its logits [E]; see `choose`."""
+    per: tl.constexpr = E // GROUPS
+    g = tl.arange(0, GW)
+    p = tl.arange(0, PW)
+    expert = g[:, None] * per + p[None, :]
+    real = (g < GROUPS)[:, None] & (p < per)[None, :]
+    read = tl.load(logits + expert, mask=real, other=float("-inf"), cache_modifier=".cg")
+    if SIGMOID:
+        scores = tl.where(real, 1.0 / (1.0 + tl.exp(-read)), 0.0)
+        wanted = scores + tl.load(bias + expert, mask=real, other=0)
+    else:
+        above = tl.exp(read - tl.max(tl.max(read, axis=1), axis=0))
+        scores = above / tl.sum(tl.sum(above, axis=1), axis=0)
+        wanted = scores
+    wanted = tl.where(real, tl.where(wanted == wanted, wanted, LEAST), float("-inf"))
+    if TOP_GROUPS < GROUPS:
+        group = tl.max(wanted, axis=1)
+        if SIGMOID:
+            at = tl.min(tl.where(wanted == group[:, None], p[None, :], PW), axis=1)
+            group += tl.max(tl.where(p[None, :] == at[:, None], float("-inf"), wanted), axis=1)
+        left = group
+        for _ in tl.static_range(TOP_GROUPS):
+            best = tl.min(tl.where(left == tl.max(left, axis=0), g, GW), axis=0)
+            left = tl.where(g == best, float("-inf"), left)
+        lost = (left > float("-inf"))[:, None]
+        if SIGMOID:
+            wanted = tl.where(lost & real, LEAST, wanted)
+        else:
+            scores = tl.where(lost, 0.0, scores)
+            wanted = tl.where(lost & real, 0.0, wanted)
+    total = 0.0
+    for k in tl.static_range(TOP_K):
+        best = tl.max(tl.max(wanted, axis=1), axis=0)
+        found = tl.min(tl.min(tl.where(wanted == best, expert, E), axis=1), axis=0)
+        chosen = (expert == found) & real
+        score = tl.sum(tl.sum(tl.where(chosen, scores, 0.0), axis=1), axis=0)
+        wanted = tl.where(chosen, float("-inf"), wanted)
+        total += score
+        tl.store(index + k, found.to(tl.int64))
+        tl.store(weights + k, score * scaling)
+    if NORMED:
+        tl.debug_barrier()
+        k = tl.arange(0, KW)
+        at = weights + k
+        tl.store(at, tl.load(at, mask=k < TOP_K, other=0) / (total + 1e-20), mask=k < TOP_K)
+
+
+@triton.jit
 def choose(
     x, weight, bias, logits, index, weights, arrived, H, scaling,
     E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr, SIGMOID: tl.constexpr,
@@ -39,47 +92,7 @@ def choose(
     tl.debug_barrier()
     if tl.atomic_add(arrived + t, 1) == tl.num_programs(1) - 1:
         tl.store(arrived + t, 0)
-        per: tl.constexpr = E // GROUPS
-        g = tl.arange(0, GW)
-        p = tl.arange(0, PW)
-        expert = g[:, None] * per + p[None, :]
-        real = (g < GROUPS)[:, None] & (p < per)[None, :]
-        read = tl.load(logits + t * E + expert, mask=real, other=float("-inf"), cache_modifier=".cg")
-        if SIGMOID:
-            scores = tl.where(real, 1.0 / (1.0 + tl.exp(-read)), 0.0)
-            wanted = scores + tl.load(bias + expert, mask=real, other=0)
-        else:
-            above = tl.exp(read - tl.max(tl.max(read, axis=1), axis=0))
-            scores = above / tl.sum(tl.sum(above, axis=1), axis=0)
-            wanted = scores
-        wanted = tl.where(real, tl.where(wanted == wanted, wanted, LEAST), float("-inf"))
-        if TOP_GROUPS < GROUPS:
-            group = tl.max(wanted, axis=1)
-            if SIGMOID:
-                at = tl.min(tl.where(wanted == group[:, None], p[None, :], PW), axis=1)
-                group += tl.max(tl.where(p[None, :] == at[:, None], float("-inf"), wanted), axis=1)
-            left = group
-            for _ in tl.static_range(TOP_GROUPS):
-                best = tl.min(tl.where(left == tl.max(left, axis=0), g, GW), axis=0)
-                left = tl.where(g == best, float("-inf"), left)
-            lost = (left > float("-inf"))[:, None]
-            if SIGMOID:
-                wanted = tl.where(lost & real, LEAST, wanted)
-            else:
-                scores = tl.where(lost, 0.0, scores)
-                wanted = tl.where(lost & real, 0.0, wanted)
-        total = 0.0
-        for k in tl.static_range(TOP_K):
-            best = tl.max(tl.max(wanted, axis=1), axis=0)
-            found = tl.min(tl.min(tl.where(wanted == best, expert, E), axis=1), axis=0)
-            chosen = (expert == found) & real
-            score = tl.sum(tl.sum(tl.where(chosen, scores, 0.0), axis=1), axis=0)
-            wanted = tl.where(chosen, float("-inf"), wanted)
-            total += score
-            tl.store(index + t * TOP_K + k, found.to(tl.int64))
-            tl.store(weights + t * TOP_K + k, score * scaling)
-        if NORMED:
-            tl.debug_barrier()
-            k = tl.arange(0, KW)
-            at = weights + t * TOP_K + k
-            tl.store(at, tl.load(at, mask=k < TOP_K, other=0) / (total + 1e-20), mask=k < TOP_K)
+        pick(
+            logits + t * E, bias, index + t * TOP_K, weights + t * TOP_K, scaling,
+            E, GROUPS, TOP_GROUPS, TOP_K, SIGMOID, NORMED, GW, PW, KW,
+        )  # fmt: skip

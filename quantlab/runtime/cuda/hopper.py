@@ -246,6 +246,19 @@ def collect(sums, partial, slot, first_slot, arrived, contributors, waits, BM: g
 
 
 @gluon.jit
+def write(sums, scale, out, out_tile, row, top, N, INT4: gl.constexpr, BM: gl.constexpr):
+    """Have a tile copied to its place, int8 scaled, once the one before has left `out_tile`."""
+    if not INT4:
+        n = gl.minimum(top + gl.arange(0, BN, layout=gl.SliceLayout(1, sums_layout(BM))), N - 1)
+        sums *= gl.load(scale + n).to(gl.float32).expand_dims(1)
+    tma.store_wait(0)
+    gl.thread_barrier()
+    out_tile.store(sums.to(out_tile.dtype).permute((1, 0)))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row, top], out_tile)
+
+
+@gluon.jit
 def consume(
     ring, ready, free, w, scale, out, out_tile, partial, arrived, T, N, K, shared, sharers,
     INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, PLACES: gl.constexpr,
@@ -300,14 +313,7 @@ def consume(
             slot = first_slot + gl.program_id(0) - starter
             sums, complete = collect(sums, partial, slot, first_slot, arrived + starter, contributors, first == 0, BM)
         if complete:
-            if not INT4:
-                n = gl.minimum(top + gl.arange(0, BN, layout=gl.SliceLayout(1, sums_layout(BM))), N - 1)
-                sums *= gl.load(scale + n).to(gl.float32).expand_dims(1)
-            tma.store_wait(0)
-            gl.thread_barrier()
-            out_tile.store(sums.to(out_tile.dtype).permute((1, 0)))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out, [tile % row_blocks * BM, top], out_tile)
+            write(sums, scale, out, out_tile, tile % row_blocks * BM, top, N, INT4, BM)
     tma.store_wait(0)
 
 
