@@ -4,6 +4,7 @@ Given the same place twice, the table is made again from the records kept there.
 compares the bytes.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -40,5 +41,15 @@ def report(place: Path, directory: Path) -> None:
     subprocess.run([sys.executable, "-m", "quantlab", "report", str(directory), "--json"], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="directory of a run, or kept records whose table is to be made again")
+    parser.add_argument("place", type=Path, help="where they are kept")
+    options = parser.parse_args()
+    if not (options.run / "records").is_dir():
+        parser.error(f"{options.run} holds no records; run a recipe that evaluates first")
+    keep(options.run, options.place)
+
+
 if __name__ == "__main__":
-    keep(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()
