@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
-from quantlab.runtime import blocks
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
 from quantlab.runtime.products import Groups, by_count, compute_dtype, in_bands, joined, split
@@ -15,9 +14,10 @@ from quantlab.runtime.products import Groups, by_count, compute_dtype, in_bands,
 _PACKED_ROWS: Final = 24
 """Up to this many rows torch's weight-only operator beats expanding a matrix (Zen 4, 2816x2048)."""
 
-_NATIVE_WEIGHT_ROWS: Final = 64
 _NATIVE_ROWS: Final = 128
-"""Up to this many rows the native kernels beat torch's, weight-only and W8A8 (Zen 4, 2816x2048)."""
+"""Up to this many rows the native kernel of W8A8 beats torch's (Zen 4, 2816x2048)."""
+_PORTION: Final = 256
+"""Rows multiplied at once by the native kernel of W8A16: they stay in the last cache while the weights pass by."""
 _NATIVE_COLUMNS: Final = 1 << 16
 """Up to this many columns the native kernel's 32-bit sums are exact."""
 
@@ -61,14 +61,9 @@ class Int8WeightMatrices(nn.Module):
         """[T, K] -> [T, N], row by row with the matrix of its group."""
         compute = compute_dtype(x)
         if compute == torch.bfloat16 and library() is not None:
-            return by_count(
-                x,
-                self.shape[1],
-                groups,
-                limit=_NATIVE_WEIGHT_ROWS,
-                few=lambda slices, out: kernels.int8_weight_product(x, self.q, self.scale, slices, out),
-                many=lambda part, index: self._expanded_product(part.to(compute), index),
-            )
+            out = torch.empty(x.shape[0], self.shape[1], dtype=x.dtype)
+            kernels.int8_weight_product(x, self.q, self.scale, groups.portions(_PORTION), out)
+            return out
         limit = 0 if compute == torch.float32 else _PACKED_ROWS
         rows = split(x.to(compute), groups)
         parts = [
@@ -90,10 +85,7 @@ class Int8WeightMatrices(nn.Module):
             return in_bands(x, rows, lambda start, stop: self.dense(index, start, stop, x.dtype), dtype=x.dtype)
         # the integers are bfloat16 numbers as they are, and the scales of rows can wait: one pass less over the weights
         q = self._each[index]
-        if blocks.take_pairs(rows, x.shape[1]):
-            sums = blocks.product(x, rows, lambda start, stop, to: kernels.int8_pairs(q[start:stop], to))
-        else:
-            sums = in_bands(x, rows, lambda start, stop: q[start:stop].to(x.dtype), dtype=x.dtype)
+        sums = in_bands(x, rows, lambda start, stop: q[start:stop].to(x.dtype), dtype=x.dtype)
         return sums * self._scales[index].to(torch.float32)
 
 

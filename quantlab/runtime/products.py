@@ -67,6 +67,18 @@ class Groups:
         """The same, for the native kernels."""
         return Slices(self.which, [0, *accumulate(self.counts)][:-1], self.counts)
 
+    def portions(self, most: int) -> Slices:
+        """The same, with no more than `most` rows in a group: larger ones meet their matrix several times."""
+        if max(self.counts, default=0) <= most:
+            return self.slices
+        starts = [0, *accumulate(self.counts)]
+        cut = [
+            (index, start + first, min(most, count - first))
+            for index, start, count in zip(self.which, starts, self.counts, strict=False)
+            for first in range(0, count, most)
+        ]
+        return Slices(*zip(*cut, strict=True))
+
 
 @cache
 def single(rows: int) -> Groups:

@@ -4,7 +4,8 @@
 
 #define ROWS 4 /* of a matrix, and */
 #define TOKENS 4 /* of activations: multiplied together */
-#define MANY 8   /* of activations, where weights are converted once for all of them */
+#define MANY 6   /* of activations, where weights are converted */
+#define PANEL 16 /* rows that are converted at once: they stay in the second cache while all activations pass by */
 
 typedef struct {
     const int8_t *q;
@@ -118,45 +119,40 @@ INLINE void floats(const Int8 *job, int64_t matrix, int64_t row, int64_t token, 
 }
 
 /* For more tokens converting pays: every integer is a bfloat16 number, and then costs one product of pairs instead of two. */
-INLINE void converted_step(const int8_t *q, int64_t apart, const uint16_t *x, int64_t stride, __mmask64 mask, const int rows,
-                           const int tokens, __m512 sum[ROWS][MANY]) {
-    __m512bh first_half[ROWS], second_half[ROWS];
-    UNROLLED
-    for (int r = 0; r < rows; r++) {
-        const __m512i w = _mm512_maskz_loadu_epi8(mask, q + r * apart);
+INLINE void convert(const int8_t *q, int64_t columns, uint16_t *out) {
+    for (int64_t k = 0; k < columns; k += 64) {
+        const __m512i w = _mm512_maskz_loadu_epi8(columns - k < 64 ? (1ull << (columns - k)) - 1 : ~0ull, q + k);
         const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_castsi512_si128(w)));
         const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, 1)));
         const __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, 2)));
         const __m512 d = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, 3)));
-        first_half[r] = _mm512_cvtne2ps_pbh(b, a);
-        second_half[r] = _mm512_cvtne2ps_pbh(d, c);
-    }
-    UNROLLED
-    for (int m = 0; m < tokens; m++) {
-        const __m512bh early = (__m512bh)_mm512_loadu_si512(x + m * stride);
-        const __m512bh late = (__m512bh)_mm512_loadu_si512(x + m * stride + 32);
-        UNROLLED
-        for (int r = 0; r < rows; r++) {
-            sum[r][m] = _mm512_dpbf16_ps(sum[r][m], first_half[r], early);
-            sum[r][m] = _mm512_dpbf16_ps(sum[r][m], second_half[r], late);
-        }
+        _mm512_storeu_si512(out + k, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+        _mm512_storeu_si512(out + k + 32, (__m512i)_mm512_cvtne2ps_pbh(d, c));
     }
 }
 
-INLINE void converted(const Int8 *job, int64_t matrix, int64_t row, int64_t token, const int rows, const int tokens) {
-    const int8_t *q = job->q + (matrix * job->rows + row) * job->columns;
+INLINE void converted(const Int8 *job, const uint16_t *w, int64_t padded, int64_t matrix, int64_t row, int64_t token,
+                      const int rows, const int tokens) {
     const uint16_t *x = (const uint16_t *)job->x + token * job->x_stride;
-    const int64_t left = job->columns % 64, whole = job->columns - left;
     __m512 sum[ROWS][MANY];
     UNROLLED
     for (int r = 0; r < rows; r++)
         UNROLLED
         for (int m = 0; m < tokens; m++)
             sum[r][m] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < whole; k += 64)
-        converted_step(q + k, job->columns, x + k, job->x_stride, ~0ull, rows, tokens, sum);
-    if (left)
-        converted_step(q + whole, job->columns, x + whole, job->x_stride, (1ull << left) - 1, rows, tokens, sum);
+    for (int64_t k = 0; k < padded; k += 32) {
+        __m512bh weights[ROWS];
+        UNROLLED
+        for (int r = 0; r < rows; r++)
+            weights[r] = (__m512bh)_mm512_loadu_si512(w + r * padded + k);
+        UNROLLED
+        for (int m = 0; m < tokens; m++) {
+            const __m512bh t = (__m512bh)_mm512_loadu_si512(x + m * job->x_stride + k);
+            UNROLLED
+            for (int r = 0; r < rows; r++)
+                sum[r][m] = _mm512_dpbf16_ps(sum[r][m], weights[r], t);
+        }
+    }
     UNROLLED
     for (int r = 0; r < rows; r++)
         UNROLLED
@@ -177,13 +173,7 @@ INLINE void converted(const Int8 *job, int64_t matrix, int64_t row, int64_t toke
         EACH(kernel, wide, 1) EACH(kernel, wide, 2) EACH(kernel, wide, 3) EACH(kernel, wide, 4)        \
     }
 
-#define MANY_BLOCK(kernel, wide)                                                                       \
-    switch (left < MANY ? left : MANY) {                                                               \
-        EACH(kernel, wide, 1) EACH(kernel, wide, 2) EACH(kernel, wide, 3) EACH(kernel, wide, 4)        \
-        EACH(kernel, wide, 5) EACH(kernel, wide, 6) EACH(kernel, wide, 7) EACH(kernel, wide, 8)        \
-    }
-
-enum { INTEGERS, FLOATS, CONVERTED };
+enum { INTEGERS, FLOATS };
 
 /* Some rows of a matrix times the activations of its group. For one or two tokens row by row: several rows at once would be
    several streams 2^n bytes apart, which costs a third of the memory's rate. For more tokens, or long ones that the rows push
@@ -195,16 +185,14 @@ INLINE void work(Int8 *job, const int kind) {
         for (int64_t unit = from; unit < to; unit++) {
             const int64_t i = unit / blocks, top = unit % blocks * ROWS, matrix = job->groups.which[i];
             const int64_t last = top + ROWS < job->rows ? top + ROWS : job->rows;
-            for (int64_t t = 0; t < job->groups.count[i]; t += kind == CONVERTED ? MANY : TOKENS) {
+            for (int64_t t = 0; t < job->groups.count[i]; t += TOKENS) {
                 const int64_t token = job->groups.start[i] + t, left = job->groups.count[i] - t;
                 const int together = left > 2 || job->columns * (kind == INTEGERS ? 1 : 2) > LONG;
                 int64_t row = top;
                 if (kind == INTEGERS)
                     BLOCK(integers, 4)
-                else if (kind == FLOATS)
-                    BLOCK(floats, 2)
                 else
-                    MANY_BLOCK(converted, 2)
+                    BLOCK(floats, 2)
             }
         }
 }
@@ -213,7 +201,36 @@ static void integer_work(void *job) { work(job, INTEGERS); }
 
 static void float_work(void *job) { work(job, FLOATS); }
 
-static void converted_work(void *job) { work(job, CONVERTED); }
+#define EACH_CONVERTED(tokens)                                                                                      \
+    case tokens:                                                                                                   \
+        for (; row + ROWS <= last; row += ROWS)                                                                    \
+            converted(job, panel + (row - top) * padded, padded, matrix, row, token, ROWS, tokens);                \
+        for (; row < last; row++)                                                                                  \
+            converted(job, panel + (row - top) * padded, padded, matrix, row, token, 1, tokens);                   \
+        break;
+
+static void converted_work(void *argument) {
+    Int8 *job = argument;
+    const int64_t padded = round_up(job->columns, 64), blocks = (job->rows + PANEL - 1) / PANEL;
+    uint16_t *panel = scratch(PANEL * padded * 2);
+    int64_t from, to;
+    while (take(&job->taken, blocks * job->groups.number, &from, &to))
+        for (int64_t unit = from; unit < to; unit++) {
+            const int64_t i = unit / blocks, top = unit % blocks * PANEL, matrix = job->groups.which[i];
+            const int64_t last = top + PANEL < job->rows ? top + PANEL : job->rows;
+            for (int64_t row = top; row < last; row++)
+                convert(job->q + (matrix * job->rows + row) * job->columns, job->columns, panel + (row - top) * padded);
+            for (int64_t t = 0; t < job->groups.count[i]; t += MANY) {
+                const int64_t token = job->groups.start[i] + t, left = job->groups.count[i] - t;
+                int64_t row = top;
+                switch (left < MANY ? left : MANY) {
+                    EACH_CONVERTED(1) EACH_CONVERTED(2) EACH_CONVERTED(3)
+                    EACH_CONVERTED(4) EACH_CONVERTED(5) EACH_CONVERTED(6)
+                }
+            }
+        }
+    free(panel);
+}
 
 /* A token's integers, and their scale: max|x| / 127, never 0; not finite if a number of the token is not. */
 static float quantize(const void *x, int dtype, int64_t count, int64_t padded, int8_t *out, int32_t *excess) {

@@ -30,7 +30,6 @@ _ARGUMENTS: Final[Mapping[str, Sequence[Any]]] = {
     "quantlab_int8_weight_product": (_Pointer, _Pointer, _Long, _Long, _Code, *_ACTIVATIONS),
     "quantlab_dense_product": (_Pointer, _Long, _Long, *_ACTIVATIONS),
     "quantlab_paired_product": (_Pointer, _Long, _Long, _Pointer, _Long, _Long, _Pointer, _Pointer),
-    "quantlab_int8_pairs": (_Pointer, _Long, _Long, _Pointer),
     "quantlab_norm": (_Pointer, _Pointer, _Long, _Long, ctypes.c_float, _Code, _Pointer),
     "quantlab_gate": (_Pointer, _Long, _Long, _Code, _Pointer),
     "quantlab_weighted_sum": (_Pointer, _Pointer, _Long, _Long, _Code, _Pointer),
@@ -147,11 +146,6 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         x.data_ptr(), weight.data_ptr(), rows, columns, epsilon, _DTYPES[x.dtype], out.data_ptr()
     )
     return out
-
-
-def int8_pairs(q: Tensor, address: int) -> None:
-    """Write integers [N, K], K a multiple of 32, as bfloat16 numbers in the layout of `pairs.c` to where a weight lies."""
-    _function("quantlab_int8_pairs")(q.data_ptr(), *q.shape, address)
 
 
 def gate(x: Tensor) -> Tensor:
