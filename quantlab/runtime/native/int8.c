@@ -73,7 +73,7 @@ INLINE void integers(const Int8 *job, int64_t matrix, int64_t row, int64_t token
    any conversion. The even and the odd columns of 64 lie in the two bytes of 16-bit lanes, so the activations come sorted
    that way. The sums start at what is added too much, negated; the upper ones count 16 times. */
 INLINE void float_step(const int8_t *q, int64_t apart, const uint16_t *x, int64_t stride, __mmask64 mask, const int rows,
-                       const int tokens, __m512 low[ROWS][TOKENS], __m512 high[ROWS][TOKENS]) {
+                       const int tokens, __m512 low[2][ROWS][TOKENS], __m512 high[2][ROWS][TOKENS]) {
     const __m512i nibble = _mm512_set1_epi16(15), base = _mm512_set1_epi16(0x4300), moved = _mm512_set1_epi16(0x4308);
     UNROLLED
     for (int r = 0; r < rows; r++) {
@@ -86,8 +86,8 @@ INLINE void float_step(const int8_t *q, int64_t apart, const uint16_t *x, int64_
             UNROLLED
             for (int m = 0; m < tokens; m++) {
                 const __m512bh t = (__m512bh)_mm512_loadu_si512(x + m * stride + 32 * half);
-                low[r][m] = _mm512_dpbf16_ps(low[r][m], (__m512bh)l, t);
-                high[r][m] = _mm512_dpbf16_ps(high[r][m], (__m512bh)h, t);
+                low[half][r][m] = _mm512_dpbf16_ps(low[half][r][m], (__m512bh)l, t);
+                high[half][r][m] = _mm512_dpbf16_ps(high[half][r][m], (__m512bh)h, t);
             }
         }
     }
@@ -97,14 +97,15 @@ INLINE void floats(const Int8 *job, int64_t matrix, int64_t row, int64_t token, 
     const int8_t *q = job->q + (matrix * job->rows + row) * job->columns;
     const uint16_t *x = (const uint16_t *)job->x + token * job->x_stride;
     const int64_t left = job->columns % 64, whole = job->columns - left;
-    __m512 low[ROWS][TOKENS], high[ROWS][TOKENS];
+    __m512 low[2][ROWS][TOKENS], high[2][ROWS][TOKENS]; /* of the even and of the odd columns: neither waits for the other */
     UNROLLED
     for (int r = 0; r < rows; r++)
         UNROLLED
         for (int m = 0; m < tokens; m++) {
             const __m512 sums = _mm512_loadu_ps(job->sums + (token + m) * job->token_stride * 16);
-            low[r][m] = _mm512_mul_ps(sums, _mm512_set1_ps(-128));
-            high[r][m] = _mm512_mul_ps(sums, _mm512_set1_ps(-136));
+            low[0][r][m] = _mm512_mul_ps(sums, _mm512_set1_ps(-128));
+            high[0][r][m] = _mm512_mul_ps(sums, _mm512_set1_ps(-136));
+            low[1][r][m] = high[1][r][m] = _mm512_setzero_ps();
         }
     for (int64_t k = 0; k < whole; k += 64)
         float_step(q + k, job->columns, x + k, job->x_stride, ~0ull, rows, tokens, low, high);
@@ -113,9 +114,10 @@ INLINE void floats(const Int8 *job, int64_t matrix, int64_t row, int64_t token, 
     UNROLLED
     for (int r = 0; r < rows; r++)
         UNROLLED
-        for (int m = 0; m < tokens; m++)
-            put(job, token + m, row + r, matrix,
-                _mm512_reduce_add_ps(_mm512_fmadd_ps(high[r][m], _mm512_set1_ps(16), low[r][m])));
+        for (int m = 0; m < tokens; m++) {
+            const __m512 upper = _mm512_add_ps(high[0][r][m], high[1][r][m]), lower = _mm512_add_ps(low[0][r][m], low[1][r][m]);
+            put(job, token + m, row + r, matrix, _mm512_reduce_add_ps(_mm512_fmadd_ps(upper, _mm512_set1_ps(16), lower)));
+        }
 }
 
 /* For more tokens converting pays: every integer is a bfloat16 number, and then costs one product of pairs instead of two. */
@@ -220,10 +222,11 @@ static void converted_work(void *argument) {
             const int64_t last = top + PANEL < job->rows ? top + PANEL : job->rows;
             for (int64_t row = top; row < last; row++)
                 convert(job->q + (matrix * job->rows + row) * job->columns, job->columns, panel + (row - top) * padded);
-            for (int64_t t = 0; t < job->groups.count[i]; t += MANY) {
-                const int64_t token = job->groups.start[i] + t, left = job->groups.count[i] - t;
+            const int64_t count = job->groups.count[i], passes = (count + MANY - 1) / MANY;
+            for (int64_t pass = 0; pass < passes; pass++) {
+                const int64_t first_token = pass * count / passes, token = job->groups.start[i] + first_token;
                 int64_t row = top;
-                switch (left < MANY ? left : MANY) {
+                switch ((pass + 1) * count / passes - first_token) {
                     EACH_CONVERTED(1) EACH_CONVERTED(2) EACH_CONVERTED(3)
                     EACH_CONVERTED(4) EACH_CONVERTED(5) EACH_CONVERTED(6)
                 }
