@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.checkpoints import CONFIGS, make_checkpoint
 
@@ -27,3 +28,11 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def poisoned_gpu() -> None:
+    """New tensors on the GPU are handed memory of NaNs, so that an element no kernel writes is found. Random numbers repeat."""
+    torch.manual_seed(0)
+    torch.cuda.empty_cache()
+    torch.full((1 << 26,), float("nan"), device="cuda")

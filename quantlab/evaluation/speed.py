@@ -10,7 +10,7 @@ On CUDA a decode step is captured as a graph and replayed, with a cache of fixed
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -93,7 +93,7 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
     timings, others = watched(lambda: time_rounds(twins, suite, progress, seed=request.process), device)
     joules, others_of_energy = watched(lambda: read_energy(twins, suite, seed=request.process), device)
     return SpeedResult(
-        computed_by=_computed_by(twins[FP16]),
+        computed_by=_computed_by(twins.values()),
         twins=tuple(
             TwinTimings(
                 layout=twin.name,
@@ -261,12 +261,16 @@ def read_energy(
     return found
 
 
-def _computed_by(twin: Twin) -> str:
-    device = next(twin.model.parameters()).device
-    if device.type == "cuda":
-        captured = all(isinstance(cache, Decoder) and cache.captures for cache in twin.caches.values())
-        return f"{torch.cuda.get_device_name(device)}, {'captured' if captured else 'single'} steps"
-    return native.status()
+def _computed_by(twins: Collection[Twin]) -> str:
+    """The GPU and how it takes a step, or whose operators the processor runs; a way of all twins or of none."""
+    model = next(iter(twins)).model
+    if model.device.type != "cuda":
+        return native.status()
+    caches = [cache for twin in twins for cache in twin.caches.values()]
+    captured = all(isinstance(cache, Decoder) and cache.captures for cache in caches)
+    fused = all(isinstance(cache, Decoder) and cache.fuses for cache in caches)
+    how = f"{'captured' if captured else 'single'}{', fused' if fused else ''} steps"
+    return f"{torch.cuda.get_device_name(model.device)}, {how}"
 
 
 def _tokens(batch: int, length: int, vocabulary: int) -> Tensor:

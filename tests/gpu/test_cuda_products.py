@@ -13,19 +13,15 @@ from quantlab.runtime.int8 import quantize_tokens
 from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
 from quantlab.runtime.products import single
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("poisoned_gpu"),
+]
 
 ALL: tuple[SchemeName, ...] = ("int4_g128", "int4_g64", "int4_g32", "int8_weight", "int8")
 DTYPES = (torch.bfloat16, torch.float16)
 GPU = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> None:
-    """New tensors are handed memory of NaNs, so that an element no kernel writes is found. Random numbers are the same each time."""
-    torch.manual_seed(0)
-    torch.cuda.empty_cache()
-    torch.full((1 << 26,), float("nan"), device=GPU)
 
 
 def made(scheme: SchemeName, rows: int, columns: int, dtype: torch.dtype) -> QuantizedMatrix:

@@ -123,7 +123,7 @@ def test_speed_is_that_of_captured_steps_on_the_named_gpu(records: Both) -> None
     assert name in gpu.hardware
     assert name not in cpu.hardware
     assert gpu.speed is not None
-    assert gpu.speed.twin.endswith(f"{name}, captured steps")
+    assert gpu.speed.twin.endswith(f"{name}, captured, fused steps")
     assert all(found.value > 0 for found in gpu.speed.decode_tokens_per_second.values())
     assert set(gpu.speed.decode_over_fp16) == {"1", "2"}
 

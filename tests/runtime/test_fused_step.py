@@ -18,18 +18,14 @@ from quantlab.runtime.load import load
 from quantlab.runtime.step import _choice, fuses
 from tests.runtime.tiny import FAMILIES, Artifact, tokens, write_checkpoint
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("poisoned_gpu"),
+]
 Maker = Callable[[str, SchemeName], Artifact]
 DTYPES = (torch.bfloat16, torch.float16)
 GPU = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> None:
-    """New tensors are handed memory of NaNs, so that an element no kernel writes is found. Random numbers are the same each time."""
-    torch.manual_seed(0)
-    torch.cuda.empty_cache()
-    torch.full((1 << 26,), float("nan"), device=GPU)
 
 
 def turned(x: Tensor, angles: Tensor) -> Tensor:

@@ -48,11 +48,24 @@ def store_pair(at, first, second, i, width, mask, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def angles_of(cos, sin, i, width):
+    """Cosines and sines of the angles of pairs i, zero beyond those of `width` numbers."""
+    there = i < width // 2
+    return tl.load(cos + i, mask=there, other=0).to(tl.float32), tl.load(sin + i, mask=there, other=0).to(tl.float32)
+
+
+@triton.jit
 def turned(first, second, cos, sin):
     """Pairs of numbers turned by angles, in float32, rounded to their own dtype."""
     a = first.to(tl.float32)
     b = second.to(tl.float32)
     return (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(first.dtype)
+
+
+@triton.jit
+def nothing_seen(BH: tl.constexpr, WIDTH: tl.constexpr):
+    """Where a softmax begins: the highest scores [BH], their sums [BH], sums of values [BH, WIDTH]."""
+    return tl.full((BH,), NOTHING, tl.float32), tl.zeros((BH,), tl.float32), tl.zeros((BH, WIDTH), tl.float32)
 
 
 @triton.jit
@@ -133,8 +146,7 @@ def attend(
     h = tl.arange(0, BH)
     i = tl.arange(0, HALF)
     d = tl.arange(0, WIDTH)
-    c = tl.load(cos + sequence * angles + i, mask=i < D // 2, other=0).to(tl.float32)
-    s = tl.load(sin + sequence * angles + i, mask=i < D // 2, other=0).to(tl.float32)
+    c, s = angles_of(cos + sequence * angles, sin + sequence * angles, i, D)
     mine = (h < PER_KEY)[:, None]
     across = (i < D // 2)[None, :]
     q_at = q + sequence * q_row + (head * PER_KEY + h)[:, None] * D
@@ -149,9 +161,7 @@ def attend(
         new = tl.load(v + sequence * v_row + head * D + d, mask=d < D, other=0)
         tl.store(v_cache + here * D + d, new, mask=d < D)
         tl.debug_barrier()  # they are read back below
-    highest = tl.full((BH,), NOTHING, tl.float32)
-    total = tl.zeros((BH,), tl.float32)
-    sums = tl.zeros((BH, WIDTH), tl.float32)
+    highest, total, sums = nothing_seen(BH, WIDTH)
     for first in range(begin, end, BS):
         place = first + tl.arange(0, BS)
         within = (place < end)[:, None]
@@ -192,8 +202,7 @@ def keep_latents(
         factors = tl.load(weight + column, mask=column < L, other=0)
         tl.store(latents + here * L + column, norm_of(read, factors, L, epsilon), mask=column < L)
         i = tl.arange(0, HALF)
-        c = tl.load(cos + sequence * angles + i, mask=i < R // 2, other=0).to(tl.float32)
-        s = tl.load(sin + sequence * angles + i, mask=i < R // 2, other=0).to(tl.float32)
+        c, s = angles_of(cos + sequence * angles, sin + sequence * angles, i, R)
         first, second = pair(kv + sequence * kv_row + L, i, R, i < R // 2, IN_PAIRS)
         first, second = turned(first, second, c, s)
         store_pair(rotary + here * R, first, second, i, R, i < R // 2, OUT_PAIRS)
@@ -231,17 +240,14 @@ def attend_latents(
     column = tl.arange(0, WIDTH)
     mine = (head < HEADS)[:, None]
     across = (i < R // 2)[None, :]
-    c = tl.load(cos + sequence * angles + i, mask=i < R // 2, other=0).to(tl.float32)
-    s = tl.load(sin + sequence * angles + i, mask=i < R // 2, other=0).to(tl.float32)
+    c, s = angles_of(cos + sequence * angles, sin + sequence * angles, i, R)
     q_at = q + sequence * q_row + head[:, None] * q_width + q_width - R
     q0, q1 = pair(q_at, i[None, :], R, mine & across, IN_PAIRS)
     q0, q1 = turned(q0, q1, c[None, :], s[None, :])
     whole = (column < L)[None, :]
     query_at = q_latent + sequence * q_sequence + head[:, None] * q_head + column[None, :]
     query = tl.load(query_at, mask=mine & whole, other=0)
-    highest = tl.full((BH,), NOTHING, tl.float32)
-    total = tl.zeros((BH,), tl.float32)
-    sums = tl.zeros((BH, WIDTH), tl.float32)
+    highest, total, sums = nothing_seen(BH, WIDTH)
     for first in range(begin, end, BS):
         place = first + tl.arange(0, BS)
         within = (place < end)[:, None]
