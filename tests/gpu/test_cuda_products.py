@@ -133,6 +133,23 @@ def test_rows_that_the_copy_engine_does_not_take(scheme: SchemeName, tokens: int
         assert error(found, seen(x, scheme) @ exact(matrix).t()) < 4e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("columns", [1, 96, 1408, 7168, 18432])
+def test_tokens_are_rounded_as_on_the_cpu(columns: int, dtype: torch.dtype) -> None:
+    from quantlab.runtime.cuda import launch
+
+    size = torch.logspace(-36, 36, 63, dtype=torch.float64)[:, None]
+    x = torch.randn(63, columns, dtype=torch.float64).mul(size).to(dtype).nan_to_num(posinf=1.0, neginf=-1.0)
+    halves = torch.arange(-columns, columns, 2).div(2).remainder(255).sub(127).div(2)  # k / 2: half of them are ties
+    halves[0] = 127
+    x = torch.cat((x, halves.to(dtype)[None], torch.zeros(1, columns, dtype=dtype)))
+    expected = quantize_tokens(x)
+    for early in (False, True):
+        q, scale = launch.quantize_tokens(x.to(GPU), early=early)
+        assert torch.equal(scale.cpu(), expected[1][:, 0])
+        assert torch.equal(q.cpu(), expected[0])
+
+
 @pytest.mark.parametrize("scheme", ALL)
 def test_activations_that_are_not_finite_are_not_hidden(scheme: SchemeName) -> None:
     bank = bank_of(scheme, [made(scheme, 128, 256, torch.bfloat16)])

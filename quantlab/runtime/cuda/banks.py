@@ -106,7 +106,7 @@ class CudaMatrices(nn.Module):
             tiles = gating(tiles)
         x_scale = None
         if self.kind == Kind.INT8_TOKENS:
-            x, x_scale = launch.quantize_tokens(x)
+            x, x_scale = launch.quantize_tokens(x, early=tiles.parts == 1)
         if tiles.runs:
             assert added is None, "runs are for more tokens"
             return launch.run_product(m, x, x_scale, tiles, dtype=dtype, gated=gated)
@@ -159,9 +159,14 @@ class CudaMatrices(nn.Module):
 
 
 def gating(tiles: Tiles) -> Tiles:
-    """The same with tiles of a slab of the gate's rows and one of up's; many tokens in a tile of twice the rows want fewer parts."""
+    """The same with as many of the gate's rows in a tile as of up's: a slab of each, unless tiles are lower than that.
+
+    Many tokens in a tile of twice the rows want fewer parts.
+    """
+    if tiles.rows < layout.SLAB:
+        return tiles
     parts = tiles.parts if tiles.tokens <= 16 else max(tiles.parts // 2, 1)
-    return Tiles(2 * layout.SLAB, tiles.tokens, parts, stages=tiles.stages)
+    return Tiles(2 * layout.SLAB, tiles.tokens, parts, stages=tiles.stages, ahead=tiles.ahead // 2)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

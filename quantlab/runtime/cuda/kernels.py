@@ -23,10 +23,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantlab.runtime.cuda.words import beside, from_int4, from_int8, slab_words
 
-_PREFETCH = """{ .reg .pred first; .reg .u32 thread;
+PREFETCH: tl.constexpr = tl.constexpr("""{ .reg .pred first; .reg .u32 thread;
 mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
-@first cp.async.bulk.prefetch.L2.global [$1], NBYTES; mov.u32 $0, 0; }"""
-PREFETCH_8K: tl.constexpr = tl.constexpr(_PREFETCH.replace("NBYTES", "8192"))
+@first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""")
 
 INT4: tl.constexpr = tl.constexpr(0)
 INT8: tl.constexpr = tl.constexpr(1)
@@ -223,7 +222,7 @@ def collect(sums, valid, partial, slot, first_slot, arrived, contributors):
 def product(
     x, x_scale, w, scale, added, out, partial, arrived, T, N, K, splits,
     KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, CHAINED: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, CHAINED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``x W^T``, or a share of its blocks of columns where SPLIT; the grid is (tiles, splits).
 
@@ -232,7 +231,7 @@ def product(
     out: [T, N], or [T, N / 2] where GATED: ``silu(gate) * up`` of a matrix with the gate's rows first, then up's.
     added: [T, N] of out's dtype, added to the product where ADDED.
     partial: [tiles, splits, BM, BN] scratch; arrived: [tiles] int32, zero before and after.
-    CHAINED: see above; int8 rows are sent for before the wait.
+    CHAINED: see above; the rows of the first AHEAD blocks are sent for before the wait, where KIND is INT8_TOKENS.
     """
     row_blocks = tl.cdiv(T, BM)
     tile = tl.program_id(0)
@@ -242,7 +241,7 @@ def product(
     last = (tl.program_id(1) + 1) * blocks // splits
     if CHAINED:
         if KIND == INT8_TOKENS:
-            send_for(w, tile_n, first, tl.minimum(last, first + 2), N, GATED, BN)
+            send_for(w, tile_n, first, tl.minimum(last, first + AHEAD), N, GATED, BN)
         gdc_wait()
     n = rows_of(tile_n, N, GATED, BN)
     position = tile % row_blocks * BM + tl.arange(0, BM)
@@ -266,18 +265,17 @@ def send_for(w, tile_n, first, last, N, GATED: tl.constexpr, BN: tl.constexpr):
     if GATED:
         for block in range(first, last):
             at = w + (block * N + tile_n * (BN // 2)) * 128
-            send_for_rows(at, BN // 2)
-            send_for_rows(at + N // 2 * 128, BN // 2)
+            send_for_bytes(at, BN // 2 * 128)
+            send_for_bytes(at + N // 2 * 128, BN // 2 * 128)
     elif (tile_n + 1) * BN <= N:
         for block in range(first, last):
-            send_for_rows(w + (block * N + tile_n * BN) * 128, BN)
+            send_for_bytes(w + (block * N + tile_n * BN) * 128, BN * 128)
 
 
 @triton.jit
-def send_for_rows(start, ROWS: tl.constexpr):
-    """The same for 64 rows from `start` on."""
-    tl.static_assert(ROWS == 64)
-    tl.inline_asm_elementwise(PREFETCH_8K, "=r,l", [start], dtype=tl.int32, is_pure=False, pack=1)
+def send_for_bytes(start, size):
+    """The same for what begins at `start`; one thread asks."""
+    tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [start, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

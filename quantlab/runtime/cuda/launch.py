@@ -96,14 +96,14 @@ def combine(rows: Tensor, weights: Tensor, added: Tensor | None = None) -> Tenso
 
 
 @on_its_device
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, K] of any floating dtype -> integers [T, K] int8 and scales [T] float32."""
+def quantize_tokens(x: Tensor, *, early: bool = False) -> tuple[Tensor, Tensor]:
+    """[T, K] of any floating dtype -> integers [T, K] int8 and scales [T] float32; `early`: see `rows.quantize_tokens`."""
     rows, columns = x.shape
     q = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     width = power(columns)
     row_kernels.quantize_tokens[(rows,)](
-        x, q, scale, columns, WIDTH=width, num_warps=min(max(width // 512, 1), 16), **chained(x)
+        x, q, scale, columns, WIDTH=width, EARLY=early, num_warps=min(max(width // 512, 1), 16), **chained(x)
     )
     return q, scale
 
@@ -146,7 +146,7 @@ def product(
         x, arrived if x_scale is None else x_scale, m.weight, m.scale, out if added is None else added, out, partial, arrived,
         x.shape[0], rows, columns, tiles.parts,
         KIND=int(m.kind), GROUP=m.group, GATED=gated, ADDED=added is not None, SPLIT=tiles.parts > 1,
-        EVEN=columns % 128 == 0, BN=tiles.rows, BM=tiles.tokens, STAGES=tiles.stages, WARPS=tiles.warps,
+        EVEN=columns % 128 == 0, BN=tiles.rows, BM=tiles.tokens, STAGES=tiles.stages, WARPS=tiles.warps, AHEAD=tiles.ahead,
         num_warps=tiles.warps, num_stages=tiles.stages, **chained(x),
     )  # fmt: skip
     return out

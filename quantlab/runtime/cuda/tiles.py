@@ -29,8 +29,9 @@ class Tiles:
 
     Attributes:
         parts: into how many the columns are cut (`kernels.product`), or programs per multiprocessor (`kernels.run_product`).
-        warps: of a program, 4 or 8.
+        warps: of a program: 1, 4 or 8.
         stages: how many steps ahead memory is asked for.
+        ahead: of INT8_TOKENS, how many blocks of columns are sent for while the tokens are being rounded.
         runs: whether the work is cut into equal runs (`kernels.run_product`) and not into tiles.
     """
 
@@ -39,6 +40,7 @@ class Tiles:
     parts: int = 1
     warps: int = 4
     stages: int = 3
+    ahead: int = 0
     runs: bool = False
 
 
@@ -85,10 +87,11 @@ def linear_tiles(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -
             if kind == Kind.INT8_TOKENS
             else _large(kind, rows, columns, tokens, chip)
         )
+    elif kind == Kind.INT8_TOKENS:
+        found = _few_integers(rows, columns, tokens, chip)
     elif kind != Kind.INT4:
         stages = 3 if tokens > 32 and -(-rows // 64) > 1.5 * chip.multiprocessors else 4
-        least = 4 if kind == Kind.INT8 else 8
-        parts = _parts(rows, columns, 64, programs=1.7 * chip.multiprocessors, least=least)
+        parts = _parts(rows, columns, 64, programs=1.7 * chip.multiprocessors, least=4)
         found = Tiles(64, _power(tokens), parts, stages=stages)
     elif tokens <= 8:
         found = Tiles(128, 8, _parts(rows, columns, 128, programs=4 * chip.multiprocessors, least=3))
@@ -125,6 +128,23 @@ def fitting(tiles: Tiles, kind: Kind, chip: Chip) -> Tiles:
     if room >= 2 or tiles.tokens == 8:
         return replace(tiles, stages=max(min(tiles.stages, room), 1))
     return fitting(replace(tiles, tokens=tiles.tokens // 2), kind, chip)
+
+
+def _few_integers(rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
+    """Up to 16 tokens tiles are low where high ones would not fill the chip.
+
+    That beats cutting the columns: while sums are shared, the next kernel waits.
+    """
+    size, steps, high, low = _power(tokens), blocks(columns), -(-rows // 64), -(-rows // 16)
+    if high > 1.13 * chip.multiprocessors:
+        return Tiles(64, size, stages=3 if size > 32 and high > 1.5 * chip.multiprocessors else 4, ahead=8)
+    if size <= 16 and low >= 0.9 * chip.multiprocessors:
+        return Tiles(16, size, warps=1, stages=8, ahead=min(max(steps // 4, 1), 16))
+    if size <= 16:
+        parts = _parts(rows, columns, 16, programs=1.7 * chip.multiprocessors, least=8)
+        return Tiles(16, size, parts, warps=1, stages=8, ahead=8)
+    parts = max(min(max(round(chip.multiprocessors / high), 2), steps // 8), 1)
+    return Tiles(64, size, parts, stages=6 if high * parts <= chip.multiprocessors else 4, ahead=4)
 
 
 def _integer_tiles(rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
