@@ -131,20 +131,24 @@ def fitting(tiles: Tiles, kind: Kind, chip: Chip) -> Tiles:
 
 
 def _few_integers(rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
-    """Up to 16 tokens tiles are low where high ones would not fill the chip.
+    """Columns are cut only where there are too few tiles: while sums are shared, the next kernel waits.
 
-    That beats cutting the columns: while sums are shared, the next kernel waits.
+    Up to 16 tokens tiles are low where high ones would not fill the chip. More tokens are read again by every tile: there
+    tiles stay high, and fewer programs than the chip has room for ask for more at once.
     """
     size, steps, high, low = _power(tokens), blocks(columns), -(-rows // 64), -(-rows // 16)
     if high > 1.13 * chip.multiprocessors:
-        return Tiles(64, size, stages=3 if size > 32 and high > 1.5 * chip.multiprocessors else 4, ahead=8)
+        if size <= 16:
+            return Tiles(64, size, stages=4, ahead=8)
+        each = chip.shared_bytes // -(-high // chip.multiprocessors)
+        return Tiles(64, size, stages=min(max(each // ((64 + size) * 128), 3), 5), ahead=6)
     if size <= 16 and low >= 0.9 * chip.multiprocessors:
         return Tiles(16, size, warps=1, stages=8, ahead=min(max(steps // 4, 1), 16))
     if size <= 16:
         parts = _parts(rows, columns, 16, programs=1.7 * chip.multiprocessors, least=8)
         return Tiles(16, size, parts, warps=1, stages=8, ahead=8)
-    parts = max(min(max(round(chip.multiprocessors / high), 2), steps // 8), 1)
-    return Tiles(64, size, parts, stages=6 if high * parts <= chip.multiprocessors else 4, ahead=4)
+    parts = max(min(round(0.55 * chip.multiprocessors / high), steps // 14), 1)
+    return Tiles(64, size, parts, stages=8, ahead=8 if parts == 1 else 4)
 
 
 def _integer_tiles(rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
