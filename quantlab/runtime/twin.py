@@ -51,6 +51,10 @@ def random_twin(
     return build(config_of(config, where="the config of the twin"), weights, dtype=dtype, attention=attention)
 
 
+_DRAWN: Final = 1 << 20
+"""Bytes that are drawn for a tensor."""
+
+
 class _Float(NamedTuple):
     """Bits of a floating-point format."""
 
@@ -104,14 +108,19 @@ class _RandomWeights:
         matrices.scale[index] = columns**-0.5 / (4.6 if int4 else 74)
 
     def _random_bits(self, tensor: Tensor) -> None:
-        """Fill a contiguous tensor with random bytes, eight at a time where its size allows."""
+        """Fill a contiguous tensor with random bytes; those of a large one repeat, since drawing is slower than copying."""
         flat = tensor.view(-1).view(torch.uint8)
-        whole = flat.numel() // 8 * 8
-        if whole and flat.storage_offset() % 8 == 0:
-            flat[:whole].view(torch.int64).random_(-(1 << 63), None, generator=self._generator)
+        drawn = flat[:_DRAWN]
+        whole = drawn.numel() // 8 * 8
+        if whole and flat.storage_offset() % 8 == 0:  # eight at a time
+            drawn[:whole].view(torch.int64).random_(-(1 << 63), None, generator=self._generator)
         else:
             whole = 0
-        flat[whole:].random_(0, 256, generator=self._generator)
+        drawn[whole:].random_(0, 256, generator=self._generator)
+        repeats = flat.numel() // _DRAWN
+        if repeats:
+            flat[_DRAWN : repeats * _DRAWN].view(-1, _DRAWN).copy_(drawn)
+            flat[repeats * _DRAWN :].copy_(drawn[: flat.numel() % _DRAWN])
 
     def _randomize(self, tensor: Tensor, *, size: float) -> None:
         """Fill with numbers of random sign and magnitude in [s, 2s), where 1.5 s is about `size`."""
