@@ -10,7 +10,7 @@ default, HF_HUB_OFFLINE=0 allows otherwise) it uses what is in its cache.
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from quantlab.evaluation.suite import SuiteTask
 
 _NEW_TOKENS = 256  # lm-eval's own default
 _CONTEXT = 2048  # of a model that does not say
-_PROBLEMS = (KeyError, ValueError, OSError, RuntimeError, ImportError, AttributeError, NotImplementedError)
+_PROBLEMS = (KeyError, ValueError, OSError, RuntimeError, ImportError, AttributeError)
+"""What lm-eval and the libraries it loads data with raise for a task they do not know, cannot fetch or cannot run."""
 
 
 @dataclass(frozen=True)
@@ -158,18 +159,26 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 
 def as_lm_eval(answerer: Answerer) -> Any:  # noqa: ANN401 - a class of a package that may be missing
-    """The answerer as lm-eval's `LM`."""
+    """The answerer as lm-eval's `LM`; its attribute `answering` stays true if the model fails."""
     from lm_eval.api.model import LM
 
     class QuantlabLM(LM):  # type: ignore[misc]
+        answering = False
+
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            return answerer.loglikelihood([request.args for request in requests])
+            return self._asked(answerer.loglikelihood, [request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-            return answerer.loglikelihood_rolling([request.args[0] for request in requests])
+            return self._asked(answerer.loglikelihood_rolling, [request.args[0] for request in requests])
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            return answerer.generate([request.args for request in requests])
+            return self._asked(answerer.generate, [request.args for request in requests])
+
+        def _asked(self, answer: Callable[[Any], list[Any]], questions: list[Any]) -> list[Any]:
+            self.answering = True
+            found = answer(questions)
+            self.answering = False
+            return found
 
     return QuantlabLM()
 
@@ -194,10 +203,11 @@ def answer(answerer: Answerer, wanted: SuiteTask, definitions: Path | None) -> I
             found=str(error),
             fix="pip install 'quantlab[tasks]', or name a file of eval/tasks",
         ) from error
+    model = as_lm_eval(answerer)
     writing = {"temperature": wanted.temperature, "top_p": wanted.top_p, "do_sample": wanted.temperature > 0}
     try:
         found = lm_eval.simple_evaluate(
-            model=as_lm_eval(answerer),
+            model=model,
             tasks=[wanted.task],
             num_fewshot=wanted.shots,
             limit=wanted.items,
@@ -212,6 +222,8 @@ def answer(answerer: Answerer, wanted: SuiteTask, definitions: Path | None) -> I
             confirm_run_unsafe_code=wanted.run_code,
         )
     except _PROBLEMS as error:
+        if model.answering:
+            raise
         raise EvaluationError(
             "lm-eval cannot run the task",
             where=f"task {wanted.task}",

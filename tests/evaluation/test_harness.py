@@ -197,6 +197,19 @@ def test_what_lm_eval_cannot_do_is_told(dense: Path, definitions: Path) -> None:
     assert "acc" in str(raised.value.fix)
 
 
+def test_a_model_that_fails_is_not_laid_on_lm_eval(
+    dense: Path, definitions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = answerer(dense)
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("of the model")
+
+    monkeypatch.setattr(model.model.base_model, "forward", fails)
+    with pytest.raises(RuntimeError, match="of the model"):
+        answer(model, SuiteTask(task="ours"), definitions)
+
+
 def test_lm_eval_knows_every_task_that_a_shipped_suite_names() -> None:
     tasks = pytest.importorskip("lm_eval.tasks", reason="the bridge needs the extra [tasks]")
     suites = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.yaml"))

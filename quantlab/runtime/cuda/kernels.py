@@ -274,7 +274,7 @@ def send_for(w, tile_n, first, last, N, GATED: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def send_for_bytes(start, size):
-    """The same for what begins at `start`; one thread asks."""
+    """Have `size` bytes from `start` on brought into the second-level cache; one thread asks."""
     tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [start, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
