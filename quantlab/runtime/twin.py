@@ -1,12 +1,14 @@
 """A model of the right shape with random weights, for measuring speed.
 
-The time of a step does not depend on what the weights are, only on their shapes and formats, so speed is measured at the
-width of the target model on a few layers that never existed on disk. Integers are random bits; floating-point weights
-have a random sign and mantissa and one exponent, chosen so that activations keep their size from layer to layer and stay
-finite in float16.
+The time of a step depends on the shapes and formats of the weights and on how many experts a batch of tokens hits, so speed
+is measured at the width of the target model on a few layers that never existed on disk. Integers are random bits;
+floating-point weights have a random sign and mantissa and one exponent, chosen so that activations keep their size from layer
+to layer and stay finite in float16. A tensor's numbers depend on the seed and its name alone, and embeddings outweigh whatever
+the layers add to them: so in twins of every format the same tokens go to the same experts.
 """
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -47,12 +49,14 @@ def random_twin(
         DeviceError: there is no such device or attention here.
     """
     found = find_device(device)
-    weights = _RandomWeights(quantization, torch.Generator(found).manual_seed(seed))
+    weights = _RandomWeights(quantization, torch.Generator(found), seed)
     return build(config_of(config, where="the config of the twin"), weights, dtype=dtype, attention=attention)
 
 
-_DRAWN: Final = 1 << 20
-"""Bytes that are drawn for a tensor."""
+_DRAWN: Final = 8 * ((1 << 17) - 1)
+"""Bytes that are drawn for a tensor, about a megabyte: eight times a prime, so that no two rows of a matrix begin alike."""
+_EMBEDDING: Final = 64.0
+"""Size of the embeddings, where layers add numbers of about 1."""
 
 
 class _Float(NamedTuple):
@@ -71,10 +75,11 @@ _FLOATS: Final = {
 
 
 class _RandomWeights:
-    def __init__(self, quantization: QuantizationConfig | None, generator: torch.Generator) -> None:
+    def __init__(self, quantization: QuantizationConfig | None, generator: torch.Generator, seed: int) -> None:
         self.device = generator.device
         self._quantization = quantization
         self._generator = generator
+        self._seed = seed
 
     def scheme_of(self, name: str) -> Scheme | None:
         return None if self._quantization is None else self._quantization.scheme_of(name.removesuffix(".weight"))
@@ -87,11 +92,13 @@ class _RandomWeights:
             made = torch.ones if name.endswith("weight") else torch.zeros
             return made(*shape, dtype=dtype, device=self.device)
         tensor = torch.empty(*shape, dtype=dtype, device=self.device)
-        self._randomize(tensor, size=1.0 if "embed" in name else shape[-1] ** -0.5)
+        self._begin(name)
+        self._randomize(tensor, size=_EMBEDDING if "embed" in name else shape[-1] ** -0.5)
         return tensor
 
     def fill(self, matrices: Matrices, index: int, names: Sequence[str], rows: Sequence[int] | None = None) -> None:
         columns = matrices.shape[2]
+        self._begin(names[0])
         if isinstance(matrices, DenseMatrices):
             self._randomize(matrices.weight[index], size=columns**-0.5)
             return
@@ -106,6 +113,10 @@ class _RandomWeights:
             else matrices.q.dtype != torch.int8
         )
         matrices.scale[index] = columns**-0.5 / (4.6 if int4 else 74)
+
+    def _begin(self, name: str) -> None:
+        """Draw for this tensor from here on."""
+        self._generator.manual_seed(self._seed + zlib.crc32(name.encode()))
 
     def _random_bits(self, tensor: Tensor) -> None:
         """Fill a contiguous tensor with random bytes; those of a large one repeat, since drawing is slower than copying."""

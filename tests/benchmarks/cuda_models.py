@@ -1,8 +1,9 @@
 """Whole models on a GPU, decoding by captured steps: python tests/benchmarks/cuda_models.py [--models …] [--out PREFIX]
 
 Random weights at the true width of a model. Each side is timed in turns with two of BF16, step by step, from a cache of `PROMPT`
-tokens: BF16 in transformers' own steps, captured, and BF16 in the fused steps that the packed sides take too. Beside the time stand the bytes a step has to read (all weights but the embeddings; of routed experts those
-that the tokens of a batch are expected to hit) and what the kernels of one step took, longest first.
+tokens: BF16 in transformers' own steps, captured, and BF16 in the fused steps that the packed sides take too. Beside the time
+stand the bytes a step has to read (all weights but the embeddings; of routed experts those that the tokens hit, which are the
+same on every side) and what the kernels of one step took, longest first.
 """
 
 import argparse
@@ -164,15 +165,21 @@ def kernels(decoder: Decoder) -> list[dict[str, Any]]:
     return sorted(found, key=lambda line: -float(line["microseconds"]))
 
 
+@torch.inference_mode()
 def bytes_of_a_step(model: torch.nn.Module, batch: int) -> float:
-    """Bytes of weights that one step reads: experts by how many of them a batch is expected to hit."""
+    """Bytes of weights that one step reads: of routed experts those that `some_tokens` hit, without a context before them."""
     total = float(weight_bytes(model).total) - model.model.embed_tokens.weight.nbytes
-    for module in model.modules():
-        if isinstance(module, Experts):
-            experts = module.gate_up.shape[0]
-            chosen = model.config.num_experts_per_tok
-            total -= weight_bytes(module).total * (1 - chosen / experts) ** batch
-    return total
+    shares: list[float] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda its, args: shares.append(args[1].unique().numel() / its.num_experts))
+        for module in model.modules()
+        if isinstance(module, Experts)
+    ]
+    model(input_ids=some_tokens(batch))
+    for hook in hooks:
+        hook.remove()
+    experts = [weight_bytes(module).total for module in model.modules() if isinstance(module, Experts)]
+    return total - sum(held * (1 - share) for held, share in zip(experts, shares, strict=True))
 
 
 def measured(name: str) -> list[dict[str, Any]]:

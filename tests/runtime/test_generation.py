@@ -2,6 +2,10 @@
 
 The tokens are checked by one pass of that model over the text that was generated: if the likeliest token after every prefix
 is the one that follows, the model would have generated the same text.
+
+Rounded activations are not continuous: where one lies between two integers, the last bit of a float32 sum, which is another on
+another processor, decides which expert a token goes to and which of two tokens is likelier. So there the model is asked
+several times, each time with its embeddings disturbed in their last bit, and any of its answers will do.
 """
 
 import json
@@ -54,46 +58,64 @@ def prompt() -> Tensor:
     return torch.randint(300, 8000, (1, 12), generator=torch.Generator().manual_seed(5))
 
 
-def followed(reference: PreTrainedModel, text: Tensor) -> int:
-    """How many of the new tokens are the reference's likeliest, from the first on."""
+def reference_of(artifact: Artifact, scheme: str) -> PreTrainedModel:
+    """The model of the dequantized weights, which are deleted."""
+    reference = dense_reference(artifact.dense)
+    shutil.rmtree(artifact.dense)
+    return with_int8_activations(reference) if scheme == "int8" else reference
+
+
+def likeliest(reference: PreTrainedModel, text: Tensor) -> Tensor:
+    """The likeliest token after every prefix that ends with the prompt or later."""
     with torch.no_grad():
-        likeliest = reference(input_ids=text).logits[0, prompt().shape[1] - 1 : -1].argmax(-1)
-    same = likeliest == text[0, prompt().shape[1] :]
+        return reference(input_ids=text).logits[0, prompt().shape[1] - 1 : -1].argmax(-1)
+
+
+def followed(reference: PreTrainedModel, text: Tensor, scheme: str) -> int:
+    """How many of the new tokens are the reference's likeliest, from the first on."""
+    new = text[0, prompt().shape[1] :]
+    same = likeliest(reference, text) == new
+    if scheme == "int8":
+        embeddings = reference.get_input_embeddings().weight.data
+        exact = embeddings.clone()
+        draws = torch.Generator().manual_seed(0)
+        for _ in range(16):
+            embeddings.copy_(exact * (1 + 2**-23 * torch.randn(exact.shape, generator=draws)))
+            same |= likeliest(reference, text) == new
+        embeddings.copy_(exact)
     return int(same.cumprod(0).sum())
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "gptq"])
 def test_sixty_four_greedy_tokens_are_the_references(scheme: SchemeName, plain: Path, tmp_path: Path) -> None:
     artifact = artifact_of(plain, tmp_path / scheme, scheme)
-    model, reference = load(artifact.directory, dtype=torch.float32), dense_reference(artifact.dense)
-    shutil.rmtree(artifact.dense)
-    if scheme == "int8":
-        reference = with_int8_activations(reference)
+    model, reference = load(artifact.directory, dtype=torch.float32), reference_of(artifact, scheme)
     static = Decoder(model, batch=1, length=ROOM).generate(prompt(), STEPS)
     assert static.shape == (1, prompt().shape[1] + STEPS)
     assert len(static[0, prompt().shape[1] :].unique()) > 10, "the text varies"
-    assert followed(reference, static) == STEPS
+    assert followed(reference, static, scheme) == STEPS
     settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
     dynamic = model.generate(prompt(), past_key_values=DynamicCache(config=model.config), **settings)
-    assert torch.equal(dynamic, static)
+    assert followed(reference, dynamic, scheme) == STEPS
+    assert scheme == "int8" or torch.equal(dynamic, static)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scheme", [*SCHEMES, "gptq"])
-def test_sixty_four_greedy_tokens_on_cuda_are_those_of_the_cpu(scheme: SchemeName, plain: Path, tmp_path: Path) -> None:
+def test_sixty_four_greedy_tokens_on_cuda_are_the_references(scheme: SchemeName, plain: Path, tmp_path: Path) -> None:
     """In float32, which is exact on both; it is not captured, for the experts then ask the host for the routing."""
-    directory = artifact_of(plain, tmp_path / scheme, scheme).directory
-    found = []
-    for device in ("cpu", "cuda"):
-        model = load(directory, dtype=torch.float32, device=device)
-        decoder = Decoder(model, batch=1, length=ROOM)
-        assert not decoder.captures
-        found.append(decoder.generate(prompt(), STEPS).cpu())
-    assert found[0].shape == (1, prompt().shape[1] + STEPS)
-    assert torch.equal(*found)
+    artifact = artifact_of(plain, tmp_path / scheme, scheme)
+    model, reference = load(artifact.directory, dtype=torch.float32, device="cuda"), reference_of(artifact, scheme)
+    decoder = Decoder(model, batch=1, length=ROOM)
+    assert not decoder.captures
+    static = decoder.generate(prompt(), STEPS).cpu()
+    assert static.shape == (1, prompt().shape[1] + STEPS)
+    assert followed(reference, static, scheme) == STEPS
     settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
-    assert torch.equal(model.generate(prompt().cuda(), **settings).cpu(), found[0])
+    dynamic = model.generate(prompt().cuda(), **settings).cpu()
+    assert followed(reference, dynamic, scheme) == STEPS
+    assert scheme == "int8" or torch.equal(dynamic, static)
 
 
 def test_generate_with_a_static_cache_of_transformers_and_sampling(plain: Path) -> None:

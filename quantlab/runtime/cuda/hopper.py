@@ -8,8 +8,10 @@ rows of the matrix, read the words of their part straight into registers, as the
 cycles of such a program, tensor cores are busy in 97 %.
 
 As in `quantlab.runtime.cuda.kernels` the product is transposed, ``W x^T``, since weights can come from registers only on the
-left. Programs stay, one per multiprocessor. First each takes whole tiles; the last tiles, too few for all programs, are cut
-into equal runs of blocks of columns, and where a run ends inside a tile, `collect` adds its shares.
+left, and launches overlap: there is no room for a second program beside one, but the next takes the place of the first that
+ends, and reads its first words while others still write. Programs stay, one per multiprocessor. First each takes whole
+tiles; the last tiles, too few for all programs, are cut into equal runs of blocks of columns, and where a run ends inside a
+tile, `collect` adds its shares.
 
 Legend: N rows (outputs), K columns (inputs), T rows of activations; tiles of BN = 128 rows of the matrix and BM of
 activations, whose columns are walked in blocks of 128.
@@ -26,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 BN: gl.constexpr = gl.constexpr(128)
 """Rows of a tile: 64 for each four warps."""
@@ -194,6 +197,7 @@ def fetch(
     slabs = (N + 63) // 64
     row_blocks = (T + BM - 1) // BM
     whole_tiles, whole, items, begin, end = work(T, N, K, shared, sharers, BM)
+    gdc_wait()
     place = 0
     phase = 1  # the phase before the first has passed: at first all places are free
     for item in range(items):
@@ -272,6 +276,7 @@ def consume(
     phase = 0
     tile, first, last = item_of(0, whole_tiles, whole, begin, end, blocks)
     words, s0, s1, s2, s3 = packed(w, scale, first, tile // row_blocks * BN, N, INT4, GROUP, BM)
+    gdc_wait()
     for item in range(items):
         tile, first, last = item_of(item, whole_tiles, whole, begin, end, blocks)
         top = tile // row_blocks * BN
@@ -328,6 +333,7 @@ def wide_product(
     w: see `quantlab.runtime.cuda.layout`, two words in each int32; scale: [K / g, N] of x's dtype (INT4) or [N].
     partial: [2 * sharers, BN * BM] float32 scratch; arrived: [sharers] int32, zero before and after.
     """
+    gdc_launch_dependents()
     PLACES: gl.constexpr = RING // BM
     ring = gl.allocate_shared_memory(x.dtype, (PLACES, BM, 64), x.layout)
     out_tile = gl.allocate_shared_memory(x.dtype, (BM, BN), out.layout)

@@ -11,8 +11,8 @@ words [BN, 32] give four tiles [BN, 32] of neighbouring columns. No number ever 
 
 Launches of few rows overlap (CHAINED; programmatic dependent launch): a kernel is launched before the one ahead of it has ended.
 Every program of such a kernel waits for that end before it reads what another wrote, and before it writes; so whatever comes
-after it may rely on all that came before. Those that say when they are nearly done let the next one begin then, else it
-begins with their end.
+after it may rely on all that came before. Only weights and their scales, which no kernel of a step writes, are read before.
+Those that say when they are nearly done let the next one begin then, else it begins with their end.
 
 Legend: E matrices, N rows (outputs), K columns (inputs), T rows of activations, tile sizes BN and BM.
 """
@@ -159,17 +159,35 @@ def sums_of(
 
 
 @triton.jit
+def row_scales(scale, n, KIND: tl.constexpr):
+    """The scales [BN] of rows of an int8 matrix; read ahead of the sums, so that nothing waits for them after."""
+    if KIND == INT8 or KIND == INT8_TOKENS:
+        return tl.load(scale + n).to(tl.float32)
+    else:
+        return n
+
+
+@triton.jit
+def token_scales(x_scale, row, valid, KIND: tl.constexpr):
+    """The scales [BM] of integer rows of activations, read ahead as well."""
+    if KIND == INT8_TOKENS:
+        return tl.load(x_scale + row, mask=valid, other=0.0)
+    else:
+        return row
+
+
+@triton.jit
 def write(
-    sums, x_scale, row, valid, scale, n, added, out, out_row, tile_n, N,
+    sums, per_row, per_token, valid, added, out, out_row, tile_n, N,
     KIND: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """Scale a tile by its rows (int8) and tokens, gate it if asked, add where ADDED, and store it where `valid`."""
     BN: tl.constexpr = sums.shape[0]
     BM: tl.constexpr = sums.shape[1]
     if KIND == INT8_TOKENS:
-        sums = sums.to(tl.float32) * tl.load(x_scale + row, mask=valid, other=0.0)[None, :]
+        sums = sums.to(tl.float32) * per_token[None, :]
     if KIND == INT8 or KIND == INT8_TOKENS:
-        sums = sums * tl.load(scale + n).to(tl.float32)[:, None]
+        sums = sums * per_row[:, None]
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(sums, (2, BN // 2, BM)), (1, 2, 0)))
         sums = gate / (1.0 + tl.exp(-gate)) * up
@@ -239,14 +257,16 @@ def product(
     blocks = tl.cdiv(K, 128)
     first = tl.program_id(1) * blocks // splits
     last = (tl.program_id(1) + 1) * blocks // splits
+    n = rows_of(tile_n, N, GATED, BN)
+    per_row = row_scales(scale, n, KIND)
     if CHAINED:
         if KIND == INT8_TOKENS:
             send_for(w, tile_n, first, tl.minimum(last, first + AHEAD), N, GATED, BN)
         gdc_wait()
-    n = rows_of(tile_n, N, GATED, BN)
     position = tile % row_blocks * BM + tl.arange(0, BM)
     valid = position < T
     row = tl.where(valid, position, 0).to(tl.int64)
+    per_token = token_scales(x_scale, row, valid, KIND)
     sums = sums_of(x, row, valid, w, scale, tile_n, n, first, last, N, K, KIND, GROUP, GATED, EVEN, STAGES, WARPS)
     if CHAINED:
         gdc_launch_dependents()
@@ -254,9 +274,9 @@ def product(
         slot = (tile * splits + tl.program_id(1)).to(tl.int64)
         sums, complete = collect(sums, valid, partial, slot, slot - tl.program_id(1), arrived + tile, splits)
         if complete:
-            write(sums, x_scale, row, valid, scale, n, added, out, row, tile_n, N, KIND, GATED, ADDED)
+            write(sums, per_row, per_token, valid, added, out, row, tile_n, N, KIND, GATED, ADDED)
     else:
-        write(sums, x_scale, row, valid, scale, n, added, out, row, tile_n, N, KIND, GATED, ADDED)
+        write(sums, per_row, per_token, valid, added, out, row, tile_n, N, KIND, GATED, ADDED)
 
 
 @triton.jit
@@ -306,10 +326,12 @@ def of_expert(w, scale, expert, blocks, N, K, KIND: tl.constexpr, GROUP: tl.cons
 
 
 @triton.jit
-def rows_met(order, position, TOP_K: tl.constexpr, ROUTED: tl.constexpr):
+def rows_met(order, position, TOP_K: tl.constexpr, ROUTED: tl.constexpr, ALONE: tl.constexpr):
     """Which rows of x and of the result sorted positions stand for; see `run_product`."""
     if not ROUTED:
         return position.to(tl.int64), position
+    elif ALONE:
+        return (position // TOP_K if TOP_K else position).to(tl.int64), position
     elif TOP_K:
         return (tl.load(order + position) // TOP_K).to(tl.int64), position
     else:
@@ -318,9 +340,9 @@ def rows_met(order, position, TOP_K: tl.constexpr, ROUTED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def run_product(
-    x, x_scale, w, scale, out, partial, arrived, order, start, block_expert, block_first, block_count, T, N, K,
+    x, x_scale, w, scale, out, partial, arrived, order, block_expert, block_first, block_end, block_count, T, N, K,
     KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, TOP_K: tl.constexpr, ROUTED: tl.constexpr,
-    EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
+    ALONE: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     """As `product`, by any number of programs; where ROUTED, rows meet the matrices of their experts.
@@ -329,12 +351,13 @@ def run_product(
     columns, one after the other, cut into equal runs; where a run ends inside a tile, `collect` adds its shares.
 
     w, scale: where ROUTED, of E matrices. partial: [2 * programs, BM, BN] scratch; arrived: [programs] int32 zeros.
-    order, start, block_expert, block_first, block_count: what `routing.route` wrote. With TOP_K, row p of the product
+    order, block_expert, block_first, block_end, block_count: what `routing.route` wrote. With TOP_K, row p of the product
     reads row ``order[p] / TOP_K`` of x and stays at p; without, it reads row p and writes row ``order[p]``.
+    ALONE: all T rows are of one token; row p is block p and meets expert ``block_expert[p]``, and no other of these is read.
     """
     if CHAINED:
         gdc_wait()
-    row_blocks = tl.load(block_count) if ROUTED else tl.cdiv(T, BM)
+    row_blocks = T if ALONE else tl.load(block_count) if ROUTED else tl.cdiv(T, BM)
     blocks = tl.cdiv(K, 128)
     total = row_blocks * tl.cdiv(N, BN) * blocks
     programs = tl.minimum(tl.num_programs(0), total)
@@ -349,17 +372,18 @@ def run_product(
         n = rows_of(tile_n, N, GATED, BN)
         if ROUTED:
             expert = tl.load(block_expert + row_block)
-            position = tl.load(block_first + row_block) + tl.arange(0, BM)
-            valid = position < tl.load(start + expert + 1)
+            position = (row_block if ALONE else tl.load(block_first + row_block)) + tl.arange(0, BM)
+            valid = position < (row_block + 1 if ALONE else tl.load(block_end + row_block))
             tile_w, tile_scale = of_expert(w, scale, expert.to(tl.int64), tl.cdiv(K, 128), N, K, KIND, GROUP)
         else:
             tile_w, tile_scale = w, scale
             position = row_block * BM + tl.arange(0, BM)
             valid = position < T
-        row, out_row = rows_met(order, tl.where(valid, position, 0), TOP_K, ROUTED)
+        row, out_row = rows_met(order, tl.where(valid, position, 0), TOP_K, ROUTED, ALONE)
         unit = tile * blocks
         first = tl.maximum(begin - unit, 0)
         last = tl.minimum(end - unit, blocks)
+        per_row, per_token = row_scales(tile_scale, n, KIND), token_scales(x_scale, row, valid, KIND)
         sums = sums_of(
             x, row, valid, tile_w, tile_scale, tile_n, n, first, last, N, K, KIND, GROUP, GATED, EVEN, STAGES, WARPS
         )
@@ -373,4 +397,4 @@ def run_product(
                 sums, valid, partial, slot, slot - program + starter, arrived + starter, contributors
             )
         if complete:
-            write(sums, x_scale, row, valid, tile_scale, n, x, out, out_row, tile_n, N, KIND, GATED, False)
+            write(sums, per_row, per_token, valid, x, out, out_row, tile_n, N, KIND, GATED, False)

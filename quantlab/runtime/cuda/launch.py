@@ -41,32 +41,39 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Routing:
-    """Rows sorted by expert, as `routing.route` writes them, for blocks of `tokens` rows."""
+    """Rows sorted by expert, as `routing.route` writes them, for blocks of `tokens` rows.
+
+    Where `alone`, all rows are of one token: each is a block of its own, and `block_expert` is the index itself.
+    """
 
     order: Tensor
-    start: Tensor
     block_expert: Tensor
     block_first: Tensor
+    block_end: Tensor
     block_count: Tensor
     tokens: int
     top_k: int
+    alone: bool = False
 
 
 @on_its_device
 def route(index: Tensor, experts: int, tokens: int) -> Routing:
-    """Sort the rows of index [T, k] by expert, in blocks of `tokens` rows."""
-    rows = index.numel()
+    """Sort the rows of index [T, k] by expert, in blocks of `tokens` rows; one token's are left as they are."""
+    rows, index = index.numel(), index.contiguous()
+    if index.shape[0] == 1:
+        flat = index.view(-1)
+        return Routing(flat, flat, flat, flat, flat, tokens, rows, alone=True)
     count = rows if rows <= experts else experts + (rows - experts) // tokens
-    sizes = (rows, experts + 1, count, count, 1)
+    sizes = (rows, count, count, count, 1)
     written = [torch.empty(size, dtype=torch.int32, device=index.device) for size in sizes]
     chunk = min(max(power(rows), 16), 1024)
     bins = max(power(experts), 16)
     routing.route[(experts,)](
-        index.contiguous(), *written, rows,
+        index, *written, rows,
         BINS=bins, CHUNK=chunk, BM=tokens, num_warps=4 if chunk > 128 else 1, **chained(index),
     )  # fmt: skip
-    order, start, block_expert, block_first, block_count = written
-    return Routing(order, start, block_expert, block_first, block_count, tokens, index.shape[1])
+    order, block_expert, block_first, block_end, block_count = written
+    return Routing(order, block_expert, block_first, block_end, block_count, tokens, index.shape[1])
 
 
 @on_its_device
@@ -187,7 +194,7 @@ def run_product(
     assert programs <= m.arrived.shape[0], "a counter for every program"
     none = m.arrived
     tables = (
-        (routed.order, routed.start, routed.block_expert, routed.block_first, routed.block_count)
+        (routed.order, routed.block_expert, routed.block_first, routed.block_end, routed.block_count)
         if routed
         else (none,) * 5
     )
@@ -195,7 +202,7 @@ def run_product(
         x, none if x_scale is None else x_scale, m.weight, m.scale, out, _scratch(m, 2 * programs, tiles), m.arrived,
         *tables, count, rows, columns,
         KIND=int(m.kind), GROUP=m.group, GATED=gated, TOP_K=routed.top_k if routed and gated else 0,
-        ROUTED=routed is not None, EVEN=columns % 128 == 0,
+        ROUTED=routed is not None, ALONE=routed is not None and routed.alone, EVEN=columns % 128 == 0,
         BN=tiles.rows, BM=tiles.tokens, STAGES=tiles.stages, WARPS=tiles.warps,
         num_warps=tiles.warps, num_stages=tiles.stages, **chained(x),
     )  # fmt: skip
@@ -217,7 +224,7 @@ def wide_product(m: Matrices, x: Tensor, way: Shares, out: Tensor) -> Tensor:
         hopper.boxes(x, way.tokens, 64), m.weight.view(torch.int32), m.scale, hopper.boxes(out, way.tokens, ROWS),
         torch.empty(slots, way.tokens, ROWS, dtype=torch.float32, device=x.device), m.arrived,
         x.shape[0], rows, columns, way.shared, way.sharers,
-        INT4=m.kind == Kind.INT4, GROUP=m.group, BM=way.tokens, num_warps=8,
+        INT4=m.kind == Kind.INT4, GROUP=m.group, BM=way.tokens, num_warps=8, launch_pdl=True,
     )  # fmt: skip
     return out
 

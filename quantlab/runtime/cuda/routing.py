@@ -11,14 +11,15 @@ from triton.language.extra.cuda import gdc_wait
 
 @triton.jit
 def route(
-    index, order, start, block_expert, block_first, block_count, R,
+    index, order, block_expert, block_first, block_end, block_count, R,
     BINS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sort R rows by expert and cut them into blocks of at most BM rows of one expert. One program per expert.
 
     index: [R] the expert of each row.
-    order: [R] int32, the rows sorted by expert, those of one expert in their order; start: [E + 1] int32, where each begins.
-    block_expert: int32, the expert of each block; block_first: int32, its first row; block_count: [1] int32, how many.
+    order: [R] int32, the rows sorted by expert, those of one expert in their order.
+    block_expert: int32, the expert of each block; block_first, block_end: int32, where its rows begin and end in `order`;
+    block_count: [1] int32, how many.
     """
     if CHAINED:
         gdc_wait()
@@ -33,11 +34,10 @@ def route(
     mine = tl.sum(tl.where(bins == e, counts, 0))
     needed = (counts + BM - 1) // BM
     first_block = tl.sum(tl.where(bins < e, needed, 0))
-    tl.store(start + e, before)
-    tl.store(start + e + 1, before + mine)
     for block in range((mine + BM - 1) // BM):
         tl.store(block_expert + first_block + block, e)
         tl.store(block_first + first_block + block, before + block * BM)
+        tl.store(block_end + first_block + block, before + tl.minimum((block + 1) * BM, mine))
     if e == 0:
         tl.store(block_count, tl.sum(needed))
     for r in range(0, R, CHUNK):

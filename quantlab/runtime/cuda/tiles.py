@@ -133,22 +133,17 @@ def fitting(tiles: Tiles, kind: Kind, chip: Chip) -> Tiles:
 def _few_integers(rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
     """Columns are cut only where there are too few tiles: while sums are shared, the next kernel waits.
 
-    Up to 16 tokens tiles are low where high ones would not fill the chip. More tokens are read again by every tile: there
-    tiles stay high, and fewer programs than the chip has room for ask for more at once.
+    The fewer tiles a multiprocessor has, the more each asks for at once. Low tiles, for a warp each, are as fast for few
+    tokens and fill the chip where high ones would not; but all tiles read all tokens, so for more tokens they are high.
     """
     size, steps, high, low = _power(tokens), blocks(columns), -(-rows // 64), -(-rows // 16)
-    if high > 1.13 * chip.multiprocessors:
-        if size <= 16:
-            return Tiles(64, size, stages=4, ahead=8)
-        each = chip.shared_bytes // -(-high // chip.multiprocessors)
-        return Tiles(64, size, stages=min(max(each // ((64 + size) * 128), 3), 5), ahead=6)
-    if size <= 16 and low >= 0.9 * chip.multiprocessors:
-        return Tiles(16, size, warps=1, stages=8, ahead=min(max(steps // 4, 1), 16))
-    if size <= 16:
-        parts = _parts(rows, columns, 16, programs=1.7 * chip.multiprocessors, least=8)
-        return Tiles(16, size, parts, warps=1, stages=8, ahead=8)
+    stages = min(max(round(6.5 * chip.multiprocessors / high), 3), 8)
+    fills = high > 0.45 * chip.multiprocessors
+    if size <= (8 if fills else 16):
+        parts = 1 if fills else max(min(round(3.9 * chip.multiprocessors / low), steps // 14), 1)
+        return Tiles(16, size, parts, warps=1, stages=stages, ahead=stages // 2)
     parts = max(min(round(0.55 * chip.multiprocessors / high), steps // 14), 1)
-    return Tiles(64, size, parts, stages=8, ahead=8 if parts == 1 else 4)
+    return Tiles(64, size, parts, stages=stages, ahead=stages // 2)
 
 
 def _integer_tiles(rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
