@@ -55,7 +55,7 @@ def random_twin(
 
 _DRAWN: Final = 8 * ((1 << 17) - 1)
 """Bytes that are drawn for a tensor, about a megabyte: eight times a prime, so that no two rows of a matrix begin alike."""
-_EMBEDDING: Final = 64.0
+_EMBEDDING: Final = 256.0
 """Size of the embeddings, where layers add numbers of about 1."""
 
 
