@@ -80,6 +80,8 @@ def followed(reference: PreTrainedModel, text: Tensor, scheme: str) -> int:
         exact = embeddings.clone()
         draws = torch.Generator().manual_seed(0)
         for _ in range(16):
+            if same.all():
+                break
             embeddings.copy_(exact * (1 + 2**-23 * torch.randn(exact.shape, generator=draws)))
             same |= likeliest(reference, text) == new
         embeddings.copy_(exact)

@@ -31,6 +31,9 @@ INT4: tl.constexpr = tl.constexpr(0)
 INT8: tl.constexpr = tl.constexpr(1)
 INT8_TOKENS: tl.constexpr = tl.constexpr(2)
 FLOAT: tl.constexpr = tl.constexpr(3)
+FEW: tl.constexpr = tl.constexpr(64)
+"""Rows of activations of a tile up to which scales are read ahead of the sums, so that nothing waits for them; where there are
+more, the sums need the registers."""
 
 
 @triton.jit
@@ -160,7 +163,7 @@ def sums_of(
 
 @triton.jit
 def row_scales(scale, n, KIND: tl.constexpr):
-    """The scales [BN] of rows of an int8 matrix; read ahead of the sums, so that nothing waits for them after."""
+    """The scales [BN] of rows of an int8 matrix."""
     if KIND == INT8 or KIND == INT8_TOKENS:
         return tl.load(scale + n).to(tl.float32)
     else:
@@ -169,7 +172,7 @@ def row_scales(scale, n, KIND: tl.constexpr):
 
 @triton.jit
 def token_scales(x_scale, row, valid, KIND: tl.constexpr):
-    """The scales [BM] of integer rows of activations, read ahead as well."""
+    """The scales [BM] of integer rows of activations."""
     if KIND == INT8_TOKENS:
         return tl.load(x_scale + row, mask=valid, other=0.0)
     else:
@@ -258,7 +261,8 @@ def product(
     first = tl.program_id(1) * blocks // splits
     last = (tl.program_id(1) + 1) * blocks // splits
     n = rows_of(tile_n, N, GATED, BN)
-    per_row = row_scales(scale, n, KIND)
+    if BM <= FEW:
+        per_row = row_scales(scale, n, KIND)
     if CHAINED:
         if KIND == INT8_TOKENS:
             send_for(w, tile_n, first, tl.minimum(last, first + AHEAD), N, GATED, BN)
@@ -266,10 +270,13 @@ def product(
     position = tile % row_blocks * BM + tl.arange(0, BM)
     valid = position < T
     row = tl.where(valid, position, 0).to(tl.int64)
-    per_token = token_scales(x_scale, row, valid, KIND)
+    if BM <= FEW:
+        per_token = token_scales(x_scale, row, valid, KIND)
     sums = sums_of(x, row, valid, w, scale, tile_n, n, first, last, N, K, KIND, GROUP, GATED, EVEN, STAGES, WARPS)
     if CHAINED:
         gdc_launch_dependents()
+    if BM > FEW:
+        per_token, per_row = token_scales(x_scale, row, valid, KIND), row_scales(scale, n, KIND)
     if SPLIT:
         slot = (tile * splits + tl.program_id(1)).to(tl.int64)
         sums, complete = collect(sums, valid, partial, slot, slot - tl.program_id(1), arrived + tile, splits)
@@ -383,10 +390,13 @@ def run_product(
         unit = tile * blocks
         first = tl.maximum(begin - unit, 0)
         last = tl.minimum(end - unit, blocks)
-        per_row, per_token = row_scales(tile_scale, n, KIND), token_scales(x_scale, row, valid, KIND)
+        if BM <= FEW:
+            per_row, per_token = row_scales(tile_scale, n, KIND), token_scales(x_scale, row, valid, KIND)
         sums = sums_of(
             x, row, valid, tile_w, tile_scale, tile_n, n, first, last, N, K, KIND, GROUP, GATED, EVEN, STAGES, WARPS
         )
+        if BM > FEW:
+            per_token, per_row = token_scales(x_scale, row, valid, KIND), row_scales(tile_scale, n, KIND)
         complete = last - first == blocks
         if last - first < blocks:
             starter = program_of(unit, per_program, rest)
