@@ -1,9 +1,10 @@
 """Evaluation of the artifacts of one recipe: a record per artifact, each number measured in a process of its own.
 
-Speed comes first, for all artifacts at once, because its ratios are taken within interleaved rounds. Then the baseline,
-whose predictions the others are compared with, then everything else; each record is written as soon as it is complete,
-so an evaluation that is interrupted goes on where it stopped. A record is kept when nothing it depends on has changed; of
-one with failures what failed is tried again, and all else is kept.
+The baseline comes first, whose predictions the others are compared with, then one row after the other. Speed is timed for all
+artifacts at once, because its ratios are taken within interleaved rounds, by processes at the beginning, at the end and
+between. Each record is written as soon as the rest of it is known, so an evaluation that is interrupted goes on where it
+stopped. A record is kept when nothing it depends on has changed; of one with failures what failed is tried again, and all else
+is kept.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from quantlab.errors import ArtifactError, EvaluationError
 from quantlab.evaluation import hardware
 from quantlab.evaluation.jobs import Progress, predictions_complete
 from quantlab.evaluation.manifest import check_unchanged, matrix_errors, read_manifest, tokens_per_expert
-from quantlab.evaluation.measuring import Bench, Found, measure_row, measure_speeds, sound_parts
+from quantlab.evaluation.measuring import Bench, Found, SpeedTurns, measure_row, sound_parts
 from quantlab.evaluation.processes import Worker
 from quantlab.evaluation.record import Failure, Record, read_record
 from quantlab.evaluation.rows import adjusted
@@ -221,21 +222,27 @@ def _earlier(evaluation: _Evaluation, cell: Cell) -> Found:
 
 
 def _measure(evaluation: _Evaluation, missing: list[Cell], found: dict[str, Found]) -> None:
-    """Measure what is missing and write each record as soon as it is complete."""
+    """Measure what is missing. Each record is written as soon as it is complete but for its speed, and again with it."""
     request = evaluation.request
     with Worker(evaluation.records / _WORK, threads=hardware.threads(), time_limit=request.time_limit) as worker:
         bench = evaluation.bench(worker)
-        timed = measure_speeds(
+        turns = SpeedTurns(
             bench, {cell.variant: cell.directory for cell in missing if found[cell.variant].speed is None}
         )
-        for cell in sorted(missing, key=lambda cell: not evaluation.is_baseline(cell)):
+        for done, cell in enumerate(sorted(missing, key=lambda cell: not evaluation.is_baseline(cell))):
+            turns.catch_up(done / len(missing))
             variant = cell.variant
-            known = replace(found[variant], command=request.command, failures=_of_speed(timed.failures, variant))
-            known = replace(known, speed=timed.speeds.get(variant, known.speed))
+            known = replace(found[variant], command=request.command, failures=())
             found[variant] = measure_row(
                 bench, variant, cell.directory, known, is_baseline=evaluation.is_baseline(cell)
             )
             _write(evaluation, _record(evaluation, cell, found[variant]))
+        turns.catch_up(1.0)
+    for cell in missing:
+        variant = cell.variant
+        known = found[variant]
+        failures = _of_speed(turns.failures, variant) + known.failures
+        found[variant] = replace(known, speed=turns.speeds.get(variant, known.speed), failures=failures)
 
 
 def _of_speed(failures: Mapping[str, str], variant: str) -> tuple[Failure, ...]:

@@ -27,7 +27,7 @@ from quantlab.evaluation.jobs import (
 from quantlab.evaluation.processes import CellError, Worker, wrong_answer
 from quantlab.evaluation.rates import speeds_of
 from quantlab.evaluation.record import Attention, Failure, Memory, Quality, Record, Speed, TaskResult
-from quantlab.evaluation.suite import LoadedSuite, TaskRun
+from quantlab.evaluation.suite import LoadedSuite, SpeedSuite, TaskRun
 
 
 @dataclass
@@ -113,32 +113,48 @@ def _is_of(run: TaskRun, task: TaskResult) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """Every variant that was asked for is in one of the two."""
+class SpeedTurns:
+    """The speed of all artifacts at once, because ratios are taken within interleaved rounds; its processes take turns with the rows.
 
-    speeds: Mapping[str, Speed]
-    failures: Mapping[str, str]
+    Spread over the whole evaluation they differ by what a machine does in minutes, which another evaluation will differ by too.
 
+    Attributes:
+        speeds: of every variant, once all processes have had their turn.
+        failures: why a variant has no speed.
+    """
 
-def measure_speeds(bench: Bench, artifacts: Mapping[str, Path]) -> Speeds:
-    """The speed of all artifacts (variant -> directory) at once, because ratios are taken within interleaved rounds."""
-    suite = bench.suite.suite.speed
-    if suite is None or not artifacts:
-        return Speeds({}, {})
-    results = []
-    for process in range(suite.processes):
-        request = SpeedRequest(suite=bench.suite.path, artifacts=dict(artifacts), process=process, device=bench.device)
+    def __init__(self, bench: Bench, artifacts: Mapping[str, Path]) -> None:
+        self.speeds: Mapping[str, Speed] = {}
+        self.failures: Mapping[str, str] = {}
+        self._bench = bench
+        self._artifacts = dict(artifacts)
+        self._suite = bench.suite.suite.speed if artifacts else None
+        self._results: list[SpeedResult] = []
 
-        def progress(stage: str, done: int, total: int, process: int = process) -> None:
-            bench.progress(f"speed, process {process + 1}: {stage}", done, total)
+    def catch_up(self, done: float) -> None:
+        """Run the processes whose turn has come when this share of the rows is done: the first before all, the last after."""
+        while self._suite is not None and not self.failures and len(self._results) < self._suite.processes:
+            if len(self._results) > done * (self._suite.processes - 1):
+                return
+            self._time(self._suite)
+
+    def _time(self, suite: SpeedSuite) -> None:
+        process = len(self._results)
+        request = SpeedRequest(
+            suite=self._bench.suite.path, artifacts=self._artifacts, process=process, device=self._bench.device
+        )
+
+        def progress(stage: str, done: int, total: int) -> None:
+            self._bench.progress(f"speed, process {process + 1}: {stage}", done, total)
 
         try:
-            results.append(bench.worker.run(f"speed-{process}", request, SpeedResult, progress=progress))
+            self._results.append(self._bench.worker.run(f"speed-{process}", request, SpeedResult, progress=progress))
         except CellError as error:
-            return Speeds({}, dict.fromkeys(artifacts, str(error)))
-    failures = {variant: why for result in results for variant, why in result.failures.items()}
-    return Speeds(speeds_of(suite, results), failures)
+            self.failures = dict.fromkeys(self._artifacts, str(error))
+            return
+        if len(self._results) == suite.processes:
+            self.failures = {variant: why for result in self._results for variant, why in result.failures.items()}
+            self.speeds = speeds_of(suite, self._results)
 
 
 def measure_row(bench: Bench, variant: str, directory: Path, found: Found, *, is_baseline: bool) -> Found:
@@ -148,7 +164,7 @@ def measure_row(bench: Bench, variant: str, directory: Path, found: Found, *, is
         bench: shared by all rows.
         variant: names the row.
         directory: the artifact.
-        found: what is known, its speed included.
+        found: what is known.
         is_baseline: whether the others are compared with it.
     """
     failures = list(found.failures)

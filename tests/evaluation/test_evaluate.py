@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import NoReturn, cast
 
 import pytest
 
@@ -25,7 +26,7 @@ from quantlab.evaluation.jobs import (
     TasksRequest,
     TasksResult,
 )
-from quantlab.evaluation.measuring import Bench
+from quantlab.evaluation.measuring import Bench, SpeedTurns
 from quantlab.evaluation.processes import CellError, Worker
 from quantlab.evaluation.record import Memory, Record, read_record
 from quantlab.evaluation.suite import load_suite
@@ -120,7 +121,7 @@ def test_a_rerun_tries_what_failed_and_keeps_the_rest(
         [],
         [("memory", "out of memory")],
     ]
-    assert asked == ["speed-0", "speed-1", "source-quality", "source-memory", "same-quality"]
+    assert asked == ["speed-0", "source-quality", "source-memory", "same-quality", "speed-1"]
     asked.clear()
     monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", Watched)
     second = evaluate(request)
@@ -134,10 +135,68 @@ def test_a_rerun_tries_what_failed_and_keeps_the_rest(
     shutil.rmtree(request.directory / "records" / ".baseline")
     (request.directory / "records" / "same.json").unlink()
     third = evaluate(request)
-    assert asked == ["speed-0", "speed-1", "source-quality", "same-quality", "same-memory"], (
+    assert asked == ["speed-0", "source-quality", "same-quality", "same-memory", "speed-1"], (
         "the baseline answers again"
     )
     assert [record.quality for record in third] == [record.quality for record in second]
+
+
+def test_an_evaluation_that_stops_before_speed_is_known_goes_on_from_there(
+    request_: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Stops(Worker):
+        def run(self, name: str, *arguments: object, **options: object) -> object:  # type: ignore[override]
+            if name == "speed-1" and "source-quality" in asked and "again" not in asked:
+                raise KeyboardInterrupt
+            asked.append(name)
+            return super().run(name, *arguments, **options)  # type: ignore[arg-type]
+
+    request = dataclasses.replace(
+        request_, cells=tuple(cell for cell in request_.cells if cell.variant in {"source", "same"})
+    )
+    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", Stops)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(request)
+    kept = read_record(request.directory / "records" / "same.json")
+    assert kept.speed is None
+    assert kept.quality is not None
+    assert kept.failures == ()
+    asked.append("again")
+    records = evaluate(request)
+    assert asked[asked.index("again") + 1 :] == ["speed-0", "speed-1"]
+    assert records[1].speed is not None
+    assert records[1].quality is not None
+    assert records[1].quality.perplexity == kept.quality.perplexity
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [
+        (2, ["speed-0", 0, 1, 2, 3, "speed-1"]),
+        (3, ["speed-0", 0, 1, "speed-1", 2, 3, "speed-2"]),
+        (4, ["speed-0", 0, 1, "speed-1", 2, "speed-2", 3, "speed-3"]),
+    ],
+)
+def test_processes_of_speed_are_spread_over_the_rows(
+    processes: int, expected: list[object], request_: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[object] = []
+    suite = load_suite(request_.suite)
+    assert suite.suite.speed is not None
+    speed = suite.suite.speed.model_copy(update={"processes": processes})
+    suite = dataclasses.replace(suite, suite=suite.suite.model_copy(update={"speed": speed}))
+    worker = SimpleNamespace(run=lambda name, *_, **__: happened.append(name) or SimpleNamespace(failures={}))
+    monkeypatch.setattr("quantlab.evaluation.measuring.speeds_of", lambda _, results: {"a": len(results)})
+    bench = SimpleNamespace(worker=worker, suite=suite, device="cpu", progress=print)
+    turns = SpeedTurns(cast(Bench, bench), {"a": Path("a")})
+    for row in range(4):
+        turns.catch_up(row / 4)
+        happened.append(row)
+    turns.catch_up(1.0)
+    assert happened == expected
+    assert turns.speeds == {"a": processes}
 
 
 ITEMS = [
