@@ -132,7 +132,7 @@ class TwinTimings(_Strict):
     memory_percent_of_fp16: float
     """Bytes it holds for its weights, in percent of the same weights at two bytes each."""
     rates: dict[str, tuple[float, ...]]
-    """Tokens per second in each round, by what was done: "decode.1", "prefill.8"."""
+    """Tokens per second in each turn, by what was done: "decode.1", "prefill.8"."""
     joules: dict[str, tuple[float, ...]]
     """Joules per decoded token in each stretch, by batch size; empty where the device does not count them."""
 
@@ -143,7 +143,7 @@ class SpeedResult(_Strict):
     computed_by: str
     """The GPU, or whose operators the processor ran."""
     twins: tuple[TwinTimings, ...]
-    """Entry i of all rates is from the same round, entry i of all joules from the same stretch."""
+    """Entry i of a rate is from the same turn in all twins, entry i of all joules from the same stretch."""
     failures: dict[str, str]
     """Variant -> why it could not be measured."""
     others: str | None

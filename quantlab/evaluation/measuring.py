@@ -116,7 +116,8 @@ def _is_of(run: TaskRun, task: TaskResult) -> bool:
 class SpeedTurns:
     """The speed of all artifacts at once, because ratios are taken within interleaved rounds; its processes take turns with the rows.
 
-    Spread over the whole evaluation they differ by what a machine does in minutes, which another evaluation will differ by too.
+    Spread over the whole evaluation they differ by what a machine does in minutes, which another evaluation will differ by too;
+    where rows are known from before, the processes come one after the other.
 
     Attributes:
         speeds: of every variant, once all processes have had their turn.

@@ -3,7 +3,7 @@
 How long a step takes depends on shapes and layouts, not on what the weights are, so the twin has the width of the target
 model, a few of its layers, and random weights in exactly the layout of the artifact. Machines drift: clocks, caches and
 neighbours change within seconds. So all twins are alive at once, every round times each of them in a new random order,
-and a ratio to the FP16 twin is taken within the round. What several such processes found is put together in `rates.py`.
+and a ratio to the FP16 twin is taken within a turn. What several such processes found is put together in `rates.py`.
 
 On CUDA a decode step is captured as a graph and replayed, with a cache of fixed size, as serving engines do it.
 """
@@ -191,20 +191,26 @@ def tasks(suite: SpeedSuite) -> tuple[Task, ...]:
 def time_rounds(
     twins: Mapping[Layout, Twin], suite: SpeedSuite, progress: Progress, *, seed: int
 ) -> dict[Layout, dict[Task, tuple[float, ...]]]:
-    """Tokens per second of every twin and task in each round; entry i of all of them is from the same round."""
+    """Tokens per second of every twin and task; entry i of all twins is from the same turn.
+
+    In a round each task has a turn, and more of them if it is over soon: two steps at batch 1 are not enough to go by.
+    """
     wanted = tasks(suite)
     rates: dict[Layout, dict[Task, tuple[float, ...]]] = {layout: dict.fromkeys(wanted, ()) for layout in twins}
-    most, seconds = -(-suite.rounds // suite.processes), suite.seconds / suite.processes
+    most, limit = -(-suite.rounds // suite.processes), suite.seconds / suite.processes
     generator = np.random.default_rng((_SEED, seed))
     order = list(twins)
     start = time.perf_counter()
     done = 0
-    while done < LEAST_ROUNDS or (done < most and time.perf_counter() - start < seconds):
+    while done < LEAST_ROUNDS or (done < most and time.perf_counter() - start < limit):
         progress("timing rounds", done, most)
         for task in wanted:
-            for index in generator.permutation(len(order)):
-                taken = run_task(twins[order[index]], task)
-                rates[order[index]][task] += (task.batch * task.tokens / taken,)
+            taken = 0.0
+            while taken <= suite.task_seconds:
+                for index in generator.permutation(len(order)):
+                    seconds = run_task(twins[order[index]], task)
+                    rates[order[index]][task] += (task.batch * task.tokens / seconds,)
+                    taken += seconds
         done += 1
     progress("timing rounds", done, done)
     return rates

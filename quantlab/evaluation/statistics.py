@@ -16,8 +16,8 @@ statistics, which no assumption about the noise enters: T. P. Hettmansperger and
 interpolated order statistics" (Statistics & Probability Letters 4, 1986). Of fewer than six repetitions even the range covers
 the median with less than 95 %, so the range is given, under that name.
 
-**Speed** differs from process to process (where memory comes to lie, at which clock) by more than its rounds do within one. A cell is
-timed in few processes, so what they differ by is pooled over all cells, and the interval is that of another evaluation's number.
+**Speed** differs from process to process (where memory comes to lie, at which clock) by more than its turns do within one. A cell is
+timed in few processes, so what they differ by is pooled over the twins, and the interval is that of another evaluation's number.
 
 **Too few units** have no interval at all: below ten degrees of freedom the simulated coverage of a 95 % interval sinks under
 93 %. The range over single documents is given instead, under that name, and nothing is concluded from it.
@@ -46,6 +46,7 @@ _CANDIDATES = 4000
 FEWEST_DEGREES = 10
 """Of freedom, for an interval by resampling: documents less the domains they are drawn within."""
 _FEWEST_POOLED = 3
+"""Degrees of freedom, for an interval of a number that processes differ about."""
 FEWEST_REPETITIONS = 6
 """For an interval of a median: the range of five covers it with 93.75 %."""
 
@@ -211,19 +212,15 @@ class Between:
     degrees: float
 
 
-def between(medians: Floats, *, correlation: float) -> Between:
-    """What processes differ by, pooled over cells: with two or three processes no cell alone could tell.
+def between(medians: Floats, *, independent: float) -> Between:
+    """What processes differ by, pooled over the twins of one cell: with three processes none alone could tell.
 
     Args:
-        medians: of every twin, batch size and process [T, B, P], P at least 2.
-        correlation: of what two twins of one process differ by at one batch size; batch sizes differ independently. The pooled
-            variance then has the degrees of freedom of a sum of correlated squares (F. E. Satterthwaite 1946).
+        medians: of every twin and process [T, P], P at least 2.
+        independent: as how many independent numbers the differences of all twins count.
     """
-    twins, batches, processes = medians.shape
-    together, apart = 1 + (twins - 1) * correlation, 1 - correlation  # eigenvalues, the second of twins - 1
-    independent = twins**2 / (together**2 + (twins - 1) * apart**2)
-    variance = float(np.log(medians).var(axis=2, ddof=1).mean())
-    return Between(math.sqrt(variance), independent * batches * (processes - 1))
+    variance = float(np.log(medians).var(axis=1, ddof=1).mean())
+    return Between(math.sqrt(variance), independent * (medians.shape[1] - 1))
 
 
 def repeated(processes: Sequence[Floats], spread: Between) -> Measured:

@@ -46,13 +46,15 @@ class SpeedSuite(_Strict):
     prompt: int = Field(default=64, gt=0)
     """Tokens in the cache when decoding starts, and tokens of a prefill."""
     steps: int = Field(default=4, gt=0)
-    """Tokens decoded per sequence and round."""
-    processes: int = Field(default=2, ge=2)
-    """Processes that build and time all twins, one after the other. Two at least: what processes differ by cannot be told from one."""
+    """Tokens decoded per sequence and turn."""
+    processes: int = Field(default=3, ge=2)
+    """Processes that build and time all twins, one after the other: what they differ by cannot be told from one, and hardly from two."""
     rounds: int = Field(default=15, ge=6)
-    """Most rounds of all processes together; each times every twin once."""
+    """Most rounds of all processes together; each times every twin at every batch size, at least once."""
     seconds: float = Field(default=30.0, gt=0)
     """Of timing, all processes together: after its share no further round starts, unless a process has done fewer than three."""
+    task_seconds: float = Field(default=0.3, ge=0)
+    """That a batch size takes in a round at least, all twins together: what is over sooner has several turns."""
     energy_seconds: float = Field(default=0.0, ge=0)
     """Steady decoding per twin and batch that energy is read around, where the device counts it; 0 leaves it out."""
 

@@ -186,7 +186,8 @@ def notes(matrix: Matrix) -> tuple[str, ...]:
     if twins:
         twin = f"a random-weight twin ({'; '.join(twins)})"
         found.append(
-            f"Speed does not depend on the values of the weights; it is measured on {twin}, interleaved with FP16's."
+            "Speed does not depend on the values of the weights, but for the experts that they choose, which are the same in every "
+            f"twin; it is measured on {twin}, interleaved with FP16's."
         )
     if any("prune" in row.description.lower() for row in matrix.rows):
         found.append(PRUNED_NOTE)

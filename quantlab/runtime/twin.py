@@ -3,8 +3,9 @@
 The time of a step depends on the shapes and formats of the weights and on how many experts a batch of tokens hits, so speed
 is measured at the width of the target model on a few layers that never existed on disk. Integers are random bits;
 floating-point weights have a random sign and mantissa and one exponent, chosen so that activations keep their size from layer
-to layer and stay finite in float16. A tensor's numbers depend on the seed and its name alone, and embeddings outweigh whatever
-the layers add to them: so in twins of every format the same tokens go to the same experts.
+to layer and stay finite in float16, but for the logits of a tied head. A tensor's numbers depend on the seed and its name
+alone, and embeddings outweigh whatever the layers add to them: so in 16-bit twins of every format the same tokens go to the same
+experts, almost all of them.
 """
 
 import math
@@ -120,6 +121,10 @@ class _RandomWeights:
 
     def _random_bits(self, tensor: Tensor) -> None:
         """Fill a contiguous tensor with random bytes; those of a large one repeat, since drawing is slower than copying."""
+        self._draw(tensor)
+        _repeat(tensor)
+
+    def _draw(self, tensor: Tensor) -> None:
         flat = tensor.view(-1).view(torch.uint8)
         drawn = flat[:_DRAWN]
         whole = drawn.numel() // 8 * 8
@@ -128,16 +133,27 @@ class _RandomWeights:
         else:
             whole = 0
         drawn[whole:].random_(0, 256, generator=self._generator)
-        repeats = flat.numel() // _DRAWN
-        if repeats:
-            flat[_DRAWN : repeats * _DRAWN].view(-1, _DRAWN).copy_(drawn)
-            flat[repeats * _DRAWN :].copy_(drawn[: flat.numel() % _DRAWN])
 
     def _randomize(self, tensor: Tensor, *, size: float) -> None:
-        """Fill with numbers of random sign and magnitude in [s, 2s), where 1.5 s is about `size`."""
-        self._random_bits(tensor)
+        """Fill with numbers of random sign and magnitude in [s, 2s), where 1.5 s is about `size`.
+
+        The highest bits that are drawn become the mantissa: bfloat16 numbers are the float16 ones, rounded towards zero.
+        """
+        self._draw(tensor)
         layout = _FLOATS[tensor.dtype]
-        bits = tensor.view(layout.integer)
+        width = 8 * tensor.element_size()
+        bits = tensor.view(-1).view(layout.integer)[: _DRAWN * 8 // width]
         exponent = round(math.log2(size / 1.5)) + layout.bias
-        sign_and_mantissa = -(1 << (8 * tensor.element_size() - 1)) | ((1 << layout.mantissa) - 1)
-        bits.bitwise_and_(sign_and_mantissa).bitwise_or_(exponent << layout.mantissa)
+        sign_and_mantissa = -(1 << (width - 1)) | ((1 << layout.mantissa) - 1)
+        bits.bitwise_right_shift_(width - 1 - layout.mantissa).bitwise_and_(sign_and_mantissa)
+        bits.bitwise_or_(exponent << layout.mantissa)
+        _repeat(tensor)
+
+
+def _repeat(tensor: Tensor) -> None:
+    """Copy what was drawn for a tensor over the rest of it."""
+    flat = tensor.view(-1).view(torch.uint8)
+    repeats = flat.numel() // _DRAWN
+    if repeats:
+        flat[_DRAWN : repeats * _DRAWN].view(-1, _DRAWN).copy_(flat[:_DRAWN])
+        flat[repeats * _DRAWN :].copy_(flat[: flat.numel() % _DRAWN])

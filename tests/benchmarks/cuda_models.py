@@ -2,8 +2,8 @@
 
 Random weights at the true width of a model. Each side is timed in turns with two of BF16, step by step, from a cache of `PROMPT`
 tokens: BF16 in transformers' own steps, captured, and BF16 in the fused steps that the packed sides take too. Beside the time
-stand the bytes a step has to read (all weights but the embeddings; of routed experts those that the tokens hit, which are the
-same on every side) and what the kernels of one step took, longest first.
+stand the bytes a step has to read (all weights but the embeddings; of routed experts those that the tokens hit, which are nearly
+the same on every side) and what the kernels of one step took, longest first.
 """
 
 import argparse

@@ -68,8 +68,10 @@ speed:
   batches: [1, 2]
   prompt: 4
   steps: 2
+  processes: 2
   rounds: 8
   seconds: 20
+  task_seconds: 0
   shape: {shape}
 """
 

@@ -22,6 +22,7 @@ from quantlab.evaluation.speed import (
     read_energy,
     run_task,
     tasks,
+    time_rounds,
 )
 from quantlab.evaluation.suite import load_suite
 from quantlab.formats.compressed_tensors import QuantizationConfig
@@ -73,7 +74,7 @@ def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path
         measure_speed(
             SpeedRequest(suite=suite, artifacts=artifacts, process=process), lambda *stage: stages.append(stage)
         )
-        for process in range(2)
+        for process in range(3)
     ]
     assert all("quantized in different ways" in result.failures["mixed"] for result in results)
     assert all(SpeedResult.model_validate_json(result.model_dump_json()) == result for result in results)
@@ -89,7 +90,7 @@ def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path
     assert set(w4a16.decode_tokens_per_second) == {"1", "2"}
     assert set(w4a16.prefill_over_fp16) == {"1"}
     ratio = w4a16.decode_over_fp16["2"]
-    assert (ratio.n, ratio.interval, w4a16.processes) == (8, "95 %", 2)
+    assert (ratio.n, ratio.interval, w4a16.processes) == (12, "range", 3), "one twin beside FP16 does not tell enough"
     assert ratio.low < ratio.value < ratio.high
     one = fp16.decode_over_fp16["1"]
     assert (one.value, one.low, one.high) == (1, 1, 1)
@@ -150,19 +151,43 @@ def test_what_processes_differ_by_widens_every_interval(suite: Path) -> None:
     speed = load_suite(suite).suite.speed
     assert speed is not None
     names, fp16 = ("decode.1", "decode.2", "prefill.1"), np.full(5, 10.0)
-    first = timings({name: np.full(5, 20.0) for name in names}, dict.fromkeys(names, fp16))
-    second = timings({name: np.full(5, 22.0) for name in names}, dict.fromkeys(names, fp16))
-    ratio = speeds_of(speed, [first, second])["int8"].decode_over_fp16["1"]
-    assert ratio.value == pytest.approx(np.sqrt(2.0 * 2.2))
-    deviation = np.log(1.1) / np.sqrt(2)  # of one process, from two; Student's t of three batch sizes is 3.18
-    assert np.log(ratio.high / ratio.value) == pytest.approx(3.18 * deviation, rel=0.02)
-    assert np.log(ratio.value / ratio.low) == pytest.approx(3.18 * deviation, rel=0.02)
-    few = speed.model_copy(update={"batches": (1,), "prefill_batches": (1,)})
-    two = [
-        timings({name: np.full(5, rate) for name in names[::2]}, dict.fromkeys(names[::2], fp16)) for rate in (20.0, 22)
+    three = [
+        timings({name: np.full(5, rate) for name in names}, dict.fromkeys(names, fp16)) for rate in (20.0, 22.0, 24.2)
     ]
-    untold = speeds_of(few, two)["int8"].decode_over_fp16["1"]
+    alone = speeds_of(speed, three)["int8"].decode_over_fp16["1"]
+    assert (alone.low, alone.high, alone.interval, alone.reason) == (2.0, 2.42, "range", "3 processes")
+    more = [
+        one.model_copy(
+            update={
+                "twins": (
+                    *one.twins,
+                    *(one.twins[1].model_copy(update={"layout": n, "variants": (n,)}) for n in ("b", "c")),
+                )
+            }
+        )
+        for one in three
+    ]
+    found = speeds_of(speed, more)["int8"]
+    ratio = found.decode_over_fp16["1"]
+    assert (ratio.value, ratio.interval) == (pytest.approx(2.2), "95 %")
+    width = (
+        2.776 * np.log(1.1) * np.sqrt(2 / 3)
+    )  # Student's t of twice two degrees; of three processes for three others
+    assert np.log(ratio.high / ratio.value) == pytest.approx(width, rel=0.02)
+    assert np.log(ratio.value / ratio.low) == pytest.approx(width, rel=0.02)
+    rate = found.decode_tokens_per_second["1"]
+    assert (rate.low, rate.high, rate.interval, rate.reason) == (20.0, 24.2, "range", "3 processes")
+    untold = speeds_of(speed, more[:2])["int8"].decode_over_fp16["1"]
     assert (untold.low, untold.high, untold.interval, untold.reason) == (2.0, 2.2, "range", "2 processes")
+
+
+def test_what_is_over_soon_has_several_turns(suite: Path) -> None:
+    speed = load_suite(suite).suite.speed
+    assert speed is not None
+    speed = speed.model_copy(update={"task_seconds": 0.05})
+    twins = {FP16: build(FP16, speed)}
+    turns = [len(rates) for rates in time_rounds(twins, speed, lambda *_: None, seed=0)[FP16].values()]
+    assert min(turns) > 4, "as many rounds, and in each of them more turns"
 
 
 def test_cells_taken_among_strangers_or_that_disagree_are_marked(suite: Path) -> None:

@@ -191,7 +191,9 @@ def test_of_too_few_documents_the_range_is_told_and_nothing_concluded(documents:
     assert (tokens.low, tokens.high) == (shares.min(), shares.max())
 
 
-LAYOUTS, BATCHES = 5, 4
+UNEQUAL = np.array([0.5, 0.6, 0.7, 0.8, 0.8, 2.0])[:, None, None]
+"""How far processes differ about the times of FP16 and five layouts, relative to each other; as was seen of the suite `quick`."""
+BATCHES = 4
 
 
 def evaluated(generator: np.random.Generator, processes: int, *, between_processes: float) -> list[Measured]:
@@ -199,18 +201,17 @@ def evaluated(generator: np.random.Generator, processes: int, *, between_process
     a clock of its own; the truth is 2.
     """
     rounds = 5
-    values = np.zeros((LAYOUTS, BATCHES, processes, rounds))
+    values = np.zeros((len(UNEQUAL) - 1, BATCHES, processes, rounds))
     for process in range(processes):
-        effects = generator.normal(0, between_processes, (LAYOUTS + 1, BATCHES, 1))
+        effects = generator.normal(0, between_processes, (len(UNEQUAL), BATCHES, 1)) * UNEQUAL
         clock = generator.normal(0, 0.1, (1, 1, rounds))
-        times = np.exp(effects + clock + generator.normal(0, 0.02, (LAYOUTS + 1, BATCHES, rounds)))
+        times = np.exp(effects + clock + generator.normal(0, 0.02, (len(UNEQUAL), BATCHES, rounds)))
         values[:, :, process] = 2 * times[1:] / times[:1]
-    cells = values.reshape(-1, processes, rounds)
-    spread = between(np.median(values, axis=3), correlation=0.5)  # of ratios that share FP16's effect
-    return [repeated(list(cell), spread) for cell in cells]
+    spreads = [between(np.median(values[:, batch], axis=2), independent=2) for batch in range(BATCHES)]
+    return [repeated(list(cell), spread) for twin in values for cell, spread in zip(twin, spreads, strict=True)]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [3, 4])
 @pytest.mark.parametrize("between_processes", [0.0, 0.03, 0.1])
 def test_two_evaluations_give_speed_ratios_within_each_others_intervals(
     processes: int, between_processes: float
@@ -220,7 +221,13 @@ def test_two_evaluations_give_speed_ratios_within_each_others_intervals(
     for _ in range(EXPERIMENTS // 10):  # of twenty cells each
         one, other = (evaluated(generator, processes, between_processes=between_processes) for _ in range(2))
         inside += [a.low <= b.value <= a.high for a, b in zip(one, other, strict=True)]
-    assert 0.93 <= np.mean(inside) <= 0.97
+    # where processes do not differ the least and the most of all medians hold more
+    assert 0.93 <= np.mean(inside) <= (0.97 if between_processes else 1)
+
+
+def test_of_two_processes_the_range_is_told() -> None:
+    told = evaluated(np.random.default_rng(1), 2, between_processes=0.03)[0]
+    assert (told.interval, told.reason) == ("range", "2 processes")
 
 
 def test_rounds_of_one_process_alone_would_promise_too_much() -> None:

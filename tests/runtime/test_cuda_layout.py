@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantlab.runtime.cuda import layout
+from quantlab.runtime.cuda.banks import gating
 from quantlab.runtime.cuda.shares import ROWS, shares
 from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles, band_rows, expert_tiles, fitting, linear_tiles
 
@@ -49,10 +50,14 @@ def test_rows_for_integer_products_lie_in_blocks() -> None:
 @pytest.mark.parametrize("kind", [Kind.INT4, Kind.INT8, Kind.INT8_TOKENS])
 def test_every_cut_fits_the_chip(kind: Kind, chip: Chip) -> None:
     width = {Kind.INT4: 64, Kind.INT8: 128, Kind.INT8_TOKENS: 128}[kind]
-    for rows, columns in ((18432, 7168), (7168, 18432), (24576, 1536), (576, 2048), (1, 128)):
+    activation = 128 if kind == Kind.INT8_TOKENS else 256
+    for rows, columns in ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (576, 2048), (1, 128)):
         for tokens in (1, 8, 9, 16, 17, 64, 65, 128, 129, 512, 1500):
             tiles = linear_tiles(kind, rows, columns, tokens, chip)
-            stage = tiles.rows * width + tiles.tokens * (128 if kind == Kind.INT8_TOKENS else 256)
+            if tokens <= 64:
+                gated = fitting(gating(tiles), kind, chip)
+                assert gated.stages * (gated.rows * width + gated.tokens * activation) <= chip.shared_bytes
+            stage = tiles.rows * width + tiles.tokens * activation
             assert tiles.stages * stage <= chip.shared_bytes
             assert tiles.tokens == 8 or tiles.tokens < 2 * tokens
             assert 1 <= tiles.parts <= -(-columns // 128)

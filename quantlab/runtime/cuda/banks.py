@@ -12,7 +12,7 @@ from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import Scheme
 from quantlab.runtime.cuda import layout
 from quantlab.runtime.cuda.shares import TOKENS_AT_ONCE, WIDE_TOKENS, shares
-from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, FEW_TOKENS, Kind, Tiles, band_rows, linear_tiles
+from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, FEW_TOKENS, Kind, Tiles, band_rows, fitting, linear_tiles
 from quantlab.runtime.products import Groups, joined, split
 
 COUNTERS: Final = 4096
@@ -103,7 +103,7 @@ class CudaMatrices(nn.Module):
         m = self.on_device(index)
         tiles = linear_tiles(self.kind, *self.shape[1:], x.shape[0], chip)
         if gated:
-            tiles = gating(tiles)
+            tiles = fitting(gating(tiles), self.kind, chip)
         x_scale = None
         if self.kind == Kind.INT8_TOKENS:
             x, x_scale = launch.quantize_tokens(x, early=tiles.parts == 1)

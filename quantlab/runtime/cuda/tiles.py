@@ -137,7 +137,8 @@ def _few_integers(rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
     tokens and fill the chip where high ones would not; but all tiles read all tokens, so for more tokens they are high.
     """
     size, steps, high, low = _power(tokens), blocks(columns), -(-rows // 64), -(-rows // 16)
-    stages = min(max(round(6.5 * chip.multiprocessors / high), 3), 8)
+    room = chip.shared_bytes // -(-high // chip.multiprocessors) // ((64 + size) * 128)
+    stages = min(max(round(6.5 * chip.multiprocessors / high), 3), 8, max(room, 3))
     fills = high > 0.45 * chip.multiprocessors
     if size <= (8 if fills else 16):
         parts = 1 if fills else max(min(round(3.9 * chip.multiprocessors / low), steps // 14), 1)
