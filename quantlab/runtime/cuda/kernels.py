@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quantlab.runtime.cuda.runs import program_of, routed_rows, rows_met, run_start
 from quantlab.runtime.cuda.words import beside, from_int4, from_int8, slab_words
 
 PREFETCH: tl.constexpr = tl.constexpr("""{ .reg .pred first; .reg .u32 thread;
@@ -306,19 +307,6 @@ def send_for_bytes(start, size):
 
 
 @triton.jit
-def run_start(program, per_program, rest):
-    """Where the run of a program starts, if the first `rest` programs have one unit more than `per_program`."""
-    return program * per_program + tl.minimum(program, rest)
-
-
-@triton.jit
-def program_of(unit, per_program, rest):
-    """Whose run a unit is in: the inverse of `run_start`."""
-    longer = rest * (per_program + 1)
-    return tl.where(unit < longer, unit // (per_program + 1), rest + (unit - longer) // per_program)
-
-
-@triton.jit
 def of_expert(w, scale, expert, blocks, N, K, KIND: tl.constexpr, GROUP: tl.constexpr):
     """Where the matrix of an expert and its scales begin."""
     slabs = tl.cdiv(N, 64)
@@ -330,19 +318,6 @@ def of_expert(w, scale, expert, blocks, N, K, KIND: tl.constexpr, GROUP: tl.cons
         return w + expert * blocks * N * 128, scale + expert * N
     else:
         return w + expert * N * K, scale
-
-
-@triton.jit
-def rows_met(order, position, TOP_K: tl.constexpr, ROUTED: tl.constexpr, ALONE: tl.constexpr):
-    """Which rows of x and of the result sorted positions stand for; see `run_product`."""
-    if not ROUTED:
-        return position.to(tl.int64), position
-    elif ALONE:
-        return (position // TOP_K if TOP_K else position).to(tl.int64), position
-    elif TOP_K:
-        return (tl.load(order + position) // TOP_K).to(tl.int64), position
-    else:
-        return position.to(tl.int64), tl.load(order + position)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -379,8 +354,7 @@ def run_product(
         n = rows_of(tile_n, N, GATED, BN)
         if ROUTED:
             expert = tl.load(block_expert + row_block)
-            position = (row_block if ALONE else tl.load(block_first + row_block)) + tl.arange(0, BM)
-            valid = position < (row_block + 1 if ALONE else tl.load(block_end + row_block))
+            position, valid = routed_rows(block_first, block_end, row_block, BM, ALONE)
             tile_w, tile_scale = of_expert(w, scale, expert.to(tl.int64), tl.cdiv(K, 128), N, K, KIND, GROUP)
         else:
             tile_w, tile_scale = w, scale
@@ -403,8 +377,7 @@ def run_product(
             contributors = program_of(unit + blocks - 1, per_program, rest) - starter + 1
             # tiles that are shared begin with different programs: 2 * starter on, none takes the slots of another
             slot = (starter + program).to(tl.int64)
-            sums, complete = collect(
-                sums, valid, partial, slot, slot - program + starter, arrived + starter, contributors
-            )
+            first_slot = slot - program + starter
+            sums, complete = collect(sums, valid, partial, slot, first_slot, arrived + starter, contributors)
         if complete:
             write(sums, per_row, per_token, valid, x, out, out_row, tile_n, N, KIND, GATED, False)
