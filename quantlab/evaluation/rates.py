@@ -75,9 +75,8 @@ def _measured(cells: Sequence[Mapping[str, Values]]) -> list[dict[str, Measured]
         for name in [name for name in cells[0] if mark in name]:
             medians = np.array([[np.median(one) for one in values[name]] for values in cells])
             telling = medians[(medians != 1).any(axis=1)]
-            twins = (
-                4 * len(telling) / (len(telling) + 3)
-            )  # of one variance, correlated by one half (F. E. Satterthwaite 1946)
+            # of one variance, correlated by one half: F. E. Satterthwaite 1946
+            twins = 4 * len(telling) / (len(telling) + 3)
             pooled = between(telling, independent=min(independent, twins)) if len(telling) else Between(0.0, _EXACT)
             for at, values in enumerate(cells):
                 exact = "over_fp16" in name and all((one == 1).all() for one in values[name])
