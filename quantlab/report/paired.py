@@ -2,7 +2,8 @@
 
 Records hold sums over each document. A number of the table is a function of such sums, and so is a difference; its interval
 comes from the jackknife: leave out one document after the other, domain by domain, and see how the difference moves (B. Efron
-and C. Stein, "The jackknife estimate of variance", Annals of Statistics 1981), with Student's quantile.
+and C. Stein, "The jackknife estimate of variance", Annals of Statistics 1981), with Student's quantile. Of too few documents
+nothing is concluded, as in `quantlab.evaluation.statistics`.
 
 Legend: T, N, C … sums over documents by the names of `Documents`.
 """
@@ -17,6 +18,8 @@ from quantlab.report.column import Column
 
 Sums = Mapping[str, float]
 Statistic = Callable[[Sums], float]
+_FEWEST_DEGREES = 10
+"""Of freedom: documents less the kinds of text they are of."""
 _SUMS = ("tokens", "nll", "correct", "kl", "agreeing", "to_wrong", "to_right", "baseline_nll", "baseline_correct")
 
 
@@ -45,7 +48,7 @@ def paired(a: Documents | None, b: Documents | None, key: str) -> Measured | Non
         key: of a column: one of `STATISTICS`, or one of them on a kind of text ("kl_to_baseline_on.prose").
 
     Returns:
-        None where the records hold no sums, scored other tokens, or the number is no function of sums.
+        None where the records hold no sums or too few of them, scored other tokens, or the number is no function of sums.
     """
     name, _, domain = key.partition("_on.")
     statistic = STATISTICS.get(name)
@@ -89,7 +92,7 @@ def _jackknife(
     """The difference of a statistic between two sides with the same documents."""
     sizes = Counter(strata)
     degrees = len(strata) - len(sizes)
-    if degrees < 1:
+    if degrees < _FEWEST_DEGREES:
         return None
     totals = [{name: math.fsum(document[name] for document in side) for name in side[0]} for side in sides]
 
@@ -113,7 +116,7 @@ def _jackknife(
 
 
 def _student(degrees: int) -> float:
-    """Student's 97.5 % quantile, by its expansion in 1/degrees (Abramowitz and Stegun 26.7.5): good to 1 % from 4 degrees on."""
+    """Student's 97.5 % quantile, by its expansion in 1/degrees (Abramowitz and Stegun 26.7.5)."""
     z = 1.959963984540054
     return (
         z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
