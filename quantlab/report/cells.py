@@ -33,7 +33,7 @@ class Cell:
     interval: str | None = None
     """`low to high`."""
     margin: str | None = None
-    """`±` the wider side of the interval; of a range `low to high`."""
+    """`±` the wider side of the interval, or `range low to high`."""
     reason: str | None = None
     """Why it failed."""
     number: float | None = None
@@ -149,7 +149,7 @@ def interval(measured: Measured, unit: Unit) -> str:
 def _margin(measured: Measured, unit: Unit) -> str:
     """`±` the wider side of the interval, with the digits of the value; of a range its ends."""
     if measured.interval != "95 %":
-        return f"{number(measured.low, unit)} to {number(measured.high, unit)}"
+        return f"range {number(measured.low, unit)} to {number(measured.high, unit)}"
     wider = max(measured.high - measured.value, measured.value - measured.low)
     if unit == "rate":
         _, _, digits = number(measured.value, unit).partition(".")

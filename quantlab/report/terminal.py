@@ -77,8 +77,7 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
     for failure in failures(matrix):
         _print_labelled("failed", failure, console, label_style="bold red")
     for note in (
-        "± is the wider side of the 95 % interval; two numbers are a range: the least and the most that was found. Bold is a change that "
-        "can be measured.",
+        "± is the wider side of the 95 % interval, a range the least and the most that was found; bold is a change that can be measured.",
         *notes(matrix),
     ):
         _print_labelled("note", note, console, label_style="dim", style="dim")
