@@ -63,9 +63,10 @@ def test_run_leaves_artifacts_records_and_the_matrix(out: Path) -> None:
     assert [row["variant"] for row in matrix["rows"]] == ["source", "w4a16", "int8"]
     for row in matrix["rows"][1:]:
         assert not row["failures"]
-        for field in ("perplexity", "perplexity_change_percent", "kl_to_baseline", "speed_over_fp16"):
+        for field in ("perplexity", "perplexity_change_percent", "kl_to_baseline"):
             assert set(row[field]) == {"value", "low", "high", "n"}
             assert row[field]["low"] <= row[field]["high"]
+        assert row["speed_over_fp16"]["reason"] == "2 processes", "too few for an interval"
         assert row["quantized_weights_percent_of_fp16"] < 52
     assert (out / "matrix.html").read_text().startswith("<!")
     with (out / "matrix.csv").open(newline="") as file:

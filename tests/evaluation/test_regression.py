@@ -139,7 +139,10 @@ def test_tables_show_no_difference_between_the_same_artifact_under_two_names(rec
     untimed = {"memory": None}  # loading takes its time
     sides = [[(Path(name), records[name].model_copy(update=untimed))] for name in ("sound", "same")]
     (pair,) = compare(*sides, names=("sound", "same")).pairs
-    assert {number.verdict for number in pair.numbers} <= {"equal", "no measurable difference"}
+    few = [number for number in pair.numbers if number.verdict == "not judged"]  # five documents of each kind of text
+    assert all("_on." in number.key and "5 documents" in number.reason for number in few)
+    judged = {number.verdict for number in pair.numbers if number not in few}
+    assert judged <= {"equal", "no measurable difference"}
     assert {number.key for number in pair.numbers if number.paired} >= {
         "perplexity",
         "kl_to_baseline",
