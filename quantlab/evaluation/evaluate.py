@@ -3,8 +3,8 @@
 The baseline comes first, whose predictions the others are compared with, then one row after the other. Speed is timed for all
 artifacts at once, because its ratios are taken within interleaved rounds, by processes at the beginning, at the end and
 between. Each record is written as soon as the rest of it is known, so an evaluation that is interrupted goes on where it
-stopped; its speed is timed anew. A record is kept when nothing it depends on has changed; of one with failures what failed is tried again, and all else
-is kept.
+stopped; its speed is timed anew. A record is kept when nothing it depends on has changed; of one with failures what failed is
+tried again, and all else is kept.
 """
 
 import hashlib

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, Valid
 
 from quantlab.errors import ArtifactError
 
+FEWEST_DEGREES = 10
+"""Of freedom, for an interval of a number of documents: documents less the domains they are of."""
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

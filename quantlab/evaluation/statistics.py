@@ -36,15 +36,13 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from quantlab.evaluation.record import Measured, Significance, verdict
+from quantlab.evaluation.record import FEWEST_DEGREES, Measured, Significance, verdict
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
 _SEED = 0
 _NORMAL = NormalDist()
 _CANDIDATES = 4000
-FEWEST_DEGREES = 10
-"""Of freedom, for an interval by resampling: documents less the domains they are drawn within."""
 _FEWEST_POOLED = 3
 """Degrees of freedom, for an interval of a number that processes differ about."""
 FEWEST_REPETITIONS = 6

@@ -142,14 +142,18 @@ def number(value: float, unit: Unit) -> str:
 
 def interval(measured: Measured, unit: Unit) -> str:
     """`low to high`: an en dash between negative numbers is hard to read. What is no 95 % interval is called what it is."""
-    ends = f"{number(measured.low, unit)} to {number(measured.high, unit)}"
+    ends = _ends(measured, unit)
     return ends if measured.interval == "95 %" else f"{ends}, range of {measured.reason}"
+
+
+def _ends(measured: Measured, unit: Unit) -> str:
+    return f"{number(measured.low, unit)} to {number(measured.high, unit)}"
 
 
 def _margin(measured: Measured, unit: Unit) -> str:
     """`±` the wider side of the interval, with the digits of the value; of a range its ends."""
     if measured.interval != "95 %":
-        return f"range {number(measured.low, unit)} to {number(measured.high, unit)}"
+        return f"range {_ends(measured, unit)}"
     wider = max(measured.high - measured.value, measured.value - measured.low)
     if unit == "rate":
         _, _, digits = number(measured.value, unit).partition(".")

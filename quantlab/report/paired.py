@@ -13,13 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from quantlab.evaluation.record import Documents, Measured, TaskResult
+from quantlab.evaluation.record import FEWEST_DEGREES, Documents, Measured, TaskResult
 from quantlab.report.column import Column
 
 Sums = Mapping[str, float]
 Statistic = Callable[[Sums], float]
-_FEWEST_DEGREES = 10
-"""Of freedom: documents less the kinds of text they are of."""
 _SUMS = ("tokens", "nll", "correct", "kl", "agreeing", "to_wrong", "to_right", "baseline_nll", "baseline_correct")
 
 
@@ -92,7 +90,7 @@ def _jackknife(
     """The difference of a statistic between two sides with the same documents."""
     sizes = Counter(strata)
     degrees = len(strata) - len(sizes)
-    if degrees < _FEWEST_DEGREES:
+    if degrees < FEWEST_DEGREES:
         return None
     totals = [{name: math.fsum(document[name] for document in side) for name in side[0]} for side in sides]
 

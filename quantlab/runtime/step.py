@@ -1,9 +1,10 @@
 """A step of one new token per sequence on a CUDA device, in few launches.
 
 transformers' code runs some thirty small kernels in a layer beside the products, and at a few tokens each costs as long as the
-reading of a small matrix. Here a dense layer is seven launches on the same modules and the same cache, one with experts seventeen, sixteen for one token:
-norms; the products that read one input as one; rotation, cache and attention together; the router at once; what goes to the residual
-stream added by the product that makes it. Those of our own kernels overlap (`quantlab.runtime.cuda.kernels`).
+reading of a small matrix. Here a dense layer is seven launches on the same modules and the same cache, one with experts
+seventeen, sixteen for one token: norms; the products that read one input as one; rotation, cache and attention together; the
+router at once; what goes to the residual stream added by the product that makes it. Those of our own kernels overlap
+(`quantlab.runtime.cuda.kernels`).
 
 What is computed is what transformers computes, with fewer roundings in between.
 

@@ -170,9 +170,8 @@ def test_what_processes_differ_by_widens_every_interval(suite: Path) -> None:
     found = speeds_of(speed, more)["int8"]
     ratio = found.decode_over_fp16["1"]
     assert (ratio.value, ratio.interval) == (pytest.approx(2.2), "95 %")
-    width = (
-        2.776 * np.log(1.1) * np.sqrt(2 / 3)
-    )  # Student's t of twice two degrees; of three processes for three others
+    # Student's t of twice two degrees; of three processes for three others
+    width = 2.776 * np.log(1.1) * np.sqrt(2 / 3)
     assert np.log(ratio.high / ratio.value) == pytest.approx(width, rel=0.02)
     assert np.log(ratio.value / ratio.low) == pytest.approx(width, rel=0.02)
     rate = found.decode_tokens_per_second["1"]

@@ -11,8 +11,8 @@ import pytest
 from quantlab.errors import EvaluationError, QuantlabError, RecipeError
 from quantlab.evaluation.answers import score_item
 from quantlab.evaluation.likelihood import Likelihood
+from quantlab.evaluation.record import FEWEST_DEGREES
 from quantlab.evaluation.scores import ItemScores, summarise_task
-from quantlab.evaluation.statistics import FEWEST_DEGREES
 from quantlab.evaluation.suite import load_suite
 from quantlab.evaluation.tasks import Item, load_task
 
