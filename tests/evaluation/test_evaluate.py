@@ -61,6 +61,17 @@ def request_(tmp_path: Path, suite: Path, model: Path, other_model: Path) -> Eva
     )
 
 
+def watched(asked: list[str]) -> type[Worker]:
+    """Workers that leave the names of their cells in `asked`."""
+
+    class Watched(Worker):
+        def run(self, name: str, *arguments: object, **options: object) -> object:  # type: ignore[override]
+            asked.append(name)
+            return super().run(name, *arguments, **options)  # type: ignore[arg-type]
+
+    return Watched
+
+
 def of_two(request: EvaluationRequest) -> EvaluationRequest:
     """The baseline and its copy alone."""
     return dataclasses.replace(
@@ -108,12 +119,7 @@ def test_a_rerun_tries_what_failed_and_keeps_the_rest(
 ) -> None:
     asked: list[str] = []
 
-    class Watched(Worker):
-        def run(self, name: str, *arguments: object, **options: object) -> object:  # type: ignore[override]
-            asked.append(name)
-            return super().run(name, *arguments, **options)  # type: ignore[arg-type]
-
-    class MemoryFails(Watched):
+    class MemoryFails(watched(asked)):  # type: ignore[misc]
         def run(self, name: str, *arguments: object, **options: object) -> object:  # type: ignore[override]
             if name == "same-memory":
                 raise CellError("out of memory")
@@ -128,7 +134,7 @@ def test_a_rerun_tries_what_failed_and_keeps_the_rest(
     ]
     assert asked == ["speed-0", "source-quality", "source-memory", "same-quality", "speed-1"]
     asked.clear()
-    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", Watched)
+    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", watched(asked))
     second = evaluate(request)
     assert asked == ["same-memory"]
     assert second[0] == first[0]
@@ -151,12 +157,11 @@ def test_an_evaluation_that_stops_before_speed_is_known_goes_on_from_there(
 ) -> None:
     asked: list[str] = []
 
-    class Stops(Worker):
-        def run(self, name: str, *arguments: object, **options: object) -> object:  # type: ignore[override]
+    class Stops(watched(asked)):  # type: ignore[misc]
+        def run(self, name: str, *arguments: object, **options: object) -> object:
             if name == "speed-1" and "again" not in asked:
                 raise KeyboardInterrupt
-            asked.append(name)
-            return super().run(name, *arguments, **options)  # type: ignore[arg-type]
+            return super().run(name, *arguments, **options)
 
     request = of_two(request_)
     monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", Stops)
