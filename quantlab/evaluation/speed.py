@@ -5,10 +5,10 @@ model, a few of its layers, and random weights in exactly the layout of the arti
 neighbours change within seconds. So all twins are alive at once, every round times each of them in a new random order,
 and a ratio to the FP16 twin is taken within a turn. What several such processes found is put together in `rates.py`.
 
-On CUDA a decode step is captured as a graph and replayed, with a cache of fixed size, as serving engines do it.
+Steps decode from a cache of fixed size, as serving engines do it, in few operations where `quantlab.runtime.step` takes the model;
+on CUDA they are captured as a graph and replayed.
 """
 
-import copy
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Twin:
     """A model ready to be timed, with a filled cache for every batch size: one that grows, or one of fixed size."""
 
     model: PreTrainedModel
-    caches: Mapping[int, DynamicCache | Decoder]
+    decoders: Mapping[int, Decoder]
     name: str
 
 
@@ -138,7 +138,7 @@ def layout_of(directory: Path) -> Layout:
     return Layout(dtype, quantization)
 
 
-def build(layout: Layout, suite: SpeedSuite, *, device: str = "cpu", fixed: bool | None = None) -> Twin:
+def build(layout: Layout, suite: SpeedSuite, *, device: str = "cpu") -> Twin:
     """A twin with its caches filled, every kind of step having run once so that nothing is timed cold.
 
     All sequences of a batch share one context: what it holds does not change how long a step takes.
@@ -147,25 +147,14 @@ def build(layout: Layout, suite: SpeedSuite, *, device: str = "cpu", fixed: bool
         layout: of the weights.
         suite: the twin's shape, its batches and lengths.
         device: where it computes.
-        fixed: whether it decodes from a cache of fixed size; None for yes on CUDA.
     """
     model = random_twin(suite.shape, layout.quantization, dtype=DTYPES[layout.dtype], seed=_SEED, device=device)
     prompt = _tokens(1, suite.prompt, int(model.config.vocab_size)).to(model.device)
-    caches: dict[int, DynamicCache | Decoder] = {}
-    if model.device.type == "cuda" if fixed is None else fixed:
-        for batch in suite.batches:
-            decoder = Decoder(model, batch=batch, length=suite.prompt + suite.steps)
-            decoder.prefill(prompt.expand(batch, -1))
-            caches[batch] = decoder
-    else:
-        filled = DynamicCache(config=model.config)
-        with torch.inference_mode():
-            model(input_ids=prompt, **cached(filled), logits_to_keep=1)
-            for batch in suite.batches:
-                grown = copy.deepcopy(filled)
-                grown.batch_repeat_interleave(batch)
-                caches[batch] = grown
-    twin = Twin(model, caches, layout_name(layout, model))
+    decoders: dict[int, Decoder] = {}
+    for batch in suite.batches:
+        decoders[batch] = Decoder(model, batch=batch, length=suite.prompt + suite.steps)
+        decoders[batch].prefill(prompt.expand(batch, -1))
+    twin = Twin(model, decoders, layout_name(layout, model))
     for task in tasks(suite):
         if task.kind == "decode":  # filling the cache was a prefill
             run_task(twin, task)
@@ -226,18 +215,12 @@ def run_task(twin: Twin, task: Task) -> float:
         start = now(model.device)
         model(input_ids=tokens, **cached(cache), logits_to_keep=1)
         return now(model.device) - start
-    context = twin.caches[task.batch]
+    decoder = twin.decoders[task.batch]
     start = now(model.device)
     for step in range(task.tokens):
-        if isinstance(context, Decoder):
-            context.step(tokens[:, step])
-        else:
-            model(input_ids=tokens[:, step : step + 1], **cached(context))
+        decoder.step(tokens[:, step])
     seconds = now(model.device) - start
-    if isinstance(context, Decoder):
-        context.rewind(context.used - task.tokens)
-    else:
-        context.crop(-task.tokens)
+    decoder.rewind(decoder.used - task.tokens)
     return seconds
 
 
@@ -269,14 +252,13 @@ def read_energy(
 
 def _computed_by(twins: Collection[Twin]) -> str:
     """The GPU and how it takes a step, or whose operators the processor runs; a way of all twins or of none."""
-    model = next(iter(twins)).model
-    if model.device.type != "cuda":
-        return native.status()
-    caches = [cache for twin in twins for cache in twin.caches.values()]
-    captured = all(isinstance(cache, Decoder) and cache.captures for cache in caches)
-    fused = all(isinstance(cache, Decoder) and cache.fuses for cache in caches)
+    device = next(iter(twins)).model.device
+    decoders = [decoder for twin in twins for decoder in twin.decoders.values()]
+    captured, fused = all(decoder.captures for decoder in decoders), all(decoder.fuses for decoder in decoders)
+    if device.type != "cuda":
+        return f"{native.status()}{', fused steps' if fused else ''}"
     how = f"{'captured' if captured else 'single'}{', fused' if fused else ''} steps"
-    return f"{torch.cuda.get_device_name(model.device)}, {how}"
+    return f"{torch.cuda.get_device_name(device)}, {how}"
 
 
 def _tokens(batch: int, length: int, vocabulary: int) -> Tensor:

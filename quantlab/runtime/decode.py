@@ -2,7 +2,7 @@
 
 A step of one token runs hundreds of small kernels, which the host takes longer to launch than a GPU to run. Captured once,
 a step is one launch. That asks for tensors that stay where they are: the cache is transformers' `StaticCache`, and tokens,
-position and mask are written in place. On the CPU the same step runs without being captured.
+position and mask are written in place. On the CPU a `FusedStep` is recorded as well, and others run as they are.
 
 The prompt is read with a growing cache, whose attention costs what the prompt costs and not what the fixed cache could hold,
 and is then moved over, layer by layer.
@@ -21,7 +21,7 @@ from quantlab.errors import CacheError, DeviceError
 from quantlab.runtime.cache import cached
 from quantlab.runtime.device import check_room, free_bytes, ran_out
 from quantlab.runtime.experts import Experts
-from quantlab.runtime.step import FusedStep, fuses
+from quantlab.runtime.step import LENGTH_DEPENDENT, FusedStep, fuses
 
 _WARM_UPS: Final = 2
 """Steps that run before one is captured: kernels are compiled and memory is taken in the first."""
@@ -36,7 +36,7 @@ def capturable(model: PreTrainedModel) -> bool:
     return all(
         module.routes_on_device(model.dtype)
         if isinstance(module, Experts)
-        else getattr(module, "rope_type", None) not in {"dynamic", "longrope"}
+        else getattr(module, "rope_type", None) not in LENGTH_DEPENDENT
         for module in model.modules()
     )
 

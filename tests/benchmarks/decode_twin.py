@@ -2,8 +2,9 @@
 
 A twin has two layers and a vocabulary of about the share of the head that two of the model's layers carry: of V2-Lite one
 dense and one MoE layer, with a dense intermediate size of 11008 instead of 10944 so that groups of 128 divide it; of
-DeepSeek-LLM-7B two dense ones. Layouts take turns, step by step, so that what else the machine does meets all of them alike;
-a ratio is the median of ratios within a turn, to the faster of float16 and bfloat16.
+DeepSeek-LLM-7B two dense ones. Steps are those of `quantlab.runtime.decode`. Layouts take turns, step by step, so that what
+else the machine does meets all of them alike; a ratio is the median of ratios within a turn, to the faster of float16 and
+bfloat16.
 
     python tests/benchmarks/decode_twin.py --width v2-lite --rounds 30 --out eval/results/cpu-decode
 """
@@ -19,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.runtime.account import weight_bytes
-from quantlab.runtime.cache import cached
+from quantlab.runtime.decode import Decoder
 from quantlab.runtime.native.library import status
 from quantlab.runtime.twin import random_twin
 
@@ -100,15 +101,14 @@ def quantization(scheme: SchemeName | None) -> QuantizationConfig | None:
 def decoder(model: PreTrainedModel, *, batch: int, prompt: int) -> Callable[[], float]:
     """A call that decodes one token per sequence at the length `prompt` and returns its seconds."""
     tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(batch))
-    cache = DynamicCache(config=model.config)
-    model(input_ids=tokens, **cached(cache))
-    step = tokens[:, :1]
+    decoder = Decoder(model, batch=batch, length=prompt + 1)
+    decoder.prefill(tokens)
 
     def run() -> float:
         start = time.perf_counter()
-        model(input_ids=step, **cached(cache))
+        decoder.step(tokens[:, :1])
         seconds = time.perf_counter() - start
-        cache.crop(-1)
+        decoder.rewind(prompt)
         return seconds
 
     return run

@@ -27,7 +27,6 @@ from quantlab.evaluation.speed import (
 from quantlab.evaluation.suite import load_suite
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.runtime.decode import Decoder
 
 INT4 = QuantizationConfig(((("Linear",), SCHEMES["int4_g128"]),), ("lm_head", "re:.*kv_b_proj$", "re:.*mlp\\.gate$"))
 
@@ -97,19 +96,13 @@ def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path
     assert ("timing rounds", 4, 4) in stages
 
 
-@pytest.mark.parametrize("fixed", [None, True])
-def test_every_round_starts_from_the_same_context(suite: Path, fixed: bool | None) -> None:
+def test_every_round_starts_from_the_same_context(suite: Path) -> None:
     speed = load_suite(suite).suite.speed
     assert speed is not None
-    twin = build(FP16, speed, fixed=fixed)
+    twin = build(FP16, speed)
     for task in tasks(speed):
         assert run_task(twin, task) > 0
-    used = {
-        batch: cache.used if isinstance(cache, Decoder) else cache.get_seq_length()
-        for batch, cache in twin.caches.items()
-    }
-    assert used == {1: speed.prompt, 2: speed.prompt}
-    assert all(isinstance(cache, Decoder) == bool(fixed) for cache in twin.caches.values())
+    assert {batch: decoder.used for batch, decoder in twin.decoders.items()} == {1: speed.prompt, 2: speed.prompt}
 
 
 def timings(

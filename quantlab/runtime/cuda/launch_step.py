@@ -1,6 +1,5 @@
 """Launches of the kernels that only a step of one new token per sequence has: attention to a fixed cache, and the router."""
 
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -10,26 +9,9 @@ from quantlab.runtime.cuda import attend as attend_kernels
 from quantlab.runtime.cuda import choose as choose_kernels
 from quantlab.runtime.cuda.guard import on_its_device
 from quantlab.runtime.cuda.launch import chained, chip, power
+from quantlab.runtime.places import Choice, Latents, Place, RowNorm
 
 LOG2_E: Final = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where new tokens stand, one of each of B sequences.
-
-    Attributes:
-        cos, sin: [B, n] contiguous, of the angles of at least as many pairs as are turned.
-        position: [1] int64, the place in the cache.
-        padding: [B] int64, how many places of the cache are empty at its start.
-        arrived: int32 zeros, a counter for every sequence and head.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    position: Tensor
-    padding: Tensor
-    arrived: Tensor
 
 
 @on_its_device
@@ -60,31 +42,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: 
         MOST=power(shares), num_warps=4, num_stages=2, **chained(q),
     )  # fmt: skip
     return out
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Whether the numbers that are turned together are neighbours, or half the width apart, as projected and as cached."""
-
-    projected: bool
-    cached: bool
-
-
-@dataclass(frozen=True)
-class Latents:
-    """A cache of latent attention: latents [B, 1, S, L], rotary keys [B, 1, S, R], and where the numbers of pairs lie."""
-
-    latents: Tensor
-    rotary: Tensor
-    pairs: Pairs
-
-
-@dataclass(frozen=True)
-class RowNorm:
-    """An RMS norm of rows: weight [K], and epsilon."""
-
-    weight: Tensor
-    epsilon: float
 
 
 @on_its_device
@@ -141,6 +98,19 @@ def attend_latents(q_latent: Tensor, q: Tensor, place: Place, cache: Latents, sc
     return out
 
 
+def attend_absorbed(q: Tensor, weight: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
+    """`attend_latents` between the products with kv_b: q [B, H, N + R], weight [H, N + V, L] -> [B, H * V]."""
+    nope = q.shape[2] - cache.rotary.shape[3]
+    q_latent = torch.bmm(q[..., :nope].transpose(0, 1), weight[:, :nope])
+    seen = torch.bmm(attend_latents(q_latent, q, place, cache, scaling), weight[:, nope:].mT)
+    return seen.transpose(0, 1).reshape(q.shape[0], -1)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y."""
+    return x + y
+
+
 def _shares(rows: int, length: int, block: int, device: torch.device) -> int:
     """Into how many shares the tokens of a cache are cut: two programs for every multiprocessor, a block for each at least."""
     return min(max(2 * chip(device).multiprocessors // rows, 1), -(-length // block))
@@ -148,18 +118,6 @@ def _shares(rows: int, length: int, block: int, device: torch.device) -> int:
 
 def _partial(rows: int, shares: int, high: int, wide: int, device: torch.device) -> Tensor:
     return torch.empty(rows * shares * high * (wide + 2) if shares > 1 else 0, dtype=torch.float32, device=device)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a router chooses among E experts; see `choose.choose`."""
-
-    groups: int
-    top_groups: int
-    top_k: int
-    sigmoid: bool
-    normed: bool
-    scaling: float
 
 
 @on_its_device

@@ -1,4 +1,4 @@
-/* Latent attention of one new token per sequence, on the cached latents: see quantlab/runtime/attention.py.
+/* Attention of one new token per sequence to a cache: to latents, see quantlab/runtime/attention.py, or to keys and values.
 
    Everything is a sum of rows with weights, or a dot product of rows with a vector, over rows of 16 bits that are read once
    from memory; sums and the vectors between the steps are float32. A thread takes whole heads, and the sequences of a
@@ -6,12 +6,14 @@
 
 #include "lanes.h"
 
+/* Of the `length` places a sequence has in the cache the tokens stand at 0 … cached, or from `padding` of them on. */
 typedef struct {
     const void *query; /* [B, H, N + R] */
-    const uint16_t *latents, *rotary; /* [B, S, L], [B, S, R] */
+    const uint16_t *latents, *rotary; /* [B, length, L], [B, length, R] */
     const uint16_t *weight; /* [H, N + V, L] */
-    const float *mask; /* [B, S] added to the scores, or NULL */
-    int64_t batch, heads, cached, latent, nope, turned, value;
+    const float *mask; /* [B, cached] added to the scores, or NULL */
+    const int64_t *padding; /* [B], or NULL */
+    int64_t batch, heads, cached, length, latent, nope, turned, value;
     float scaling;
     int dtype;
     void *out; /* [B, H, V] */
@@ -76,17 +78,18 @@ INLINE void softmax(float *scores, int64_t count, float scaling, const float *ma
 }
 
 INLINE void head(const Attention *job, int64_t h, float *query, float *moved, float *scores, float *result, const int dtype) {
-    const int64_t width = job->nope + job->turned, latent = job->latent, cached = job->cached;
+    const int64_t width = job->nope + job->turned, latent = job->latent;
     const uint16_t *keys = job->weight + h * (job->nope + job->value) * latent, *values = keys + job->nope * latent;
     for (int64_t b = 0; b < job->batch; b++) {
-        const int64_t at = b * job->heads + h;
+        const int64_t at = b * job->heads + h, from = job->padding ? job->padding[b] : 0, cached = job->cached - from;
+        const uint16_t *latents = job->latents + (b * job->length + from) * latent;
         widen((const uint16_t *)job->query + at * width, dtype, width, round_up(width, 16), query);
         mix(keys, job->nope, latent, query, moved, dtype);
         memset(scores, 0, cached * 4);
-        dots(job->latents + b * cached * latent, cached, latent, moved, scores, dtype);
-        dots(job->rotary + b * cached * job->turned, cached, job->turned, query + job->nope, scores, dtype);
-        softmax(scores, cached, job->scaling, job->mask ? job->mask + b * cached : NULL);
-        mix(job->latents + b * cached * latent, cached, latent, scores, moved, dtype);
+        dots(latents, cached, latent, moved, scores, dtype);
+        dots(job->rotary + (b * job->length + from) * job->turned, cached, job->turned, query + job->nope, scores, dtype);
+        softmax(scores, cached, job->scaling, job->mask ? job->mask + b * job->cached + from : NULL);
+        mix(latents, cached, latent, scores, moved, dtype);
         memset(result, 0, job->value * 4);
         dots(values, job->value, latent, moved, result, dtype);
         for (int64_t v = 0; v < job->value; v += 16)
@@ -111,9 +114,61 @@ static void work(void *argument) {
     free(result);
 }
 
+/* out [B, H, V] of the places up to `position`, of all without one. */
 void quantlab_latent_attention(const void *query, const uint16_t *latents, const uint16_t *rotary, const uint16_t *weight,
-                               const float *mask, int64_t batch, int64_t heads, int64_t cached, int64_t latent, int64_t nope,
-                               int64_t turned, int64_t value, float scaling, int dtype, void *out) {
-    Attention job = {query, latents, rotary, weight, mask, batch, heads, cached, latent, nope, turned, value, scaling, dtype, out, 0};
+                               const float *mask, const int64_t *position, const int64_t *padding, int64_t batch, int64_t heads,
+                               int64_t length, int64_t latent, int64_t nope, int64_t turned, int64_t value, float scaling,
+                               int dtype, void *out) {
+    const int64_t cached = position ? *position + 1 : length;
+    Attention job = {query,  latents, rotary, weight, mask,  padding, batch, heads, cached,
+                     length, latent,  nope,   turned, value, scaling, dtype, out,   0};
     GOMP_parallel(work, &job, 0, 0);
+}
+
+typedef struct {
+    const void *query; /* [B, H, D] */
+    const uint16_t *keys, *values; /* [B, G, length, D] */
+    const int64_t *padding; /* [B] */
+    int64_t batch, heads, key_heads, cached, length, width;
+    float scaling;
+    int dtype;
+    void *out; /* [B, H, D] */
+    int64_t taken;
+} Grouped;
+
+INLINE void group(const Grouped *job, int64_t b, int64_t g, float *query, float *scores, const int dtype) {
+    const int64_t width = job->width, each = job->heads / job->key_heads, from = job->padding[b], cached = job->cached - from;
+    const int64_t place = ((b * job->key_heads + g) * job->length + from) * width;
+    for (int64_t h = 0; h < each; h++) {
+        const int64_t at = (b * job->heads + g * each + h) * width;
+        widen((const uint16_t *)job->query + at, dtype, width, round_up(width, 16), query);
+        memset(scores, 0, cached * 4);
+        dots(job->keys + place, cached, width, query, scores, dtype);
+        softmax(scores, cached, job->scaling, NULL);
+        mix(job->values + place, cached, width, scores, query, dtype);
+        for (int64_t k = 0; k < width; k += 16)
+            store(job->out, dtype, at + k, first(width - k), _mm512_loadu_ps(query + k));
+    }
+}
+
+static void grouped_work(void *argument) {
+    Grouped *job = argument;
+    int64_t from, to;
+    float *query = scratch((job->width + 16) * 4), *scores = scratch(job->cached * 4);
+    while (take(&job->taken, job->batch * job->key_heads, &from, &to))
+        for (int64_t i = from; i < to; i++)
+            if (job->dtype == FLOAT16)
+                group(job, i / job->key_heads, i % job->key_heads, query, scores, FLOAT16);
+            else
+                group(job, i / job->key_heads, i % job->key_heads, query, scores, BFLOAT16);
+    free(query);
+    free(scores);
+}
+
+/* The heads of a group attend to the same keys; out [B, H, D] of the places up to `position`. */
+void quantlab_grouped_attention(const void *query, const uint16_t *keys, const uint16_t *values, const int64_t *position,
+                                const int64_t *padding, int64_t batch, int64_t heads, int64_t key_heads, int64_t length,
+                                int64_t width, float scaling, int dtype, void *out) {
+    Grouped job = {query, keys, values, padding, batch, heads, key_heads, *position + 1, length, width, scaling, dtype, out, 0};
+    GOMP_parallel(grouped_work, &job, 0, 0);
 }

@@ -77,7 +77,7 @@ INLINE void products(const Dense *job, int64_t matrix, int64_t row, int64_t toke
     for (int r = 0; r < rows; r++)
         UNROLLED
         for (int m = 0; m < tokens; m++)
-            store(job->out, job->dtype, (token + m) * job->rows + row + r, 1, _mm512_set1_ps(_mm512_reduce_add_ps(sum[r][m])));
+            store_scalar(job->out, job->dtype, (token + m) * job->rows + row + r, _mm512_reduce_add_ps(sum[r][m]));
 }
 
 #define EACH(wide, tokens)                                          \

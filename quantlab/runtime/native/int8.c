@@ -24,8 +24,8 @@ typedef struct {
 } Int8;
 
 INLINE void put(const Int8 *job, int64_t token, int64_t row, int64_t matrix, float value) {
-    const float scaled = value * scalar(job->scale, job->scale_dtype, matrix * job->rows + row);
-    store(job->out, job->dtype, token * job->rows + row, 1, _mm512_set1_ps(scaled));
+    const float scale = scalar(job->scale, job->scale_dtype, matrix * job->rows + row);
+    store_scalar(job->out, job->dtype, token * job->rows + row, value * scale);
 }
 
 /* Integers: the weights are moved to 0 … 255, as the instruction wants one unsigned side, and 128 times the sum of the

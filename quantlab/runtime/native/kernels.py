@@ -7,14 +7,17 @@ Legend: as in `quantlab.runtime.products`.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from quantlab.runtime.native.library import library
+from quantlab.runtime.places import Place
 
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _Pointer: Final = ctypes.c_void_p
@@ -30,11 +33,28 @@ _ARGUMENTS: Final[Mapping[str, Sequence[Any]]] = {
     "quantlab_int8_weight_product": (_Pointer, _Pointer, _Long, _Long, _Code, *_ACTIVATIONS),
     "quantlab_dense_product": (_Pointer, _Long, _Long, *_ACTIVATIONS),
     "quantlab_paired_product": (_Pointer, _Long, _Long, _Pointer, _Long, _Long, _Pointer, _Pointer),
-    "quantlab_norm": (_Pointer, _Pointer, _Long, _Long, ctypes.c_float, _Code, _Pointer),
+    "quantlab_norm": (_Pointer, _Long, _Pointer, _Long, _Long, ctypes.c_float, _Code, _Pointer, _Long, _Pointer),
+    "quantlab_add": (_Pointer, _Pointer, _Long, _Long, _Long, _Code),
+    "quantlab_turn": (*[_Pointer] * 4, *[_Long] * 3, *[_Pointer] * 4, _Code),
+    "quantlab_choose": (_Pointer, _Long, _Long, _Code, _Pointer, _Code, *[_Pointer] * 4),
     "quantlab_gate": (_Pointer, _Long, _Long, _Code, _Pointer),
     "quantlab_weighted_sum": (_Pointer, _Pointer, _Long, _Long, _Code, _Pointer),
-    "quantlab_latent_attention": (*[_Pointer] * 5, *[_Long] * 7, ctypes.c_float, _Code, _Pointer),
+    "quantlab_latent_attention": (*[_Pointer] * 7, *[_Long] * 7, ctypes.c_float, _Code, _Pointer),
+    "quantlab_grouped_attention": (*[_Pointer] * 5, *[_Long] * 5, ctypes.c_float, _Code, _Pointer),
 }
+
+
+class Held(Sequence[int]):
+    """The numbers of a contiguous tensor of int64: those it holds when they are read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - a number, or those of a slice
+        return self.tensor[index].tolist()
 
 
 class Slices:
@@ -43,7 +63,8 @@ class Slices:
     def __init__(self, which: Sequence[int], start: Sequence[int], count: Sequence[int]) -> None:
         self.number = len(which)
         array = _Long * self.number
-        self.which, self.start, self.count = array(*which), array(*start), array(*count)
+        self.which: Any = which.tensor.data_ptr() if isinstance(which, Held) else array(*which)
+        self.start, self.count = array(*start), array(*count)
 
 
 def int4_product(x: Tensor, q: Tensor, scale: Tensor, shape: tuple[int, int, int], groups: Slices, out: Tensor) -> None:
@@ -64,8 +85,16 @@ def int4_product(x: Tensor, q: Tensor, scale: Tensor, shape: tuple[int, int, int
 def int4_expand(q: Tensor, scale: Tensor, shape: tuple[int, int, int], start: int, stop: int) -> Tensor:
     """Rows start to stop of one matrix (start a multiple of 16), transposed: [K, stop - start] in the dtype of the scales."""
     out = torch.empty(shape[1], stop - start, dtype=scale.dtype)
-    function = _function("quantlab_int4_expand")
-    function(q.data_ptr(), scale.data_ptr(), *shape, _DTYPES[scale.dtype], start, stop, out.data_ptr())
+    _run(
+        "quantlab_int4_expand",
+        q.data_ptr(),
+        scale.data_ptr(),
+        *shape,
+        _DTYPES[scale.dtype],
+        start,
+        stop,
+        out.data_ptr(),
+    )
     return out
 
 
@@ -94,7 +123,8 @@ def paired_product(x: Tensor, weight: int, rows: int, bias: Tensor | None) -> Te
         x = x.contiguous()
     tokens, columns = x.shape
     out = torch.empty(tokens, rows, dtype=x.dtype)
-    _function("quantlab_paired_product")(
+    _run(
+        "quantlab_paired_product",
         weight,
         rows,
         columns,
@@ -108,7 +138,14 @@ def paired_product(x: Tensor, weight: int, rows: int, bias: Tensor | None) -> Te
 
 
 def latent_attention(
-    query: Tensor, latents: Tensor, rotary: Tensor, weight: Tensor, *, mask: Tensor | None, scaling: float
+    query: Tensor,
+    latents: Tensor,
+    rotary: Tensor,
+    weight: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    place: Place | None = None,
 ) -> Tensor:
     """`quantlab.runtime.attention.absorbed` for one new token and contiguous tensors of one 16-bit dtype.
 
@@ -117,20 +154,23 @@ def latent_attention(
         latents: [B, 1, S, L].
         rotary: [B, 1, S, R].
         weight: kv_b's, [H, N + V, L].
-        mask: [B, S] float32, added to the scores.
         scaling: of the scores.
+        mask: [B, S] float32, added to the scores.
+        place: of the tokens, which attend to what stands up to there behind the padding; None: they attend to all.
 
     Returns:
         [B, 1, H, V].
     """
     batch, heads, _, width = query.shape
-    (cached, latent), turned, rows = latents.shape[2:], rotary.shape[3], weight.shape[1]
+    (length, latent), turned, rows = latents.shape[2:], rotary.shape[3], weight.shape[1]
     value = rows - width + turned
     out = torch.empty(batch, 1, heads, value, dtype=query.dtype)
-    _function("quantlab_latent_attention")(
+    _run(
+        "quantlab_latent_attention",
         *(query.data_ptr(), latents.data_ptr(), rotary.data_ptr(), weight.data_ptr()),
         None if mask is None else mask.data_ptr(),
-        *(batch, heads, cached, latent, width - turned, turned, value),
+        *((None, None) if place is None else (place.position.data_ptr(), place.padding.data_ptr())),
+        *(batch, heads, length, latent, width - turned, turned, value),
         scaling,
         _DTYPES[query.dtype],
         out.data_ptr(),
@@ -138,13 +178,132 @@ def latent_attention(
     return out
 
 
-def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMS norm of contiguous x [..., K] with weight [K] of its dtype."""
-    out = torch.empty_like(x)
-    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
-    _function("quantlab_norm")(
-        x.data_ptr(), weight.data_ptr(), rows, columns, epsilon, _DTYPES[x.dtype], out.data_ptr()
+def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, place: Place, *, scaling: float) -> Tensor:
+    """Attention of one new token per sequence to a cache, in contiguous tensors of one 16-bit dtype.
+
+    Args:
+        query: [B, H, D].
+        keys, values: [B, G, S, D]; H / G heads each attend to one.
+        place: of the tokens, which attend to what stands up to there behind the padding.
+        scaling: of the scores.
+
+    Returns:
+        [B, H, D].
+    """
+    (batch, heads, width), (_, key_heads, length, _) = query.shape, keys.shape
+    out = torch.empty_like(query)
+    _run(
+        "quantlab_grouped_attention",
+        *(query.data_ptr(), keys.data_ptr(), values.data_ptr(), place.position.data_ptr(), place.padding.data_ptr()),
+        *(batch, heads, key_heads, length, width),
+        scaling,
+        _DTYPES[query.dtype],
+        out.data_ptr(),
     )
+    return out
+
+
+def turn(x: Tensor, place: Place, out: Tensor, *, in_pairs: bool = False, out_in_pairs: bool = False) -> None:
+    """Rotary embedding of x [B, H, R], rows contiguous, by the angles of each token, into `out`.
+
+    Args:
+        x: of any floating dtype.
+        place: of the tokens.
+        out: [B, H, R], may be x; or a contiguous cache [B, H, S, R], of which the place of the tokens is written.
+        in_pairs, out_in_pairs: whether numbers that are turned together are neighbours in x and in `out`; half of R apart if not.
+    """
+    _put(x, place, out, (place.cos.data_ptr(), place.sin.data_ptr()), (in_pairs, out_in_pairs))
+
+
+def put(x: Tensor, place: Place, out: Tensor) -> None:
+    """x [B, H, R] into the place of the tokens in a contiguous cache [B, H, S, R]."""
+    _put(x, place, out, (None, None), (False, False))
+
+
+def _put(
+    x: Tensor, place: Place, out: Tensor, angles: tuple[int | None, int | None], in_pairs: tuple[bool, bool]
+) -> None:
+    _run(
+        "quantlab_turn",
+        *(x.data_ptr(), ctypes.byref(_Rows(x.stride(0), x.stride(1), 0, in_pairs[0]))),
+        *(
+            out.data_ptr(),
+            ctypes.byref(_Rows(out.stride(0), out.stride(1), out.shape[-1] * (out.dim() - 3), in_pairs[1])),
+        ),
+        *x.shape,
+        *angles,
+        *(place.position.data_ptr(), place.padding.data_ptr()),
+        _DTYPES[x.dtype],
+    )
+
+
+class _Rows(ctypes.Structure):
+    """`Rows` of rows.c."""
+
+    _fields_ = (("token", _Long), ("head", _Long), ("place", _Long), ("in_pairs", _Code))
+
+
+class Choice(ctypes.Structure):
+    """`Choice` of router.c."""
+
+    _fields_ = (
+        *((name, _Long) for name in ("experts", "groups", "top_groups", "top_k")),
+        ("scaling", ctypes.c_float),
+        *((name, _Code) for name in ("sigmoid", "normed")),
+    )
+
+
+def choose(x: Tensor, weight: Tensor, bias: Tensor | None, how: Choice) -> tuple[Tensor, Tensor]:
+    """The experts [T, k] int64 of contiguous x [T, H] and their weights [T, k] float32.
+
+    Args:
+        x: of any floating dtype.
+        weight: the router's, [E, H] of any floating dtype.
+        bias: [E] float32, if there is one.
+        how: they are chosen.
+    """
+    tokens, hidden = x.shape
+    index = torch.empty(tokens, how.top_k, dtype=torch.int64)
+    weights = torch.empty(tokens, how.top_k, dtype=torch.float32)
+    _run(
+        "quantlab_choose",
+        *(x.data_ptr(), tokens, hidden, _DTYPES[x.dtype]),
+        *(weight.data_ptr(), _DTYPES[weight.dtype]),
+        None if bias is None else bias.data_ptr(),
+        ctypes.byref(how),
+        *(index.data_ptr(), weights.data_ptr()),
+    )
+    return index, weights
+
+
+def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMS norm of x [..., K], contiguous or [T, K] with contiguous rows, with weight [K] of its dtype."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _norm(x, weight, epsilon, (out.data_ptr(), x.shape[-1], None))
+    return out
+
+
+def put_norm(x: Tensor, weight: Tensor, epsilon: float, place: Place, out: Tensor) -> None:
+    """RMS norm of x [B, K] into the place of the tokens in a contiguous cache [B, 1, S, K]."""
+    _norm(x, weight, epsilon, (out.data_ptr(), out.stride(0), place.position.data_ptr()))
+
+
+def _norm(x: Tensor, weight: Tensor, epsilon: float, out: tuple[int, int, int | None]) -> None:
+    columns = x.shape[-1]
+    apart = x.stride(0) if x.dim() == 2 else columns
+    _run(
+        "quantlab_norm",
+        *(x.data_ptr(), apart, weight.data_ptr(), x.numel() // columns, columns, epsilon),
+        _DTYPES[x.dtype],
+        *out,
+    )
+
+
+def add(out: Tensor, x: Tensor) -> Tensor:
+    """Contiguous out [T, K] plus x [T, K] or [K] with contiguous rows, all of one dtype, in place."""
+    rows, columns = out.shape
+    apart = 0 if x.dim() == 1 else x.stride(0)
+    _run("quantlab_add", out.data_ptr(), x.data_ptr(), apart, rows, columns, _DTYPES[out.dtype])
     return out
 
 
@@ -152,7 +311,7 @@ def gate(x: Tensor) -> Tensor:
     """SiLU of the first half of contiguous rows [T, 2 K] times the second: [T, K]."""
     rows, columns = x.shape[0], x.shape[1] // 2
     out = torch.empty(rows, columns, dtype=x.dtype)
-    _function("quantlab_gate")(x.data_ptr(), rows, columns, _DTYPES[x.dtype], out.data_ptr())
+    _run("quantlab_gate", x.data_ptr(), rows, columns, _DTYPES[x.dtype], out.data_ptr())
     return out
 
 
@@ -161,7 +320,7 @@ def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
     rows, columns = x.shape
     out = torch.empty(1, columns, dtype=x.dtype)
     code = _DTYPES[x.dtype]
-    _function("quantlab_weighted_sum")(x.data_ptr(), weights.data_ptr(), rows, columns, code, out.data_ptr())
+    _run("quantlab_weighted_sum", x.data_ptr(), weights.data_ptr(), rows, columns, code, out.data_ptr())
     return out
 
 
@@ -169,7 +328,27 @@ def _call(name: str, weights: tuple[int, ...], x: Tensor, groups: Slices, out: T
     if x.stride(1) != 1:
         x = x.contiguous()
     rows = (x.data_ptr(), x.stride(0), x.shape[0], _DTYPES[x.dtype])
-    _function(name)(*weights, *rows, groups.which, groups.start, groups.count, groups.number, out.data_ptr())
+    _run(name, *weights, *rows, groups.which, groups.start, groups.count, groups.number, out.data_ptr())
+
+
+_recording = threading.local()
+
+
+@contextmanager
+def recording(calls: list[Callable[[], object]]) -> Iterator[None]:
+    """Kernels that this thread runs in the block are added to `calls`, to be run again on the same memory."""
+    _recording.calls = calls
+    try:
+        yield
+    finally:
+        _recording.calls = None
+
+
+def _run(name: str, *arguments: object) -> None:
+    call = partial(_function(name), *arguments)
+    call()
+    if (calls := getattr(_recording, "calls", None)) is not None:
+        calls.append(call)
 
 
 @cache

@@ -3,10 +3,12 @@
 
 #include "lanes.h"
 
-/* RMS norm: out [T, K] = x / sqrt(mean(x^2) + epsilon), rounded to the dtype of x, times weight [K]. */
-void quantlab_norm(const void *x, const void *weight, int64_t rows, int64_t columns, float epsilon, int dtype, void *out) {
+/* RMS norm: out [T, K] = x / sqrt(mean(x^2) + epsilon), rounded to the dtype of x, times weight [K]. Rows of x and of out lie
+   some numbers apart; out begins `position` rows later, if there is one. */
+void quantlab_norm(const void *x, int64_t x_apart, const void *weight, int64_t rows, int64_t columns, float epsilon, int dtype,
+                   void *out, int64_t out_apart, const int64_t *position) {
     for (int64_t row = 0; row < rows; row++) {
-        const int64_t at = row * columns;
+        const int64_t at = row * x_apart, to = row * out_apart + (position ? *position * columns : 0);
         __m512 sum = _mm512_setzero_ps();
         for (int64_t k = 0; k < columns; k += 16) {
             const __m512 value = load(x, dtype, at + k, first(columns - k));
@@ -19,7 +21,7 @@ void quantlab_norm(const void *x, const void *weight, int64_t rows, int64_t colu
             __m512 value = _mm512_mul_ps(load(x, dtype, at + k, mask), scale);
             if (dtype != FLOAT32)
                 value = from_sixteen(to_sixteen(value, dtype), dtype);
-            store(out, dtype, at + k, mask, _mm512_mul_ps(value, load(weight, dtype, k, mask)));
+            store(out, dtype, to + k, mask, _mm512_mul_ps(value, load(weight, dtype, k, mask)));
         }
     }
 }
@@ -46,4 +48,70 @@ void quantlab_weighted_sum(const void *x, const float *weights, int64_t rows, in
             sum = _mm512_fmadd_ps(load(x, dtype, row * columns + k, mask), _mm512_set1_ps(weights[row]), sum);
         store(out, dtype, k, mask, sum);
     }
+}
+
+/* out [T, K] += x, rows `apart` numbers from each other: 0 for one row that is added to all. */
+void quantlab_add(void *out, const void *x, int64_t apart, int64_t rows, int64_t columns, int dtype) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t k = 0; k < columns; k += 16) {
+            const __mmask16 mask = first(columns - k);
+            const __m512 sum = _mm512_add_ps(load(out, dtype, row * columns + k, mask), load(x, dtype, row * apart + k, mask));
+            store(out, dtype, row * columns + k, mask, sum);
+        }
+}
+
+/* Rows [T, H] of a tensor: numbers between neighbours, and between the places of a cache. */
+typedef struct {
+    int64_t token, head, place;
+    int in_pairs; /* whether the numbers that are turned together are neighbours, or half the width apart */
+} Rows;
+
+INLINE void turn(const void *x, int64_t from, int in_pairs, float *out, int out_in_pairs, const float *cos, const float *sin,
+                 int64_t half, int dtype) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const __m512i lower = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+    for (int64_t k = 0; k < half; k += 16) {
+        const int64_t left = half - k;
+        const __mmask16 mask = first(left), low = first(2 * left), high = left > 8 ? first(2 * left - 16) : 0;
+        const __m512 c = _mm512_maskz_loadu_ps(mask, cos + k), s = _mm512_maskz_loadu_ps(mask, sin + k);
+        __m512 a, b;
+        if (in_pairs) {
+            const __m512 l = load(x, dtype, from + 2 * k, low), u = load(x, dtype, from + 2 * k + 16, high);
+            a = _mm512_permutex2var_ps(l, even, u);
+            b = _mm512_permutex2var_ps(l, odd, u);
+        } else {
+            a = load(x, dtype, from + k, mask);
+            b = load(x, dtype, from + half + k, mask);
+        }
+        const __m512 real = _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), other = _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s));
+        if (out_in_pairs) {
+            _mm512_mask_storeu_ps(out + 2 * k, low, _mm512_permutex2var_ps(real, lower, other));
+            _mm512_mask_storeu_ps(out + 2 * k + 16, high, _mm512_permutex2var_ps(real, upper, other));
+        } else {
+            _mm512_mask_storeu_ps(out + k, mask, real);
+            _mm512_mask_storeu_ps(out + half + k, mask, other);
+        }
+    }
+}
+
+/* Rotary embedding: row (t, h) of x, its pairs turned by the angles of token t, becomes row (t, h) of out, which may be x. Token t
+   stands at `position`, padding[t] places of which are empty: out is that place of a cache, and the angles are those of the place less
+   the padding, from tables cos, sin [·, width / 2]. Without tables rows are copied. */
+void quantlab_turn(const void *x, const Rows *of, void *out, const Rows *to, int64_t tokens, int64_t heads, int64_t width,
+                   const float *cos, const float *sin, const int64_t *position, const int64_t *padding, int dtype) {
+    const int64_t half = width / 2;
+    float *turned = scratch(width * 4);
+    for (int64_t row = 0; row < tokens * heads; row++) {
+        const int64_t t = row / heads, h = row % heads, from = t * of->token + h * of->head;
+        const int64_t target = t * to->token + h * to->head + *position * to->place, angles = (*position - padding[t]) * half;
+        if (cos)
+            turn(x, from, of->in_pairs, turned, to->in_pairs, cos + angles, sin + angles, half, dtype);
+        for (int64_t k = 0; k < width; k += 16) {
+            const __mmask16 mask = first(width - k);
+            store(out, dtype, target + k, mask, cos ? _mm512_maskz_loadu_ps(mask, turned + k) : load(x, dtype, from + k, mask));
+        }
+    }
+    free(turned);
 }

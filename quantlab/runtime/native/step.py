@@ -1,0 +1,77 @@
+"""Attention to a fixed cache, and the router, of a step of one new token per sequence on the CPU, by the native kernels.
+
+The same functions as `quantlab.runtime.cuda.launch_step`.
+"""
+
+import torch
+from torch import Tensor
+
+from quantlab.runtime.native import kernels
+from quantlab.runtime.places import Choice, Latents, Place, RowNorm
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Attention of one token per sequence, which is written to the cache first.
+
+    Args:
+        q: [B, H * D]; rows may lie apart, as of k and v.
+        k, v: [B, G * D].
+        place: of the tokens.
+        keys, values: the cache, [B, G, S, D].
+        scaling: of the scores.
+
+    Returns:
+        [B, H * D].
+    """
+    shape = (keys.shape[0], -1, keys.shape[3])
+    query = torch.empty(q.shape, dtype=q.dtype).view(shape)
+    kernels.turn(q.view(shape), place, query)
+    kernels.turn(k.view(shape), place, keys)
+    kernels.put(v.view(shape), place, values)
+    return kernels.grouped_attention(query, keys, values, place, scaling=scaling).flatten(1)
+
+
+def keep_latents(
+    kv: Tensor, norm: RowNorm, place: Place, cache: Latents, q_a: Tensor | None = None, q_norm: RowNorm | None = None
+) -> Tensor | None:
+    """Write the latents, normed, and rotary keys, turned, of kv [B, L + R] to the cache.
+
+    Returns:
+        q_a [B, Q] with its norm, None without.
+    """
+    width, pairs = cache.latents.shape[3], cache.pairs
+    kernels.put_norm(kv[:, :width], norm.weight, norm.epsilon, place, cache.latents)
+    kernels.turn(kv[:, None, width:], place, cache.rotary, in_pairs=pairs.projected, out_in_pairs=pairs.cached)
+    return None if q_a is None or q_norm is None else kernels.norm(q_a, q_norm.weight, q_norm.epsilon)
+
+
+def attend_absorbed(q: Tensor, weight: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
+    """Attention of all heads of one token per sequence to the latents, which hold the token.
+
+    Args:
+        q: [B, H, N + R] contiguous, whose last R numbers are turned: here, in place.
+        weight: kv_b's, [H, N + V, L].
+        place: of the tokens.
+        cache: with the tokens' own latents.
+        scaling: of the scores.
+
+    Returns:
+        [B, H * V].
+    """
+    rotary = q[..., q.shape[2] - cache.rotary.shape[3] :]
+    kernels.turn(rotary, place, rotary, in_pairs=cache.pairs.projected, out_in_pairs=cache.pairs.cached)
+    tensors = (q.unsqueeze(2), cache.latents, cache.rotary, weight)
+    return kernels.latent_attention(*tensors, scaling=scaling, place=place).flatten(1)
+
+
+def choose(x: Tensor, weight: Tensor, bias: Tensor | None, how: Choice) -> tuple[Tensor, Tensor]:
+    """The experts [T, k] int64 and their weights [T, k] float32 of x [T, H], by a router's weight [E, H] and bias [E] float32."""
+    asked = kernels.Choice(
+        *(weight.shape[0], how.groups, how.top_groups, how.top_k, how.scaling, how.sigmoid, how.normed)
+    )
+    return kernels.choose(x, weight, bias, asked)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y [B, H], in the memory of x."""
+    return kernels.add(x, y)

@@ -1,0 +1,51 @@
+"""What was recorded, run again on other numbers, against the function itself."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quantlab.runtime.native import kernels
+from quantlab.runtime.native.library import library, status
+from quantlab.runtime.native.record import Recorded
+
+
+def mixed(x: Tensor, index: Tensor) -> Tensor:
+    """Views that are none of their schema's words and copies that are views by it, in-place operators, several results."""
+    wide = x.to(torch.float32)
+    same = wide.to(torch.float32).contiguous()
+    crossed = same.t().reshape(x.shape)
+    first, second = crossed.chunk(2, dim=1)
+    best = torch.topk(second, 2, dim=1)
+    first.mul_(2).add_(best.values.sum(1, keepdim=True))
+    out = torch.zeros(x.shape[0], first.shape[1])
+    out[1:] = functional.silu(first[:-1])
+    out.index_copy_(0, index, first.index_select(0, index).flip(0))
+    return out.to(x.dtype).view(-1)
+
+
+def test_operators_of_torch_run_again() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, index = torch.randn(6, 8, generator=generator).bfloat16(), torch.tensor([0, 5])
+    with torch.inference_mode():
+        recorded = Recorded(lambda: mixed(x, index))
+        assert torch.equal(recorded.result, mixed(x.clone(), index))
+        for seed in range(3):
+            x.copy_(torch.randn(6, 8, generator=generator))
+            index.copy_(torch.tensor([seed, seed + 2]))
+            assert torch.equal(recorded.run(), mixed(x.clone(), index))
+
+
+@pytest.mark.skipif(library() is None, reason=status())
+def test_kernels_run_again_on_what_operators_between_them_leave() -> None:
+    x, weight = torch.randn(3, 64).bfloat16(), torch.randn(64).bfloat16()
+
+    def function() -> Tensor:
+        return kernels.add(kernels.gate(kernels.norm(x, weight, 1e-6) * 2), x[:, :32] + 1)
+
+    recorded = Recorded(function)
+    before = recorded.result.clone()
+    x.copy_(torch.randn(3, 64))
+    found = recorded.run()
+    assert torch.equal(found, function())
+    assert not torch.equal(found, before)
