@@ -22,7 +22,7 @@ from quantlab.runtime.products import Groups, single
 from tests.runtime.test_matrices import exact, made
 
 ROOT = Path(__file__).parents[2]
-SHAPES = ((5, 128), (64, 256), (80, 128), (200, 384), (192, 1152))
+SHAPES = ((5, 128), (64, 256), (80, 128), (200, 384), (192, 1152), (1045, 128))
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 needed = pytest.mark.skipif(library() is None, reason=status())
 

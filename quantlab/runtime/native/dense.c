@@ -50,9 +50,10 @@ INLINE void brain(const uint16_t *w, int64_t apart, const uint16_t *x, int64_t s
     }
 }
 
-INLINE void products(const Dense *job, int64_t matrix, int64_t row, int64_t token, const int rows, const int tokens) {
-    const int64_t left = job->columns % 32, whole = job->columns - left, apart = job->columns, stride = job->x_stride;
-    const uint16_t *w = job->weight + (matrix * job->rows + row) * apart;
+INLINE void products(const Dense *job, int64_t matrix, int64_t row, int64_t apart, int64_t token, const int rows,
+                     const int tokens) {
+    const int64_t left = job->columns % 32, whole = job->columns - left, stride = job->x_stride;
+    const uint16_t *w = job->weight + (matrix * job->rows + row) * job->columns;
     const __mmask32 last = (1u << left) - 1;
     __m512 sum[ROWS][TOKENS];
     UNROLLED
@@ -63,47 +64,39 @@ INLINE void products(const Dense *job, int64_t matrix, int64_t row, int64_t toke
     if (job->dtype == FLOAT16) {
         const float *x = (const float *)job->x + token * stride;
         for (int64_t k = 0; k < whole; k += 32)
-            half(w + k, apart, x + k, stride, ~0u, rows, tokens, sum);
+            half(w + k, apart * job->columns, x + k, stride, ~0u, rows, tokens, sum);
         if (left)
-            half(w + whole, apart, x + whole, stride, last, rows, tokens, sum);
+            half(w + whole, apart * job->columns, x + whole, stride, last, rows, tokens, sum);
     } else {
         const uint16_t *x = (const uint16_t *)job->x + token * stride;
         for (int64_t k = 0; k < whole; k += 32)
-            brain(w + k, apart, x + k, stride, ~0u, rows, tokens, sum);
+            brain(w + k, apart * job->columns, x + k, stride, ~0u, rows, tokens, sum);
         if (left)
-            brain(w + whole, apart, x + whole, stride, last, rows, tokens, sum);
+            brain(w + whole, apart * job->columns, x + whole, stride, last, rows, tokens, sum);
     }
     UNROLLED
     for (int r = 0; r < rows; r++)
         UNROLLED
         for (int m = 0; m < tokens; m++)
-            store_scalar(job->out, job->dtype, (token + m) * job->rows + row + r, _mm512_reduce_add_ps(sum[r][m]));
+            store_scalar(job->out, job->dtype, (token + m) * job->rows + row + r * apart, _mm512_reduce_add_ps(sum[r][m]));
 }
 
-#define EACH(wide, tokens)                                          \
-    case tokens:                                                    \
-        for (; together && row + wide <= last; row += wide)         \
-            products(job, matrix, row, token, wide, tokens);        \
-        for (; row < last; row++)                                   \
-            products(job, matrix, row, token, 1, tokens);           \
-        break;
-
-/* For one or two tokens row by row: several rows at once would be several streams 2^n bytes apart, which costs a third of the
-   memory's rate. For more tokens, or long ones that the rows push out of the cache, rows share what is loaded of them. */
+/* Some rows of a matrix times the activations of its group. */
 static void work(void *argument) {
     Dense *job = argument;
     const int64_t blocks = (job->rows + ROWS - 1) / ROWS;
     int64_t from, to;
     while (take(&job->taken, blocks * job->groups.number, &from, &to))
-        for (int64_t unit = from; unit < to; unit++) {
+        for (int64_t unit = from, run; unit < to; unit += run) {
+            run = run_of(&job->groups, unit, to, blocks);
             const int64_t i = unit / blocks, top = unit % blocks * ROWS, matrix = job->groups.which[i];
-            const int64_t last = top + ROWS < job->rows ? top + ROWS : job->rows;
+            const int64_t last = top + run * ROWS < job->rows ? top + run * ROWS : job->rows;
+            const int few = job->groups.count[i] <= FEW;
             for (int64_t t = 0; t < job->groups.count[i]; t += TOKENS) {
                 const int64_t token = job->groups.start[i] + t, left = job->groups.count[i] - t;
-                const int together = left > 2 || job->columns * (job->dtype == FLOAT16 ? 4 : 2) > LONG;
-                int64_t row = top;
                 switch (left < TOKENS ? left : TOKENS) {
-                    EACH(4, 1) EACH(4, 2) EACH(4, 3) EACH(4, 4)
+                    case 1: EACH_ROW(products, 4, 1) case 2: EACH_ROW(products, 4, 2)
+                    case 3: EACH_ROW(products, 4, 3) case 4: EACH_ROW(products, 4, 4)
                 }
             }
         }

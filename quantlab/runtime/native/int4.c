@@ -28,23 +28,24 @@ typedef struct {
     int64_t taken;
 } Int4;
 
-/* `subs` times 16 rows from row `row` of matrix `which` on, times `tokens` rows of activations. The vectors of neighbouring
-   columns lie `apart` vectors from each other. */
-INLINE void block(const Int4 *job, const uint8_t *q, int64_t apart, const uint16_t *scale, int64_t row, int64_t token,
+/* 16 rows from row `row` of matrix `which` on, `subs` of them, times `tokens` rows of activations. The vectors of neighbouring
+   columns lie `apart` vectors from each other. From the fifth on the 16 rows are those of another block, `far` rows away: two
+   streams from memory bring more than one, and share what is done to the activations. */
+INLINE void block(const Int4 *job, const uint8_t *q, int64_t apart, const uint16_t *scale, int64_t row, int64_t far, int64_t token,
                   const int subs, const int tokens) {
     const __m512i mask = _mm512_set1_epi32(0x000F000F), base = _mm512_set1_epi32(0x43004300);
     const int64_t groups = job->columns / job->group, steps = job->group / STEP;
     const uint16_t *x = job->x + token * job->x_stride;
     const float *start = job->first + token * job->first_stride;
     const int chains = subs * tokens < 8 ? 2 : 1;
-    __m512 total[4][TOKENS];
+    __m512 total[8][TOKENS];
     UNROLLED
     for (int s = 0; s < subs; s++)
         UNROLLED
         for (int m = 0; m < tokens; m++)
             total[s][m] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; g++) {
-        __m512 sum[4][TOKENS][2];
+        __m512 sum[8][TOKENS][2];
         UNROLLED
         for (int s = 0; s < subs; s++)
             UNROLLED
@@ -53,11 +54,13 @@ INLINE void block(const Int4 *job, const uint8_t *q, int64_t apart, const uint16
                 sum[s][m][1] = _mm512_setzero_ps();
             }
         for (int64_t step = 0; step < steps; step++, q += apart * 64, x += STEP) {
-            __m512i w[4];
+            __m512i w[8];
             UNROLLED
             for (int s = 0; s < subs; s++) {
-                _mm_prefetch((const char *)q + s * 64 + 1024, _MM_HINT_T0);
-                w[s] = _mm512_loadu_si512(q + s * 64);
+                const uint8_t *at = q + s % 4 * 64 + (s < 4 ? 0 : far * job->columns / 2);
+                if (tokens > 1)
+                    _mm_prefetch((const char *)at + 1024, _MM_HINT_T0);
+                w[s] = _mm512_loadu_si512(at);
             }
             UNROLLED
             for (int i = 0; i < 4; i++) {
@@ -82,7 +85,8 @@ INLINE void block(const Int4 *job, const uint8_t *q, int64_t apart, const uint16
         }
         UNROLLED
         for (int s = 0; s < subs; s++) {
-            const __m512 each = load(scale, job->scale_dtype, (s * groups + g) * 16, 0xFFFF);
+            const int64_t at = (s % 4 * groups + g) * 16 + (s < 4 ? 0 : far * groups);
+            const __m512 each = load(scale, job->scale_dtype, at, 0xFFFF);
             UNROLLED
             for (int m = 0; m < tokens; m++) {
                 const __m512 both = chains == 2 ? _mm512_add_ps(sum[s][m][0], sum[s][m][1]) : sum[s][m][0];
@@ -93,11 +97,13 @@ INLINE void block(const Int4 *job, const uint8_t *q, int64_t apart, const uint16
     UNROLLED
     for (int s = 0; s < subs; s++)
         UNROLLED
-        for (int m = 0; m < tokens; m++)
-            store(job->out, job->dtype, (token + m) * job->rows + row + s * 16, first(job->rows - row - s * 16), total[s][m]);
+        for (int m = 0; m < tokens; m++) {
+            const int64_t at = row + s % 4 * 16 + (s < 4 ? 0 : far);
+            store(job->out, job->dtype, (token + m) * job->rows + at, first(job->rows - at), total[s][m]);
+        }
 }
 
-#define EACH(subs, tokens) case tokens: block(job, q, apart, scale, row, token, subs, tokens); break;
+#define EACH(subs, tokens) case tokens: block(job, q, apart, scale, row, 0, token, subs, tokens); break;
 
 /* One block of up to 64 rows from row `top` on, times the rows of group `i`. */
 static void block_of_group(const Int4 *job, int64_t i, int64_t top) {
@@ -117,13 +123,27 @@ static void block_of_group(const Int4 *job, int64_t i, int64_t top) {
     }
 }
 
+/* Two blocks of 64 rows, from row `top` and `far` rows after it on, times the only row of group `i`. */
+static void two_blocks(const Int4 *job, int64_t i, int64_t top, int64_t far) {
+    const int64_t above = job->groups.which[i] * round_up(job->rows, 16) + top;
+    block(job, job->q + above * job->columns / 2, 4, job->scale + above * (job->columns / job->group), top, far,
+          job->groups.start[i], 8, 1);
+}
+
 static void work(void *argument) {
     Int4 *job = argument;
-    const int64_t blocks = (job->rows + 63) / 64;
+    const int64_t blocks = (job->rows + 63) / 64, whole = round_up(job->rows, 16) / 64;
     int64_t from, to;
     while (take(&job->taken, blocks * job->groups.number, &from, &to))
-        for (int64_t unit = from; unit < to; unit++)
-            block_of_group(job, unit / blocks, unit % blocks * 64);
+        for (int64_t unit = from, run; unit < to; unit += run) {
+            run = run_of(&job->groups, unit, to, blocks);
+            const int64_t i = unit / blocks, top = unit % blocks;
+            const int64_t half = job->groups.count[i] == 1 ? (run - (top + run > whole)) / 2 : 0;
+            for (int64_t each = top; each < top + half; each++)
+                two_blocks(job, i, each * 64, half * 64);
+            for (int64_t each = top + 2 * half; each < top + run; each++)
+                block_of_group(job, i, each * 64);
+        }
 }
 
 /* out [T, N] = x [T, K] times the matrices of a bank, in the dtype of x, whose rows are `stride` numbers apart (0: all are

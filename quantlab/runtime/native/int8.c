@@ -45,7 +45,8 @@ INLINE void integer_step(const int8_t *q, int64_t apart, const int8_t *x, int64_
     }
 }
 
-INLINE void integers(const Int8 *job, int64_t matrix, int64_t row, int64_t token, const int rows, const int tokens) {
+INLINE void integers(const Int8 *job, int64_t matrix, int64_t row, int64_t apart, int64_t token, const int rows,
+                     const int tokens) {
     const int8_t *q = job->q + (matrix * job->rows + row) * job->columns;
     const int8_t *x = (const int8_t *)job->x + token * job->x_stride;
     const int64_t left = job->columns % 64, whole = job->columns - left;
@@ -56,16 +57,16 @@ INLINE void integers(const Int8 *job, int64_t matrix, int64_t row, int64_t token
         for (int m = 0; m < tokens; m++)
             sum[r][m] = _mm512_setzero_si512();
     for (int64_t k = 0; k < whole; k += 64)
-        integer_step(q + k, job->columns, x + k, job->x_stride, ~0ull, rows, tokens, sum);
+        integer_step(q + k, apart * job->columns, x + k, job->x_stride, ~0ull, rows, tokens, sum);
     if (left)
-        integer_step(q + whole, job->columns, x + whole, job->x_stride, (1ull << left) - 1, rows, tokens, sum);
+        integer_step(q + whole, apart * job->columns, x + whole, job->x_stride, (1ull << left) - 1, rows, tokens, sum);
     UNROLLED
     for (int r = 0; r < rows; r++)
         UNROLLED
         for (int m = 0; m < tokens; m++) {
             const int64_t at = (token + m) * job->token_stride;
             const int32_t exact = _mm512_reduce_add_epi32(sum[r][m]) - job->excess[at];
-            put(job, token + m, row + r, matrix, (float)exact * job->token_scale[at]);
+            put(job, token + m, row + r * apart, matrix, (float)exact * job->token_scale[at]);
         }
 }
 
@@ -93,7 +94,8 @@ INLINE void float_step(const int8_t *q, int64_t apart, const uint16_t *x, int64_
     }
 }
 
-INLINE void floats(const Int8 *job, int64_t matrix, int64_t row, int64_t token, const int rows, const int tokens) {
+INLINE void floats(const Int8 *job, int64_t matrix, int64_t row, int64_t apart, int64_t token, const int rows,
+                   const int tokens) {
     const int8_t *q = job->q + (matrix * job->rows + row) * job->columns;
     const uint16_t *x = (const uint16_t *)job->x + token * job->x_stride;
     const int64_t left = job->columns % 64, whole = job->columns - left;
@@ -108,15 +110,15 @@ INLINE void floats(const Int8 *job, int64_t matrix, int64_t row, int64_t token, 
             low[1][r][m] = high[1][r][m] = _mm512_setzero_ps();
         }
     for (int64_t k = 0; k < whole; k += 64)
-        float_step(q + k, job->columns, x + k, job->x_stride, ~0ull, rows, tokens, low, high);
+        float_step(q + k, apart * job->columns, x + k, job->x_stride, ~0ull, rows, tokens, low, high);
     if (left)
-        float_step(q + whole, job->columns, x + whole, job->x_stride, (1ull << left) - 1, rows, tokens, low, high);
+        float_step(q + whole, apart * job->columns, x + whole, job->x_stride, (1ull << left) - 1, rows, tokens, low, high);
     UNROLLED
     for (int r = 0; r < rows; r++)
         UNROLLED
         for (int m = 0; m < tokens; m++) {
             const __m512 upper = _mm512_add_ps(high[0][r][m], high[1][r][m]), lower = _mm512_add_ps(low[0][r][m], low[1][r][m]);
-            put(job, token + m, row + r, matrix, _mm512_reduce_add_ps(_mm512_fmadd_ps(upper, _mm512_set1_ps(16), lower)));
+            put(job, token + m, row + r * apart, matrix, _mm512_reduce_add_ps(_mm512_fmadd_ps(upper, _mm512_set1_ps(16), lower)));
         }
 }
 
@@ -162,35 +164,26 @@ INLINE void converted(const Int8 *job, const uint16_t *w, int64_t padded, int64_
             put(job, token + m, row + r, matrix, _mm512_reduce_add_ps(sum[r][m]));
 }
 
-#define EACH(kernel, wide, tokens)                                                                     \
-    case tokens:                                                                                       \
-        for (; together && row + wide <= last; row += wide)                                            \
-            kernel(job, matrix, row, token, wide, tokens);                                             \
-        for (; row < last; row++)                                                                      \
-            kernel(job, matrix, row, token, 1, tokens);                                                \
-        break;
-
-#define BLOCK(kernel, wide)                                                                            \
-    switch (left < TOKENS ? left : TOKENS) {                                                           \
-        EACH(kernel, wide, 1) EACH(kernel, wide, 2) EACH(kernel, wide, 3) EACH(kernel, wide, 4)        \
+#define BLOCK(kernel, wide)                                                                    \
+    switch (left < TOKENS ? left : TOKENS) {                                                   \
+        case 1: EACH_ROW(kernel, wide, 1) case 2: EACH_ROW(kernel, wide, 2)                     \
+        case 3: EACH_ROW(kernel, wide, 3) case 4: EACH_ROW(kernel, wide, 4)                     \
     }
 
 enum { INTEGERS, FLOATS };
 
-/* Some rows of a matrix times the activations of its group. For one or two tokens row by row: several rows at once would be
-   several streams 2^n bytes apart, which costs a third of the memory's rate. For more tokens, or long ones that the rows push
-   out of the cache, rows share what is loaded of them. */
+/* Some rows of a matrix times the activations of its group. */
 INLINE void work(Int8 *job, const int kind) {
     const int64_t blocks = (job->rows + ROWS - 1) / ROWS;
     int64_t from, to;
     while (take(&job->taken, blocks * job->groups.number, &from, &to))
-        for (int64_t unit = from; unit < to; unit++) {
+        for (int64_t unit = from, run; unit < to; unit += run) {
+            run = run_of(&job->groups, unit, to, blocks);
             const int64_t i = unit / blocks, top = unit % blocks * ROWS, matrix = job->groups.which[i];
-            const int64_t last = top + ROWS < job->rows ? top + ROWS : job->rows;
+            const int64_t last = top + run * ROWS < job->rows ? top + run * ROWS : job->rows;
+            const int few = job->groups.count[i] <= FEW;
             for (int64_t t = 0; t < job->groups.count[i]; t += TOKENS) {
                 const int64_t token = job->groups.start[i] + t, left = job->groups.count[i] - t;
-                const int together = left > 2 || job->columns * (kind == INTEGERS ? 1 : 2) > LONG;
-                int64_t row = top;
                 if (kind == INTEGERS)
                     BLOCK(integers, 4)
                 else

@@ -17,8 +17,6 @@ int omp_get_num_threads(void);
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 16") /* sums in arrays become registers only if no loop over them is left */
 
-#define LONG 16384 /* bytes of a row of activations that do not stay in the first cache beside a stream of weights */
-
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
 /* Group i: rows start[i] … start[i] + count[i] of the activations meet matrix which[i]. */
@@ -37,6 +35,31 @@ INLINE int take(int64_t *taken, int64_t units, int64_t *from, int64_t *to) {
         *to = *from + size < units ? *from + size : units;
     } while (*from < units && !__atomic_compare_exchange_n(taken, from, *to, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return *from < units;
+}
+
+/* The rows top … last of a matrix, `wide` at a time and what is left one by one, each set times some activations: by
+   kernel(job, matrix, row, apart, token, wide, tokens), whose rows are `apart` from each other.
+
+   For one or two tokens memory is waited for, and it delivers most to a few streams: the rows of a set are those of as many parts
+   of the range. Next to each other they would be streams 2^n bytes apart, which costs a third of the rate. For more tokens they
+   are next to each other, and stay in the cache for the tokens that follow. */
+#define EACH_ROW(kernel, wide, tokens)                                                                    \
+    {                                                                                                     \
+        const int64_t apart = few ? (last - top) / wide : 1, end = few ? top + apart : last - wide + 1;    \
+        int64_t row = top;                                                                                \
+        for (; row < end; row += few ? 1 : wide)                                                          \
+            kernel(job, matrix, row, apart, token, wide, tokens);                                         \
+        for (row = few ? top + wide * apart : row; row < last; row++)                                     \
+            kernel(job, matrix, row, 1, token, 1, tokens);                                                \
+        break;                                                                                            \
+    }
+
+#define FEW 2 /* tokens */
+
+/* How many of the blocks `unit` … `to` are worked on at once: those of the same matrix, of `blocks`, if its tokens are few, else one. */
+INLINE int64_t run_of(const Groups *groups, int64_t unit, int64_t to, int64_t blocks) {
+    const int64_t left = blocks - unit % blocks;
+    return groups->count[unit / blocks] > FEW ? 1 : to - unit < left ? to - unit : left;
 }
 
 INLINE void *scratch(size_t bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }

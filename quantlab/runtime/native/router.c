@@ -66,7 +66,8 @@ static void pick(float *scores, const float *bias, const Choice *how, int64_t *i
     for (int64_t i = 0; i < experts; i += 16) {
         const __mmask16 mask = first(experts - i);
         const __m512 logit = _mm512_maskz_loadu_ps(mask, scores + i), one = _mm512_set1_ps(1);
-        const __m512 power = exponential(how->sigmoid ? _mm512_sub_ps(_mm512_setzero_ps(), logit) : _mm512_sub_ps(logit, _mm512_set1_ps(top)));
+        const __m512 shifted = _mm512_sub_ps(logit, _mm512_set1_ps(top));
+        const __m512 power = exponential(how->sigmoid ? _mm512_sub_ps(_mm512_setzero_ps(), logit) : shifted);
         const __m512 score = how->sigmoid ? _mm512_div_ps(one, _mm512_add_ps(one, power)) : power;
         _mm512_mask_storeu_ps(scores + i, mask, score);
         sum += _mm512_mask_reduce_add_ps(mask, score);

@@ -97,8 +97,8 @@ INLINE void turn(const void *x, int64_t from, int in_pairs, float *out, int out_
 }
 
 /* Rotary embedding: row (t, h) of x, its pairs turned by the angles of token t, becomes row (t, h) of out, which may be x. Token t
-   stands at `position`, padding[t] places of which are empty: out is that place of a cache, and the angles are those of the place less
-   the padding, from tables cos, sin [·, width / 2]. Without tables rows are copied. */
+   stands at `position`, padding[t] places before it are empty: out is that place of a cache, and the angles are those of the place
+   less the padding, from tables cos, sin [·, width / 2]. Without tables rows are copied. */
 void quantlab_turn(const void *x, const Rows *of, void *out, const Rows *to, int64_t tokens, int64_t heads, int64_t width,
                    const float *cos, const float *sin, const int64_t *position, const int64_t *padding, int dtype) {
     const int64_t half = width / 2;
