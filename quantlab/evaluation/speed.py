@@ -153,7 +153,7 @@ def build(layout: Layout, suite: SpeedSuite, *, device: str = "cpu") -> Twin:
     decoders: dict[int, Decoder] = {}
     for batch in suite.batches:
         decoders[batch] = Decoder(model, batch=batch, length=suite.prompt + suite.steps)
-        decoders[batch].prefill(prompt.expand(batch, -1))
+        decoders[batch].prefill(prompt)
     twin = Twin(model, decoders, layout_name(layout, model))
     for task in tasks(suite):
         if task.kind == "decode":  # filling the cache was a prefill

@@ -17,7 +17,7 @@ from quantlab.report.verdict import judge, tested
 State = Literal["value", "baseline", "failed", "missing"]
 
 INTERVALS = (
-    "Intervals are 95 % intervals unless called a range, those of speed for the number of another evaluation; losses and changes "
+    "Intervals are 95 % intervals unless called a range, those of speed for the number of another evaluation on the same machine; losses and changes "
     "are paired with the baseline on the same tokens."
 )
 HOLM_NOTE = "A loss is called measurable only if it stays so after correction for the number of rows (Holm)."

@@ -104,18 +104,18 @@ class Decoder:
         """Read prompts into the emptied cache.
 
         Args:
-            ids: [B, T].
-            attention_mask: [B, T], 0 for padding, which stands before a prompt; None if there is none.
+            ids: [B, T], or [1, T]: one prompt of all sequences, which is read once.
+            attention_mask: of the shape of ids, 0 for padding, which stands before a prompt; None if there is none.
 
         Returns:
             [B, V] logits of the token after each prompt.
 
         Raises:
-            CacheError: not B sequences, or more than S tokens.
+            CacheError: not B sequences nor one, or more than S tokens.
             DeviceError: the cache does not fit into memory, or memory ran out while the prompts were read.
         """
         batch, tokens = ids.shape
-        if batch != self.batch or not 0 < tokens <= self.length:
+        if batch not in {1, self.batch} or not 0 < tokens <= self.length:
             raise CacheError(
                 "the prompts do not fit the cache",
                 where="decoding with a fixed cache",
@@ -153,7 +153,8 @@ class Decoder:
             )
             self._cache.reset()
             for index, layer in enumerate(growing.layers):
-                self._cache.update(layer.keys, layer.values, index)
+                keys, values = (held.expand(self.batch, *held.shape[1:]) for held in (layer.keys, layer.values))
+                self._cache.update(keys, values, index)
                 layer.keys = layer.values = None
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
@@ -161,7 +162,7 @@ class Decoder:
             return None
         self._padding.copy_((1 - mask).sum(1, keepdim=True))
         self._position.fill_(ids.shape[1])
-        return cast("Tensor", output.logits[:, -1])
+        return cast("Tensor", output.logits[:, -1].expand(self.batch, -1))
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
@@ -202,7 +203,7 @@ class Decoder:
         self._used = used
 
     def generate(self, ids: Tensor, count: int, attention_mask: Tensor | None = None) -> Tensor:
-        """The prompts [B, T] with `count` tokens after each, always the likeliest: [B, T + count].
+        """The prompts [B, T] or [1, T] with `count` tokens after each, always the likeliest: [B, T + count].
 
         Raises:
             CacheError: they do not fit the cache; nothing is computed then.
@@ -214,7 +215,7 @@ class Decoder:
                 found=f"{ids.shape[1]} and {count} new tokens, room for {self.length}",
                 fix="make a longer cache, or ask for fewer tokens",
             )
-        found = [ids.to(self._device)]
+        found = [ids.to(self._device).expand(self.batch, -1)]
         logits = self.prefill(ids, attention_mask)
         for number in range(count):
             found.append(logits.argmax(-1, keepdim=True))

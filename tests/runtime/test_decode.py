@@ -87,6 +87,20 @@ def test_after_rewinding_a_step_is_the_same_again(family: str, models: dict[str,
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
 
 
+def test_one_prompt_of_all_sequences_is_read_once(models: dict[str, PreTrainedModel]) -> None:
+    for family in ("deepseek_v3", "llama"):
+        decoders = [Decoder(models[family], batch=3, length=12) for _ in range(2)]
+        mask = torch.tensor([[0, 0, 1, 1, 1]])
+        one, each = (
+            decoders[0].prefill(tokens(1, 5), mask),
+            decoders[1].prefill(tokens(1, 5).expand(3, -1), mask.expand(3, -1)),
+        )
+        assert relative_error(one, each) <= 1e-6
+        others = tokens(3, 1)
+        assert relative_error(decoders[0].step(others), decoders[1].step(others)) <= 1e-6
+        assert decoders[0].generate(tokens(1, 5), 3).shape == (3, 8)
+
+
 def test_a_whole_cache_can_be_used(models: dict[str, PreTrainedModel]) -> None:
     model = models["deepseek_v3"]
     found = Decoder(model, batch=1, length=12).generate(tokens(1, 5), 8)
@@ -129,7 +143,7 @@ def test_what_does_not_fit_is_told_before_anything_is_computed(models: dict[str,
     decoder = Decoder(models["llama"], batch=2, length=8)
     with pytest.raises(CacheError, match="the cache is empty"):
         decoder.step(torch.zeros(2, dtype=torch.int64))
-    for shape in ((3, 4), (1, 4), (2, 9), (2, 0)):
+    for shape in ((3, 4), (1, 9), (2, 9), (2, 0)):
         with pytest.raises(CacheError, match=rf"{shape[0]} sequences of {shape[1]} tokens, made for 2 of 1 … 8"):
             decoder.prefill(torch.zeros(shape, dtype=torch.int64))
     with pytest.raises(CacheError, match=r"does not fit[^$]*6 and 4 new tokens, room for 8"):
