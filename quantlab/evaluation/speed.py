@@ -58,7 +58,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Twin:
-    """A model ready to be timed, with a filled cache for every batch size: one that grows, or one of fixed size."""
+    """A model ready to be timed, with a filled cache for every batch size."""
 
     model: PreTrainedModel
     decoders: Mapping[int, Decoder]
@@ -156,8 +156,7 @@ def build(layout: Layout, suite: SpeedSuite, *, device: str = "cpu") -> Twin:
         decoders[batch].prefill(prompt)
     twin = Twin(model, decoders, layout_name(layout, model))
     for task in tasks(suite):
-        if task.kind == "decode":  # filling the cache was a prefill
-            run_task(twin, task)
+        run_task(twin, task)
     return twin
 
 

@@ -2,7 +2,7 @@
 
 A step of one token runs hundreds of small kernels, which the host takes longer to launch than a GPU to run. Captured once,
 a step is one launch. That asks for tensors that stay where they are: the cache is transformers' `StaticCache`, and tokens,
-position and mask are written in place. On the CPU a `FusedStep` is recorded as well, and others run as they are.
+position and mask are written in place. On the CPU most a `FusedStep` runs is recorded as well.
 
 The prompt is read with a growing cache, whose attention costs what the prompt costs and not what the fixed cache could hold,
 and is then moved over, layer by layer.
@@ -162,7 +162,8 @@ class Decoder:
             return None
         self._padding.copy_((1 - mask).sum(1, keepdim=True))
         self._position.fill_(ids.shape[1])
-        return cast("Tensor", output.logits[:, -1].expand(self.batch, -1))
+        logits = cast("Tensor", output.logits[:, -1])
+        return logits if len(logits) == self.batch else logits.repeat(self.batch, 1)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
@@ -215,8 +216,8 @@ class Decoder:
                 found=f"{ids.shape[1]} and {count} new tokens, room for {self.length}",
                 fix="make a longer cache, or ask for fewer tokens",
             )
-        found = [ids.to(self._device).expand(self.batch, -1)]
         logits = self.prefill(ids, attention_mask)
+        found = [ids.to(self._device).expand(self.batch, -1)]
         for number in range(count):
             found.append(logits.argmax(-1, keepdim=True))
             if number + 1 < count:

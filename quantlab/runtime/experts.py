@@ -56,7 +56,9 @@ class Experts(nn.Module):
         tokens, top_k = top_k_index.shape
         if tokens == 1:
             index = top_k_index[0]
-            groups = Groups(kernels.Held(index) if library() is not None else index.tolist(), (1,) * top_k, index)
+            native = index.device.type == "cpu" and library() is not None
+            which = kernels.Held(index) if native else index.tolist()
+            groups = Groups(which, (1,) * top_k, index)
             rows = gated(hidden_states.expand(top_k, -1), groups, self.gate_up, self.down, self.act_fn)
             if rows.dtype != torch.float32 and rows.device.type == "cpu" and library() is not None:
                 return kernels.weighted_sum(rows, top_k_weights.to(torch.float32))

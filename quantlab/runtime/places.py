@@ -1,11 +1,17 @@
-"""What the attention and the router of a step are told, on any device.
+"""The attention and the router of a step of one new token per sequence, on any device, and what they are told.
 
-Legend: B sequences, S tokens a cache has room for, L latent width, R width of the rotary part, K columns.
+Legend: B sequences, H hidden width, S tokens a cache has room for, L latent width, R width of the rotary part, K columns,
+E experts, k of which each token meets.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
+
+Router = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""x [B, H] -> the experts [B, k] int64 and their weights [B, k] float32."""
 
 
 @dataclass(frozen=True)
@@ -62,3 +68,37 @@ class Choice:
     sigmoid: bool
     normed: bool
     scaling: float
+
+
+class Kernels(Protocol):
+    """The functions of a device: `quantlab.runtime.cuda.launch_step`, `quantlab.runtime.native.step`."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float
+    ) -> Tensor:
+        """Attention of one token per sequence to a cache [B, G, S, D], which it is written to first: [B, · D] -> [B, · D]."""
+        ...
+
+    def keep_latents(
+        self,
+        kv: Tensor,
+        norm: RowNorm,
+        place: Place,
+        cache: Latents,
+        q_a: Tensor | None = None,
+        q_norm: RowNorm | None = None,
+    ) -> Tensor | None:
+        """Write the latents and rotary keys of kv [B, L + R] to the cache; q_a [B, ·] with its norm, None without."""
+        ...
+
+    def attend_absorbed(self, q: Tensor, weight: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
+        """Attention of q [B, h, N + R] to latents, by kv_b's weight [h, N + V, L]: [B, h V]. q may be changed."""
+        ...
+
+    def router(self, weight: Tensor, bias: Tensor | None, how: Choice) -> Router:
+        """Of a weight [E, H] and a bias [E]."""
+        ...
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y [B, H]; x may be changed."""
+        ...

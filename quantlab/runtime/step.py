@@ -8,7 +8,7 @@ Here, on CUDA, a dense layer is seven launches on the same modules and the same 
 one token: norms; the products that read one input as one; rotation, cache and attention together; the router at once; what goes
 to the residual stream added by the product that makes it. Those of our own kernels overlap (`quantlab.runtime.cuda.kernels`).
 On the CPU a layer is a dozen calls of native kernels, which are recorded in the first step and run again in the next
-(`quantlab.runtime.native.record`), but for experts and several tokens: which experts are hit decides there what is called.
+(`quantlab.runtime.native.record`) where they are the same for all tokens: not for experts of several.
 
 What is computed is what transformers computes, with fewer roundings in between.
 
@@ -17,7 +17,6 @@ Legend: B sequences, H hidden width, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Final
 
 import torch
@@ -29,15 +28,14 @@ from quantlab.runtime.attention import LATENT_SDPA, hands_latents_on
 from quantlab.runtime.cuda.banks import CudaMatrices
 from quantlab.runtime.cuda.experts import routed
 from quantlab.runtime.experts import Experts
-from quantlab.runtime.linear import GatedMLP, Norm, PackedLinear, PartOfStack, is_silu
+from quantlab.runtime.linear import FEW_ROWS, GatedMLP, Norm, PackedLinear, PartOfStack, is_silu
+from quantlab.runtime.matrices import ExpandedMatrices
 from quantlab.runtime.native.library import library
-from quantlab.runtime.native.record import Recorded
-from quantlab.runtime.places import Choice, Latents, Pairs, Place, RowNorm
+from quantlab.runtime.native.record import CannotRepeatError, Recorded
+from quantlab.runtime.places import Choice, Kernels, Latents, Pairs, Place, RowNorm
 
 Parts = Any
 """A module of transformers, for its parts."""
-_MOST_TOKENS: Final = 64
-"""Beyond, reading the router's weight once for every token costs more than the launches it saves."""
 Into = Callable[[Tensor, Tensor], Tensor]
 """Reads [B, ·] and adds what it makes of it to [B, H]."""
 Attention = Callable[[Tensor, Tensor, Place], Tensor]
@@ -57,8 +55,8 @@ class _Layer:
 class FusedStep:
     """A step of a model from a fixed cache.
 
-    It reads the weights of the model's modules and does not call the modules: hooks on them see nothing of it, and a module that is
-    replaced later is not used.
+    It reads the weights of the model's modules and does not call all modules: hooks on them see nothing of it, and a module or a
+    weight that is replaced later may not be used.
 
     Args:
         model: one that `fuses`.
@@ -74,13 +72,13 @@ class FusedStep:
         self._layers = [
             _layer(layer, held, kernels) for layer, held in zip(model.model.layers, cache.layers, strict=True)
         ]
-        heads = int(model.config.num_attention_heads)
+        heads = int(model.config.num_attention_heads) if self._on_cuda else 0
         self._arrived = torch.zeros(padding.shape[0] * heads, dtype=torch.int32, device=position.device)
         self._cos, self._sin = _angles(model, int(cache.layers[0].keys.shape[2]))
-
-        alone = padding.shape[0] == 1 or not any(hasattr(layer.mlp, "experts") for layer in model.model.layers)
-        self._records = not self._on_cuda and alone
+        self._records = not self._on_cuda and _repeats(model, padding.shape[0])
         self._recorded: tuple[Tensor, Recorded] | None = None
+        weights = (*model.parameters(), *model.buffers()) if self._records else ()
+        self._read = [weight.detach() for weight in weights]  # recorded calls know addresses only
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Tokens [B, 1] at `position` -> logits [B, V] of those after; nothing waits for the device."""
@@ -88,7 +86,11 @@ class FusedStep:
         if not self._records:
             return self._logits(hidden)
         if self._recorded is None:
-            self._recorded = hidden, Recorded(lambda: self._logits(hidden))
+            try:
+                self._recorded = hidden, Recorded(lambda: self._logits(hidden))
+            except CannotRepeatError:
+                self._records = False
+                return self._logits(hidden)
             return self._recorded[1].result.clone()
         read, recorded = self._recorded
         read.copy_(hidden)
@@ -135,8 +137,7 @@ def _is_known(layer: Parts, dtype: torch.dtype, *, on_cuda: bool) -> bool:
     )
 
 
-def _kernels(device: torch.device) -> ModuleType:
-    """The functions of attention and router: `attend`, `keep_latents`, `attend_absorbed`, `choose` and `add`."""
+def _kernels(device: torch.device) -> Kernels:
     if device.type == "cuda":
         from quantlab.runtime.cuda import launch_step
 
@@ -144,6 +145,16 @@ def _kernels(device: torch.device) -> ModuleType:
     from quantlab.runtime.native import step
 
     return step
+
+
+def _repeats(model: PreTrainedModel, batch: int) -> bool:
+    """Whether the calls of a step are the same for all tokens, and leave nothing large behind.
+
+    Which experts several tokens hit decides what is called. Matrices that are expanded to be multiplied, some of them or at many
+    rows all, would be kept.
+    """
+    parts = [type(module) for module in model.modules()]
+    return batch <= (1 if Experts in parts else FEW_ROWS) and ExpandedMatrices not in parts
 
 
 def _angles(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
@@ -157,14 +168,14 @@ def _angles(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
     return cos.float().contiguous(), sin.float().contiguous()
 
 
-def _layer(layer: Parts, held: StaticLayer, kernels: ModuleType) -> _Layer:
+def _layer(layer: Parts, held: StaticLayer, kernels: Kernels) -> _Layer:
     attention = layer.self_attn
     made = _latent_attention if hasattr(attention, "kv_a_layernorm") else _grouped_attention
     mlp = _experts(layer.mlp, kernels) if hasattr(layer.mlp, "experts") else _into(layer.mlp, kernels)
     return _Layer(layer.input_layernorm, made(attention, held, kernels), layer.post_attention_layernorm, mlp)
 
 
-def _into(module: nn.Module, kernels: ModuleType) -> Into:
+def _into(module: nn.Module, kernels: Kernels) -> Into:
     """A linear or MLP, added to what it is handed: by its last product, where the kernels do that."""
     if isinstance(module, PackedLinear) and isinstance(module.matrices, CudaMatrices) and module.bias is None:
         matrices = module.matrices
@@ -184,7 +195,7 @@ def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tenso
     return lambda x: [linear(x) for linear in linears]
 
 
-def _grouped_attention(module: Parts, held: StaticLayer, kernels: ModuleType) -> Attention:
+def _grouped_attention(module: Parts, held: StaticLayer, kernels: Kernels) -> Attention:
     project = _together([module.q_proj, module.k_proj, module.v_proj])
     add_output = _into(module.o_proj, kernels)
     scaling = float(module.scaling)
@@ -196,7 +207,7 @@ def _grouped_attention(module: Parts, held: StaticLayer, kernels: ModuleType) ->
     return attention
 
 
-def _latent_attention(module: Parts, held: StaticLayer, kernels: ModuleType) -> Attention:
+def _latent_attention(module: Parts, held: StaticLayer, kernels: Kernels) -> Attention:
     compressed = module.q_lora_rank is not None
     project = _together([module.q_a_proj if compressed else module.q_proj, module.kv_a_proj_with_mqa])
     add_output = _into(module.o_proj, kernels)
@@ -229,22 +240,21 @@ def _pairs(module: Parts) -> Pairs:
     return Pairs(projected=bool(module.config.rope_interleave), cached=False)
 
 
-def _experts(module: Parts, kernels: ModuleType) -> Into:
+def _experts(module: Parts, kernels: Kernels) -> Into:
     experts, add_shared, router = module.experts, _into(module.shared_experts, kernels), module.gate
-    weight, bias, how = router.weight, getattr(router, "e_score_correction_bias", None), _choice(router)
-    if weight.is_cuda:
-        arrived = torch.zeros(_MOST_TOKENS, dtype=torch.int32, device=weight.device)
+    choose = kernels.router(router.weight, getattr(router, "e_score_correction_bias", None), _choice(router))
+    if not router.weight.is_cuda:
+        return lambda x, hidden: add_shared(x, kernels.add(experts(x, *choose(x)), hidden))
+    from quantlab.runtime.cuda.launch_step import MOST_TOKENS
 
-        def mlp(x: Tensor, hidden: Tensor) -> Tensor:
-            if x.shape[0] <= _MOST_TOKENS:
-                index, weights = kernels.choose(x, weight, bias, how, arrived)
-            else:
-                _, weights, index = router(x)
-            return add_shared(x, routed(experts.gate_up, experts.down, x, index, weights, hidden))
+    def mlp(x: Tensor, hidden: Tensor) -> Tensor:
+        if x.shape[0] <= MOST_TOKENS:
+            index, weights = choose(x)
+        else:
+            _, weights, index = router(x)
+        return add_shared(x, routed(experts.gate_up, experts.down, x, index, weights, hidden))
 
-        return mlp
-    bias = None if bias is None else bias.float()
-    return lambda x, hidden: add_shared(x, kernels.add(experts(x, *kernels.choose(x, weight, bias, how)), hidden))
+    return mlp
 
 
 def _choice(router: Parts) -> Choice:

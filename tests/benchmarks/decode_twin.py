@@ -101,14 +101,14 @@ def quantization(scheme: SchemeName | None) -> QuantizationConfig | None:
 def decoder(model: PreTrainedModel, *, batch: int, prompt: int) -> Callable[[], float]:
     """A call that decodes one token per sequence at the length `prompt` and returns its seconds."""
     tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(batch))
-    decoder = Decoder(model, batch=batch, length=prompt + 1)
-    decoder.prefill(tokens)
+    steps = Decoder(model, batch=batch, length=prompt + 1)
+    steps.prefill(tokens)
 
     def run() -> float:
         start = time.perf_counter()
-        decoder.step(tokens[:, :1])
+        steps.step(tokens[:, :1])
         seconds = time.perf_counter() - start
-        decoder.rewind(prompt)
+        steps.rewind(prompt)
         return seconds
 
     return run

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.native.record import Recorded
+from quantlab.runtime.native.record import CannotRepeatError, Recorded
 
 
 def mixed(x: Tensor, index: Tensor) -> Tensor:
@@ -49,3 +49,12 @@ def test_kernels_run_again_on_what_operators_between_them_leave() -> None:
     found = recorded.run()
     assert torch.equal(found, function())
     assert not torch.equal(found, before)
+
+
+@pytest.mark.skipif(library() is None, reason=status())
+def test_what_python_reads_of_tensors_is_not_recorded() -> None:
+    x = torch.tensor([3, 1])
+    for reads in (lambda: x * int(x[0]), lambda: x * kernels.Held(x)[1], lambda: x * sum(kernels.Held(x))):
+        with pytest.raises(CannotRepeatError):
+            Recorded(reads)
+    assert list(kernels.Held(x)) == [3, 1], "outside of it that is allowed"

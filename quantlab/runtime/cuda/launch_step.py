@@ -1,4 +1,4 @@
-"""Launches of the kernels that only a step of one new token per sequence has: attention to a fixed cache, and the router."""
+"""Launches of the kernels that only a step of one new token per sequence has: `places.Kernels`."""
 
 from typing import Final
 
@@ -9,9 +9,11 @@ from quantlab.runtime.cuda import attend as attend_kernels
 from quantlab.runtime.cuda import choose as choose_kernels
 from quantlab.runtime.cuda.guard import on_its_device
 from quantlab.runtime.cuda.launch import chained, chip, power
-from quantlab.runtime.places import Choice, Latents, Place, RowNorm
+from quantlab.runtime.places import Choice, Latents, Place, Router, RowNorm
 
 LOG2_E: Final = 1.4426950408889634
+MOST_TOKENS: Final = 64
+"""Of a router: beyond, reading its weight once for every token costs more than the launches it saves."""
 
 
 @on_its_device
@@ -106,8 +108,14 @@ def attend_absorbed(q: Tensor, weight: Tensor, place: Place, cache: Latents, sca
     return seen.transpose(0, 1).reshape(q.shape[0], -1)
 
 
+def router(weight: Tensor, bias: Tensor | None, how: Choice) -> Router:
+    """What chooses the experts of x [T, H], T up to `MOST_TOKENS`, by a router's weight [E, H] and bias [E]."""
+    arrived = torch.zeros(MOST_TOKENS, dtype=torch.int32, device=weight.device)
+    return lambda x: choose(x, weight, bias, how, arrived)
+
+
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y."""
+    """x + y [B, H]."""
     return x + y
 
 

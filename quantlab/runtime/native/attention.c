@@ -1,8 +1,9 @@
 /* Attention of one new token per sequence to a cache: to latents, see quantlab/runtime/attention.py, or to keys and values.
 
    Everything is a sum of rows with weights, or a dot product of rows with a vector, over rows of 16 bits that are read once
-   from memory; sums and the vectors between the steps are float32. A thread takes whole heads, and the sequences of a
-   batch one after the other, so that a head's part of kv_b comes from memory once. */
+   from memory; sums and the vectors between the steps are float32. To latents a thread takes whole heads, and the
+   sequences of a batch one after the other, so that a head's part of kv_b comes from memory once; to keys and values it takes the
+   heads that share them. */
 
 #include "lanes.h"
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantlab.runtime.native.library import library
-from quantlab.runtime.places import Place
+from quantlab.runtime.places import Choice, Place
 
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _Pointer: Final = ctypes.c_void_p
@@ -34,7 +34,7 @@ _ARGUMENTS: Final[Mapping[str, Sequence[Any]]] = {
     "quantlab_dense_product": (_Pointer, _Long, _Long, *_ACTIVATIONS),
     "quantlab_paired_product": (_Pointer, _Long, _Long, _Pointer, _Long, _Long, _Pointer, _Pointer),
     "quantlab_norm": (_Pointer, _Long, _Pointer, _Long, _Long, ctypes.c_float, _Code, _Pointer, _Long, _Pointer),
-    "quantlab_add": (_Pointer, _Pointer, _Long, _Long, _Long, _Code),
+    "quantlab_add": (_Pointer, _Pointer, _Long, _Code),
     "quantlab_turn": (*[_Pointer] * 4, *[_Long] * 3, *[_Pointer] * 4, _Code),
     "quantlab_choose": (_Pointer, _Long, _Long, _Code, _Pointer, _Code, *[_Pointer] * 4),
     "quantlab_gate": (_Pointer, _Long, _Long, _Code, _Pointer),
@@ -45,7 +45,7 @@ _ARGUMENTS: Final[Mapping[str, Sequence[Any]]] = {
 
 
 class Held(Sequence[int]):
-    """The numbers of a contiguous tensor of int64: those it holds when they are read."""
+    """The numbers of a contiguous tensor of int64: kernels read those it holds when they run; Python must not while they are recorded."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -54,6 +54,8 @@ class Held(Sequence[int]):
         return len(self.tensor)
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - a number, or those of a slice
+        if (error := getattr(_recording, "error", None)) is not None:
+            raise error
         return self.tensor[index].tolist()
 
 
@@ -243,7 +245,7 @@ class _Rows(ctypes.Structure):
     _fields_ = (("token", _Long), ("head", _Long), ("place", _Long), ("in_pairs", _Code))
 
 
-class Choice(ctypes.Structure):
+class _Choice(ctypes.Structure):
     """`Choice` of router.c."""
 
     _fields_ = (
@@ -265,12 +267,13 @@ def choose(x: Tensor, weight: Tensor, bias: Tensor | None, how: Choice) -> tuple
     tokens, hidden = x.shape
     index = torch.empty(tokens, how.top_k, dtype=torch.int64)
     weights = torch.empty(tokens, how.top_k, dtype=torch.float32)
+    asked = _Choice(len(weight), how.groups, how.top_groups, how.top_k, how.scaling, how.sigmoid, how.normed)
     _run(
         "quantlab_choose",
         *(x.data_ptr(), tokens, hidden, _DTYPES[x.dtype]),
         *(weight.data_ptr(), _DTYPES[weight.dtype]),
         None if bias is None else bias.data_ptr(),
-        ctypes.byref(how),
+        ctypes.byref(asked),
         *(index.data_ptr(), weights.data_ptr()),
     )
     return index, weights
@@ -300,10 +303,8 @@ def _norm(x: Tensor, weight: Tensor, epsilon: float, out: tuple[int, int, int | 
 
 
 def add(out: Tensor, x: Tensor) -> Tensor:
-    """Contiguous out [T, K] plus x [T, K] or [K] with contiguous rows, all of one dtype, in place."""
-    rows, columns = out.shape
-    apart = 0 if x.dim() == 1 else x.stride(0)
-    _run("quantlab_add", out.data_ptr(), x.data_ptr(), apart, rows, columns, _DTYPES[out.dtype])
+    """out plus x, contiguous and of one shape and dtype, in place."""
+    _run("quantlab_add", out.data_ptr(), x.data_ptr(), out.numel(), _DTYPES[out.dtype])
     return out
 
 
@@ -335,13 +336,16 @@ _recording = threading.local()
 
 
 @contextmanager
-def recording(calls: list[Callable[[], object]]) -> Iterator[None]:
-    """Kernels that this thread runs in the block are added to `calls`, to be run again on the same memory."""
-    _recording.calls = calls
+def recording(calls: list[Callable[[], object]], error: type[Exception]) -> Iterator[None]:
+    """Kernels that this thread runs in the block are added to `calls`, to be run again on the same memory.
+
+    Where Python reads which matrices are met, of a `Held`, `error` is raised: the next run may meet others.
+    """
+    _recording.calls, _recording.error = calls, error
     try:
         yield
     finally:
-        _recording.calls = None
+        _recording.calls = _recording.error = None
 
 
 def _run(name: str, *arguments: object) -> None:

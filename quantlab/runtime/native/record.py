@@ -22,17 +22,24 @@ _MAKERS: Final = frozenset(
 """Operators that only take memory."""
 
 
+class CannotRepeatError(Exception):
+    """Python read what a tensor holds, and may do something else where it holds something else."""
+
+
 class Recorded:
-    """What a function came to: kernels and operators of torch, on the memory they had.
+    """What a function came to: kernels and operators of torch, on the memory they had. All tensors it made are kept.
 
     Args:
-        function: runs once, now. Its next run may differ in nothing but the contents of tensors made before: what Python decides
-            by their contents is not seen.
+        function: runs once, now. Its next run may differ in nothing but the contents of tensors made before. What it looks at by
+            other ways than operators (`Tensor.tolist`, numpy) is not seen.
+
+    Raises:
+        CannotRepeatError: it read a number of a tensor.
     """
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
         mode = _Operators()
-        with mode, kernels.recording(mode.calls):
+        with mode, kernels.recording(mode.calls, CannotRepeatError):
             self.result = function()
         self._calls, self._kept = mode.calls, mode.kept
 
@@ -58,6 +65,8 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise CannotRepeatError
         call = partial(func, *args, **(kwargs or {}))
         result = call()
         tensors = _tensors(result)

@@ -50,14 +50,12 @@ void quantlab_weighted_sum(const void *x, const float *weights, int64_t rows, in
     }
 }
 
-/* out [T, K] += x, rows `apart` numbers from each other: 0 for one row that is added to all. */
-void quantlab_add(void *out, const void *x, int64_t apart, int64_t rows, int64_t columns, int dtype) {
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t k = 0; k < columns; k += 16) {
-            const __mmask16 mask = first(columns - k);
-            const __m512 sum = _mm512_add_ps(load(out, dtype, row * columns + k, mask), load(x, dtype, row * apart + k, mask));
-            store(out, dtype, row * columns + k, mask, sum);
-        }
+/* out [count] += x. */
+void quantlab_add(void *out, const void *x, int64_t count, int dtype) {
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = first(count - i);
+        store(out, dtype, i, mask, _mm512_add_ps(load(out, dtype, i, mask), load(x, dtype, i, mask)));
+    }
 }
 
 /* Rows [T, H] of a tensor: numbers between neighbours, and between the places of a cache. */

@@ -1,13 +1,10 @@
-"""Attention to a fixed cache, and the router, of a step of one new token per sequence on the CPU, by the native kernels.
-
-The same functions as `quantlab.runtime.cuda.launch_step`.
-"""
+"""Attention to a fixed cache, and the router, of a step of one new token per sequence on the CPU: `places.Kernels`."""
 
 import torch
 from torch import Tensor
 
 from quantlab.runtime.native import kernels
-from quantlab.runtime.places import Choice, Latents, Place, RowNorm
+from quantlab.runtime.places import Choice, Latents, Place, Router, RowNorm
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
@@ -64,12 +61,10 @@ def attend_absorbed(q: Tensor, weight: Tensor, place: Place, cache: Latents, sca
     return kernels.latent_attention(*tensors, scaling=scaling, place=place).flatten(1)
 
 
-def choose(x: Tensor, weight: Tensor, bias: Tensor | None, how: Choice) -> tuple[Tensor, Tensor]:
-    """The experts [T, k] int64 and their weights [T, k] float32 of x [T, H], by a router's weight [E, H] and bias [E] float32."""
-    asked = kernels.Choice(
-        *(weight.shape[0], how.groups, how.top_groups, how.top_k, how.scaling, how.sigmoid, how.normed)
-    )
-    return kernels.choose(x, weight, bias, asked)
+def router(weight: Tensor, bias: Tensor | None, how: Choice) -> Router:
+    """What chooses the experts of x [T, H], by a router's weight [E, H] and bias [E]."""
+    added = None if bias is None else bias.float()
+    return lambda x: kernels.choose(x, weight, added, how)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
