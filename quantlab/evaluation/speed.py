@@ -149,15 +149,19 @@ def build(layout: Layout, suite: SpeedSuite, *, device: str = "cpu") -> Twin:
         device: where it computes.
     """
     model = random_twin(suite.shape, layout.quantization, dtype=DTYPES[layout.dtype], seed=_SEED, device=device)
-    prompt = _tokens(1, suite.prompt, int(model.config.vocab_size)).to(model.device)
+    prompt = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        ids = _tokens(1, suite.prompt, int(model.config.vocab_size)).to(model.device)
+        model(input_ids=ids, **cached(prompt), logits_to_keep=1)
     decoders: dict[int, Decoder] = {}
     for batch in suite.batches:
         decoders[batch] = Decoder(model, batch=batch, length=suite.prompt + suite.steps)
-        decoders[batch].prefill(prompt)
+        decoders[batch].fill(prompt)
     twin = Twin(model, decoders, layout_name(layout, model))
-    for task in tasks(suite):
-        if task.kind == "decode" or task.batch > 1:  # the prompts were read at batch 1
-            run_task(twin, task)
+    for batch in suite.batches:
+        run_task(twin, Task("decode", batch, 1))
+    for batch in set(suite.prefill_batches) - {1}:  # the prompt was read at 1
+        run_task(twin, Task("prefill", batch, suite.prompt))
     return twin
 
 

@@ -104,40 +104,66 @@ class Decoder:
         """Read prompts into the emptied cache.
 
         Args:
-            ids: [B, T], or [1, T]: one prompt of all sequences, which is read once.
-            attention_mask: of the shape of ids, 0 for padding, which stands before a prompt; None if there is none.
+            ids: [B, T].
+            attention_mask: [B, T], 0 for padding, which stands before a prompt; None if there is none.
 
         Returns:
             [B, V] logits of the token after each prompt.
 
         Raises:
-            CacheError: not B sequences nor one, or more than S tokens.
+            CacheError: not B sequences, or more than S tokens.
             DeviceError: the cache does not fit into memory, or memory ran out while the prompts were read.
         """
         batch, tokens = ids.shape
-        if batch not in {1, self.batch} or not 0 < tokens <= self.length:
+        self._check_size(batch, tokens, sequences={self.batch})
+        if not self._cache.layers[0].is_initialized:
+            one = DynamicCache(config=self._model.config)
+            self._model(input_ids=self._tokens[:1], **cached(one))
+            self._check_room(one)
+        free, self._used = free_bytes(self._device), 0
+        logits = self._read(ids, attention_mask)
+        if logits is None:
+            raise _no_room_to_read(free, self._device, where=f"{self._name()}, prompts of {tokens}")
+        self._used = tokens
+        return logits
+
+    @torch.inference_mode()
+    def fill(self, cache: DynamicCache) -> None:
+        """Begin with what a growing cache holds: prompts without padding of B sequences, or of one that all share.
+
+        Raises:
+            CacheError: of neither B sequences nor one, or of more than S tokens.
+            DeviceError: the fixed cache does not fit into memory.
+        """
+        tokens = cache.get_seq_length()
+        self._check_size(cache.layers[0].keys.shape[0] if tokens else 0, tokens, sequences={1, self.batch})
+        if not self._cache.layers[0].is_initialized:
+            self._check_room(cache)
+        self._cache.reset()
+        for index, layer in enumerate(cache.layers):
+            keys, values = (held.expand(self.batch, *held.shape[1:]) for held in (layer.keys, layer.values))
+            self._cache.update(keys, values, index)
+        self._padding.zero_()
+        self._position.fill_(tokens)
+        self._used = tokens
+
+    def _check_size(self, batch: int, tokens: int, *, sequences: set[int]) -> None:
+        if batch not in sequences or not 0 < tokens <= self.length:
             raise CacheError(
                 "the prompts do not fit the cache",
                 where="decoding with a fixed cache",
                 found=f"{batch} sequences of {tokens} tokens, made for {self.batch} of 1 … {self.length}",
                 fix="make a cache for as many sequences and tokens",
             )
-        where = f"a cache of {self.batch} sequences of {self.length} tokens"
-        if not self._cache.layers[0].is_initialized:
-            check_room(self._cache_bytes(), self._device, where=where)
-        free, self._used = free_bytes(self._device), 0
-        logits = self._read(ids, attention_mask)
-        if logits is None:
-            raise _no_room_to_read(free, self._device, where=f"{where}, prompts of {tokens}")
-        self._used = tokens
-        return logits
 
-    def _cache_bytes(self) -> int:
-        """What the fixed cache takes, from what one token of one sequence leaves in a growing one."""
-        growing = DynamicCache(config=self._model.config)
-        self._model(input_ids=self._tokens[:1], **cached(growing))
-        per_token = sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in growing.layers)
-        return self.batch * self.length * per_token
+    def _check_room(self, held: DynamicCache) -> None:
+        """Whether there is room for the fixed cache, by what the tokens of a growing one take."""
+        count = held.get_seq_length() * held.layers[0].keys.shape[0]
+        taken = sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in held.layers)
+        check_room(self.batch * self.length * taken // count, self._device, where=self._name())
+
+    def _name(self) -> str:
+        return f"a cache of {self.batch} sequences of {self.length} tokens"
 
     def _read(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """Logits of `prefill`; None if memory ran out: the error would keep what was computed alive, so it ends here."""
@@ -153,8 +179,7 @@ class Decoder:
             )
             self._cache.reset()
             for index, layer in enumerate(growing.layers):
-                keys, values = (held.expand(self.batch, *held.shape[1:]) for held in (layer.keys, layer.values))
-                self._cache.update(keys, values, index)
+                self._cache.update(layer.keys, layer.values, index)
                 layer.keys = layer.values = None
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
@@ -162,8 +187,7 @@ class Decoder:
             return None
         self._padding.copy_((1 - mask).sum(1, keepdim=True))
         self._position.fill_(ids.shape[1])
-        logits = cast("Tensor", output.logits[:, -1])
-        return logits if len(logits) == self.batch else logits.repeat(self.batch, 1)
+        return cast("Tensor", output.logits[:, -1])
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
@@ -204,7 +228,7 @@ class Decoder:
         self._used = used
 
     def generate(self, ids: Tensor, count: int, attention_mask: Tensor | None = None) -> Tensor:
-        """The prompts [B, T] or [1, T] with `count` tokens after each, always the likeliest: [B, T + count].
+        """The prompts [B, T] with `count` tokens after each, always the likeliest: [B, T + count].
 
         Raises:
             CacheError: they do not fit the cache; nothing is computed then.
@@ -217,7 +241,7 @@ class Decoder:
                 fix="make a longer cache, or ask for fewer tokens",
             )
         logits = self.prefill(ids, attention_mask)
-        found = [ids.to(self._device).expand(self.batch, -1)]
+        found = [ids.to(self._device)]
         for number in range(count):
             found.append(logits.argmax(-1, keepdim=True))
             if number + 1 < count:

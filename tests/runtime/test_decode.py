@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from quantlab.errors import CacheError, DeviceError
 from quantlab.recipe.schemes import SCHEMES
 from quantlab.runtime import attention, device
+from quantlab.runtime.cache import cached
 from quantlab.runtime.cuda.banks import CudaMatrices
 from quantlab.runtime.decode import Decoder, _not_capturable, capturable
 from quantlab.runtime.experts import Experts
@@ -89,24 +90,25 @@ def test_after_rewinding_a_step_is_the_same_again(family: str, models: dict[str,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
-def test_one_prompt_of_all_sequences_is_read_once(
-    family: str, dtype: torch.dtype, checkpoints: dict[str, Path]
-) -> None:
-    model = load(checkpoints[family], dtype=dtype)
-    read = []
-    model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: read.append(tuple(inputs[0].shape)))
-    decoders = [Decoder(model, batch=3, length=12) for _ in range(2)]
-    ids, mask = tokens(1, 5), torch.tensor([[0, 0, 1, 1, 1]])
-    one, each = decoders[0].prefill(ids, mask), decoders[1].prefill(ids.expand(3, -1), mask.expand(3, -1))
-    assert (1, 5) in read
-    limit = 1e-6 if dtype == torch.float32 else 0.02
-    assert relative_error(one, each) <= limit
-    assert one.is_contiguous()
-    others = tokens(3, 1)
-    assert relative_error(decoders[0].step(others), decoders[1].step(others)) <= limit
-    assert decoders[0].generate(ids, 3).shape == (3, 8)
-    with pytest.raises(CacheError, match="2 sequences of 4 tokens, made for 3"):
-        decoders[0].generate(tokens(2, 4), 3)
+def test_steps_from_what_a_growing_cache_holds(family: str, dtype: torch.dtype, checkpoints: dict[str, Path]) -> None:
+    model, ids = load(checkpoints[family], dtype=dtype), tokens(1, 5)
+    one, others = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=ids, **cached(one))
+        model(input_ids=tokens(3, 7), **cached(others))
+    shared, each = (Decoder(model, batch=3, length=12) for _ in range(2))
+    for prompts, held in ((ids.expand(3, -1), one), (tokens(3, 7), others), (ids.expand(3, -1), one)):
+        shared.fill(held)
+        each.prefill(prompts)
+        assert shared.used == each.used == held.get_seq_length()
+        for following in tokens(2, 3):
+            assert relative_error(shared.step(following), each.step(following)) <= (
+                1e-5 if dtype == torch.float32 else 0.02
+            )
+    with pytest.raises(CacheError, match="3 sequences of 7 tokens, made for 2"):
+        Decoder(model, batch=2, length=12).fill(others)
+    with pytest.raises(CacheError, match="0 sequences of 0 tokens"):
+        shared.fill(DynamicCache(config=model.config))
 
 
 def test_a_whole_cache_can_be_used(models: dict[str, PreTrainedModel]) -> None:
@@ -151,11 +153,13 @@ def test_what_does_not_fit_is_told_before_anything_is_computed(models: dict[str,
     decoder = Decoder(models["llama"], batch=2, length=8)
     with pytest.raises(CacheError, match="the cache is empty"):
         decoder.step(torch.zeros(2, dtype=torch.int64))
-    for shape in ((3, 4), (1, 9), (2, 9), (2, 0)):
+    for shape in ((3, 4), (1, 4), (2, 9), (2, 0)):
         with pytest.raises(CacheError, match=rf"{shape[0]} sequences of {shape[1]} tokens, made for 2 of 1 … 8"):
             decoder.prefill(torch.zeros(shape, dtype=torch.int64))
     with pytest.raises(CacheError, match=r"does not fit[^$]*6 and 4 new tokens, room for 8"):
         decoder.generate(tokens(2, 6), 4)
+    with pytest.raises(CacheError, match="3 sequences of 4 tokens, made for 2"):
+        decoder.generate(tokens(3, 4), 3)
     assert decoder.used == 0
     decoder.prefill(tokens(2, 8))
     with pytest.raises(CacheError, match=r"the cache is full[^$]*8 of 8 tokens"):
