@@ -1,7 +1,7 @@
 """The attention and the router of a step of one new token per sequence, on any device, and what they are told.
 
-Legend: B sequences, H hidden width, S tokens a cache has room for, L latent width, R width of the rotary part, K columns,
-E experts, k of which each token meets.
+Legend: B sequences, H hidden width, S tokens a cache has room for, h heads, G of keys, D their width, L latent width, N, V and R
+widths of a head's keys without the rotary part, of its values, and of that part, K columns, E experts, k of which each token meets.
 """
 
 from collections.abc import Callable
@@ -76,7 +76,18 @@ class Kernels(Protocol):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float
     ) -> Tensor:
-        """Attention of one token per sequence to a cache [B, G, S, D], which it is written to first: [B, · D] -> [B, · D]."""
+        """Attention of one token per sequence, which is written to the cache first.
+
+        Args:
+            q: [B, h * D]; rows may lie apart, as of k and v.
+            k, v: [B, G * D].
+            place: of the tokens.
+            keys, values: the cache, [B, G, S, D].
+            scaling: of the scores.
+
+        Returns:
+            [B, h * D].
+        """
         ...
 
     def keep_latents(
@@ -88,11 +99,26 @@ class Kernels(Protocol):
         q_a: Tensor | None = None,
         q_norm: RowNorm | None = None,
     ) -> Tensor | None:
-        """Write the latents and rotary keys of kv [B, L + R] to the cache; q_a [B, ·] with its norm, None without."""
+        """Write the latents, normed, and rotary keys, turned, of kv [B, L + R] to the cache.
+
+        Returns:
+            q_a [B, Q] with its norm, None without.
+        """
         ...
 
     def attend_absorbed(self, q: Tensor, weight: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
-        """Attention of q [B, h, N + R] to latents, by kv_b's weight [h, N + V, L]: [B, h V]. q may be changed."""
+        """Attention of all heads of one token per sequence to the latents, which hold the token.
+
+        Args:
+            q: [B, h, N + R] contiguous, whose last R numbers are turned: it may be changed.
+            weight: kv_b's, [h, N + V, L].
+            place: of the tokens.
+            cache: with the tokens' own latents.
+            scaling: of the scores.
+
+        Returns:
+            [B, h * V].
+        """
         ...
 
     def router(self, weight: Tensor, bias: Tensor | None, how: Choice) -> Router:

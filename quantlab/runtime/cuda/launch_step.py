@@ -18,18 +18,7 @@ MOST_TOKENS: Final = 64
 
 @on_its_device
 def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Attention of one token per sequence, which is written to the cache first; see `attend.attend`.
-
-    Args:
-        q: [B, H * D]; rows may lie apart, as of k and v.
-        k, v: [B, G * D].
-        place: of the tokens.
-        keys, values: the cache, [B, G, S, D].
-        scaling: of the scores.
-
-    Returns:
-        [B, H * D].
-    """
+    """See `Kernels.attend`, and `attend.attend`."""
     batch, key_heads, length, width = keys.shape
     per_key = q.shape[1] // (key_heads * width)
     rows, wide, high = batch * key_heads, max(power(width), 16), max(power(per_key), 16)
@@ -50,11 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: 
 def keep_latents(
     kv: Tensor, norm: RowNorm, place: Place, cache: Latents, q_a: Tensor | None = None, q_norm: RowNorm | None = None
 ) -> Tensor | None:
-    """Write the latents, normed, and rotary keys, turned, of kv [B, L + R] to the cache.
-
-    Returns:
-        q_a [B, Q] with its norm, None without.
-    """
+    """See `Kernels.keep_latents`."""
     batch, _, length, width = cache.latents.shape
     turned, columns = cache.rotary.shape[3], 0 if q_a is None else q_a.shape[1]
     q_out = None if q_a is None else torch.empty(batch, columns, dtype=kv.dtype, device=kv.device)
@@ -101,7 +86,7 @@ def attend_latents(q_latent: Tensor, q: Tensor, place: Place, cache: Latents, sc
 
 
 def attend_absorbed(q: Tensor, weight: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
-    """`attend_latents` between the products with kv_b: q [B, H, N + R], weight [H, N + V, L] -> [B, H * V]."""
+    """See `Kernels.attend_absorbed`: `attend_latents` between the products with kv_b."""
     nope = q.shape[2] - cache.rotary.shape[3]
     q_latent = torch.bmm(q[..., :nope].transpose(0, 1), weight[:, :nope])
     seen = torch.bmm(attend_latents(q_latent, q, place, cache, scaling), weight[:, nope:].mT)

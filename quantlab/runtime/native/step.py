@@ -8,18 +8,7 @@ from quantlab.runtime.places import Choice, Latents, Place, Router, RowNorm
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Attention of one token per sequence, which is written to the cache first.
-
-    Args:
-        q: [B, H * D]; rows may lie apart, as of k and v.
-        k, v: [B, G * D].
-        place: of the tokens.
-        keys, values: the cache, [B, G, S, D].
-        scaling: of the scores.
-
-    Returns:
-        [B, H * D].
-    """
+    """See `Kernels.attend`."""
     shape = (keys.shape[0], -1, keys.shape[3])
     query = torch.empty(q.shape, dtype=q.dtype).view(shape)
     kernels.turn(q.view(shape), place, query)
@@ -31,11 +20,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: 
 def keep_latents(
     kv: Tensor, norm: RowNorm, place: Place, cache: Latents, q_a: Tensor | None = None, q_norm: RowNorm | None = None
 ) -> Tensor | None:
-    """Write the latents, normed, and rotary keys, turned, of kv [B, L + R] to the cache.
-
-    Returns:
-        q_a [B, Q] with its norm, None without.
-    """
+    """See `Kernels.keep_latents`."""
     width, pairs = cache.latents.shape[3], cache.pairs
     kernels.put_norm(kv[:, :width], norm.weight, norm.epsilon, place, cache.latents)
     kernels.turn(kv[:, None, width:], place, cache.rotary, in_pairs=pairs.projected, out_in_pairs=pairs.cached)
@@ -43,18 +28,7 @@ def keep_latents(
 
 
 def attend_absorbed(q: Tensor, weight: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
-    """Attention of all heads of one token per sequence to the latents, which hold the token.
-
-    Args:
-        q: [B, H, N + R] contiguous, whose last R numbers are turned: here, in place.
-        weight: kv_b's, [H, N + V, L].
-        place: of the tokens.
-        cache: with the tokens' own latents.
-        scaling: of the scores.
-
-    Returns:
-        [B, H * V].
-    """
+    """See `Kernels.attend_absorbed`; q is turned in place."""
     rotary = q[..., q.shape[2] - cache.rotary.shape[3] :]
     kernels.turn(rotary, place, rotary, in_pairs=cache.pairs.projected, out_in_pairs=cache.pairs.cached)
     tensors = (q.unsqueeze(2), cache.latents, cache.rotary, weight)
