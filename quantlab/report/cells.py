@@ -17,8 +17,8 @@ from quantlab.report.verdict import judge, tested
 State = Literal["value", "baseline", "failed", "missing"]
 
 INTERVALS = (
-    "Intervals are 95 % intervals unless called a range, those of speed for the number of another evaluation on the same machine; losses and changes "
-    "are paired with the baseline on the same tokens."
+    "Intervals are 95 % intervals unless called a range, those of speed for the number of another evaluation on the same "
+    "machine; losses and changes are paired with the baseline on the same tokens."
 )
 HOLM_NOTE = "A loss is called measurable only if it stays so after correction for the number of rows (Holm)."
 PRUNED_NOTE = "Pruned weights are stored as zeros in dense tensors: pruning alone saves neither memory nor time."

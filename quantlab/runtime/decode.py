@@ -2,7 +2,7 @@
 
 A step of one token runs hundreds of small kernels, which the host takes longer to launch than a GPU to run. Captured once,
 a step is one launch. That asks for tensors that stay where they are: the cache is transformers' `StaticCache`, and tokens,
-position and mask are written in place. On the CPU most a `FusedStep` runs is recorded as well.
+position and mask are written in place. On the CPU the calls of a `FusedStep` are recorded as well, where they repeat.
 
 The prompt is read with a growing cache, whose attention costs what the prompt costs and not what the fixed cache could hold,
 and is then moved over, layer by layer.
@@ -139,6 +139,7 @@ class Decoder:
         self._check_size(cache.layers[0].keys.shape[0] if tokens else 0, tokens, sequences={1, self.batch})
         if not self._cache.layers[0].is_initialized:
             self._check_room(cache)
+        self._used = 0
         self._cache.reset()
         for index, layer in enumerate(cache.layers):
             keys, values = (held.expand(self.batch, *held.shape[1:]) for held in (layer.keys, layer.values))

@@ -78,7 +78,7 @@ class FusedStep:
         self._records = not self._on_cuda and _repeats(model, padding.shape[0])
         self._recorded: tuple[Tensor, Recorded] | None = None
         weights = (*model.parameters(), *model.buffers()) if self._records else ()
-        self._read = [weight.detach() for weight in weights]  # recorded calls know addresses only
+        self._weights = [weight.detach() for weight in weights]  # recorded calls know addresses only
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Tokens [B, 1] at `position` -> logits [B, V] of those after; nothing waits for the device."""
@@ -150,8 +150,8 @@ def _kernels(device: torch.device) -> Kernels:
 def _repeats(model: PreTrainedModel, batch: int) -> bool:
     """Whether the calls of a step are the same for all tokens, and leave nothing large behind.
 
-    Which experts several tokens hit decides what is called. Matrices that are expanded to be multiplied, some of them or at many
-    rows all, would be kept.
+    Which experts several tokens hit decides what is called. Expanded matrices would be kept: those of some schemes are always
+    expanded, of the others many are at many rows.
     """
     parts = [type(module) for module in model.modules()]
     return batch <= (1 if Experts in parts else FEW_ROWS) and ExpandedMatrices not in parts

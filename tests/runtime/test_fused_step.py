@@ -13,6 +13,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkR
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from quantlab.recipe.schemes import READABLE, SCHEMES, Scheme, SchemeName
+from quantlab.runtime import step
 from quantlab.runtime.decode import Decoder
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.load import load
@@ -285,6 +286,25 @@ def test_steps_of_what_is_expanded_to_be_multiplied_keep_nothing(
     kept = [] if decoder._fused._recorded is None else decoder._fused._recorded[1]._kept
     made = [one.untyped_storage() for one in kept if one.untyped_storage().data_ptr() not in weights]
     assert max((memory.nbytes() for memory in made), default=0) < 8192, "activations, and no matrix"
+
+
+@pytest.mark.skipif(library() is None, reason=status())
+def test_a_step_that_turns_out_not_to_repeat_is_not_recorded(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python reads there which experts one token meets, and goes on without a record, from the step it was in."""
+    scheme = next(one for one in READABLE if one.name == "int8_weight_g128")
+    model = load(quantize(checkpoints["deepseek_v2"], tmp_path / "artifact", scheme).directory, dtype=torch.float16)
+    monkeypatch.setattr(step, "_repeats", lambda *_: True)
+    ids = tokens(1, 20)
+    decoders = [Decoder(model, batch=1, length=32, fuse=fuse) for fuse in (False, True)]
+    for decoder in decoders:
+        decoder.prefill(ids[:, :7])
+    for position in range(7, 20):
+        one, other = (decoder.step(ids[:, position]) for decoder in decoders)
+        assert (one - other).float().norm() <= 0.02 * one.float().norm()
+    assert decoders[1]._fused is not None
+    assert decoders[1]._fused._recorded is None
 
 
 YARN = {

@@ -200,6 +200,8 @@ def test_what_lies_between_the_products(width: int, dtype: torch.dtype) -> None:
     assert error(kernels.gate(x), nn.functional.silu(gate) * up) <= 3e-3
     weights = torch.rand(3)
     assert error(kernels.weighted_sum(x, weights), weights.double()[None] @ x.double()) <= 3e-3
+    other = numbers(3, 2 * width, dtype=dtype, seed=5)
+    assert torch.equal(kernels.add(x.clone(), other), x + other)
     weight = numbers(2 * width, dtype=dtype, seed=4)
     expected = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6) * weight.double()
     assert error(kernels.norm(x, weight, 1e-6), expected) <= 4e-3

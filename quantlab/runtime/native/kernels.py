@@ -87,16 +87,8 @@ def int4_product(x: Tensor, q: Tensor, scale: Tensor, shape: tuple[int, int, int
 def int4_expand(q: Tensor, scale: Tensor, shape: tuple[int, int, int], start: int, stop: int) -> Tensor:
     """Rows start to stop of one matrix (start a multiple of 16), transposed: [K, stop - start] in the dtype of the scales."""
     out = torch.empty(shape[1], stop - start, dtype=scale.dtype)
-    _run(
-        "quantlab_int4_expand",
-        q.data_ptr(),
-        scale.data_ptr(),
-        *shape,
-        _DTYPES[scale.dtype],
-        start,
-        stop,
-        out.data_ptr(),
-    )
+    weights = (q.data_ptr(), scale.data_ptr(), *shape, _DTYPES[scale.dtype])
+    _run("quantlab_int4_expand", *weights, start, stop, out.data_ptr())
     return out
 
 
@@ -225,13 +217,12 @@ def put(x: Tensor, place: Place, out: Tensor) -> None:
 def _put(
     x: Tensor, place: Place, out: Tensor, angles: tuple[int | None, int | None], in_pairs: tuple[bool, bool]
 ) -> None:
+    between_places = out.shape[-1] if out.dim() == 4 else 0
+    of = _Rows(x.stride(0), x.stride(1), 0, in_pairs[0])
+    to = _Rows(out.stride(0), out.stride(1), between_places, in_pairs[1])
     _run(
         "quantlab_turn",
-        *(x.data_ptr(), ctypes.byref(_Rows(x.stride(0), x.stride(1), 0, in_pairs[0]))),
-        *(
-            out.data_ptr(),
-            ctypes.byref(_Rows(out.stride(0), out.stride(1), out.shape[-1] * (out.dim() - 3), in_pairs[1])),
-        ),
+        *(x.data_ptr(), ctypes.byref(of), out.data_ptr(), ctypes.byref(to)),
         *x.shape,
         *angles,
         *(place.position.data_ptr(), place.padding.data_ptr()),
