@@ -66,7 +66,7 @@ def gate(both: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(256, 512), (80, 128), (1, 384), (576, 1408), (130, 96)])
+@pytest.mark.parametrize("shape", [(256, 512), (80, 128), (1, 384), (576, 1408), (130, 96), (130, 3712)])
 @pytest.mark.parametrize("scheme", ALL)
 def test_linears(scheme: SchemeName, shape: tuple[int, int], dtype: torch.dtype) -> None:
     if shape[1] % (SCHEMES[scheme].group_size or 1):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from quantlab.runtime.cuda import layout
-from quantlab.runtime.cuda.banks import gating
 from quantlab.runtime.cuda.shares import ROWS, shares
 from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles, band_rows, expert_tiles, fitting, linear_tiles
 
@@ -53,16 +52,15 @@ def test_every_cut_fits_the_chip(kind: Kind, chip: Chip) -> None:
     activation = 128 if kind == Kind.INT8_TOKENS else 256
     for rows, columns in ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (576, 2048), (1, 128)):
         for tokens in (1, 8, 9, 16, 17, 64, 65, 128, 129, 512, 1500):
-            tiles = linear_tiles(kind, rows, columns, tokens, chip)
-            if tokens <= 64:
-                gated = fitting(gating(tiles), kind, chip)
-                assert gated.stages * (gated.rows * width + gated.tokens * activation) <= chip.shared_bytes
-            stage = tiles.rows * width + tiles.tokens * activation
-            assert tiles.stages * stage <= chip.shared_bytes
-            assert tiles.tokens == 8 or tiles.tokens < 2 * tokens
-            assert 1 <= tiles.parts <= -(-columns // 128)
-            # counters of a bank
-            assert tiles.parts == 1 or tiles.runs or -(-rows // tiles.rows) * -(-tokens // tiles.tokens) <= 4096
+            for gated in (False, True) if tokens <= 64 else (False,):
+                tiles = linear_tiles(kind, rows, columns, tokens, chip, gated=gated)
+                stage = (tiles.rows * width + tiles.tokens * activation) * (2 if tiles.pairs else 1)
+                assert tiles.stages * stage <= chip.shared_bytes
+                assert tiles.tokens == 8 or tiles.tokens < 2 * tokens
+                assert 1 <= tiles.parts <= -(-columns // 128)
+                assert not gated or tiles.rows in {16, 128}, "half a tile of the gate's rows and half of up's"
+                # counters of a bank
+                assert tiles.parts == 1 or tiles.runs or -(-rows // tiles.rows) * -(-tokens // tiles.tokens) <= 4096
 
 
 def test_experts_share_one_size_of_block() -> None:
@@ -111,10 +109,14 @@ def test_every_tile_is_dealt_out_once(kind: Kind) -> None:
             assert 0 <= way.shared <= tiles
             assert way.shared == tiles or way.programs == min(H100.multiprocessors, tiles)
             assert all(first < last for first, last in runs) or not way.shared
+            left: list[int] = []
             for unit in range(0, units, blocks):
                 starter, ender = (((end + 1) * way.sharers - 1) // units for end in (unit, unit + blocks - 1))
-                assert runs[starter][0] <= unit < runs[starter][1], "where `hopper.consume` looks for the first share"
+                assert runs[starter][0] <= unit < runs[starter][1], "`hopper.run_of`: who collects"
                 assert runs[ender][0] < unit + blocks <= runs[ender][1]
+                left += range(starter + 1, ender + 1)
+            assert len(left) == len(set(left)), "a run leaves one share at most: there is room for one of each"
+            assert left == [run for run, (first, _) in enumerate(runs) if way.shared and first % blocks]
 
 
 def test_tiles_that_fill_no_round_are_shared() -> None:

@@ -223,32 +223,37 @@ def test_a_token_of_no_numbers_is_alone_in_that(device: torch.device) -> None:
     assert weights.isnan().all(dim=1).tolist() == [False, True, False]
 
 
-def same_steps(model: PreTrainedModel, *, limit: float) -> None:
-    """Fused steps, captured on a GPU, against those of transformers, each sequence with padding of its own.
+def same_steps(directory: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """Fused steps, captured on a GPU, are as near to those of float32 as transformers' are; each sequence has its own padding.
 
-    On a rounding a router may send a token elsewhere, and its logits are then others; the median step of a sequence says how the rest do.
+    On a rounding a router may send a token elsewhere, and its logits are then others; the median step of a sequence says how
+    the rest do.
     """
+    model, exact = (load(directory, dtype=each, device=device) for each in (dtype, torch.float32))
     assert fuses(model)
     routed = any(isinstance(module, Experts) for module in model.modules())
     for batch in (1, 3, 70):
-        ids = tokens(batch, 20).to(model.device)
-        capture = model.device.type == "cuda"
+        ids = tokens(batch, 20).to(device)
         decoders = [
-            Decoder(model, batch=batch, length=32, capture=fuse and capture, fuse=fuse) for fuse in (False, True)
+            Decoder(exact, batch=batch, length=32, capture=False, fuse=False),
+            Decoder(model, batch=batch, length=32, capture=False, fuse=False),
+            Decoder(model, batch=batch, length=32, capture=device == "cuda"),
         ]
-        assert [decoder.fuses for decoder in decoders] == [False, True]
+        assert [decoder.fuses for decoder in decoders] == [False, False, True]
         for padded in (5, 5, 3):  # the same again, then others in the same cache
             mask = (torch.arange(7) >= torch.arange(batch)[:, None] % padded).to(torch.int64)
-            one, other = (decoder.prefill(ids[:, :7], mask) for decoder in decoders)
+            _, one, other = (decoder.prefill(ids[:, :7], mask) for decoder in decoders)
             assert torch.equal(one, other)
             errors = []
             for position in range(7, 20):
-                one, other = (decoder.step(ids[:, position]) for decoder in decoders)
-                errors.append((one - other).float().norm(dim=-1) / one.float().norm(dim=-1))
-            steps = torch.stack(errors)
-            assert (steps.median(dim=0).values if routed else steps / 1.5).max() <= limit, batch
+                expected, *steps = (decoder.step(ids[:, position]).float() for decoder in decoders)
+                errors.append(torch.stack([(step - expected).norm(dim=-1) / expected.norm(dim=-1) for step in steps]))
+            theirs, ours = torch.stack(errors, dim=1).median(dim=1).values if routed else torch.stack(errors, dim=1)
+            assert ours.mean() <= 1.25 * theirs.mean(), batch
+            assert ours.max() <= 2 * theirs.max(), batch
             for decoder in decoders:
                 decoder.rewind(7)
+    return model
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -264,9 +269,7 @@ def test_fused_steps_equal_those_of_transformers(
     checkpoints: dict[str, Path],
 ) -> None:
     directory = checkpoints[family] if scheme is None else artifacts(family, scheme).directory
-    model = load(directory, dtype=dtype, device=device)
-    rounds = torch.bfloat16 if device == "cpu" and scheme else dtype  # packed products on the CPU round what they read
-    same_steps(model, limit=0.06 if scheme == "int8" else 0.02 if rounds == torch.bfloat16 else 5e-3)
+    same_steps(directory, dtype, device)
 
 
 @pytest.mark.parametrize("scheme", [one for one in READABLE if one not in SCHEMES.values()], ids=lambda one: one.name)
@@ -276,8 +279,7 @@ def test_steps_of_what_is_expanded_to_be_multiplied_keep_nothing(
     family: str, scheme: Scheme, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     """Schemes others write; which experts a token meets is read anew in every step."""
-    model = load(quantize(checkpoints[family], tmp_path / "artifact", scheme).directory, dtype=torch.float16)
-    same_steps(model, limit=0.02)
+    model = same_steps(quantize(checkpoints[family], tmp_path / "artifact", scheme).directory, torch.float16)
     decoder = Decoder(model, batch=1, length=32)
     decoder.prefill(tokens(1, 7))
     decoder.step(tokens(1, 8)[:, 7])
@@ -335,5 +337,4 @@ OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 @pytest.mark.parametrize("device", DEVICES)
 def test_configs_of_other_kinds(name: str, device: str, tmp_path: Path) -> None:
     family, changes = OTHERS[name]
-    model = load(write_checkpoint(tmp_path, family, **changes), dtype=torch.float16, device=device)
-    same_steps(model, limit=5e-3)
+    same_steps(write_checkpoint(tmp_path, family, **changes), torch.float16, device)

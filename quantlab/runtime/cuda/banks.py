@@ -12,7 +12,7 @@ from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import Scheme
 from quantlab.runtime.cuda import layout
 from quantlab.runtime.cuda.shares import TOKENS_AT_ONCE, WIDE_TOKENS, shares
-from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, FEW_TOKENS, Kind, Tiles, band_rows, fitting, linear_tiles
+from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, FEW_TOKENS, Kind, band_rows, linear_tiles
 from quantlab.runtime.products import Groups, joined, split
 
 COUNTERS: Final = 4096
@@ -101,9 +101,7 @@ class CudaMatrices(nn.Module):
         if self.kind != Kind.INT8_TOKENS and (x.dtype == torch.float32 or x.shape[0] >= EXPANDED_TOKENS):
             return self._expanded_product(x, index)
         m = self.on_device(index)
-        tiles = linear_tiles(self.kind, *self.shape[1:], x.shape[0], chip)
-        if gated:
-            tiles = fitting(gating(tiles), self.kind, chip)
+        tiles = linear_tiles(self.kind, *self.shape[1:], x.shape[0], chip, gated=gated)
         x_scale = None
         if self.kind == Kind.INT8_TOKENS:
             x, x_scale = launch.quantize_tokens(x, early=tiles.parts == 1)
@@ -156,17 +154,6 @@ class CudaMatrices(nn.Module):
             launch.expanded(m, 0, first, expanded.shape[0], expanded)
             torch.mm(x, expanded.t(), out=out[:, first : first + expanded.shape[0]])
         return out
-
-
-def gating(tiles: Tiles) -> Tiles:
-    """The same with as many of the gate's rows in a tile as of up's: a slab of each, unless tiles are lower than that.
-
-    Many tokens in a tile of twice the rows want fewer parts.
-    """
-    if tiles.rows < layout.SLAB:
-        return tiles
-    parts = tiles.parts if tiles.tokens <= 16 else max(tiles.parts // 2, 1)
-    return Tiles(2 * layout.SLAB, tiles.tokens, parts, stages=tiles.stages, ahead=tiles.ahead // 2)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

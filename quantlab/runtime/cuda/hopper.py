@@ -34,8 +34,10 @@ BN: gl.constexpr = gl.constexpr(128)
 """Rows of a tile: 64 for each four warps."""
 RING: gl.constexpr = gl.constexpr(1280)
 """Rows of 64 activations in shared memory: 160 KB, which with a tile of results is all there is."""
-PATIENCE: gl.constexpr = gl.constexpr(16)
-"""How often a program looks whether the other share of its tile is there, about a microsecond each."""
+QUARTERS: gl.constexpr = gl.constexpr(4)
+"""Places of the ring that the sums of a tile take, and …"""
+QUARTER: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
+"""… how they lie there: [BM, 32] float32."""
 
 # Two quarters of int4 words, scaled; the constants are explained in `quantlab.runtime.cuda.words`.
 _BFLOAT16_FROM_INT4 = """
@@ -69,10 +71,15 @@ FLOAT16_FROM_INT8: gl.constexpr = gl.constexpr([_FLOAT16_FROM_INT8.format(*shift
 SEND_FOR: gl.constexpr = gl.constexpr("""{ .reg .pred one; elect.sync _|one, 0xffffffff;
 @one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""")
 
+UNTIL: gl.constexpr = gl.constexpr("""{ .reg .pred less; .reg .u32 seen;
+look: ld.acquire.gpu.global.u32 seen, [$1]; setp.lt.u32 less, seen, $2; @less bra look;
+fence.proxy.async.global; mov.u32 $0, 0; }""")
+"""Wait until the number at $1 is not less than $2; what others wrote before can then be copied."""
+
 
 def boxes(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A matrix of 16-bit numbers as the copy engine reads and writes it, in boxes of rows and columns."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    """A matrix as the copy engine reads and writes it, in boxes of rows and columns."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * matrix.element_size(), rank=2)
     return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
 
@@ -155,15 +162,25 @@ def expanded(words, s0, s1, HALF: gl.constexpr, INT4: gl.constexpr, BM: gl.const
 
 @gluon.jit
 def work(T, N, K, shared, sharers, BM: gl.constexpr):
-    """The items of this program: how many tiles it takes whole, how many in all, and its run of the shared tiles' blocks."""
+    """The items of this program: how many tiles it takes whole, how many in all, and its run of the shared tiles' blocks.
+
+    The first programs have the last runs. So each waits only for shares of programs that begin before it does.
+    """
     blocks = (K + 127) // 128
     program = gl.program_id(0)
-    begin = gl.minimum(program, sharers) * (shared * blocks) // sharers
-    end = gl.minimum(program + 1, sharers) * (shared * blocks) // sharers
+    run = sharers - 1 - program
+    begin = gl.maximum(run, 0) * (shared * blocks) // sharers
+    end = gl.maximum(run + 1, 0) * (shared * blocks) // sharers
     whole_tiles = (N + BN - 1) // BN * ((T + BM - 1) // BM) - shared
     whole = (gl.maximum(whole_tiles - program, 0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     met = gl.where(end > begin, (end + blocks - 1) // blocks - begin // blocks, 0)
-    return whole_tiles, whole, whole + met, begin, end
+    return whole_tiles, whole, whole + met, run, begin, end
+
+
+@gluon.jit
+def run_of(unit, shared, sharers, blocks):
+    """Whose run a block of the shared tiles is in."""
+    return ((unit + 1) * sharers - 1) // (shared * blocks)
 
 
 @gluon.jit
@@ -186,20 +203,23 @@ def after(place, phase, PLACES: gl.constexpr):
 
 @gluon.jit
 def fetch(
-    x, ring, ready, free, w, T, N, K, shared, sharers, INT4: gl.constexpr, BM: gl.constexpr, PLACES: gl.constexpr
-):
+    x, ring, ready, free, handed, w, partial, arrived, T, N, K, shared, sharers,
+    INT4: gl.constexpr, BM: gl.constexpr, PLACES: gl.constexpr,
+):  # fmt: skip
     """Have activations copied, 64 columns at a time, to each place of the ring as soon as it is free.
 
-    The words of the same block are sent for: they come to the second-level cache before `consume` asks for them.
+    The words of the same block are sent for: they come to the second-level cache before `consume` asks for them. Shares of a
+    tile go the same way: when `consume` has left one, its arrival is counted; where all are to be added, they are copied.
     """
     PAIRS: gl.constexpr = 16 if INT4 else 32
     blocks = (K + 127) // 128
     slabs = (N + 63) // 64
     row_blocks = (T + BM - 1) // BM
-    whole_tiles, whole, items, begin, end = work(T, N, K, shared, sharers, BM)
+    whole_tiles, whole, items, run, begin, end = work(T, N, K, shared, sharers, BM)
     gdc_wait()
     place = 0
     phase = 1  # the phase before the first has passed: at first all places are free
+    starter = -1  # of the tile of which a share is left and not yet counted
     for item in range(items):
         tile, first, last = item_of(item, whole_tiles, whole, begin, end, blocks)
         row = tile % row_blocks * BM
@@ -214,39 +234,86 @@ def fetch(
                 column = block * 128 + half * 64
                 tma.async_copy_global_to_shared(x, [row, column], ready.index(place), ring.index(place))
                 place, phase = after(place, phase, PLACES)
+            if (starter >= 0) & (block >= gl.minimum(first + 3, last - 1)):  # its sums have long been written
+                mbarrier.wait(handed, 0)
+                gl.atomic_add(arrived + starter, 1, sem="release")
+                starter = -1
+        unit = (tile - whole_tiles) * blocks
+        if first > 0:
+            starter = run_of(unit, shared, sharers, blocks)
+        elif last < blocks:
+            others = run_of(unit + blocks - 1, shared, sharers, blocks) - run
+            gl.inline_asm_elementwise(UNTIL, "=r,l,r", [arrived + run, others], dtype=gl.int32, is_pure=False, pack=1)
+            gl.store(arrived + run, 0)
+            for quarter in range((run + 1) * QUARTERS, (run + 1 + others) * QUARTERS):
+                mbarrier.wait(free.index(place), phase)
+                mbarrier.expect(ready.index(place), BM * 128)
+                target = ring.index(place)._reinterpret(gl.float32, (BM, 32), QUARTER)
+                tma.async_copy_global_to_shared(partial, [quarter * BM, 0], ready.index(place), target)
+                place, phase = after(place, phase, PLACES)
+    if starter >= 0:
+        mbarrier.wait(handed, 0)
+        gl.atomic_add(arrived + starter, 1, sem="release")
 
 
 @gluon.jit
-def collect(sums, partial, slot, first_slot, arrived, contributors, waits, BM: gl.constexpr):
-    """Leave the sums [BN, BM] of one of `contributors` in a slot; the last of them gets them all, added in order.
+def in_quarters(sums, BM: gl.constexpr):
+    """Sums [BN, BM] -> their quarters [BM, 32], 16 bytes of a row a thread; nothing moves."""
+    cells = sums.reshape((8, 2, 8, BM // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((2, 2, BM, 32))
+    even, odd = gl.split(cells.permute((2, 3, 0, 1)))
+    q0, q2 = gl.split(even)
+    q1, q3 = gl.split(odd)
+    return q0, q1, q2, q3
 
-    Of two shares the last need not be left: a sum of two has no order. So one that `waits` looks for the other first.
 
-    Args: slots of other contributors follow `first_slot`; arrived: a counter, zero before and after.
-    Returns: the sums, and whether this program has them all.
+@gluon.jit
+def of_quarters(q0, q1, q2, q3, BM: gl.constexpr):
+    """The inverse of `in_quarters`."""
+    cells = gl.join(gl.join(q0, q2), gl.join(q1, q3)).permute((2, 3, 0, 1)).reshape((BM // 8, 8, 8, 4, 2, 2))
+    sums = cells.permute((1, 4, 2, 0, 3, 5)).reshape((BN, BM))
+    return gl.convert_layout(sums, sums_layout(BM), assert_trivial=True)
+
+
+@gluon.jit
+def leave(sums, shares, run, handed, BM: gl.constexpr):
+    """Write the sums [BN, BM] of a tile's share where `fetch` of another program finds them."""
+    quarters = in_quarters(sums, BM)
+    row = gl.arange(0, BM, layout=gl.SliceLayout(1, quarters[0].type.layout))
+    column = gl.arange(0, 32, layout=gl.SliceLayout(0, quarters[0].type.layout))
+    first = shares + run.to(gl.int64) * (BN * BM)
+    for quarter in gl.static_range(QUARTERS):
+        gl.store(first + quarter * (BM * 32) + row[:, None] * 32 + column[None, :], quarters[quarter])
+    gl.thread_barrier()
+    mbarrier.arrive(handed)
+
+
+@gluon.jit
+def plus(quarter, ring, ready, free, place, phase, BM: gl.constexpr, PLACES: gl.constexpr):
+    """A quarter of sums with that of a share in a place of the ring; and the next place.
+
+    Added by what the compiler takes for a side effect: else it reads all quarters first, for which there are no registers.
     """
-    size: gl.constexpr = BN * BM
-    own = sums.reshape((8, 2, 8, BM // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((size,))  # 16 bytes a thread
-    cell = gl.arange(0, size, layout=own.type.layout)
-    looks = PATIENCE if contributors == 2 and waits else 0
-    complete = False
-    while looks > 0:
-        complete = gl.atomic_add(arrived, 0) == 1
-        looks = 0 if complete else looks - 1
-    if not complete:
-        gl.store(partial + slot * size + cell, own)
-        gl.thread_barrier()
-        complete = gl.atomic_add(arrived, 1) == contributors - 1
-    if complete:
-        gl.store(arrived, 0)
-        if contributors == 2:
-            own += gl.load(partial + (2 * first_slot + 1 - slot) * size + cell, cache_modifier=".cg")
-        else:
-            own = gl.load(partial + first_slot * size + cell, cache_modifier=".cg")
-            for other in range(1, contributors):
-                own += gl.load(partial + (first_slot + other) * size + cell, cache_modifier=".cg")
-    together = own.reshape((BM // 8, 8, 8, 4, 2, 2)).permute((1, 4, 2, 0, 3, 5)).reshape((BN, BM))
-    return gl.convert_layout(together, sums_layout(BM), assert_trivial=True), complete
+    mbarrier.wait(ready.index(place), phase)
+    share = ring.index(place)._reinterpret(gl.float32, (BM, 32), QUARTER).load(quarter.type.layout)
+    both = gl.inline_asm_elementwise(
+        "add.f32 $0, $1, $2;", "=f,f,f", [quarter, share], gl.float32, is_pure=False, pack=1
+    )
+    gl.thread_barrier()
+    mbarrier.arrive(free.index(place))
+    place, phase = after(place, phase, PLACES)
+    return both, place, phase
+
+
+@gluon.jit
+def collect(sums, others, ring, ready, free, place, phase, BM: gl.constexpr, PLACES: gl.constexpr):
+    """The sums [BN, BM] of a tile with all `others` shares, which are in the ring one after the other; and the next place."""
+    q0, q1, q2, q3 = in_quarters(sums, BM)
+    for _ in range(others):
+        q0, place, phase = plus(q0, ring, ready, free, place, phase, BM, PLACES)
+        q1, place, phase = plus(q1, ring, ready, free, place, phase, BM, PLACES)
+        q2, place, phase = plus(q2, ring, ready, free, place, phase, BM, PLACES)
+        q3, place, phase = plus(q3, ring, ready, free, place, phase, BM, PLACES)
+    return of_quarters(q0, q1, q2, q3, BM), place, phase
 
 
 @gluon.jit
@@ -264,14 +331,14 @@ def write(sums, scale, out, out_tile, row, top, N, INT4: gl.constexpr, BM: gl.co
 
 @gluon.jit
 def consume(
-    ring, ready, free, w, scale, out, out_tile, partial, arrived, T, N, K, shared, sharers,
+    ring, ready, free, handed, w, scale, out, out_tile, shares, T, N, K, shared, sharers,
     INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
-    """Expand, multiply and write the tiles of this program."""
+    """Expand and multiply; write the tiles of this program, or leave its share of a tile that another begins."""
     BFLOAT16: gl.constexpr = ring.dtype == gl.bfloat16
     blocks = (K + 127) // 128
     row_blocks = (T + BM - 1) // BM
-    whole_tiles, whole, items, begin, end = work(T, N, K, shared, sharers, BM)
+    whole_tiles, whole, items, run, begin, end = work(T, N, K, shared, sharers, BM)
     place = 0
     phase = 0
     tile, first, last = item_of(0, whole_tiles, whole, begin, end, blocks)
@@ -307,31 +374,27 @@ def consume(
         words, s0, s1, s2, s3 = packed(w, scale, next_first, next_tile // row_blocks * BN, N, INT4, GROUP, BM)
         sums = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(free.index(gl.where(place == 0, PLACES - 1, place - 1)))
-        complete = True
-        if last - first < blocks:
-            units = shared * blocks
-            unit = (tile - whole_tiles) * blocks
-            starter = ((unit + 1) * sharers - 1) // units
-            contributors = ((unit + blocks) * sharers - 1) // units - starter + 1
-            # tiles that are shared begin with different programs: 2 * starter on, none takes the slots of another
-            first_slot = 2 * starter.to(gl.int64)
-            slot = first_slot + gl.program_id(0) - starter
-            sums, complete = collect(sums, partial, slot, first_slot, arrived + starter, contributors, first == 0, BM)
-        if complete:
+        if first > 0:
+            leave(sums, shares, run, handed, BM)
+        else:
+            if last < blocks:
+                others = run_of((tile - whole_tiles + 1) * blocks - 1, shared, sharers, blocks) - run
+                sums, place, phase = collect(sums, others, ring, ready, free, place, phase, BM, PLACES)
             write(sums, scale, out, out_tile, tile % row_blocks * BM, top, N, INT4, BM)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["T", "N", "K", "shared", "sharers"])
 def wide_product(
-    x, w, scale, out, partial, arrived, T, N, K, shared, sharers,
+    x, w, scale, out, partial, shares, arrived, T, N, K, shared, sharers,
     INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr,
 ):  # fmt: skip
     """``x W^T`` by programs that stay; the last `shared` tiles are cut into equal runs for `sharers` of them.
 
     x: descriptor of [T, K] for boxes [BM, 64]; out: of [T, N] for boxes [BM, BN].
     w: see `quantlab.runtime.cuda.layout`, two words in each int32; scale: [K / g, N] of x's dtype (INT4) or [N].
-    partial: [2 * sharers, BN * BM] float32 scratch; arrived: [sharers] int32, zero before and after.
+    shares: float32 scratch for a tile of each sharer, [sharers * BN * BM / 32, 32]; partial: its descriptor for boxes [BM, 32].
+    arrived: [sharers] int32, zero before and after.
     """
     gdc_launch_dependents()
     PLACES: gl.constexpr = RING // BM
@@ -339,18 +402,23 @@ def wide_product(
     out_tile = gl.allocate_shared_memory(x.dtype, (BM, BN), out.layout)
     ready = gl.allocate_shared_memory(gl.int64, (PLACES, 1), mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, (PLACES, 1), mbarrier.MBarrierLayout())
+    handed = gl.allocate_shared_memory(gl.int64, (1,), mbarrier.MBarrierLayout())
     for place in gl.static_range(PLACES):
         mbarrier.init(ready.index(place), count=1)
         mbarrier.init(free.index(place), count=1)
+    mbarrier.init(handed, count=1)
     gl.warp_specialize(
         [
             (
                 consume,
-                (ring, ready, free, w, scale, out, out_tile, partial, arrived, T, N, K, shared, sharers,
+                (ring, ready, free, handed, w, scale, out, out_tile, shares, T, N, K, shared, sharers,
                  INT4, GROUP, BM, PLACES),
             ),
-            (fetch, (x, ring, ready, free, w, T, N, K, shared, sharers, INT4, BM, PLACES)),
+            (
+                fetch,
+                (x, ring, ready, free, handed, w, partial, arrived, T, N, K, shared, sharers, INT4, BM, PLACES),
+            ),
         ],
         [1],
-        [24],
+        [32],
     )  # fmt: skip

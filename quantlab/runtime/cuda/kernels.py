@@ -121,13 +121,22 @@ def int8_sums(
 
 
 @triton.jit
-def integer_sums(x, row, valid, w, n, first, last, N, K, EVEN: tl.constexpr, STAGES: tl.constexpr):
-    """Rows n [BN] of an int8 matrix times rows of int8 x, over blocks `first` to `last`: [BN, BM] int32, exact."""
+def integer_sums(x, row, valid, w, n, first, last, N, K, EVEN: tl.constexpr, STAGES: tl.constexpr, PAIRS: tl.constexpr):
+    """Rows n [BN] of an int8 matrix times rows of int8 x, over blocks `first` to `last`: [BN, BM] int32, exact.
+
+    PAIRS: two blocks a step; if their number is odd, the last step has its block twice, once with zeros for activations.
+    """
     weights_at = w + n[:, None] * 128 + tl.arange(0, 128)[None, :]
     sums = tl.zeros((n.shape[0], row.shape[0]), tl.int32)
-    for block in tl.range(first, last, num_stages=STAGES):
+    for block in tl.range(first, last, 2 if PAIRS else 1, num_stages=STAGES):
         weights = tl.load(weights_at + block * N * 128)
-        sums = tl.dot(weights, activations(x, row, valid, block * 128, K, 128, EVEN), sums, out_dtype=tl.int32)
+        columns = activations(x, row, valid, block * 128, K, 128, EVEN)
+        if PAIRS:
+            second = tl.minimum(block + 1, last - 1)
+            second_weights = tl.load(weights_at + second * N * 128)
+            second_columns = activations(x, row, valid & (second > block), second * 128, K, 128, EVEN)
+            sums = tl.dot(second_weights, second_columns, sums, out_dtype=tl.int32)
+        sums = tl.dot(weights, columns, sums, out_dtype=tl.int32)
     return sums
 
 
@@ -147,7 +156,7 @@ def float_sums(x, row, valid, w, n, first, last, K, EVEN: tl.constexpr, STAGES: 
 def sums_of(
     x, row, valid, w, scale, tile_n, n, first, last, N, K,
     KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-    WARPS: tl.constexpr,
+    WARPS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """The sums of a tile for every kind of matrix: [BN, BM] float32, or int32 where activations are integers."""
     slabs = tl.cdiv(N, 64)
@@ -157,7 +166,7 @@ def sums_of(
     elif KIND == INT8:
         return int8_sums(x, row, valid, w, slab, slabs, n, first, last, K, GATED, EVEN, STAGES, WARPS)
     elif KIND == INT8_TOKENS:
-        return integer_sums(x, row, valid, w, n, first, last, N, K, EVEN, STAGES)
+        return integer_sums(x, row, valid, w, n, first, last, N, K, EVEN, STAGES, PAIRS)
     else:
         return float_sums(x, row, valid, w, n, first, last, K, EVEN, STAGES)
 
@@ -245,6 +254,7 @@ def product(
     x, x_scale, w, scale, added, out, partial, arrived, T, N, K, splits,
     KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, CHAINED: tl.constexpr, AHEAD: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``x W^T``, or a share of its blocks of columns where SPLIT; the grid is (tiles, splits).
 
@@ -254,6 +264,7 @@ def product(
     added: [T, N] of out's dtype, added to the product where ADDED.
     partial: [tiles, splits, BM, BN] scratch; arrived: [tiles] int32, zero before and after.
     CHAINED: see above; the rows of the first AHEAD blocks are sent for before the wait, where KIND is INT8_TOKENS.
+    PAIRS: of INT8_TOKENS, see `integer_sums`.
     """
     row_blocks = tl.cdiv(T, BM)
     tile = tl.program_id(0)
@@ -273,7 +284,9 @@ def product(
     row = tl.where(valid, position, 0).to(tl.int64)
     if BM <= FEW:
         per_token = token_scales(x_scale, row, valid, KIND)
-    sums = sums_of(x, row, valid, w, scale, tile_n, n, first, last, N, K, KIND, GROUP, GATED, EVEN, STAGES, WARPS)
+    sums = sums_of(
+        x, row, valid, w, scale, tile_n, n, first, last, N, K, KIND, GROUP, GATED, EVEN, STAGES, WARPS, PAIRS
+    )
     if CHAINED:
         gdc_launch_dependents()
     if BM > FEW:
@@ -367,7 +380,24 @@ def run_product(
         if BM <= FEW:
             per_row, per_token = row_scales(tile_scale, n, KIND), token_scales(x_scale, row, valid, KIND)
         sums = sums_of(
-            x, row, valid, tile_w, tile_scale, tile_n, n, first, last, N, K, KIND, GROUP, GATED, EVEN, STAGES, WARPS
+            x,
+            row,
+            valid,
+            tile_w,
+            tile_scale,
+            tile_n,
+            n,
+            first,
+            last,
+            N,
+            K,
+            KIND,
+            GROUP,
+            GATED,
+            EVEN,
+            STAGES,
+            WARPS,
+            False,
         )
         if BM > FEW:
             per_token, per_row = token_scales(x_scale, row, valid, KIND), row_scales(tile_scale, n, KIND)

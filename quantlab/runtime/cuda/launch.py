@@ -154,7 +154,7 @@ def product(
         x.shape[0], rows, columns, tiles.parts,
         KIND=int(m.kind), GROUP=m.group, GATED=gated, ADDED=added is not None, SPLIT=tiles.parts > 1,
         EVEN=columns % 128 == 0, BN=tiles.rows, BM=tiles.tokens, STAGES=tiles.stages, WARPS=tiles.warps, AHEAD=tiles.ahead,
-        num_warps=tiles.warps, num_stages=tiles.stages, **chained(x),
+        PAIRS=tiles.pairs, num_warps=tiles.warps, num_stages=tiles.stages, **chained(x),
     )  # fmt: skip
     return out
 
@@ -218,11 +218,11 @@ def wide_product(m: Matrices, x: Tensor, way: Shares, out: Tensor) -> Tensor:
     from quantlab.runtime.cuda import hopper
 
     _, rows, columns = m.shape
-    slots = 2 * way.sharers if way.shared else 0
+    shares = torch.empty(way.sharers * way.tokens * ROWS // 32, 32, dtype=torch.float32, device=x.device)
     assert way.sharers <= m.arrived.shape[0], "a counter for every program that shares"
     hopper.wide_product[(way.programs,)](
         hopper.boxes(x, way.tokens, 64), m.weight.view(torch.int32), m.scale, hopper.boxes(out, way.tokens, ROWS),
-        torch.empty(slots, way.tokens, ROWS, dtype=torch.float32, device=x.device), m.arrived,
+        hopper.boxes(shares, way.tokens, 32), shares, m.arrived,
         x.shape[0], rows, columns, way.shared, way.sharers,
         INT4=m.kind == Kind.INT4, GROUP=m.group, BM=way.tokens, num_warps=8, launch_pdl=True,
     )  # fmt: skip

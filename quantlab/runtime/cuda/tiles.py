@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final
 
-from quantlab.runtime.cuda.layout import blocks
+from quantlab.runtime.cuda.layout import SLAB, blocks
 
 
 class Kind(IntEnum):
@@ -33,6 +33,7 @@ class Tiles:
         stages: how many steps ahead memory is asked for.
         ahead: of INT8_TOKENS, how many blocks of columns are sent for while the tokens are being rounded.
         runs: whether the work is cut into equal runs (`kernels.run_product`) and not into tiles.
+        pairs: of INT8_TOKENS, whether a step takes two blocks of columns and not one.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class Tiles:
     stages: int = 3
     ahead: int = 0
     runs: bool = False
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def band_rows(columns: int) -> int:
     return max((rows for rows in (8192, 4096, 2048) if rows * columns <= _BAND_ELEMENTS), default=2048)
 
 
-def linear_tiles(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
-    """How the product of one matrix [rows, columns] with `tokens` rows is cut."""
+def linear_tiles(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip, *, gated: bool = False) -> Tiles:
+    """How the product of one matrix [rows, columns] with `tokens` rows is cut; `gated`, at few tokens: see `kernels.product`."""
     if tokens > FEW_TOKENS:
         found = (
             _integer_tiles(rows, columns, tokens, chip)
@@ -88,7 +90,7 @@ def linear_tiles(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -
             else _large(kind, rows, columns, tokens, chip)
         )
     elif kind == Kind.INT8_TOKENS:
-        found = _few_integers(rows, columns, tokens, chip)
+        found = _few_integers(rows, columns, tokens, chip, gated=gated)
     elif kind != Kind.INT4:
         stages = 3 if tokens > 32 and -(-rows // 64) > 1.5 * chip.multiprocessors else 4
         parts = _parts(rows, columns, 64, programs=1.7 * chip.multiprocessors, least=4)
@@ -102,7 +104,7 @@ def linear_tiles(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -
     else:
         parts = _parts(rows, columns, 64, programs=3.6 * chip.multiprocessors, least=12)
         found = Tiles(64, 64, 3 if parts == 2 else parts)
-    return fitting(found, kind, chip)
+    return fitting(_gated(found) if gated else found, kind, chip)
 
 
 def expert_tiles(kinds: Sequence[Kind], rows_per_expert: float, chip: Chip) -> list[Tiles]:
@@ -123,26 +125,46 @@ def fitting(tiles: Tiles, kind: Kind, chip: Chip) -> Tiles:
     """The same with no more stages, and then no more tokens, than shared memory has room for."""
     weight = {Kind.INT4: 64, Kind.INT8: 128, Kind.INT8_TOKENS: 128, Kind.FLOAT: 256}[kind]
     activation = 128 if kind == Kind.INT8_TOKENS else 256
-    stage = tiles.rows * weight + tiles.tokens * activation
+    stage = (tiles.rows * weight + tiles.tokens * activation) * (2 if tiles.pairs else 1)
     room = (chip.shared_bytes - 4096) // stage
     if room >= 2 or tiles.tokens == 8:
         return replace(tiles, stages=max(min(tiles.stages, room), 1))
     return fitting(replace(tiles, tokens=tiles.tokens // 2), kind, chip)
 
 
-def _few_integers(rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
+def _gated(tiles: Tiles) -> Tiles:
+    """The same with as many of the gate's rows in a tile as of up's: a slab of each, unless tiles are lower than that.
+
+    Many tokens in a tile of twice the rows want fewer parts.
+    """
+    if tiles.rows != SLAB:
+        return tiles
+    parts = tiles.parts if tiles.tokens <= 16 else max(tiles.parts // 2, 1)
+    return replace(tiles, rows=2 * SLAB, parts=parts, ahead=tiles.ahead // 2)
+
+
+def _few_integers(rows: int, columns: int, tokens: int, chip: Chip, *, gated: bool) -> Tiles:
     """Columns are cut only where there are too few tiles: while sums are shared, the next kernel waits.
 
     The fewer tiles a multiprocessor has, the more each asks for at once. Low tiles, for a warp each, are as fast for few
-    tokens and fill the chip where high ones would not; but all tiles read all tokens, so for more tokens they are high.
+    tokens and fill the chip where high ones would not; but all tiles read all tokens, so for more tokens they are high. From
+    33 on, where high tiles leave half of the chip idle, two tiles have half of the tokens each.
     """
     size, steps, high, low = _power(tokens), blocks(columns), -(-rows // 64), -(-rows // 16)
     room = chip.shared_bytes // -(-high // chip.multiprocessors) // ((64 + size) * 128)
     stages = min(max(round(6.5 * chip.multiprocessors / high), 3), 8, max(room, 3))
-    fills = high > 0.45 * chip.multiprocessors
-    if size <= (8 if fills else 16):
+    if size <= (8 if high > 0.22 * chip.multiprocessors else 16):
+        fills = high > 0.45 * chip.multiprocessors
         parts = 1 if fills else max(min(round(3.9 * chip.multiprocessors / low), steps // 14), 1)
         return Tiles(16, size, parts, warps=1, stages=stages, ahead=stages // 2)
+    halves = 2 * -(-rows // (2 * SLAB if gated else SLAB))
+    if size == 64 and halves <= chip.multiprocessors:
+        parts = max(min(chip.multiprocessors // halves, steps // 14), 1)
+        return (
+            Tiles(2 * SLAB, 32, parts, stages=4, ahead=2, pairs=True)
+            if gated
+            else Tiles(SLAB, 32, parts, stages=6, ahead=4, pairs=True)
+        )
     parts = max(min(round(0.55 * chip.multiprocessors / high), steps // 14), 1)
     return Tiles(64, size, parts, stages=stages, ahead=stages // 2)
 
