@@ -59,8 +59,9 @@ def test_every_cut_fits_the_chip(kind: Kind, chip: Chip) -> None:
                 assert tiles.tokens == 8 or tiles.tokens < 2 * tokens
                 assert 1 <= tiles.parts <= -(-columns // 128)
                 assert not gated or tiles.rows in {16, 128}, "half a tile of the gate's rows and half of up's"
-                # counters of a bank
-                assert tiles.parts == 1 or tiles.runs or -(-rows // tiles.rows) * -(-tokens // tiles.tokens) <= 4096
+                count = -(-rows // tiles.rows) * -(-tokens // tiles.tokens)
+                assert tiles.parts == 1 or tiles.runs or count <= 4096, "counters of a bank"
+                assert not tiles.pairs or count * tiles.parts <= chip.multiprocessors, "half of the chip would be idle"
 
 
 def test_experts_share_one_size_of_block() -> None:

@@ -148,25 +148,23 @@ def _few_integers(rows: int, columns: int, tokens: int, chip: Chip, *, gated: bo
 
     The fewer tiles a multiprocessor has, the more each asks for at once. Low tiles, for a warp each, are as fast for few
     tokens and fill the chip where high ones would not; but all tiles read all tokens, so for more tokens they are high. From
-    33 on, where high tiles leave half of the chip idle, two tiles have half of the tokens each.
+    33 on, from 17 where gated, two tiles have half of the tokens each if high ones would leave half of the chip idle.
     """
-    size, steps, high, low = _power(tokens), blocks(columns), -(-rows // 64), -(-rows // 16)
-    room = chip.shared_bytes // -(-high // chip.multiprocessors) // ((64 + size) * 128)
+    size, steps, high, low = _power(tokens), blocks(columns), -(-rows // SLAB), -(-rows // 16)
+    room = chip.shared_bytes // -(-high // chip.multiprocessors) // ((SLAB + size) * 128)
     stages = min(max(round(6.5 * chip.multiprocessors / high), 3), 8, max(room, 3))
-    if size <= (8 if high > 0.22 * chip.multiprocessors else 16):
+    if size <= (8 if high > (1 if gated else 0.22) * chip.multiprocessors else 16):
         fills = high > 0.45 * chip.multiprocessors
         parts = 1 if fills else max(min(round(3.9 * chip.multiprocessors / low), steps // 14), 1)
         return Tiles(16, size, parts, warps=1, stages=stages, ahead=stages // 2)
-    halves = 2 * -(-rows // (2 * SLAB if gated else SLAB))
-    if size == 64 and halves <= chip.multiprocessors:
+    halves = 2 * (-(-high // 2) if gated else high)
+    if size >= (32 if gated else 64) and halves <= chip.multiprocessors:
         parts = max(min(chip.multiprocessors // halves, steps // 14), 1)
-        return (
-            Tiles(2 * SLAB, 32, parts, stages=4, ahead=2, pairs=True)
-            if gated
-            else Tiles(SLAB, 32, parts, stages=6, ahead=4, pairs=True)
-        )
+        if gated:
+            return Tiles(2 * SLAB, size // 2, parts, stages=4 if size == 64 else 5, ahead=2, pairs=True)
+        return Tiles(SLAB, size // 2, parts, stages=6, ahead=4, pairs=True)
     parts = max(min(round(0.55 * chip.multiprocessors / high), steps // 14), 1)
-    return Tiles(64, size, parts, stages=stages, ahead=stages // 2)
+    return Tiles(SLAB, size, parts, stages=stages, ahead=stages // 2)
 
 
 def _integer_tiles(rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
