@@ -1,14 +1,18 @@
 """How integers lie on a CUDA device, and how products are cut: no GPU is needed to know."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 
 from quantlab.runtime.cuda import layout
-from quantlab.runtime.cuda.shares import ROWS, shares
+from quantlab.runtime.cuda.shares import ROWS, shares, ways
 from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles, band_rows, expert_tiles, fitting, linear_tiles
 
 H100 = Chip(132, 232448, overlaps=True, wide=True)
 SMALL = Chip(46, 101376, overlaps=False)
+LEAST = Chip(40, 65536, overlaps=False)
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (128, 256), (80, 96), (1, 384), (130, 1408)])
@@ -45,13 +49,13 @@ def test_rows_for_integer_products_lie_in_blocks() -> None:
     assert not blocks[1, :, 72:].any()
 
 
-@pytest.mark.parametrize("chip", [H100, SMALL])
+@pytest.mark.parametrize("chip", [H100, SMALL, LEAST])
 @pytest.mark.parametrize("kind", [Kind.INT4, Kind.INT8, Kind.INT8_TOKENS])
 def test_every_cut_fits_the_chip(kind: Kind, chip: Chip) -> None:
     width = {Kind.INT4: 64, Kind.INT8: 128, Kind.INT8_TOKENS: 128}[kind]
     activation = 128 if kind == Kind.INT8_TOKENS else 256
     for rows, columns in ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (576, 2048), (1, 128)):
-        for tokens in (1, 8, 9, 16, 17, 64, 65, 128, 129, 512, 1500):
+        for tokens in (1, 8, 9, 16, 17, 40, 64, 65, 128, 129, 512, 1500):
             for gated in (False, True) if tokens <= 64 else (False,):
                 tiles = linear_tiles(kind, rows, columns, tokens, chip, gated=gated)
                 stage = (tiles.rows * width + tiles.tokens * activation) * (2 if tiles.pairs else 1)
@@ -87,33 +91,27 @@ def test_bands_stay_small() -> None:
         assert band_rows(columns) * columns <= 1 << 26
 
 
+@pytest.mark.parametrize("multiprocessors", [3, 114, 132])
 @pytest.mark.parametrize("kind", [Kind.INT4, Kind.INT8])
-def test_every_tile_is_dealt_out_once(kind: Kind) -> None:
-    """Program by program, as `hopper.work` and `hopper.item_of` count: whole tiles in rounds, then runs of blocks."""
-    for rows, columns in (
-        (18432, 7168),
-        (7168, 18432),
-        (24576, 1536),
-        (4096, 7168),
-        (11008, 4096),
-        (576, 2048),
-        (8, 128),
-    ):
-        for tokens in (65, 128, 129, 300, 512, 1100, 2048, 2049, 8192):
-            way = shares(kind, rows, columns, tokens, H100)
+def test_every_tile_is_dealt_out_once(kind: Kind, multiprocessors: int) -> None:
+    """Run by run, as `hopper.work`, `hopper.item_of` and `hopper.run_of` count; tiles not shared are taken in rounds."""
+    chip = replace(H100, multiprocessors=multiprocessors)
+    shapes = ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (11008, 4096), (576, 2048), (8, 128))
+    for (rows, columns), tokens in product(shapes, (65, 128, 129, 300, 512, 1100, 2048, 2049, 8192)):
+        every = [way for size in (128, 256) for way in ways(kind, rows, columns, tokens, chip, size)]
+        assert shares(kind, rows, columns, tokens, chip) in every
+        for way in every:
             tiles, blocks = -(-rows // ROWS) * -(-tokens // way.tokens), -(-columns // 128)
             units = way.shared * blocks
-            runs = [
-                (program * units // way.sharers, (program + 1) * units // way.sharers) for program in range(way.sharers)
-            ]
-            assert 1 <= way.sharers <= way.programs <= H100.multiprocessors
+            runs = [(run * units // way.sharers, (run + 1) * units // way.sharers) for run in range(way.sharers)]
+            assert 1 <= way.sharers <= way.programs <= multiprocessors
             assert 0 <= way.shared <= tiles
-            assert way.shared == tiles or way.programs == min(H100.multiprocessors, tiles)
-            assert all(first < last for first, last in runs) or not way.shared
+            assert way.shared == tiles or way.programs == min(multiprocessors, tiles)
+            assert all(first < last for first, last in runs) or not way.shared, "who collects waits for all"
             left: list[int] = []
             for unit in range(0, units, blocks):
                 starter, ender = (((end + 1) * way.sharers - 1) // units for end in (unit, unit + blocks - 1))
-                assert runs[starter][0] <= unit < runs[starter][1], "`hopper.run_of`: who collects"
+                assert runs[starter][0] <= unit < runs[starter][1], "who collects"
                 assert runs[ender][0] < unit + blocks <= runs[ender][1]
                 left += range(starter + 1, ender + 1)
             assert len(left) == len(set(left)), "a run leaves one share at most: there is room for one of each"

@@ -224,10 +224,10 @@ def test_a_token_of_no_numbers_is_alone_in_that(device: torch.device) -> None:
 
 
 def same_steps(directory: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """Fused steps, captured on a GPU, are as near to those of float32 as transformers' are; each sequence has its own padding.
+    """Fused steps, captured on a GPU, are as near to those of float32 as transformers' are, in every sequence and in all.
 
-    On a rounding a router may send a token elsewhere, and its logits are then others; the median step of a sequence says how
-    the rest do.
+    Each sequence has padding of its own. On a rounding a router may send a token elsewhere, and its logits are then others; the
+    median step of a sequence says how the rest do.
     """
     model, exact = (load(directory, dtype=each, device=device) for each in (dtype, torch.float32))
     assert fuses(model)
@@ -244,13 +244,16 @@ def same_steps(directory: Path, dtype: torch.dtype, device: str = "cpu") -> PreT
             mask = (torch.arange(7) >= torch.arange(batch)[:, None] % padded).to(torch.int64)
             _, one, other = (decoder.prefill(ids[:, :7], mask) for decoder in decoders)
             assert torch.equal(one, other)
-            errors = []
+            each = []
             for position in range(7, 20):
                 expected, *steps = (decoder.step(ids[:, position]).float() for decoder in decoders)
-                errors.append(torch.stack([(step - expected).norm(dim=-1) / expected.norm(dim=-1) for step in steps]))
-            theirs, ours = torch.stack(errors, dim=1).median(dim=1).values if routed else torch.stack(errors, dim=1)
-            assert ours.mean() <= 1.25 * theirs.mean(), batch
-            assert ours.max() <= 2 * theirs.max(), batch
+                each.append(torch.stack([(step - expected).norm(dim=-1) / expected.norm(dim=-1) for step in steps]))
+            errors = torch.stack(each, dim=1)
+            of_sequences = errors.median(dim=1).values if routed else errors.mean(dim=1)
+            theirs, ours = of_sequences
+            assert (ours / theirs).max() <= 1.5, batch
+            assert batch < 70 or ours.mean() <= 1.25 * theirs.mean()
+            assert routed or errors[1].max() <= 1.6 * errors[0].max(), batch
             for decoder in decoders:
                 decoder.rewind(7)
     return model

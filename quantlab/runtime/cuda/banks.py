@@ -23,7 +23,7 @@ class CudaMatrices(nn.Module):
     """int4 matrices with a scale per group of columns, or int8 ones with a scale per row, for 16-bit or int8 activations.
 
     Buffers: q, the integers of E matrices as `quantlab.runtime.cuda.layout` orders them; scale [E, K / g, N] or [E, N] in
-    its stored dtype; arrived, counters of the kernels.
+    its stored dtype; arrived, counters of the kernels, so that one stream at a time multiplies with them.
     """
 
     q: Tensor

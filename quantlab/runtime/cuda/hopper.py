@@ -4,14 +4,15 @@ At many tokens a product costs arithmetic, and the tensor cores must never wait:
 integers to be expanded. So warps have roles. One warp (`fetch`) has the copy engine bring activations, half a block of
 columns at a time, into a ring of places in shared memory. Eight warps (`consume`) expand and multiply: each four own 64
 rows of the matrix, read the words of their part straight into registers, as they lie, a block ahead
-(`quantlab.runtime.cuda.layout`), and expand half a block while the tensor cores still multiply the half before. Of the
-cycles of such a program, tensor cores are busy in 97 %.
+(`quantlab.runtime.cuda.hopper_words`), and expand half a block while the tensor cores still multiply the half before. Of the
+cycles of such a program between the first and the last block, tensor cores are busy in 97 %.
 
 As in `quantlab.runtime.cuda.kernels` the product is transposed, ``W x^T``, since weights can come from registers only on the
 left, and launches overlap: there is no room for a second program beside one, but the next takes the place of the first that
 ends, and reads its first words while others still write. Programs stay, one per multiprocessor. First each takes whole
-tiles; the last tiles, too few for all programs, are cut into equal runs of blocks of columns, and where a run ends inside a
-tile, `collect` adds its shares.
+tiles; the last tiles, too few for all programs, are cut into equal runs of blocks of columns. Where a run begins inside a
+tile, its program leaves its share in memory; the program whose run begins with the tile has all shares copied into the ring,
+after its activations, and adds them.
 
 Legend: N rows (outputs), K columns (inputs), T rows of activations; tiles of BN = 128 rows of the matrix and BM of
 activations, whose columns are walked in blocks of 128.
@@ -30,51 +31,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-BN: gl.constexpr = gl.constexpr(128)
-"""Rows of a tile: 64 for each four warps."""
+from quantlab.runtime.cuda.hopper_words import BN, expanded, in_rows, packed, sums_layout
+
 RING: gl.constexpr = gl.constexpr(1280)
-"""Rows of 64 activations in shared memory: 160 KB, which with a tile of results is all there is."""
+"""Rows of 64 activations in shared memory: 160 KB, which with a tile of results of 256 activations is all there is."""
 QUARTERS: gl.constexpr = gl.constexpr(4)
 """Places of the ring that the sums of a tile take, and …"""
 QUARTER: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 """… how they lie there: [BM, 32] float32."""
 
-# Two quarters of int4 words, scaled; the constants are explained in `quantlab.runtime.cuda.words`.
-_BFLOAT16_FROM_INT4 = """
-{{ .reg .b32 t, one, m; mov.b32 one, 0x3f803f80; mov.b32 m, 0xc308c308;
-{0} lop3.b32 t, {2}, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, t, one, m; mul.rn.bf16x2 $0, $0, $3;
-{1} lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $1, t, one, m; mul.rn.bf16x2 $1, $1, $4; }}
-"""
-_FLOAT16_FROM_INT4 = """
-{{ .reg .b32 t, m; mov.b32 m, 0x64086408;
-{0} lop3.b32 t, {2}, 0x000f000f, 0x64006400, 0xea; sub.rn.f16x2 $0, t, m; mul.rn.f16x2 $0, $0, $3;
-{1} lop3.b32 t, t, 0x000f000f, 0x64006400, 0xea; sub.rn.f16x2 $1, t, m; mul.rn.f16x2 $1, $1, $4; }}
-"""
-_QUARTERS = (("", "shr.u32 t, $2, 4;", "$2"), ("shr.u32 t, $2, 8;", "shr.u32 t, $2, 12;", "t"))
-BFLOAT16_FROM_INT4: gl.constexpr = gl.constexpr([_BFLOAT16_FROM_INT4.format(*shifts) for shifts in _QUARTERS])
-FLOAT16_FROM_INT4: gl.constexpr = gl.constexpr([_FLOAT16_FROM_INT4.format(*shifts) for shifts in _QUARTERS])
-
-_BFLOAT16_FROM_INT8 = """
-{{ .reg .b32 t, u, s, minus; mov.b32 minus, 0xbf80bf80; {0}
-lop3.b32 u, {1}, 0x007f007f, 0x43004300, 0xea; lop3.b32 s, {1}, 0x00800080, 0x43004300, 0xea;
-fma.rn.bf16x2 $0, s, minus, u; }}
-"""
-_FLOAT16_FROM_INT8 = """
-{{ .reg .b32 t, u, m; mov.b32 m, 0x64806480; {0}
-lop3.b32 u, {1}, 0x00ff00ff, 0x64806480, 0x6a; sub.rn.f16x2 $0, u, m; }}
-"""
-_BYTES = (("", "$1"), ("shr.u32 t, $1, 8;", "t"))
-BFLOAT16_FROM_INT8: gl.constexpr = gl.constexpr([_BFLOAT16_FROM_INT8.format(*shift) for shift in _BYTES])
-FLOAT16_FROM_INT8: gl.constexpr = gl.constexpr([_FLOAT16_FROM_INT8.format(*shift) for shift in _BYTES])
-
-
 SEND_FOR: gl.constexpr = gl.constexpr("""{ .reg .pred one; elect.sync _|one, 0xffffffff;
 @one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""")
 
 UNTIL: gl.constexpr = gl.constexpr("""{ .reg .pred less; .reg .u32 seen;
-look: ld.acquire.gpu.global.u32 seen, [$1]; setp.lt.u32 less, seen, $2; @less bra look;
-fence.proxy.async.global; mov.u32 $0, 0; }""")
-"""Wait until the number at $1 is not less than $2; what others wrote before can then be copied."""
+look: ld.relaxed.gpu.global.u32 seen, [$1]; setp.lt.u32 less, seen, $2; @less bra look;
+bar.warp.sync 0xffffffff; fence.acq_rel.gpu; fence.proxy.async.global; mov.u32 $0, 0; }""")
+"""Wait until the number at $1 is not less than $2; what others wrote before can then be copied, and the number be set."""
 
 
 def boxes(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -83,88 +55,12 @@ def boxes(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
 
-@gluon.constexpr_function
-def sums_layout(BM):
-    """Of sums [BN, BM]."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BM, 16])
-
-
-@gluon.constexpr_function
-def weights_layout(BM):
-    """Of weights [BN, ·] in registers."""
-    return gl.DotOperandLayout(operand_index=0, parent=sums_layout(BM), k_width=2)
-
-
-@gluon.constexpr_function
-def words_layout(PAIRS):
-    """Of the pairs of words of two slabs, one after the other: 16 bytes a thread, a slab for each four warps."""
-    apart = [[512], [1024]][: PAIRS // 16]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[1], [2], *apart],
-        lane_bases=[[4], [8], [16], [32], [64]],
-        warp_bases=[[128], [256], [64 * PAIRS]],
-        block_bases=[],
-        shape=[128 * PAIRS],
-    )
-
-
-@gluon.jit
-def packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr):
-    """The words of a block of columns from row `top` on, in pairs as they lie; for int4 the scales [BN] of its quarters."""
-    PAIRS: gl.constexpr = 16 if INT4 else 32
-    size: gl.constexpr = 64 * PAIRS
-    slabs = (N + 63) // 64
-    i = gl.arange(0, BN * PAIRS, layout=words_layout(PAIRS))
-    place = gl.minimum(top // 64 + i // size, slabs - 1) * size + i % size
-    words = gl.load(w + block.to(gl.int64) * slabs * size + place)
-    n = gl.minimum(top + gl.arange(0, BN, layout=gl.SliceLayout(1, weights_layout(BM))), N - 1)
-    first = scale + block * (128 // GROUP) * N + n
-    if not INT4:
-        return words, 0, 0, 0, 0
-    elif GROUP == 128:
-        a = gl.load(first)
-        return words, a, a, a, a
-    elif GROUP == 64:
-        a = gl.load(first)
-        b = gl.load(first + N)
-        return words, a, a, b, b
-    else:
-        return words, gl.load(first), gl.load(first + N), gl.load(first + 2 * N), gl.load(first + 3 * N)
-
-
-@gluon.jit
-def in_rows(words, INT4: gl.constexpr, BM: gl.constexpr):
-    """Pairs of words as they lie -> words [BN, ·]; nothing moves."""
-    PAIRS: gl.constexpr = 16 if INT4 else 32
-    single = gl.join((words & 0xFFFF).to(gl.int16), (words >> 16).to(gl.int16))
-    parts = single.reshape((BN // 64, PAIRS // 8, 4, 8, 4, 2, 2, 2)).permute((0, 2, 6, 3, 1, 5, 4, 7))
-    return gl.convert_layout(parts.reshape((BN, 2 * PAIRS)), weights_layout(BM), assert_trivial=True)
-
-
-@gluon.jit
-def expanded(words, s0, s1, HALF: gl.constexpr, INT4: gl.constexpr, BM: gl.constexpr, BFLOAT16: gl.constexpr):
-    """Weights [BN, 64] of a half of a block, int4 scaled by the scales of its quarters and rounded as the format says."""
-    if INT4:
-        s0, _ = gl.broadcast(s0.expand_dims(1), words)
-        s1, _ = gl.broadcast(s1.expand_dims(1), words)
-        asm: gl.constexpr = BFLOAT16_FROM_INT4[HALF] if BFLOAT16 else FLOAT16_FROM_INT4[HALF]
-        two: gl.constexpr = (gl.bfloat16, gl.bfloat16) if BFLOAT16 else (gl.float16, gl.float16)
-        a, b = gl.inline_asm_elementwise(asm, "=&r,=&r,r,r,r", [words, s0, s1], dtype=two, is_pure=True, pack=2)
-        weights = gl.join(a, b).permute((0, 2, 1)).reshape((BN, 64))
-    elif BFLOAT16:
-        asm: gl.constexpr = BFLOAT16_FROM_INT8[HALF]
-        weights = gl.inline_asm_elementwise(asm, "=&r,r", [words], dtype=gl.bfloat16, is_pure=True, pack=2)
-    else:
-        asm: gl.constexpr = FLOAT16_FROM_INT8[HALF]
-        weights = gl.inline_asm_elementwise(asm, "=&r,r", [words], dtype=gl.float16, is_pure=True, pack=2)
-    return gl.convert_layout(weights, weights_layout(BM), assert_trivial=True)
-
-
 @gluon.jit
 def work(T, N, K, shared, sharers, BM: gl.constexpr):
     """The items of this program: how many tiles it takes whole, how many in all, and its run of the shared tiles' blocks.
 
-    The first programs have the last runs. So each waits only for shares of programs that begin before it does.
+    The first programs have the last runs. So each waits only for shares of programs that begin before it does: GPUs give
+    multiprocessors to programs in their order, though CUDA does not promise it.
     """
     blocks = (K + 127) // 128
     program = gl.program_id(0)
@@ -179,7 +75,7 @@ def work(T, N, K, shared, sharers, BM: gl.constexpr):
 
 @gluon.jit
 def run_of(unit, shared, sharers, blocks):
-    """Whose run a block of the shared tiles is in."""
+    """The run that block `unit` is in, all blocks of the shared tiles counted one after the other."""
     return ((unit + 1) * sharers - 1) // (shared * blocks)
 
 
@@ -219,7 +115,7 @@ def fetch(
     gdc_wait()
     place = 0
     phase = 1  # the phase before the first has passed: at first all places are free
-    starter = -1  # of the tile of which a share is left and not yet counted
+    starter = -1  # the run that begins the tile of which a share is left and not yet counted
     for item in range(items):
         tile, first, last = item_of(item, whole_tiles, whole, begin, end, blocks)
         row = tile % row_blocks * BM
@@ -234,7 +130,7 @@ def fetch(
                 column = block * 128 + half * 64
                 tma.async_copy_global_to_shared(x, [row, column], ready.index(place), ring.index(place))
                 place, phase = after(place, phase, PLACES)
-            if (starter >= 0) & (block >= gl.minimum(first + 3, last - 1)):  # its sums have long been written
+            if (starter >= 0) & (block >= gl.minimum(first + 3, last - 1)):  # its sums have been written meanwhile
                 mbarrier.wait(handed, 0)
                 gl.atomic_add(arrived + starter, 1, sem="release")
                 starter = -1
@@ -298,6 +194,7 @@ def plus(quarter, ring, ready, free, place, phase, BM: gl.constexpr, PLACES: gl.
     both = gl.inline_asm_elementwise(
         "add.f32 $0, $1, $2;", "=f,f,f", [quarter, share], gl.float32, is_pure=False, pack=1
     )
+    fence_async_shared()  # the share has been read before the copy engine writes here again
     gl.thread_barrier()
     mbarrier.arrive(free.index(place))
     place, phase = after(place, phase, PLACES)
@@ -394,7 +291,7 @@ def wide_product(
     x: descriptor of [T, K] for boxes [BM, 64]; out: of [T, N] for boxes [BM, BN].
     w: see `quantlab.runtime.cuda.layout`, two words in each int32; scale: [K / g, N] of x's dtype (INT4) or [N].
     shares: float32 scratch for a tile of each sharer, [sharers * BN * BM / 32, 32]; partial: its descriptor for boxes [BM, 32].
-    arrived: [sharers] int32, zero before and after.
+    arrived: [sharers] int32, by run, zero before and after.
     """
     gdc_launch_dependents()
     PLACES: gl.constexpr = RING // BM

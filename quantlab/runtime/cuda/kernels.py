@@ -156,7 +156,7 @@ def float_sums(x, row, valid, w, n, first, last, K, EVEN: tl.constexpr, STAGES: 
 def sums_of(
     x, row, valid, w, scale, tile_n, n, first, last, N, K,
     KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-    WARPS: tl.constexpr, PAIRS: tl.constexpr,
+    WARPS: tl.constexpr, PAIRS: tl.constexpr = False,
 ):  # fmt: skip
     """The sums of a tile for every kind of matrix: [BN, BM] float32, or int32 where activations are integers."""
     slabs = tl.cdiv(N, 64)
@@ -380,24 +380,7 @@ def run_product(
         if BM <= FEW:
             per_row, per_token = row_scales(tile_scale, n, KIND), token_scales(x_scale, row, valid, KIND)
         sums = sums_of(
-            x,
-            row,
-            valid,
-            tile_w,
-            tile_scale,
-            tile_n,
-            n,
-            first,
-            last,
-            N,
-            K,
-            KIND,
-            GROUP,
-            GATED,
-            EVEN,
-            STAGES,
-            WARPS,
-            False,
+            x, row, valid, tile_w, tile_scale, tile_n, n, first, last, N, K, KIND, GROUP, GATED, EVEN, STAGES, WARPS
         )
         if BM > FEW:
             per_token, per_row = token_scales(x_scale, row, valid, KIND), row_scales(tile_scale, n, KIND)

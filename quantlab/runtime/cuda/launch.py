@@ -28,7 +28,8 @@ class Matrices:
         shape: E, N, K.
         group: columns per scale of INT4.
         weight, scale: see `kernels.product` and `kernels.run_product`.
-        arrived: [n] int32 zeros: one for every tile of a linear that is split, or for every program.
+        arrived: [n] int32 zeros: one for every tile of a linear that is split, or for every program. Products of the same
+            matrices are not to run at the same time.
     """
 
     kind: Kind
@@ -219,7 +220,8 @@ def wide_product(m: Matrices, x: Tensor, way: Shares, out: Tensor) -> Tensor:
 
     _, rows, columns = m.shape
     shares = torch.empty(way.sharers * way.tokens * ROWS // 32, 32, dtype=torch.float32, device=x.device)
-    assert way.sharers <= m.arrived.shape[0], "a counter for every program that shares"
+    assert way.sharers <= min(m.arrived.shape[0], way.programs), "a counter for every program that shares"
+    assert not way.shared or way.sharers <= way.shared * blocks(columns), "programs wait for the shares of all runs"
     hopper.wide_product[(way.programs,)](
         hopper.boxes(x, way.tokens, 64), m.weight.view(torch.int32), m.scale, hopper.boxes(out, way.tokens, ROWS),
         hopper.boxes(shares, way.tokens, 32), shares, m.arrived,

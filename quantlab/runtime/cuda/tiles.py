@@ -122,18 +122,20 @@ def expert_tiles(kinds: Sequence[Kind], rows_per_expert: float, chip: Chip) -> l
 
 
 def fitting(tiles: Tiles, kind: Kind, chip: Chip) -> Tiles:
-    """The same with no more stages, and then no more tokens, than shared memory has room for."""
+    """The same with no more stages, then one block of columns a step, then no more tokens, than shared memory has room for."""
     weight = {Kind.INT4: 64, Kind.INT8: 128, Kind.INT8_TOKENS: 128, Kind.FLOAT: 256}[kind]
     activation = 128 if kind == Kind.INT8_TOKENS else 256
     stage = (tiles.rows * weight + tiles.tokens * activation) * (2 if tiles.pairs else 1)
     room = (chip.shared_bytes - 4096) // stage
+    if tiles.pairs and room < 3:
+        return fitting(replace(tiles, pairs=False), kind, chip)
     if room >= 2 or tiles.tokens == 8:
         return replace(tiles, stages=max(min(tiles.stages, room), 1))
     return fitting(replace(tiles, tokens=tiles.tokens // 2), kind, chip)
 
 
 def _gated(tiles: Tiles) -> Tiles:
-    """The same with as many of the gate's rows in a tile as of up's: a slab of each, unless tiles are lower than that.
+    """The same with as many of the gate's rows in a tile as of up's: a slab of each, unless tiles are lower or have two slabs.
 
     Many tokens in a tile of twice the rows want fewer parts.
     """
@@ -157,9 +159,9 @@ def _few_integers(rows: int, columns: int, tokens: int, chip: Chip, *, gated: bo
         fills = high > 0.45 * chip.multiprocessors
         parts = 1 if fills else max(min(round(3.9 * chip.multiprocessors / low), steps // 14), 1)
         return Tiles(16, size, parts, warps=1, stages=stages, ahead=stages // 2)
-    halves = 2 * (-(-high // 2) if gated else high)
-    if size >= (32 if gated else 64) and halves <= chip.multiprocessors:
-        parts = max(min(chip.multiprocessors // halves, steps // 14), 1)
+    count = 2 * (-(-high // 2) if gated else high)
+    if size >= (32 if gated else 64) and count <= chip.multiprocessors:
+        parts = max(min(chip.multiprocessors // count, steps // 14), 1)
         if gated:
             return Tiles(2 * SLAB, size // 2, parts, stages=4 if size == 64 else 5, ahead=2, pairs=True)
         return Tiles(SLAB, size // 2, parts, stages=6, ahead=4, pairs=True)
