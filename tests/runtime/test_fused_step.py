@@ -223,11 +223,11 @@ def test_a_token_of_no_numbers_is_alone_in_that(device: torch.device) -> None:
     assert weights.isnan().all(dim=1).tolist() == [False, True, False]
 
 
-def same_steps(directory: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """Fused steps, captured on a GPU, are as near to those of float32 as transformers' are, in every sequence and in all.
+def same_steps(directory: Path, dtype: torch.dtype, device: str = "cpu", *, limit: float) -> PreTrainedModel:
+    """Fused steps, captured on a GPU, against those of transformers, and both against float32; each sequence has its own padding.
 
-    Each sequence has padding of its own. On a rounding a router may send a token elsewhere, and its logits are then others; the
-    median step of a sequence says how the rest do.
+    On a rounding a router may send a token elsewhere, and its logits are then others; the median step of a sequence says how
+    the rest do.
     """
     model, exact = (load(directory, dtype=each, device=device) for each in (dtype, torch.float32))
     assert fuses(model)
@@ -246,11 +246,14 @@ def same_steps(directory: Path, dtype: torch.dtype, device: str = "cpu") -> PreT
             assert torch.equal(one, other)
             each = []
             for position in range(7, 20):
-                expected, *steps = (decoder.step(ids[:, position]).float() for decoder in decoders)
-                each.append(torch.stack([(step - expected).norm(dim=-1) / expected.norm(dim=-1) for step in steps]))
+                exact_step, one, other = (decoder.step(ids[:, position]).float() for decoder in decoders)
+                pairs = ((one, exact_step), (other, exact_step), (other, one))
+                each.append(torch.stack([(step - of).norm(dim=-1) / of.norm(dim=-1) for step, of in pairs]))
             errors = torch.stack(each, dim=1)
-            of_sequences = errors.median(dim=1).values if routed else errors.mean(dim=1)
-            theirs, ours = of_sequences
+            assert errors[2].median(dim=0).values.max() <= limit, batch
+            if device == "cpu":  # on a GPU the largest of 900 was 1.52 limits, both as near to float32 as the rest
+                assert routed or errors[2].max() <= 1.5 * limit, batch
+            theirs, ours = errors[:2].median(dim=1).values if routed else errors[:2].mean(dim=1)
             assert (ours / theirs).max() <= 1.5, batch
             assert batch < 70 or ours.mean() <= 1.25 * theirs.mean()
             assert routed or errors[1].max() <= 1.6 * errors[0].max(), batch
@@ -272,7 +275,9 @@ def test_fused_steps_equal_those_of_transformers(
     checkpoints: dict[str, Path],
 ) -> None:
     directory = checkpoints[family] if scheme is None else artifacts(family, scheme).directory
-    same_steps(directory, dtype, device)
+    rounds = torch.bfloat16 if device == "cpu" and scheme else dtype  # packed products on the CPU round what they read
+    limit = 0.06 if scheme == "int8" else 0.02 if rounds == torch.bfloat16 else 5e-3
+    same_steps(directory, dtype, device, limit=limit)
 
 
 @pytest.mark.parametrize("scheme", [one for one in READABLE if one not in SCHEMES.values()], ids=lambda one: one.name)
@@ -282,7 +287,9 @@ def test_steps_of_what_is_expanded_to_be_multiplied_keep_nothing(
     family: str, scheme: Scheme, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     """Schemes others write; which experts a token meets is read anew in every step."""
-    model = same_steps(quantize(checkpoints[family], tmp_path / "artifact", scheme).directory, torch.float16)
+    model = same_steps(
+        quantize(checkpoints[family], tmp_path / "artifact", scheme).directory, torch.float16, limit=0.02
+    )
     decoder = Decoder(model, batch=1, length=32)
     decoder.prefill(tokens(1, 7))
     decoder.step(tokens(1, 8)[:, 7])
@@ -340,4 +347,4 @@ OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 @pytest.mark.parametrize("device", DEVICES)
 def test_configs_of_other_kinds(name: str, device: str, tmp_path: Path) -> None:
     family, changes = OTHERS[name]
-    same_steps(write_checkpoint(tmp_path, family, **changes), torch.float16, device)
+    same_steps(write_checkpoint(tmp_path, family, **changes), torch.float16, device, limit=5e-3)
