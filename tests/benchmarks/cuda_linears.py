@@ -21,7 +21,7 @@ from quantlab.runtime.cuda.banks import CudaMatrices
 from quantlab.runtime.matrices import quantized_matrices
 
 SHAPES = ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (11008, 4096))
-TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048)
+TOKENS = (1, 16, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 KINDS: tuple[SchemeName, ...] = ("int4_g128", "int4_g32", "int8_weight", "int8")
 ROTATED_BYTES = 200_000_000
 

@@ -66,7 +66,7 @@ def gate(both: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(256, 512), (80, 128), (1, 384), (576, 1408), (130, 96), (130, 3712)])
+@pytest.mark.parametrize("shape", [(256, 512), (80, 128), (1, 384), (576, 1408), (130, 96), (130, 3712), (256, 3712)])
 @pytest.mark.parametrize("scheme", ALL)
 def test_linears(scheme: SchemeName, shape: tuple[int, int], dtype: torch.dtype) -> None:
     if shape[1] % (SCHEMES[scheme].group_size or 1):
@@ -110,16 +110,17 @@ def test_every_way_to_deal_out_many_rows(scheme: SchemeName, shape: tuple[int, i
     matrix = made(scheme, *shape, dtype)
     bank = bank_of(scheme, [matrix])
     weight, m = exact(matrix), bank.on_device(0)
-    for tokens in (65, 128, 129, 300, 700, 2049):
+    for tokens in (65, 128, 129, 300, 384, 700, 2049):
         x = torch.randn(tokens, shape[1], device=GPU).to(dtype)
         expected = x.double() @ weight.t()
         like = expected.to(dtype)
-        for size in (128, 256):
-            for way in ways(bank.kind, *shape, tokens, chip, size):
-                found, again = (launch.wide_product(m, x, way, torch.full_like(like, torch.nan)) for _ in range(2))
-                assert error(found, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-3), (tokens, way)
-                assert torch.equal(found, again), "equal inputs, equal outputs"
-                assert not bank.arrived.any()
+        every = [way for size in (128, 192, 256) for way in ways(bank.kind, *shape, tokens, chip, size)]
+        # one way after the other, each twice, so that they overlap
+        found = [launch.wide_product(m, x, way, torch.full_like(like, torch.nan)) for way in every for _ in range(2)]
+        assert not bank.arrived.any()
+        for way, one, again in zip(every, found[::2], found[1::2], strict=True):
+            assert error(one, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-3), (tokens, way)
+            assert torch.equal(one, again), "equal inputs, equal outputs"
 
 
 @pytest.mark.parametrize("scheme", ALL)

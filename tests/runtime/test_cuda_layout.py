@@ -98,7 +98,7 @@ def test_every_tile_is_dealt_out_once(kind: Kind, multiprocessors: int) -> None:
     chip = replace(H100, multiprocessors=multiprocessors)
     shapes = ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (11008, 4096), (576, 2048), (8, 128))
     for (rows, columns), tokens in product(shapes, (65, 128, 129, 300, 512, 1100, 2048, 2049, 8192)):
-        every = [way for size in (128, 256) for way in ways(kind, rows, columns, tokens, chip, size)]
+        every = [way for size in (128, 192, 256) for way in ways(kind, rows, columns, tokens, chip, size)]
         assert shares(kind, rows, columns, tokens, chip) in every
         for way in every:
             tiles, blocks = -(-rows // ROWS) * -(-tokens // way.tokens), -(-columns // 128)

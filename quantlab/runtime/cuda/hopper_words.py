@@ -1,6 +1,6 @@
 """How warps of `quantlab.runtime.cuda.hopper` read packed words and expand them, in the layouts of its tensor cores.
 
-Legend: tiles of BN = 128 rows of the matrix and BM of activations; blocks of 128 columns, whose words lie as
+Legend: tiles of BN = 128 rows of the matrix and BM of activations, in one or two parts of PART of them; blocks of 128 columns, whose words lie as
 `quantlab.runtime.cuda.layout` says, two in each int32.
 """
 
@@ -40,15 +40,21 @@ FLOAT16_FROM_INT8: gl.constexpr = gl.constexpr([_FLOAT16_FROM_INT8.format(*shift
 
 
 @gluon.constexpr_function
-def sums_layout(BM):
-    """Of sums [BN, BM]."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BM, 16])
+def parts_of(BM):
+    """The activations of a tile in two parts, of which the second may be none: sizes of tensors are powers of two."""
+    return (128, 64) if BM == 192 else (BM, 0)
 
 
 @gluon.constexpr_function
-def weights_layout(BM):
+def sums_layout(PART):
+    """Of sums [BN, PART]."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, PART, 16])
+
+
+@gluon.constexpr_function
+def weights_layout(PART):
     """Of weights [BN, ·] in registers."""
-    return gl.DotOperandLayout(operand_index=0, parent=sums_layout(BM), k_width=2)
+    return gl.DotOperandLayout(operand_index=0, parent=sums_layout(PART), k_width=2)
 
 
 @gluon.constexpr_function
@@ -65,7 +71,7 @@ def words_layout(PAIRS):
 
 
 @gluon.jit
-def packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr):
+def packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, PART: gl.constexpr):
     """The words of a block of columns from row `top` on, in pairs as they lie; for int4 the scales [BN] of its quarters."""
     PAIRS: gl.constexpr = 16 if INT4 else 32
     size: gl.constexpr = 64 * PAIRS
@@ -73,32 +79,32 @@ def packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, BM:
     i = gl.arange(0, BN * PAIRS, layout=words_layout(PAIRS))
     place = gl.minimum(top // 64 + i // size, slabs - 1) * size + i % size
     words = gl.load(w + block.to(gl.int64) * slabs * size + place)
-    n = gl.minimum(top + gl.arange(0, BN, layout=gl.SliceLayout(1, weights_layout(BM))), N - 1)
+    n = gl.minimum(top + gl.arange(0, BN, layout=gl.SliceLayout(1, weights_layout(PART))), N - 1)
     first = scale + block * (128 // GROUP) * N + n
     if not INT4:
-        return words, 0, 0, 0, 0
+        return words, (0, 0, 0, 0)
     elif GROUP == 128:
         a = gl.load(first)
-        return words, a, a, a, a
+        return words, (a, a, a, a)
     elif GROUP == 64:
         a = gl.load(first)
         b = gl.load(first + N)
-        return words, a, a, b, b
+        return words, (a, a, b, b)
     else:
-        return words, gl.load(first), gl.load(first + N), gl.load(first + 2 * N), gl.load(first + 3 * N)
+        return words, (gl.load(first), gl.load(first + N), gl.load(first + 2 * N), gl.load(first + 3 * N))
 
 
 @gluon.jit
-def in_rows(words, INT4: gl.constexpr, BM: gl.constexpr):
+def in_rows(words, INT4: gl.constexpr, PART: gl.constexpr):
     """Pairs of words as they lie -> words [BN, ·]; nothing moves."""
     PAIRS: gl.constexpr = 16 if INT4 else 32
     single = gl.join((words & 0xFFFF).to(gl.int16), (words >> 16).to(gl.int16))
     parts = single.reshape((BN // 64, PAIRS // 8, 4, 8, 4, 2, 2, 2)).permute((0, 2, 6, 3, 1, 5, 4, 7))
-    return gl.convert_layout(parts.reshape((BN, 2 * PAIRS)), weights_layout(BM), assert_trivial=True)
+    return gl.convert_layout(parts.reshape((BN, 2 * PAIRS)), weights_layout(PART), assert_trivial=True)
 
 
 @gluon.jit
-def expanded(words, s0, s1, HALF: gl.constexpr, INT4: gl.constexpr, BM: gl.constexpr, BFLOAT16: gl.constexpr):
+def expanded(words, s0, s1, HALF: gl.constexpr, INT4: gl.constexpr, PART: gl.constexpr, BFLOAT16: gl.constexpr):
     """Weights [BN, 64] of a half of a block, int4 scaled by the scales of its quarters and rounded as the format says."""
     if INT4:
         s0, _ = gl.broadcast(s0.expand_dims(1), words)
@@ -113,4 +119,4 @@ def expanded(words, s0, s1, HALF: gl.constexpr, INT4: gl.constexpr, BM: gl.const
     else:
         asm: gl.constexpr = FLOAT16_FROM_INT8[HALF]
         weights = gl.inline_asm_elementwise(asm, "=&r,r", [words], dtype=gl.float16, is_pure=True, pack=2)
-    return gl.convert_layout(weights, weights_layout(BM), assert_trivial=True)
+    return gl.convert_layout(weights, weights_layout(PART), assert_trivial=True)

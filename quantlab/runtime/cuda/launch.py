@@ -223,8 +223,8 @@ def wide_product(m: Matrices, x: Tensor, way: Shares, out: Tensor) -> Tensor:
     assert way.sharers <= min(m.arrived.shape[0], way.programs), "a counter for every program that shares"
     assert not way.shared or way.sharers <= way.shared * blocks(columns), "programs wait for the shares of all runs"
     hopper.wide_product[(way.programs,)](
-        hopper.boxes(x, way.tokens, 64), m.weight.view(torch.int32), m.scale, hopper.boxes(out, way.tokens, ROWS),
-        hopper.boxes(shares, way.tokens, 32), shares, m.arrived,
+        *hopper.boxes(x, way.tokens, 64), m.weight.view(torch.int32), m.scale, *hopper.boxes(out, way.tokens, ROWS),
+        shares, *hopper.boxes(shares, way.tokens, 32), m.arrived,
         x.shape[0], rows, columns, way.shared, way.sharers,
         INT4=m.kind == Kind.INT4, GROUP=m.group, BM=way.tokens, num_warps=8, launch_pdl=True,
     )  # fmt: skip

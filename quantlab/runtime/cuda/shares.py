@@ -23,15 +23,18 @@ WIDE_TOKENS: Final = 96
 TOKENS_AT_ONCE: Final = 4096
 """More are multiplied in turn: the second-level cache would not keep what tiles of a round read together."""
 
-_BLOCK: Final = {128: 0.8, 256: 1.35}
+_BLOCK: Final = {128: 0.77, 192: 1.06, 256: 1.35}
 """Microseconds that a tile of so many tokens takes per block of columns, …"""
-_SHARE: Final = {128: 1.2, 256: 2.3}
+_SHARE: Final = {128: 1.3, 192: 1.2, 256: 2.1}
 """… and per share, if its columns are shared."""
-_WRITTEN: Final = 2.3
+_WRITTEN: Final = 2.0
 """Microseconds until a tile is written and the next begun."""
-_OUT_OF_STEP: Final = {Kind.INT4: 40 << 20, Kind.INT8: 20 << 20}
+_OUT_OF_STEP: Final = {
+    Kind.INT4: {128: 10 << 20, 192: 14 << 20, 256: 40 << 20},
+    Kind.INT8: {128: 4 << 20, 192: 8 << 20, 256: 16 << 20},
+}
 """Bytes of activations up to which programs may walk the columns out of step: the second-level cache keeps them."""
-_NARROW: Final = {Kind.INT4: 16 << 20, Kind.INT8: 8 << 20}
+_NARROW: Final = {Kind.INT4: 14 << 20, Kind.INT8: 32 << 20}
 """Bytes of activations up to which tiles of 128 tokens, which read twice as much for their arithmetic, are not held up."""
 
 
@@ -40,7 +43,7 @@ class Shares:
     """A way to deal a product out.
 
     Attributes:
-        tokens: of a tile, 128 or 256.
+        tokens: of a tile, 128, 192 or 256.
         programs: how many there are.
         shared: how many tiles, the last, are cut into equal runs; the others are taken whole, in rounds.
         sharers: how many programs have a run.
@@ -54,7 +57,7 @@ class Shares:
 
 def shares(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> Shares:
     """How the product of one matrix [rows, columns] with `tokens` rows is dealt out: the way that costs least."""
-    sizes = (128, 256) if tokens <= 128 or 2 * tokens * columns <= _NARROW[kind] else (256,)
+    sizes = (128, 192, 256) if tokens <= 128 or 2 * tokens * columns <= _NARROW[kind] else (192, 256)
     every = [way for size in sizes for way in ways(kind, rows, columns, tokens, chip, size)]
     return min(every, key=lambda way: _cost(way, -(-rows // ROWS) * -(-tokens // way.tokens), blocks(columns)))
 
@@ -64,10 +67,12 @@ def ways(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip, size: int
     count = -(-rows // ROWS) * -(-tokens // size)
     rounds, rest = divmod(count, chip.multiprocessors)
     yield Shares(size, min(count, chip.multiprocessors))
-    for sharers in (3 * rest // 2, 2 * rest, 3 * rest, 4 * rest):
+    out_of_step = 2 * tokens * columns <= _OUT_OF_STEP[kind][size]
+    every = (chip.multiprocessors,) if out_of_step and not rounds else ()
+    for sharers in sorted({3 * rest // 2, 2 * rest, 3 * rest, 4 * rest, *every}):
         if rest < sharers <= min(chip.multiprocessors, rest * blocks(columns)):
             yield Shares(size, chip.multiprocessors if rounds else sharers, rest, sharers)
-    if rounds and rest and 2 * tokens * columns <= _OUT_OF_STEP[kind]:
+    if rounds and rest and out_of_step:
         shared = rest + chip.multiprocessors
         three_of_four = shared // 4 * 3  # then three runs begin and end with four tiles
         yield Shares(size, chip.multiprocessors, shared, chip.multiprocessors)
