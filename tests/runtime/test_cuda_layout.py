@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantlab.runtime.cuda import layout
-from quantlab.runtime.cuda.shares import ROWS, shares, ways
+from quantlab.runtime.cuda.shares import ROWS, TOKENS_AT_ONCE, Shares, shares, turns, ways
 from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles, band_rows, expert_tiles, fitting, linear_tiles
 
 H100 = Chip(132, 232448, overlaps=True, wide=True)
@@ -99,7 +99,7 @@ def test_every_tile_is_dealt_out_once(kind: Kind, multiprocessors: int) -> None:
     shapes = ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (11008, 4096), (576, 2048), (8, 128))
     for (rows, columns), tokens in product(shapes, (65, 128, 129, 300, 512, 1100, 2048, 2049, 8192)):
         every = [way for size in (128, 192, 256) for way in ways(kind, rows, columns, tokens, chip, size)]
-        assert shares(kind, rows, columns, tokens, chip) in every
+        assert shares(kind, rows, columns, tokens, chip)[1] in every
         for way in every:
             tiles, blocks = -(-rows // ROWS) * -(-tokens // way.tokens), -(-columns // 128)
             units = way.shared * blocks
@@ -119,8 +119,25 @@ def test_every_tile_is_dealt_out_once(kind: Kind, multiprocessors: int) -> None:
 
 
 def test_tiles_that_fill_no_round_are_shared() -> None:
-    assert shares(Kind.INT4, 18432, 7168, 2048, H100).tokens == 256
-    assert shares(Kind.INT4, 24576, 1536, 512, H100).shared == 0
-    few = shares(Kind.INT4, 4096, 7168, 512, H100)
-    assert (few.shared, few.sharers) == (64, 128)
-    assert shares(Kind.INT4, 7168, 18432, 2048, H100).shared < 132, "75 MB of activations are walked in step"
+    def way(rows: int, columns: int, tokens: int) -> Shares:
+        return shares(Kind.INT4, rows, columns, tokens, H100)[1]
+
+    assert way(18432, 7168, 1024).tokens == 256
+    assert way(24576, 1536, 512).shared == 0
+    assert (way(4096, 7168, 512).shared, way(4096, 7168, 512).sharers) == (64, 128)
+    assert way(7168, 18432, 2048).shared < 132, "75 MB of activations are walked in step"
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300, 640, 1024, 1025, 5000])
+def test_turns_take_every_token_once(tokens: int) -> None:
+    for kind, (rows, columns) in product((Kind.INT4, Kind.INT8), ((18432, 7168), (4096, 7168), (8, 128))):
+        each = turns(kind, rows, columns, tokens, H100)
+        assert sum(count for count, _ in each) == tokens
+        assert all(1 <= count <= TOKENS_AT_ONCE for count, _ in each)
+        for count, way in each:
+            assert way in ways(kind, rows, columns, -(-count // 64) * 64, H100, way.tokens)
+
+
+def test_tokens_that_fill_no_tiles_are_multiplied_in_turns() -> None:
+    assert len(turns(Kind.INT4, 18432, 7168, 640, H100)) == 2
+    assert len(turns(Kind.INT4, 18432, 7168, 512, H100)) == 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import Scheme
 from quantlab.runtime.cuda import layout
-from quantlab.runtime.cuda.shares import TOKENS_AT_ONCE, WIDE_TOKENS, shares
+from quantlab.runtime.cuda.shares import WIDE_TOKENS, turns
 from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, FEW_TOKENS, Kind, band_rows, linear_tiles
 from quantlab.runtime.products import Groups, joined, split
 
@@ -134,12 +134,10 @@ class CudaMatrices(nn.Module):
         tokens = x.shape[0]
         out = torch.empty(tokens, self.shape[1], dtype=x.dtype, device=x.device)
         m, chip = self.on_device(index), launch.chip(x.device)
-        each = -(-tokens // -(-tokens // TOKENS_AT_ONCE))
-        each += -each % 256
-        for first in range(0, tokens, each):
-            part = x[first : first + each]
-            way = shares(self.kind, *self.shape[1:], part.shape[0], chip)
-            launch.wide_product(m, part, way, out[first : first + each])
+        first = 0
+        for count, way in turns(self.kind, *self.shape[1:], tokens, chip):
+            launch.wide_product(m, x[first : first + count], way, out[first : first + count])
+            first += count
         return out
 
     def _expanded_product(self, x: Tensor, index: int) -> Tensor:

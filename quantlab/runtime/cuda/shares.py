@@ -1,5 +1,8 @@
 """How products of many rows are dealt out to the programs of `hopper.wide_product`, one per multiprocessor.
 
+Tiles are larger than most numbers of tokens are round, and few tiles fill the multiprocessors well. So the tokens may be
+multiplied in turns, for which tiles are right: 640 as 512 and 128, for example.
+
 Tiles rarely fill whole rounds of programs, and a round is long. So the last tiles are cut: into halves, thirds, quarters or
 two thirds where they are too few for a round, or, together with the tiles of the round before, into as many equal runs of
 blocks of columns as there are programs. Shares cost memory traffic and a wait; runs of unequal ends also have programs walk
@@ -9,7 +12,9 @@ of DeepSeek models (`eval/results/cuda-linears-h100.md`).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd
+from operator import itemgetter
 from typing import Final
 
 from quantlab.runtime.cuda.layout import blocks
@@ -21,20 +26,24 @@ ROWS: Final = 128
 WIDE_TOKENS: Final = 96
 """From this many tokens on the kernel is faster than `kernels.product` everywhere."""
 TOKENS_AT_ONCE: Final = 4096
-"""More are multiplied in turn: the second-level cache would not keep what tiles of a round read together."""
+"""Of a turn, at most: the second-level cache would not keep what tiles of a round read together."""
+_STEP: Final = 64
+"""Turns have multiples of so many tokens."""
+_TURN: Final = 2.5
+"""Microseconds that one more turn costs besides."""
 
-_BLOCK: Final = {128: 0.77, 192: 1.06, 256: 1.35}
+_BLOCK: Final = {128: 0.82, 192: 1.08, 256: 1.35}
 """Microseconds that a tile of so many tokens takes per block of columns, …"""
-_SHARE: Final = {128: 1.3, 192: 1.2, 256: 2.1}
+_SHARE: Final = {128: 1.25, 192: 1.15, 256: 1.85}
 """… and per share, if its columns are shared."""
-_WRITTEN: Final = 2.0
+_WRITTEN: Final = 2.5
 """Microseconds until a tile is written and the next begun."""
 _OUT_OF_STEP: Final = {
-    Kind.INT4: {128: 10 << 20, 192: 14 << 20, 256: 40 << 20},
+    Kind.INT4: {128: 16 << 20, 192: 16 << 20, 256: 40 << 20},
     Kind.INT8: {128: 4 << 20, 192: 8 << 20, 256: 16 << 20},
 }
 """Bytes of activations up to which programs may walk the columns out of step: the second-level cache keeps them."""
-_NARROW: Final = {Kind.INT4: 14 << 20, Kind.INT8: 32 << 20}
+_NARROW: Final = {Kind.INT4: 16 << 20, Kind.INT8: 12 << 20}
 """Bytes of activations up to which tiles of 128 tokens, which read twice as much for their arithmetic, are not held up."""
 
 
@@ -55,11 +64,37 @@ class Shares:
     sharers: int = 1
 
 
-def shares(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> Shares:
-    """How the product of one matrix [rows, columns] with `tokens` rows is dealt out: the way that costs least."""
+@lru_cache(maxsize=4096)
+def turns(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> tuple[tuple[int, Shares], ...]:
+    """Of how many tokens each turn is in a product of `tokens` with one matrix [rows, columns], and how it is dealt out.
+
+    Their costs are least together.
+    """
+    sizes = range(_STEP, min(TOKENS_AT_ONCE, tokens + _STEP - 1) + 1, _STEP)
+    singles = [shares(kind, rows, columns, size, chip) for size in sizes]
+    least = [(0.0, 0)]  # by multiples of _STEP tokens: microseconds, and the last turn's
+    for steps in range(1, -(-tokens // _STEP) + 1):
+        costs = [(least[steps - last][0] + single[0] + _TURN, last) for last, single in enumerate(singles[:steps], 1)]
+        least.append(min(costs, key=itemgetter(0)))
+    found: list[tuple[int, Shares]] = []
+    steps, left = len(least) - 1, tokens
+    while steps:
+        last = least[steps][1]
+        found.append((min(last * _STEP, left), singles[last - 1][1]))
+        steps, left = steps - last, left - last * _STEP
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def shares(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> tuple[float, Shares]:
+    """How the product of one matrix [rows, columns] with `tokens` rows is dealt out: the way that costs least, and its cost.
+
+    The cost is in microseconds, on one H100.
+    """
     sizes = (128, 192, 256) if tokens <= 128 or 2 * tokens * columns <= _NARROW[kind] else (192, 256)
     every = [way for size in sizes for way in ways(kind, rows, columns, tokens, chip, size)]
-    return min(every, key=lambda way: _cost(way, -(-rows // ROWS) * -(-tokens // way.tokens), blocks(columns)))
+    costs = [_cost(way, -(-rows // ROWS) * -(-tokens // way.tokens), blocks(columns)) for way in every]
+    return min(zip(costs, every, strict=True), key=itemgetter(0))
 
 
 def ways(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip, size: int) -> Iterator[Shares]:
