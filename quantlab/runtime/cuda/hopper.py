@@ -4,9 +4,9 @@ At many tokens a product costs arithmetic, and the tensor cores must never wait:
 integers to be expanded. So warps have roles. One warp (`fetch`) has the copy engine bring activations, half a block of
 columns at a time, into a ring of places in shared memory. Eight warps (`consume`) expand and multiply: each four own 64
 rows of the matrix, read the words of their part straight into registers, as they lie, a block ahead
-(`quantlab.runtime.cuda.hopper_words`), and expand half a block while the tensor cores still multiply the half before. With tiles
-of 256 activations products take 93 % of the cycles of such a program, beginning and end included; with tiles of 192 85 %,
-of 128 75 %: expanding for fewer is not hidden as well.
+(`quantlab.runtime.cuda.hopper_words`), and expand half a block while the tensor cores still multiply the half before. With
+tiles of 256 activations products take 93 % of the cycles of such a program, beginning and end included, with tiles of 192
+85 %, of 128 75 %: behind fewer products expanding is hidden less.
 
 As in `quantlab.runtime.cuda.kernels` the product is transposed, ``W x^T``, since weights can come from registers only on the
 left, and launches overlap: there is no room for a second program beside one, but the next takes the place of the first that
@@ -157,7 +157,8 @@ def write(sums, more, scale, out, out_tiles, row, top, N, INT4: gl.constexpr, BM
 def multiplied(weights, rings, place, sums, more, BM: gl.constexpr):
     """Weights [BN, 64] times a place of the rings, added to the sums; products begun before have ended, these have not.
 
-    The larger part comes last: while its last product runs, weights are expanded for the next.
+    The larger part comes last: while its last product runs, weights are expanded for the next. Weights must not be carried over
+    a loop: that merges their registers with those of the next while products still read them.
     """
     B: gl.constexpr = parts_of(BM)[1]
     if B:
