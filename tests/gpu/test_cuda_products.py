@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
-from quantlab.runtime.cuda.shares import ways
+from quantlab.runtime.cuda.shares import turns, ways
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.int8 import quantize_tokens
 from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
@@ -115,12 +115,58 @@ def test_every_way_to_deal_out_many_rows(scheme: SchemeName, shape: tuple[int, i
         expected = x.double() @ weight.t()
         like = expected.to(dtype)
         every = [way for size in (128, 192, 256) for way in ways(bank.kind, *shape, tokens, chip, size)]
-        # one way after the other, each twice, so that they overlap
         found = [launch.wide_product(m, x, way, torch.full_like(like, torch.nan)) for way in every for _ in range(2)]
         assert not bank.arrived.any()
         for way, one, again in zip(every, found[::2], found[1::2], strict=True):
             assert error(one, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-3), (tokens, way)
             assert torch.equal(one, again), "equal inputs, equal outputs"
+
+
+@pytest.mark.parametrize("scheme", ["int4_g128", "int8_weight"])
+def test_products_that_begin_while_the_one_before_runs(scheme: SchemeName) -> None:
+    from quantlab.runtime.cuda import launch
+
+    chip = launch.chip(GPU)
+    if not chip.wide:
+        pytest.skip("needs compute capability 9 and the Gluon it is written in")
+    matrix = made(scheme, 4096, 1024, torch.bfloat16)
+    bank = bank_of(scheme, [matrix])
+    m = bank.on_device(0)
+    x = torch.randn(700, 1024, device=GPU).bfloat16()
+    expected = x.double() @ exact(matrix).t()
+    every = [way for size in (128, 192, 256) for way in ways(bank.kind, 4096, 1024, 700, chip, size)]
+    outs = [launch.wide_product(m, x, way, expected.bfloat16()) for way in every]  # all are compiled
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for way, out in zip(every, outs, strict=True):
+            launch.wide_product(m, x, way, out)
+    for out in outs:
+        out.fill_(torch.nan)
+    graph.replay()
+    assert not bank.arrived.any()
+    for way, out in zip(every, outs, strict=True):
+        assert error(out, expected) < 4e-3, way
+
+
+@pytest.mark.parametrize("scheme", ["int4_g128", "int8_weight"])
+def test_turns_of_different_tiles(scheme: SchemeName) -> None:
+    from quantlab.runtime.cuda import launch
+
+    chip = launch.chip(GPU)
+    if not chip.wide:
+        pytest.skip("needs compute capability 9 and the Gluon it is written in")
+    rows, columns = 7168, 2048
+    matrix = made(scheme, rows, columns, torch.bfloat16)
+    bank = bank_of(scheme, [matrix])
+    weight = exact(matrix)
+    tiles = {
+        count: {way.tokens for _, way in turns(bank.kind, rows, columns, count, chip)} for count in range(256, 2049, 64)
+    }
+    mixed = [count for count in tiles if len(tiles[count]) > 1][:4]
+    assert mixed
+    for tokens in mixed:
+        x = torch.randn(tokens - 5, columns, device=GPU).bfloat16()
+        assert error(bank.product(x), x.double() @ weight.t()) < 4e-3, tokens
 
 
 @pytest.mark.parametrize("scheme", ALL)

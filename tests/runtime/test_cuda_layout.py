@@ -94,7 +94,7 @@ def test_bands_stay_small() -> None:
 @pytest.mark.parametrize("multiprocessors", [3, 114, 132])
 @pytest.mark.parametrize("kind", [Kind.INT4, Kind.INT8])
 def test_every_tile_is_dealt_out_once(kind: Kind, multiprocessors: int) -> None:
-    """Run by run, as `hopper.work`, `hopper.item_of` and `hopper.run_of` count; tiles not shared are taken in rounds."""
+    """Run by run, as `hopper_shares.work`, `item_of` and `run_of` count; tiles not shared are taken in rounds."""
     chip = replace(H100, multiprocessors=multiprocessors)
     shapes = ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (11008, 4096), (576, 2048), (8, 128))
     for (rows, columns), tokens in product(shapes, (65, 128, 129, 300, 512, 1100, 2048, 2049, 8192)):

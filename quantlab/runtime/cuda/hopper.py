@@ -47,7 +47,7 @@ from quantlab.runtime.cuda.hopper_shares import (
 from quantlab.runtime.cuda.hopper_words import BN, expanded, in_rows, packed, parts_of, sums_layout, weights_layout
 
 RING: gl.constexpr = gl.constexpr(1344)
-"""Rows of 64 activations in shared memory, at most: 168 KB, which with a tile of results is all there is, or nearly."""
+"""Rows of 64 activations in shared memory, at most: 168 KB, which with results of 192 or 256 tokens is nearly all there is."""
 SEND_FOR: gl.constexpr = gl.constexpr("""{ .reg .pred one; elect.sync _|one, 0xffffffff;
 @one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""")
 

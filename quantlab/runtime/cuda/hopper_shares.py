@@ -17,7 +17,7 @@ from quantlab.runtime.cuda.hopper_words import BN, parts_of, sums_layout
 QUARTERS: gl.constexpr = gl.constexpr(4)
 """Places of the ring that the sums of a tile take, and …"""
 QUARTER: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
-"""… how they lie there: [BM, 32] float32."""
+"""… how a part of each lies there: [PART, 32] float32."""
 
 UNTIL: gl.constexpr = gl.constexpr("""{ .reg .pred less; .reg .u32 seen;
 look: ld.relaxed.gpu.global.u32 seen, [$1]; setp.lt.u32 less, seen, $2; @less bra look;

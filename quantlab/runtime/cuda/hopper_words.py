@@ -1,7 +1,7 @@
 """How warps of `quantlab.runtime.cuda.hopper` read packed words and expand them, in the layouts of its tensor cores.
 
-Legend: tiles of BN = 128 rows of the matrix and BM of activations, in one or two parts of PART of them; blocks of 128 columns, whose words lie as
-`quantlab.runtime.cuda.layout` says, two in each int32.
+Legend: tiles of BN = 128 rows of the matrix and BM of activations, in one or two parts of PART of them; blocks of 128 columns,
+whose words lie as `quantlab.runtime.cuda.layout` says, two in each int32.
 """
 
 from triton.experimental import gluon

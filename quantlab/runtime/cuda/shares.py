@@ -4,10 +4,10 @@ Tiles are larger than most numbers of tokens are round, and few tiles fill the m
 multiplied in turns, for which tiles are right: 640 as 512 and 128, for example.
 
 Tiles rarely fill whole rounds of programs, and a round is long. So the last tiles are cut: into halves, thirds, quarters or
-two thirds where they are too few for a round, or, together with the tiles of the round before, into as many equal runs of
-blocks of columns as there are programs. Shares cost memory traffic and a wait; runs of unequal ends also have programs walk
-the columns out of step, each asking for other activations than the rest. The numbers were measured on one H100 at the shapes
-of DeepSeek models (`eval/results/cuda-linears-h100.md`).
+two thirds where they are too few for a round, or, alone or together with the tiles of the round before, into as many equal
+runs of blocks of columns as there are programs. Shares cost memory traffic and a wait; runs of unequal ends also have
+programs walk the columns out of step, each asking for other activations than the rest. The numbers were measured on one H100
+at the shapes of DeepSeek models (`eval/results/cuda-linears-h100.md`).
 """
 
 from collections.abc import Iterator
@@ -64,24 +64,30 @@ class Shares:
     sharers: int = 1
 
 
-@lru_cache(maxsize=4096)
-def turns(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> tuple[tuple[int, Shares], ...]:
+def turns(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> list[tuple[int, Shares]]:
     """Of how many tokens each turn is in a product of `tokens` with one matrix [rows, columns], and how it is dealt out.
 
     Their costs are least together.
     """
-    sizes = range(_STEP, min(TOKENS_AT_ONCE, tokens + _STEP - 1) + 1, _STEP)
+    found = [(steps * _STEP, way) for steps, way in _turns(kind, rows, columns, -(-tokens // _STEP), chip)]
+    last = tokens - sum(count for count, _ in found[:-1])
+    return [*found[:-1], (last, found[-1][1])]
+
+
+@lru_cache(maxsize=4096)
+def _turns(kind: Kind, rows: int, columns: int, steps: int, chip: Chip) -> tuple[tuple[int, Shares], ...]:
+    """The turns of `steps` times _STEP tokens, in such steps."""
+    sizes = range(_STEP, min(TOKENS_AT_ONCE, steps * _STEP) + 1, _STEP)
     singles = [shares(kind, rows, columns, size, chip) for size in sizes]
-    least = [(0.0, 0)]  # by multiples of _STEP tokens: microseconds, and the last turn's
-    for steps in range(1, -(-tokens // _STEP) + 1):
-        costs = [(least[steps - last][0] + single[0] + _TURN, last) for last, single in enumerate(singles[:steps], 1)]
+    least = [(0.0, 0)]  # by steps: microseconds, and the last turn's
+    for count in range(1, steps + 1):
+        costs = [(least[count - last][0] + single[0] + _TURN, last) for last, single in enumerate(singles[:count], 1)]
         least.append(min(costs, key=itemgetter(0)))
     found: list[tuple[int, Shares]] = []
-    steps, left = len(least) - 1, tokens
     while steps:
         last = least[steps][1]
-        found.append((min(last * _STEP, left), singles[last - 1][1]))
-        steps, left = steps - last, left - last * _STEP
+        found.append((last, singles[last - 1][1]))
+        steps -= last
     return tuple(found)
 
 
