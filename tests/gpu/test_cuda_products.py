@@ -8,6 +8,7 @@ from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
 from quantlab.runtime.cuda.shares import turns, ways
+from quantlab.runtime.cuda.tiles import Chip
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.int8 import quantize_tokens
 from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
@@ -96,15 +97,24 @@ def test_many_tokens_and_float32(scheme: SchemeName) -> None:
         assert error(bank.products(x, single(tokens)), seen(x, scheme) @ weight.t()) < limit
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(4096, 1024), (576, 1408), (200, 384), (24576, 256), (136, 96)])
-@pytest.mark.parametrize("scheme", ["int4_g128", "int4_g64", "int4_g32", "int8_weight"])
-def test_every_way_to_deal_out_many_rows(scheme: SchemeName, shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.fixture
+def wide_chip() -> Chip:
     from quantlab.runtime.cuda import launch
 
     chip = launch.chip(GPU)
     if not chip.wide:
         pytest.skip("needs compute capability 9 and the Gluon it is written in")
+    return chip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4096, 1024), (576, 1408), (200, 384), (24576, 256), (136, 96)])
+@pytest.mark.parametrize("scheme", ["int4_g128", "int4_g64", "int4_g32", "int8_weight"])
+def test_every_way_to_deal_out_many_rows(
+    scheme: SchemeName, shape: tuple[int, int], dtype: torch.dtype, wide_chip: Chip
+) -> None:
+    from quantlab.runtime.cuda import launch
+
     if shape[1] % (SCHEMES[scheme].group_size or 1):
         pytest.skip("the group does not divide the columns")
     matrix = made(scheme, *shape, dtype)
@@ -114,7 +124,7 @@ def test_every_way_to_deal_out_many_rows(scheme: SchemeName, shape: tuple[int, i
         x = torch.randn(tokens, shape[1], device=GPU).to(dtype)
         expected = x.double() @ weight.t()
         like = expected.to(dtype)
-        every = [way for size in (128, 192, 256) for way in ways(bank.kind, *shape, tokens, chip, size)]
+        every = [way for size in (128, 192, 256) for way in ways(bank.kind, *shape, tokens, wide_chip, size)]
         found = [launch.wide_product(m, x, way, torch.full_like(like, torch.nan)) for way in every for _ in range(2)]
         assert not bank.arrived.any()
         for way, one, again in zip(every, found[::2], found[1::2], strict=True):
@@ -123,18 +133,15 @@ def test_every_way_to_deal_out_many_rows(scheme: SchemeName, shape: tuple[int, i
 
 
 @pytest.mark.parametrize("scheme", ["int4_g128", "int8_weight"])
-def test_products_that_begin_while_the_one_before_runs(scheme: SchemeName) -> None:
+def test_products_that_begin_while_the_one_before_runs(scheme: SchemeName, wide_chip: Chip) -> None:
     from quantlab.runtime.cuda import launch
 
-    chip = launch.chip(GPU)
-    if not chip.wide:
-        pytest.skip("needs compute capability 9 and the Gluon it is written in")
     matrix = made(scheme, 4096, 1024, torch.bfloat16)
     bank = bank_of(scheme, [matrix])
     m = bank.on_device(0)
     x = torch.randn(700, 1024, device=GPU).bfloat16()
     expected = x.double() @ exact(matrix).t()
-    every = [way for size in (128, 192, 256) for way in ways(bank.kind, 4096, 1024, 700, chip, size)]
+    every = [way for size in (128, 192, 256) for way in ways(bank.kind, 4096, 1024, 700, wide_chip, size)]
     outs = [launch.wide_product(m, x, way, expected.bfloat16()) for way in every]  # all are compiled
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -149,20 +156,16 @@ def test_products_that_begin_while_the_one_before_runs(scheme: SchemeName) -> No
 
 
 @pytest.mark.parametrize("scheme", ["int4_g128", "int8_weight"])
-def test_turns_of_different_tiles(scheme: SchemeName) -> None:
-    from quantlab.runtime.cuda import launch
-
-    chip = launch.chip(GPU)
-    if not chip.wide:
-        pytest.skip("needs compute capability 9 and the Gluon it is written in")
+def test_turns_of_different_tiles(scheme: SchemeName, wide_chip: Chip) -> None:
     rows, columns = 7168, 2048
     matrix = made(scheme, rows, columns, torch.bfloat16)
     bank = bank_of(scheme, [matrix])
     weight = exact(matrix)
     tiles = {
-        count: {way.tokens for _, way in turns(bank.kind, rows, columns, count, chip)} for count in range(256, 2049, 64)
+        count: {way.tokens for _, way in turns(bank.kind, rows, columns, count, wide_chip)}
+        for count in range(256, 2049, 64)
     }
-    mixed = [count for count in tiles if len(tiles[count]) > 1][:4]
+    mixed = [count for count, each in tiles.items() if len(each) > 1][:4]
     assert mixed
     for tokens in mixed:
         x = torch.randn(tokens - 5, columns, device=GPU).bfloat16()

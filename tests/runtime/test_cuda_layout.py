@@ -1,13 +1,14 @@
 """How integers lie on a CUDA device, and how products are cut: no GPU is needed to know."""
 
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, pairwise, product
 
 import pytest
 import torch
 
 from quantlab.runtime.cuda import layout
-from quantlab.runtime.cuda.shares import ROWS, TOKENS_AT_ONCE, Shares, shares, turns, ways
+from quantlab.runtime.cuda.shares import _TURN, ROWS, TOKENS_AT_ONCE, Shares, shares, turns, ways
 from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles, band_rows, expert_tiles, fitting, linear_tiles
 
 H100 = Chip(132, 232448, overlaps=True, wide=True)
@@ -136,6 +137,20 @@ def test_turns_take_every_token_once(tokens: int) -> None:
         assert all(1 <= count <= TOKENS_AT_ONCE for count, _ in each)
         for count, way in each:
             assert way in ways(kind, rows, columns, -(-count // 64) * 64, H100, way.tokens)
+
+
+@pytest.mark.parametrize("tokens", [64, 320, 448, 640])
+@pytest.mark.parametrize("kind", [Kind.INT4, Kind.INT8])
+def test_no_other_turns_cost_less(kind: Kind, tokens: int) -> None:
+    """Against every way to cut the tokens into multiples of 64."""
+    for matrix in ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (7168, 2048)):
+
+        def cost(counts: Iterable[int], matrix: tuple[int, int] = matrix) -> float:
+            return sum(shares(kind, *matrix, count, H100)[0] + _TURN for count in counts)
+
+        cuts = (cut for count in range(tokens // 64) for cut in combinations(range(64, tokens, 64), count))
+        least = min(cost(last - first for first, last in pairwise((0, *cut, tokens))) for cut in cuts)
+        assert cost(count for count, _ in turns(kind, *matrix, tokens, H100)) == pytest.approx(least)
 
 
 def test_tokens_that_fill_no_tiles_are_multiplied_in_turns() -> None:
