@@ -25,15 +25,15 @@ from quantlab.plan.compile import code_version, compile_plan
 from quantlab.plan.model import Plan
 from quantlab.plan.source import survey
 from quantlab.recipe.load import LoadedRecipe, load_recipe
-from quantlab.report.claims import load_claims
-from quantlab.report.compare import GRAMMAR
-from quantlab.report.compare import compare as compare_records
-from quantlab.report.compare_terminal import print_comparison
+from quantlab.report.claims.check import load_claims
+from quantlab.report.comparison.compare import GRAMMAR
+from quantlab.report.comparison.compare import compare as compare_records
+from quantlab.report.comparison.terminal import print_comparison
 from quantlab.report.files import CLAIMS_NAME, find_records, read_records, write_report
-from quantlab.report.leaderboard_files import write_leaderboard
-from quantlab.report.leaderboard_terminal import print_leaderboard
-from quantlab.report.matrix import Matrix
-from quantlab.report.terminal import print_matrix
+from quantlab.report.leaderboard.files import write_leaderboard
+from quantlab.report.leaderboard.terminal import print_leaderboard
+from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.terminal import print_matrix
 
 app = typer.Typer(
     no_args_is_help=True,

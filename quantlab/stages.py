@@ -17,7 +17,7 @@ from quantlab.evaluation.manifest import weights_sha256
 from quantlab.plan.model import Plan, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.report.files import write_report
-from quantlab.report.matrix import Matrix
+from quantlab.report.matrix.matrix import Matrix
 from quantlab.run.artifact import MANIFEST_NAME
 from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import MadeArtifacts, make_artifacts

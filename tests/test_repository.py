@@ -15,7 +15,7 @@ from quantlab.checkpoint.index import open_checkpoint
 from quantlab.evaluation.suite import load_suite
 from quantlab.plan.compile import compile_plan
 from quantlab.recipe.load import load_recipe
-from quantlab.report.claims import load_claims
+from quantlab.report.claims.check import load_claims
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "quantlab").rglob("*.py"))
@@ -103,7 +103,11 @@ def test_files_and_functions_stay_short() -> None:
 
 
 def test_packages_export_nothing() -> None:
-    assert not [path for path in MODULES if path.name == "__init__.py" and path.read_text()]
+    """An `__init__.py` may say what lives in its folder, in a docstring and nothing else."""
+    for path in MODULES:
+        if path.name == "__init__.py":
+            body = ast.parse(path.read_text()).body
+            assert not body or (len(body) == 1 and ast.get_docstring(ast.Module(body, [])) is not None), path
 
 
 def test_no_module_is_a_drawer() -> None:

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from quantlab.checkpoint.files import write_atomically
 from quantlab.errors import ArtifactError, EvaluationError
-from quantlab.evaluation import hardware
-from quantlab.evaluation.jobs import Progress, predictions_complete
+from quantlab.evaluation.machine import hardware
 from quantlab.evaluation.manifest import check_unchanged, matrix_errors, read_manifest, tokens_per_expert
-from quantlab.evaluation.measuring import Bench, Found, SpeedTurns, measure_row, sound_parts
-from quantlab.evaluation.processes import Worker
+from quantlab.evaluation.processes.cells import Bench, Found, SpeedTurns, measure_row, sound_parts
+from quantlab.evaluation.processes.messages import Progress, predictions_complete
+from quantlab.evaluation.processes.workers import Worker
 from quantlab.evaluation.record import Failure, Record, read_record
-from quantlab.evaluation.rows import adjusted
-from quantlab.evaluation.scores import kept_scores, twin
 from quantlab.evaluation.suite import LoadedSuite, load_suite
+from quantlab.evaluation.tasks.scores import kept_scores, twin
+from quantlab.evaluation.verdicts import adjusted
 
 RECORDS = "records"
 _WORK = ".work"

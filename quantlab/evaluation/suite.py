@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from quantlab.documents import load_document, nearest
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.tasks import LoadedTask, Task, load_task
+from quantlab.evaluation.tasks.offline import LoadedTask, Task, load_task
 
 
 class _Strict(BaseModel):

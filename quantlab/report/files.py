@@ -7,13 +7,13 @@ from pathlib import Path
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record, read_record
-from quantlab.report.cards import filled_cards
-from quantlab.report.claims import load_claims
-from quantlab.report.compare import GRAMMAR
-from quantlab.report.html import to_html, to_svg
-from quantlab.report.markdown import to_markdown
-from quantlab.report.matrix import Matrix, build_matrix
-from quantlab.report.spreadsheet import to_csv
+from quantlab.report.claims.check import load_claims
+from quantlab.report.comparison.compare import GRAMMAR
+from quantlab.report.matrix.csv_file import to_csv
+from quantlab.report.matrix.html import to_html, to_svg
+from quantlab.report.matrix.markdown import to_markdown
+from quantlab.report.matrix.matrix import Matrix, build_matrix
+from quantlab.report.matrix.model_cards import filled_cards
 
 CLAIMS_NAME = "claims.yaml"
 

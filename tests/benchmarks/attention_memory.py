@@ -1,6 +1,6 @@
 """What reading a long context takes beyond the weights, by implementation of attention.
 
-What is measured, and how, is `quantlab.evaluation.attention`'s: a context of 2k, 8k and 32k tokens, one sequence, the peak of
+What is measured, and how, is `quantlab.evaluation.memory.attention`'s: a context of 2k, 8k and 32k tokens, one sequence, the peak of
 memory above the weights while it is read and while a token is decoded after it. Here it is done for MLA and for a dense
 model, without a recipe: on the CPU with small layers, each combination in a process of its own, on CUDA with layers as wide
 as the models'.
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import transformers
 
-from quantlab.evaluation.attention import Case, attempt
+from quantlab.evaluation.memory.attention import Case, attempt
 from quantlab.evaluation.record import AttentionCell
-from quantlab.evaluation.speed import Layout
+from quantlab.evaluation.speed.measure import Layout
 from quantlab.runtime.attention import IMPLEMENTATIONS
 from quantlab.runtime.device import find_device
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from quantlab.errors import RecipeError
-from quantlab.evaluation import attention
-from quantlab.evaluation.attention import Case, attempt, needed_bytes
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
-from quantlab.evaluation.jobs import AttentionRequest, AttentionResult
-from quantlab.evaluation.processes import Worker
+from quantlab.evaluation.memory import attention
+from quantlab.evaluation.memory.attention import Case, attempt, needed_bytes
+from quantlab.evaluation.processes.messages import AttentionRequest, AttentionResult
+from quantlab.evaluation.processes.workers import Worker
 from quantlab.evaluation.record import AttentionCell, Record
-from quantlab.evaluation.speed import Layout
+from quantlab.evaluation.speed.measure import Layout
 from quantlab.evaluation.suite import Implementation, load_suite
 from quantlab.runtime.attention import IMPLEMENTATIONS
 from tests.runtime.tiny import FAMILIES

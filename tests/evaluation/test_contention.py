@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantlab.evaluation import contention, gauges
-from quantlab.evaluation.contention import Moment, crowd, crowded_gpu, spread
+from quantlab.evaluation.machine import contention, gauges
+from quantlab.evaluation.machine.contention import Moment, crowd, crowded_gpu, spread
 
 
 def spin(seconds: float) -> None:

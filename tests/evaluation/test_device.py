@@ -14,8 +14,8 @@ from quantlab.errors import DeviceError
 from quantlab.evaluation import evaluate as evaluation
 from quantlab.evaluation import gauges, hardware
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
-from quantlab.evaluation.jobs import CellRequest, MemoryRequest
-from quantlab.evaluation.processes import CellError, Worker
+from quantlab.evaluation.processes.messages import CellRequest, MemoryRequest
+from quantlab.evaluation.processes.workers import CellError, Worker
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

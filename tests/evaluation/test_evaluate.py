@@ -17,7 +17,8 @@ import pytest
 from quantlab.errors import EvaluationError
 from quantlab.evaluation import hardware, measuring
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
-from quantlab.evaluation.jobs import (
+from quantlab.evaluation.processes.cells import Bench, SpeedTurns
+from quantlab.evaluation.processes.messages import (
     CellRequest,
     MemoryRequest,
     QualityRequest,
@@ -26,8 +27,7 @@ from quantlab.evaluation.jobs import (
     TasksRequest,
     TasksResult,
 )
-from quantlab.evaluation.measuring import Bench, SpeedTurns
-from quantlab.evaluation.processes import CellError, Worker
+from quantlab.evaluation.processes.workers import CellError, Worker
 from quantlab.evaluation.record import Memory, Record, read_record
 from quantlab.evaluation.suite import load_suite
 from tests.evaluation.conftest import write_tokenizer
@@ -196,7 +196,7 @@ def test_processes_of_speed_are_spread_over_the_rows(
     speed = suite.suite.speed.model_copy(update={"processes": processes})
     suite = dataclasses.replace(suite, suite=suite.suite.model_copy(update={"speed": speed}))
     worker = SimpleNamespace(run=lambda name, *_, **__: happened.append(name) or SimpleNamespace(failures={}))
-    monkeypatch.setattr("quantlab.evaluation.measuring.speeds_of", lambda _, results: {"a": len(results)})
+    monkeypatch.setattr("quantlab.evaluation.processes.cells.speeds_of", lambda _, results: {"a": len(results)})
     bench = SimpleNamespace(worker=worker, suite=suite, device="cpu", progress=print)
     turns = SpeedTurns(cast(Bench, bench), {"a": Path("a")})
     for row in range(4):
@@ -330,7 +330,7 @@ def test_the_time_limit_begins_anew_with_each_part_of_an_answer(
 ) -> None:
     worker = Worker(tmp_path, threads=1, time_limit=10)
     clock = iter([0.0, 7.0, 14.0])
-    monkeypatch.setattr("quantlab.evaluation.processes.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("quantlab.evaluation.processes.workers.time.monotonic", lambda: next(clock))
     events = iter(
         [{"event": "part", "answer": "{}"}, {"event": "part", "answer": "{}"}, {"event": "exit", "status": 0}]
     )
@@ -461,7 +461,7 @@ def test_versions_are_told_also_where_quantlab_is_run_from_its_sources(monkeypat
             raise PackageNotFoundError(package)
         return "1.2.3"
 
-    monkeypatch.setattr("quantlab.evaluation.hardware.version", version)
+    monkeypatch.setattr("quantlab.evaluation.machine.hardware.version", version)
     found = hardware.versions()
     assert set(found) == {
         "python", "quantlab", "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy"

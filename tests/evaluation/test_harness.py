@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.answers import measure_tasks
-from quantlab.evaluation.harness import Answerer, answer
-from quantlab.evaluation.jobs import TaskAnswer, TasksRequest
+from quantlab.evaluation.processes.messages import TaskAnswer, TasksRequest
+from quantlab.evaluation.quality.windows import load_tokenizer
 from quantlab.evaluation.record import TaskResult
 from quantlab.evaluation.suite import SuiteTask, load_suite
-from quantlab.evaluation.text import load_tokenizer
+from quantlab.evaluation.tasks.lm_eval_tasks import Answerer, answer
+from quantlab.evaluation.tasks.measure import measure_tasks
 from quantlab.runtime.load import load
 from tests.checkpoints import make_checkpoint
 from tests.evaluation.conftest import WORDS, write_tokenizer

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from quantlab.evaluation.layers import LayerErrors
-from quantlab.evaluation.quality import with_layers
+from quantlab.evaluation.quality.layers import LayerErrors
+from quantlab.evaluation.quality.measure import with_layers
+from quantlab.evaluation.quality.windows import HeldOut, Window
 from quantlab.evaluation.record import Divergence, Domain, Measured, Quality
-from quantlab.evaluation.text import HeldOut, Window
 
 NOTHING: Mapping[str, NDArray[np.bool_]] = {}
 

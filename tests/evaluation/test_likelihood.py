@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.likelihood import Text, encode, likelihoods
-from quantlab.evaluation.text import load_tokenizer
+from quantlab.evaluation.quality.windows import load_tokenizer
+from quantlab.evaluation.tasks.likelihood import Text, encode, likelihoods
 from quantlab.runtime.load import load
 from tests.evaluation.test_predictions import dense_model
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.baseline import Baseline, BaselineWriter, TokenScores
-from quantlab.evaluation.predictions import score
-from quantlab.evaluation.quality import summarise
-from quantlab.evaluation.text import HeldOut
+from quantlab.evaluation.quality.baseline import Baseline, BaselineWriter, TokenScores
+from quantlab.evaluation.quality.measure import summarise
+from quantlab.evaluation.quality.predictions import score
+from quantlab.evaluation.quality.windows import HeldOut
 from quantlab.runtime.load import load
 
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
 from quantlab.evaluation.record import Record
-from quantlab.report.compare import compare
-from quantlab.report.layers import layer_maps
-from quantlab.report.leaderboard import build_leaderboard
-from quantlab.report.matrix import build_matrix
-from quantlab.report.paired import STATISTICS
+from quantlab.report.comparison.compare import compare
+from quantlab.report.comparison.paired import STATISTICS
+from quantlab.report.leaderboard.leaderboard import build_leaderboard
+from quantlab.report.matrix.layer_maps import layer_maps
+from quantlab.report.matrix.matrix import build_matrix
 from tests.evaluation.test_verify import make
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,7 @@
 """Verdicts are decided once, where all rows are known."""
 
 from quantlab.evaluation.record import Measured, Quality, Record, Significance, TaskResult
-from quantlab.evaluation.rows import adjusted
+from quantlab.evaluation.verdicts import adjusted
 
 LOSS = Measured(value=1.0, low=0.1, high=1.9, n=60)
 NONE = Measured(value=0.1, low=-0.8, high=1.0, n=60)

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from quantlab.errors import EvaluationError
-from quantlab.evaluation import energy
-from quantlab.evaluation.jobs import SpeedRequest, SpeedResult, TwinTimings
-from quantlab.evaluation.rates import speeds_of
-from quantlab.evaluation.speed import (
+from quantlab.evaluation.machine import energy
+from quantlab.evaluation.processes.messages import SpeedRequest, SpeedResult, TwinTimings
+from quantlab.evaluation.speed.measure import (
     FP16,
     Layout,
     Task,
@@ -24,6 +23,7 @@ from quantlab.evaluation.speed import (
     tasks,
     time_rounds,
 )
+from quantlab.evaluation.speed.rates import speeds_of
 from quantlab.evaluation.suite import load_suite
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES
@@ -213,7 +213,7 @@ def test_energy_is_read_around_steady_decoding_by_turns(suite: Path, monkeypatch
     twins = {FP16: build(FP16, speed), other: build(other, speed)}
     assert read_energy(twins, speed, seed=0) == {}
     asked = speed.model_copy(update={"energy_seconds": 0.07})
-    monkeypatch.setattr("quantlab.evaluation.speed.meter", lambda device: None)
+    monkeypatch.setattr("quantlab.evaluation.speed.measure.meter", lambda device: None)
     assert read_energy(twins, asked, seed=0) == {}
     joules, turns = 0.0, []
 
@@ -223,8 +223,8 @@ def test_energy_is_read_around_steady_decoding_by_turns(suite: Path, monkeypatch
         if turns[-1:] != [(twin.name, task.batch)]:
             turns.append((twin.name, task.batch))
 
-    monkeypatch.setattr("quantlab.evaluation.speed.run_task", counted)
-    monkeypatch.setattr("quantlab.evaluation.speed.meter", lambda device: lambda: 7.0 + joules)
+    monkeypatch.setattr("quantlab.evaluation.speed.measure.run_task", counted)
+    monkeypatch.setattr("quantlab.evaluation.speed.measure.meter", lambda device: lambda: 7.0 + joules)
     found = read_energy(twins, asked, seed=0)
     for layout, expected in ((FP16, 0.5), (other, 2.0)):
         assert set(found[layout]) == {"1", "2"}

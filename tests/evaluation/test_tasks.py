@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from quantlab.errors import EvaluationError, QuantlabError, RecipeError
-from quantlab.evaluation.answers import score_item
-from quantlab.evaluation.likelihood import Likelihood
 from quantlab.evaluation.record import FEWEST_DEGREES
-from quantlab.evaluation.scores import ItemScores, summarise_task
 from quantlab.evaluation.suite import load_suite
-from quantlab.evaluation.tasks import Item, load_task
+from quantlab.evaluation.tasks.likelihood import Likelihood
+from quantlab.evaluation.tasks.measure import score_item
+from quantlab.evaluation.tasks.offline import Item, load_task
+from quantlab.evaluation.tasks.scores import ItemScores, summarise_task
 
 ROOT = Path(__file__).parents[2]
 TASKS = sorted((ROOT / "eval" / "tasks").glob("*.yaml"))

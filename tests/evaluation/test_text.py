@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.text import Document, cut, load_tokenizer, read_corpus
+from quantlab.evaluation.quality.windows import Document, cut, load_tokenizer, read_corpus
 from tests.evaluation.conftest import write_corpus, write_tokenizer
 
 TEXT = " two  spaces, naïve café 😀😀 漢字 and \u2028 a separator" * 3

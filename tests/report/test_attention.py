@@ -9,12 +9,12 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from quantlab.evaluation.record import Attention, AttentionCell, Record
-from quantlab.report.attention_text import TITLE, attention_table
-from quantlab.report.claims import Claim, Claims, check_claims
-from quantlab.report.html import to_html
-from quantlab.report.markdown import to_markdown
-from quantlab.report.matrix import build_matrix
-from quantlab.report.terminal import print_matrix
+from quantlab.report.claims.check import Claim, Claims, check_claims
+from quantlab.report.matrix.attention_table import TITLE, attention_table
+from quantlab.report.matrix.html import to_html
+from quantlab.report.matrix.markdown import to_markdown
+from quantlab.report.matrix.matrix import build_matrix
+from quantlab.report.matrix.terminal import print_matrix
 from tests.report.conftest import measured
 
 REASON = "not tried: about 210.9 GB needed, 23.2 GB free"

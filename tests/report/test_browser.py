@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from quantlab.report.files import write_report
-from quantlab.report.leaderboard_files import write_leaderboard
+from quantlab.report.leaderboard.files import write_leaderboard
 from tests.report.conftest import enrich, make_faulty, make_recipe
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")

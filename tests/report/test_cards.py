@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from quantlab.cli import app
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record
-from quantlab.report.cards import END, START
 from quantlab.report.files import write_report
+from quantlab.report.matrix.model_cards import END, START
 from quantlab.run.model_card import MEASURED_END, MEASURED_START
 
 BEFORE, AFTER = "# w4a16\n\n## What was measured\n\n", "\n## How to load it\n\n- as you like\n"

@@ -7,11 +7,11 @@ import pytest
 
 from quantlab.errors import RecipeError
 from quantlab.evaluation.record import Measured, Record
-from quantlab.report.claims import CheckedClaim, Claim, Claims, load_claims
+from quantlab.report.claims.check import CheckedClaim, Claim, Claims, load_claims
 from quantlab.report.files import CLAIMS_NAME, write_report
-from quantlab.report.html import to_html
-from quantlab.report.markdown import to_markdown
-from quantlab.report.matrix import build_matrix
+from quantlab.report.matrix.html import to_html
+from quantlab.report.matrix.markdown import to_markdown
+from quantlab.report.matrix.matrix import build_matrix
 from tests.report.conftest import measured
 from tests.report.test_paired import documents
 

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Measured, Record, TaskResult
-from quantlab.report.cells import interval
-from quantlab.report.compare import UNPAIRED, Comparison, Number, Pair, compare
-from quantlab.report.compare_terminal import print_comparison
-from quantlab.report.difference import subtract
+from quantlab.report.comparison.compare import UNPAIRED, Comparison, Number, Pair, compare
+from quantlab.report.comparison.difference import subtract
+from quantlab.report.comparison.terminal import print_comparison
 from quantlab.report.files import find_records
+from quantlab.report.matrix.cells import interval
 from tests.report.conftest import measured
 
 Make = Callable[..., Record]

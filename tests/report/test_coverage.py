@@ -1,9 +1,9 @@
 """The heat map of calibration tokens: every expert of every layer is there, in the class its share belongs to."""
 
 from quantlab.evaluation.record import Record
-from quantlab.report.coverage import SHARE_NAMES, heat_maps
-from quantlab.report.html import to_html
-from quantlab.report.matrix import build_matrix
+from quantlab.report.matrix.expert_map import SHARE_NAMES, heat_maps
+from quantlab.report.matrix.html import to_html
+from quantlab.report.matrix.matrix import build_matrix
 
 TOKENS = {"layer 1": (100, 100, 100, 100), "layer 2": (10, 45, 145, 200), "layer 3": (0, 0, 0, 400)}
 

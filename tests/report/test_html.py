@@ -11,10 +11,10 @@ from urllib.parse import unquote
 import pytest
 
 from quantlab.evaluation.record import Failure, Measured, Record
-from quantlab.report.claims import load_claims
-from quantlab.report.html import to_html, to_svg
-from quantlab.report.matrix import build_matrix
-from quantlab.report.plot import lay_out, nice_ticks
+from quantlab.report.claims.check import load_claims
+from quantlab.report.matrix.html import to_html, to_svg
+from quantlab.report.matrix.matrix import build_matrix
+from quantlab.report.matrix.scatter_plot import lay_out, nice_ticks
 
 GUIDE = Path(__file__).parents[2] / "eval" / "claims" / "guide.yaml"
 VOID = {"meta", "link", "br", "wbr", "img", "hr", "input"}

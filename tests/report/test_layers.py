@@ -3,11 +3,11 @@
 import pytest
 
 from quantlab.evaluation.record import MatrixErrors, Record
-from quantlab.report.bars import WIDTH, lay_out_bars
-from quantlab.report.html import to_html
-from quantlab.report.layers import LEVELS, _levels, group_maps, layer_maps, matrix_maps
-from quantlab.report.leaderboard import build_leaderboard
-from quantlab.report.matrix import build_matrix
+from quantlab.report.leaderboard.leaderboard import build_leaderboard
+from quantlab.report.matrix.html import to_html
+from quantlab.report.matrix.layer_maps import LEVELS, _levels, group_maps, layer_maps, matrix_maps
+from quantlab.report.matrix.matrix import build_matrix
+from quantlab.report.matrix.speed_bars import WIDTH, lay_out_bars
 from tests.report.conftest import enrich, make_recipe
 
 

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record, TaskResult
-from quantlab.report.leaderboard import Leaderboard, build_leaderboard
-from quantlab.report.leaderboard_files import write_leaderboard
-from quantlab.report.leaderboard_terminal import print_leaderboard
+from quantlab.report.leaderboard.files import write_leaderboard
+from quantlab.report.leaderboard.leaderboard import Leaderboard, build_leaderboard
+from quantlab.report.leaderboard.terminal import print_leaderboard
 from tests.report.conftest import measured
 
 Make = Callable[..., Record]

@@ -6,7 +6,7 @@ import pytest
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Measured, Record
-from quantlab.report.matrix import Matrix, build_matrix
+from quantlab.report.matrix.matrix import Matrix, build_matrix
 
 TOP = {"schema", "recipe", "recipe_sha256", "baseline", "hardware", "rows"}
 MEASURED = {

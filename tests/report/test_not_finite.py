@@ -9,13 +9,13 @@ import pytest
 from rich.console import Console
 
 from quantlab.evaluation.record import Attention, AttentionCell, Record
-from quantlab.report.html import to_html, to_svg
-from quantlab.report.leaderboard import build_leaderboard
-from quantlab.report.leaderboard_files import leaderboard_html, leaderboard_markdown
-from quantlab.report.markdown import to_markdown
-from quantlab.report.matrix import build_matrix
-from quantlab.report.spreadsheet import to_csv
-from quantlab.report.terminal import print_matrix
+from quantlab.report.leaderboard.files import leaderboard_html, leaderboard_markdown
+from quantlab.report.leaderboard.leaderboard import build_leaderboard
+from quantlab.report.matrix.csv_file import to_csv
+from quantlab.report.matrix.html import to_html, to_svg
+from quantlab.report.matrix.markdown import to_markdown
+from quantlab.report.matrix.matrix import build_matrix
+from quantlab.report.matrix.terminal import print_matrix
 from tests.report.conftest import enrich, make_recipe, measured
 
 CELL = AttentionCell(implementation="sdpa", context=2048, prefill_tokens_per_second=measured(99.0, 2.0, 3))

@@ -7,11 +7,11 @@ from statistics import mean, stdev
 import pytest
 
 from quantlab.evaluation.record import Documents, Measured, Record
-from quantlab.report.compare import UNPAIRED, Number, compare
-from quantlab.report.leaderboard import build_leaderboard
-from quantlab.report.matrix import Matrix, build_matrix
-from quantlab.report.paired import paired
-from quantlab.report.recommend import recommend
+from quantlab.report.comparison.compare import UNPAIRED, Number, compare
+from quantlab.report.comparison.paired import paired
+from quantlab.report.leaderboard.leaderboard import build_leaderboard
+from quantlab.report.matrix.matrix import Matrix, build_matrix
+from quantlab.report.matrix.recommend import recommend
 from tests.report.conftest import make_memory, make_quality, make_record, make_speed, make_task, measured
 
 COUNT = 40

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from quantlab.evaluation.record import Record
-from quantlab.report.matrix import build_matrix
-from quantlab.report.recommend import Recommendation, recommend
+from quantlab.report.matrix.matrix import build_matrix
+from quantlab.report.matrix.recommend import Recommendation, recommend
 
 Make = Callable[..., Record]
 

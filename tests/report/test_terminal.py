@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from quantlab.evaluation.record import Record
-from quantlab.report.matrix import build_matrix
-from quantlab.report.terminal import print_matrix
+from quantlab.report.matrix.matrix import build_matrix
+from quantlab.report.matrix.terminal import print_matrix
 
 
 def printed(records: list[Record], width: int, *, encoding: str = "utf-8", color: bool = False) -> str:

@@ -8,11 +8,11 @@ import pytest
 from markdown_it import MarkdownIt
 
 from quantlab.evaluation.record import Measured, Record
-from quantlab.report.cells import PRUNED_NOTE, human_bytes, number
-from quantlab.report.html import to_html
-from quantlab.report.markdown import to_markdown
-from quantlab.report.matrix import build_matrix
-from quantlab.report.spreadsheet import to_csv
+from quantlab.report.matrix.cells import PRUNED_NOTE, human_bytes, number
+from quantlab.report.matrix.csv_file import to_csv
+from quantlab.report.matrix.html import to_html
+from quantlab.report.matrix.markdown import to_markdown
+from quantlab.report.matrix.matrix import build_matrix
 
 
 def tables(markdown: str) -> list[list[list[str]]]:

@@ -18,11 +18,11 @@ from measured import THREADS
 from table import write_table
 
 from quantlab.evaluation import hardware
-from quantlab.evaluation.baseline import Baseline, BaselineWriter
-from quantlab.evaluation.predictions import score
-from quantlab.evaluation.quality import document_sums, summarise
+from quantlab.evaluation.quality.baseline import Baseline, BaselineWriter
+from quantlab.evaluation.quality.measure import document_sums, summarise
+from quantlab.evaluation.quality.predictions import score
+from quantlab.evaluation.quality.windows import HeldOut, cut, load_tokenizer, read_corpus
 from quantlab.evaluation.suite import load_suite
-from quantlab.evaluation.text import HeldOut, cut, load_tokenizer, read_corpus
 from quantlab.runtime.load import load
 
 HERE = Path(__file__).resolve().parent

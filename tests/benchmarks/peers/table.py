@@ -11,7 +11,7 @@ from quantlab.evaluation.statistics import resample
 Row = dict[str, object]
 NOTES = Path(__file__).with_name("notes.md")
 REFERENCE = "quantlab-rtn-absmax"
-# columns of quantlab.evaluation.quality.document_sums
+# columns of quantlab.evaluation.quality.measure.document_sums
 TOKENS, KL = 0, 4
 NAMES = {
     "bf16": "BF16 export (check)",

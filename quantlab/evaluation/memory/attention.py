@@ -1,0 +1,212 @@
+"""What a long context takes beyond the weights, and how fast it is read, under one implementation of attention.
+
+A context is read by a random-weight twin, one sequence, into a cache that grows, which every implementation can do, and a
+few tokens are decoded after it. What counts is the peak of memory above the weights, the cache included. Decoding comes
+first, from a cache that holds a few tokens over and over: what a prompt took would otherwise still lie in the process. Each
+combination is measured in a process of its own.
+
+What cannot fit is not tried: the scores of unfused attention alone are heads x context x context.
+
+`quantlab_latent_sdpa` is the runtime's own: of multi-head latent attention (MLA) the cache holds latents under every
+implementation, but it alone decodes without expanding them.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from quantlab.errors import DeviceError
+from quantlab.evaluation.machine.contention import spread
+from quantlab.evaluation.machine.gauges import forget_peak, give_back, held_bytes, now, peak_bytes, watched
+from quantlab.evaluation.processes.messages import AttentionRequest, AttentionResult, Progress
+from quantlab.evaluation.record import AttentionCell
+from quantlab.evaluation.speed.measure import DTYPES, Layout, layout_name, layout_of
+from quantlab.evaluation.statistics import Floats, median
+from quantlab.evaluation.suite import load_suite
+from quantlab.runtime.cache import cached
+from quantlab.runtime.device import find_device, free_bytes, ran_out
+from quantlab.runtime.twin import random_twin
+
+BYTES_PER_SCORE: Final = 12
+"""What unfused attention holds per score at once: 16-bit scores, masked scores and weights, float32 softmax."""
+_SHARE: Final = 0.8
+"""Of the free memory that a combination may be expected to take."""
+_SEED: Final = 0
+_FEW: Final = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination.
+
+    Attributes:
+        implementation: of attention.
+        context: tokens.
+        steps: tokens decoded per repeat.
+        repeats: most repeats of the prefill and of the decode.
+        seconds: after so many no further repeat of either starts.
+    """
+
+    implementation: str
+    context: int
+    steps: int = 1
+    repeats: int = 1
+    seconds: float = 0.0
+
+
+def measure_attention(request: AttentionRequest, progress: Progress) -> AttentionResult:
+    """One combination on the twin of the suite, its weights laid out as those of an artifact.
+
+    Raises:
+        QuantlabError: there is no such device, or the twin cannot be made.
+    """
+    suite = load_suite(request.suite).suite
+    assert suite.attention is not None, "asked for by a suite that measures attention"
+    wanted, (_, shape) = suite.attention, suite.attention_twin
+    progress("attention", 0, 1)
+    case = Case(request.implementation, request.context, wanted.steps, wanted.repeats, wanted.seconds)
+    return attempt(shape, layout_of(request.directory), case, find_device(request.device))
+
+
+def attempt(shape: Mapping[str, Any], layout: Layout, case: Case, device: torch.device) -> AttentionResult:
+    """What a combination takes, or why it was not measured.
+
+    Args:
+        shape: config.json of the twin.
+        layout: of its weights.
+        case: the combination.
+        device: where it computes.
+    """
+
+    def failed(reason: str) -> AttentionResult:
+        return AttentionResult(
+            cell=AttentionCell(implementation=case.implementation, context=case.context, reason=reason)
+        )
+
+    free, needed = free_bytes(device), needed_bytes(shape, case, device)
+    if free is not None and needed > _SHARE * free:
+        return failed(f"not tried: about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+    config = {**shape, "max_position_embeddings": case.context + case.steps}
+    try:
+        model = random_twin(
+            config,
+            layout.quantization,
+            dtype=DTYPES[layout.dtype],
+            seed=_SEED,
+            device=device,
+            attention=case.implementation,
+        )
+        return AttentionResult(cell=measured(model, case), layout=layout_name(layout, model))
+    except DeviceError as error:
+        return failed(f"not tried: {error.found}")
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        return failed("out of memory")
+
+
+def needed_bytes(shape: Mapping[str, Any], case: Case, device: torch.device) -> int:
+    """About what reading the context takes beyond the weights: what lies between layers, and the scores where they exist."""
+    heads = int(shape["num_attention_heads"])
+    latent = "qk_nope_head_dim" in shape
+    width = shape["qk_nope_head_dim"] + shape["qk_rope_head_dim"] if latent else shape["hidden_size"] // heads
+    per_token = 2 * (8 * shape["hidden_size"] + 4 * shape["intermediate_size"] + 4 * heads * width)
+    # torch's fused kernel for the CPU asks for heads of one width, which MLA's are not
+    unfused = case.implementation == "eager" or (case.implementation == "sdpa" and latent and device.type == "cpu")
+    return int(per_token * case.context + unfused * BYTES_PER_SCORE * heads * case.context**2)
+
+
+@torch.inference_mode()
+def measured(model: PreTrainedModel, case: Case) -> AttentionCell:
+    """Peaks above the weights, bytes of the cache and tokens per second."""
+    device = model.device
+    generator = torch.Generator().manual_seed(_SEED)
+    ids = torch.randint(int(model.config.vocab_size), (1, case.context), generator=generator).to(device)
+    few = DynamicCache(config=model.config)
+    for part in (ids[:, :_FEW], ids[:, :1]):  # kernels are made and thread pools started before anything counts
+        model(input_ids=part, **cached(few), logits_to_keep=1)
+    give_back()
+    held = held_bytes(device)
+
+    def both() -> tuple[_Repeats, _Repeats]:
+        decode = _decode(model, few, ids[:, :1], case)
+        give_back()
+        forget_peak(device)
+        return decode, _repeat(lambda: _read(model, ids), case, device)
+
+    (decode, prefill), others = watched(both, device)
+    rates = {
+        "prefill_tokens_per_second": case.context / prefill.seconds,
+        "decode_tokens_per_second": case.steps / decode.seconds,
+    }
+    return AttentionCell(
+        implementation=case.implementation,
+        context=case.context,
+        prefill_peak_bytes=max(prefill.peak - held, 0),
+        decode_peak_bytes=max(decode.peak - held, 0) if decode.peak else None,
+        cache_bytes=decode.cache_bytes,
+        quartiles={
+            name: (float(np.quantile(values, 0.25)), float(np.quantile(values, 0.75)))
+            for name, values in rates.items()
+            if len(values) > 1
+        },
+        noise={name: reason for name, values in rates.items() if (reason := others or spread(values))},
+        prefill_tokens_per_second=median(rates["prefill_tokens_per_second"]),
+        decode_tokens_per_second=median(rates["decode_tokens_per_second"]),
+    )
+
+
+@dataclass(frozen=True)
+class _Repeats:
+    """Peak of the first time, 0 where it cannot be told; seconds of every time [n]; bytes of the cache it began with."""
+
+    peak: int
+    seconds: Floats
+    cache_bytes: int = 0
+
+
+def _read(model: PreTrainedModel, ids: Tensor) -> None:
+    model(input_ids=ids, **cached(DynamicCache(config=model.config)), logits_to_keep=1)
+
+
+def _decode(model: PreTrainedModel, few: DynamicCache, token: Tensor, case: Case) -> _Repeats:
+    cache = _repeated(few, case.context, model)
+    held = sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
+    forgotten = forget_peak(model.device)
+
+    def steps() -> None:
+        for _ in range(case.steps):
+            model(input_ids=token, **cached(cache), logits_to_keep=1)
+        cache.crop(-case.steps)
+
+    found = _repeat(steps, case, model.device)
+    return replace(found, peak=found.peak if forgotten else 0, cache_bytes=held)
+
+
+def _repeat(work: Callable[[], None], case: Case, device: torch.device) -> _Repeats:
+    seconds: list[float] = []
+    peak, begin = 0, time.perf_counter()
+    while not seconds or (len(seconds) < case.repeats and time.perf_counter() - begin < case.seconds):
+        start = now(device)
+        work()
+        seconds.append(now(device) - start)
+        peak = peak or peak_bytes(device)
+    return _Repeats(peak, np.array(seconds))
+
+
+def _repeated(few: DynamicCache, context: int, model: PreTrainedModel) -> DynamicCache:
+    """A cache of `context` tokens made of those of another, over and over."""
+
+    def longer(held: Tensor) -> Tensor:
+        return held.repeat(1, 1, -(-context // held.shape[2]), 1)[:, :, :context]
+
+    cache = DynamicCache(config=model.config)
+    for index, layer in enumerate(few.layers):
+        cache.update(longer(layer.keys), longer(layer.values), index)
+    return cache

@@ -1,0 +1,98 @@
+"""Memory: what an artifact takes on disk, what its weights take once loaded, and the peak of using it."""
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from quantlab.checkpoint.index import INDEX_NAME, open_checkpoint
+from quantlab.evaluation.machine.gauges import forget_peak, now, peak_bytes
+from quantlab.evaluation.processes.messages import MemoryRequest, Progress
+from quantlab.evaluation.record import Memory
+from quantlab.evaluation.statistics import median
+from quantlab.evaluation.suite import load_suite
+from quantlab.runtime.account import weight_bytes
+from quantlab.runtime.cache import cached
+from quantlab.runtime.device import find_device
+from quantlab.runtime.load import load
+
+_MOST_LOADS = 5
+_LOADING_SECONDS = 0.5
+_CACHE_LENGTHS = (8, 24)
+_COMPANIONS = ("config.json", INDEX_NAME, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
+    """Load an artifact as it would be served, at its own dtype, and let it read one window.
+
+    Not part of measuring quality: that computes in float32, which would count weights that were not quantized twice.
+
+    Raises:
+        QuantlabError: the artifact cannot be loaded.
+    """
+    suite = load_suite(request.suite).suite
+    device = find_device(request.device)
+    if device.type == "cuda":  # a process has one peak, and it begins with the process
+        forget_peak(device)
+
+    def loading(done: int, total: int) -> None:
+        if 100 * done // total > 100 * (done - 1) // total:  # a hundred times for a bar, however many weights
+            progress("loading", done, total)
+
+    start = now(device)
+    model = load(request.directory, device=device, progress=loading)
+    seconds = [now(device) - start]
+    counted = weight_bytes(model)
+    ids = torch.arange(suite.text.length, device=device)[None] % model.config.vocab_size
+    with torch.inference_mode():
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    peak = peak_bytes(device)
+    # repeated only after the peak was read: two models at once would raise it
+    while len(seconds) < _MOST_LOADS and sum(seconds) < _LOADING_SECONDS:
+        del model
+        gc.collect()
+        start = now(device)
+        model = load(request.directory, device=device)
+        seconds.append(now(device) - start)
+    growth, kind = cache_bytes(model)
+    quantized = 100 * counted.quantized / counted.quantized_fp16 if counted.quantized_fp16 else None
+    return Memory(
+        weights_bytes=counted.total,
+        fp16_weights_bytes=counted.fp16,
+        quantized_weights_percent_of_fp16=quantized,
+        artifact_bytes=artifact_bytes(request.directory),
+        peak_memory_bytes=peak,
+        peak_memory_of="cuda" if device.type == "cuda" else "process",
+        load_seconds=median(np.array(seconds)),
+        kv_cache_bytes_per_token=growth,
+        kv_cache=kind,
+    )
+
+
+@torch.inference_mode()
+def cache_bytes(model: PreTrainedModel) -> tuple[int, str]:
+    """Bytes the cache grows by with each token, all layers together, and what they are, for people.
+
+    Counted in the tensors of a cache that a model has filled, so a runtime that keeps latents is seen to keep latents.
+    """
+    caches = []
+    for length in _CACHE_LENGTHS:
+        cache = DynamicCache(config=model.config)
+        ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
+        model(input_ids=ids, **cached(cache), logits_to_keep=1)
+        caches.append([(layer.keys, layer.values) for layer in cache.layers])
+    shorter, longer = (sum(keys.nbytes + values.nbytes for keys, values in cache) for cache in caches)
+    keys, values = caches[0][0]
+    dtype, latent = str(keys.dtype).removeprefix("torch."), keys.shape[1] == 1 < model.config.num_attention_heads
+    what = "latent of" if latent else f"{keys.shape[1]} heads of"
+    kind = f"{what} {keys.shape[-1]} + {values.shape[-1]} {dtype} values, {len(caches[0])} layers"
+    return (longer - shorter) // (_CACHE_LENGTHS[1] - _CACHE_LENGTHS[0]), kind
+
+
+def artifact_bytes(directory: Path) -> int:
+    """Bytes on disk of the files an engine reads: the checkpoint's shards, configuration and tokenizer."""
+    shards = set(open_checkpoint(directory).files)
+    companions = {directory / name for name in _COMPANIONS if (directory / name).is_file()}
+    return sum(path.stat().st_size for path in shards | companions)

@@ -1,0 +1,109 @@
+"""The process that measures: `python -m quantlab.evaluation.processes.worker`.
+
+Every cell runs in a process of its own, so that its peak memory is its own and a crash costs one cell. Starting Python
+with torch and transformers takes several seconds, though, as long as the measurement of a small model. So one worker
+imports them once and forks a child per cell: the child has everything imported, shares nothing it writes, and its peak
+starts from the imports alone. The worker itself never computes: a thread pool started before a fork would be lost in it.
+
+It speaks JSON lines. In: a `Job` per line. Out: {"event": "ready"}, then per job any number of {"event": "progress",
+"stage": …, "done": …, "total": …} and, of tasks, {"event": "part", "answer": …}, at last {"event": "exit", "status": …}, the
+child's exit code, negative for the signal that killed it. The end of input ends the worker.
+"""
+
+import gc
+import json
+import os
+import sys
+from typing import TextIO, assert_never
+
+import torch
+import transformers
+from pydantic import BaseModel
+
+from quantlab.errors import QuantlabError
+from quantlab.evaluation.memory.attention import measure_attention
+from quantlab.evaluation.memory.measure import measure_memory
+from quantlab.evaluation.processes.messages import (
+    EXPLAINED,
+    AttentionRequest,
+    Job,
+    MemoryRequest,
+    Progress,
+    QualityRequest,
+    SpeedRequest,
+    TasksRequest,
+    Tell,
+)
+from quantlab.evaluation.quality.measure import measure_quality
+from quantlab.evaluation.speed.measure import measure_speed
+from quantlab.evaluation.tasks.measure import measure_tasks
+
+# transformers imports a model's code when it is first named; named here, it is there in every child
+_PRELOADED = ("AutoModelForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+
+
+def main() -> None:
+    """Serve jobs until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    for name in _PRELOADED:
+        getattr(transformers, name)
+    gc.freeze()  # what is imported stays: collections in children pass over it, which would copy its pages
+    _tell(answers, event="ready")
+    for line in sys.stdin:
+        job = Job.model_validate_json(line)
+        child = os.fork()
+        if child == 0:
+            # an exception ends the child with a traceback; without one, taking the interpreter down would last seconds
+            code = _run(job, answers)
+            sys.stderr.flush()
+            os._exit(code)
+        _, status = os.waitpid(child, 0)
+        _tell(answers, event="exit", status=os.waitstatus_to_exitcode(status))
+
+
+def _run(job: Job, answers: TextIO) -> int:
+    """Measure one cell; the exit code of its process."""
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(job.threads)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        _tell(answers, event="progress", stage=stage, done=done, total=total)
+
+    def tell(part: BaseModel) -> None:
+        _tell(answers, event="part", answer=part.model_dump_json())
+
+    try:
+        answer = _measure(job, progress, tell)
+    except QuantlabError as error:
+        job.result.write_text(str(error).replace("\n  ", "; "), encoding="utf-8")
+        return EXPLAINED
+    job.result.write_text(answer.model_dump_json(), encoding="utf-8")
+    return 0
+
+
+def _measure(job: Job, progress: Progress, tell: Tell) -> BaseModel:
+    match job.request:
+        case QualityRequest():
+            return measure_quality(job.request, progress)
+        case TasksRequest():
+            return measure_tasks(job.request, progress, tell)
+        case MemoryRequest():
+            return measure_memory(job.request, progress)
+        case SpeedRequest():
+            return measure_speed(job.request, progress)
+        case AttentionRequest():
+            return measure_attention(job.request, progress)
+        case _:
+            assert_never(job.request)
+
+
+def _tell(answers: TextIO, **fields: object) -> None:
+    answers.write(json.dumps(fields) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Cells run in a worker process, from the side that asks: time limits, crashes and Ctrl-C."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from quantlab.errors import EvaluationError
+from quantlab.evaluation.processes.messages import EXPLAINED, CellRequest, Job, Progress
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+_STARTING_SECONDS = 300.0
+_PASSED_ON = (
+    "PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "XDG_CACHE_HOME",
+    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "TRITON_CACHE_DIR",
+    "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ALLOW_CODE_EVAL",
+)  # fmt: skip
+
+
+class CellError(Exception):
+    """A cell that gave no answer; the message is the reason."""
+
+
+class Worker:
+    """A worker process, started at its first job and again after one that had to be stopped.
+
+    A context manager: leaving it ends the worker and its cell.
+    """
+
+    def __init__(self, directory: Path, *, threads: int, time_limit: float) -> None:
+        """Prepare.
+
+        Args:
+            directory: takes results and logs of cells.
+            threads: threads a cell computes with.
+            time_limit: seconds a cell may take, and each of the parts it answers in.
+        """
+        self._directory, self._threads, self._time_limit = directory, threads, time_limit
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending = b""
+
+    def __enter__(self) -> Self:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def run(
+        self,
+        name: str,
+        request: CellRequest,
+        answer: type[Answer],
+        *,
+        progress: Progress,
+        part: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Run one cell.
+
+        Args:
+            name: names the files of its result and its log.
+            request: what to measure.
+            answer: the model of the answer.
+            progress: told of the cell's stages.
+            part: takes, as JSON, what the cell answers before its end; the time limit begins anew with each.
+
+        Raises:
+            CellError: the cell crashed, took too long, explained why it could not be measured, or answered with what is no
+                number.
+            EvaluationError: the worker cannot be started.
+        """
+        process = self._started()
+        result, log = self._directory / f"{name}.json", self._directory / f"{name}.log"
+        result.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+        job = Job(request=request, result=result, log=log, threads=self._threads)
+        assert process.stdin is not None, "started with a pipe"
+        try:
+            process.stdin.write(job.model_dump_json().encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:  # it died after its last cell
+            self._stop()
+            raise CellError("the worker died" + _tail(self._directory / "worker.log")) from None
+        status = self._follow(log, progress, part)
+        if status == EXPLAINED:
+            raise CellError(result.read_text(encoding="utf-8"))
+        if status != 0:
+            raise CellError(_crash(status, log))
+        try:
+            return answer.model_validate_json(result.read_bytes())
+        except OSError as error:
+            raise CellError(f"its answer cannot be read: {error.strerror}") from error
+        except ValidationError as error:
+            raise CellError(wrong_answer(error)) from error
+
+    def _follow(self, log: Path, progress: Progress, part: Callable[[str], None] | None) -> int:
+        """Pass progress and parts on until the cell ends; its exit status."""
+        deadline = time.monotonic() + self._time_limit
+        while True:
+            message = self._message(deadline)
+            if message is None:
+                self._stop()
+                raise CellError(f"it took longer than the {self._time_limit:g} seconds a cell may take")
+            match message["event"]:
+                case "progress":
+                    progress(message["stage"], message["done"], message["total"])
+                case "part":
+                    deadline = time.monotonic() + self._time_limit
+                    if part is not None:
+                        part(message["answer"])
+                case "exit":
+                    return int(message["status"])
+                case "end":
+                    self._stop()
+                    raise CellError("the worker died" + _tail(log))
+
+    def _message(self, deadline: float) -> Mapping[str, Any] | None:
+        """The worker's next message, None once the deadline has passed; {"event": "end"} if the worker is gone."""
+        assert self._process is not None, "asked of a started worker"
+        assert self._process.stdout is not None, "started with a pipe"
+        while b"\n" not in self._pending:
+            ready, _, _ = select.select([self._process.stdout], [], [], max(deadline - time.monotonic(), 0))
+            if not ready:
+                return None
+            data = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not data:
+                return {"event": "end"}
+            self._pending += data
+        line, _, self._pending = self._pending.partition(b"\n")
+        message: Mapping[str, Any] = json.loads(line)
+        return message
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self._stop()
+        log = self._directory / "worker.log"
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "quantlab.evaluation.processes.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C reaches us alone, and one signal then ends the worker and its cell
+            )
+        self._pending = b""
+        message = self._message(time.monotonic() + _STARTING_SECONDS)
+        if message is None or message["event"] != "ready":
+            self._stop()
+            raise EvaluationError(
+                "the process that measures cannot be started",
+                where=str(log),
+                found=_tail(log).strip() or "no answer",
+                fix="run `python -m quantlab.evaluation.processes.worker < /dev/null` to see why",
+            )
+        return self._process
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):  # already gone
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.wait()
+        self._process = None
+
+
+def wrong_answer(error: ValidationError) -> str:
+    """What is wrong with an answer; what is not finite, for example, has no JSON and arrives as null."""
+    first = error.errors(include_url=False)[0]
+    return f"its answer is not what was asked for: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _environment() -> dict[str, str]:
+    """A clean environment: the numbers must not depend on what the caller's shell happens to set."""
+    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    ours = str(Path(__file__).parents[3])
+    paths = [ours, environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else [ours]
+    return environment | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),  # a task's data is fetched only when asked to
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        # a library that asks whether there is a GPU must not start CUDA in the worker: its cells are forked, and could not
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        # a thread that waits in a loop takes a core from one that works as soon as anything else runs on the machine;
+        # some microseconds of it are enough to bridge the gap between two operations
+        "GOMP_SPINCOUNT": "5000",
+    }
+
+
+def _crash(status: int, log: Path) -> str:
+    how = f"it was ended by {signal.Signals(-status).name}" if status < 0 else f"it ended with exit code {status}"
+    hint = " (out of memory, perhaps)" if status == -signal.SIGKILL else ""
+    return how + hint + _tail(log)
+
+
+def _tail(log: Path, *, lines: int = 3) -> str:
+    """The last lines a cell printed, after a colon; empty if there are none."""
+    if not log.is_file():
+        return ""
+    printed = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return ": " + " | ".join(printed[-lines:]) if printed else ""

@@ -1,0 +1,132 @@
+"""The speeds of a record, put together from what several processes timed.
+
+A ratio to FP16 is taken within a turn, where the machine was the same for both; its median over the turns of a process is one
+observation, because processes differ by more than turns do. Needs no torch: the process that asks does not compute.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from quantlab.evaluation.machine.contention import spread
+from quantlab.evaluation.processes.messages import SpeedResult, TwinTimings
+from quantlab.evaluation.record import Measured, Speed
+from quantlab.evaluation.statistics import Between, Floats, between, repeated
+from quantlab.evaluation.suite import SpeedSuite
+
+Values = list[Floats]
+"""Of one cell: its values in each process."""
+
+_INDEPENDENT: Final = {"tokens_per_second": 1.0, "over_fp16": 2.0, "energy": 1.0}
+"""Numbers whose differences between processes are pooled over twins, and as how many independent ones those of all twins count
+at most (`statistics.between`). All rates of a process share its clock: of three processes their range is told. Ratios share the
+FP16 twin, and some twins differ by more than others. Of 16 processes of the suite `quick`, three drawn at random gave intervals
+that held the mean of three others in 93 % of draws.
+"""
+_EXACT: Final = 1000
+
+
+def speeds_of(suite: SpeedSuite, results: Sequence[SpeedResult]) -> dict[str, Speed]:
+    """The speed of every variant that every process could time.
+
+    Args:
+        suite: what was asked for.
+        results: of each process.
+    """
+    references = [next(twin for twin in result.twins if twin.is_fp16) for result in results]
+    shared = [twins for twin in results[0].twins if len(twins := _same(twin, results)) == len(results)]
+    cells = [_cells(suite, twins, references) for twins in shared]
+    return {
+        variant: _speed(suite, variant, results, twins[0], values, measured)
+        for twins, values, measured in zip(shared, cells, _measured(cells), strict=True)
+        for variant in twins[0].variants
+    }
+
+
+def _same(twin: TwinTimings, results: Sequence[SpeedResult]) -> list[TwinTimings]:
+    """The twin in each process that could make it."""
+    return [
+        one for result in results for one in result.twins if (one.layout, one.variants) == (twin.layout, twin.variants)
+    ]
+
+
+def _cells(suite: SpeedSuite, twins: Sequence[TwinTimings], references: Sequence[TwinTimings]) -> dict[str, Values]:
+    """Cell ("decode_over_fp16.1") -> its values in each process."""
+    found: dict[str, Values] = {}
+    for name in twins[0].rates:
+        kind, _, batch = name.partition(".")
+        rates = [np.array(twin.rates[name]) for twin in twins]
+        found[f"{kind}_tokens_per_second.{batch}"] = rates
+        found[f"{kind}_over_fp16.{batch}"] = [
+            values / np.array(reference.rates[name]) for values, reference in zip(rates, references, strict=True)
+        ]
+        if kind == "prefill":
+            found[f"time_to_first_token_seconds.{batch}"] = [int(batch) * suite.prompt / values for values in rates]
+    for batch in twins[0].joules:
+        found[f"energy_joules_per_token.{batch}"] = [np.array(twin.joules[batch]) for twin in twins]
+    return found
+
+
+def _measured(cells: Sequence[Mapping[str, Values]]) -> list[dict[str, Measured]]:
+    """Every cell of every twin with its interval. The FP16 twin over itself is 1, whatever the process."""
+    found: list[dict[str, Measured]] = [{} for _ in cells]
+    for mark, independent in _INDEPENDENT.items():
+        for name in [name for name in cells[0] if mark in name]:
+            medians = np.array([[np.median(one) for one in values[name]] for values in cells])
+            telling = medians[(medians != 1).any(axis=1)]
+            # of one variance, correlated by one half: F. E. Satterthwaite 1946
+            twins = 4 * len(telling) / (len(telling) + 3)
+            pooled = between(telling, independent=min(independent, twins)) if len(telling) else Between(0.0, _EXACT)
+            for at, values in enumerate(cells):
+                exact = "over_fp16" in name and all((one == 1).all() for one in values[name])
+                found[at][name] = repeated(values[name], Between(0.0, _EXACT) if exact else pooled)
+    return found
+
+
+def _speed(
+    suite: SpeedSuite,
+    variant: str,
+    results: Sequence[SpeedResult],
+    twin: TwinTimings,
+    cells: Mapping[str, Values],
+    measured: Mapping[str, Measured],
+) -> Speed:
+    others = next((result.others for result in results if result.others), None)
+    of_energy = next((result.others_of_energy for result in results if result.others_of_energy), None)
+    sharing = [other for other in twin.variants if other != variant]
+    together = {name: np.concatenate(values) for name, values in cells.items()}
+    noise = {
+        name: reason
+        for name, values in together.items()
+        if (reason := (of_energy if name.startswith("energy") else others) or spread(values))
+    }
+
+    def by_batch(kind: str) -> dict[str, Measured]:
+        return {name.partition(".")[2]: one for name, one in measured.items() if name.partition(".")[0] == kind}
+
+    return Speed(
+        twin=f"{suite.description}, {suite.prompt} tokens in the cache, {results[0].computed_by}",
+        layout=twin.layout + (f", timed once with {', '.join(sharing)}" if sharing else ""),
+        twin_memory_percent_of_fp16=twin.memory_percent_of_fp16,
+        processes=len(results),
+        decode_tokens_per_second=by_batch("decode_tokens_per_second"),
+        prefill_tokens_per_second=by_batch("prefill_tokens_per_second"),
+        decode_over_fp16=by_batch("decode_over_fp16"),
+        prefill_over_fp16=by_batch("prefill_over_fp16"),
+        time_to_first_token_seconds={
+            batch: _seconds(int(batch) * suite.prompt, rate)
+            for batch, rate in by_batch("prefill_tokens_per_second").items()
+        },
+        energy_joules_per_token=by_batch("energy_joules_per_token") or None,
+        quartiles={
+            name: (float(np.quantile(values, 0.25)), float(np.quantile(values, 0.75)))
+            for name, values in together.items()
+        },
+        noise=noise,
+    )
+
+
+def _seconds(tokens: int, rate: Measured) -> Measured:
+    """What so many tokens take at a rate."""
+    return rate.model_copy(update={"value": tokens / rate.value, "low": tokens / rate.high, "high": tokens / rate.low})

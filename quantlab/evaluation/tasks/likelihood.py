@@ -1,0 +1,204 @@
+"""How likely a model holds given continuations of given contexts: what tasks with choices are scored by.
+
+The answers of one item share a long beginning, often all but a few tokens. It is computed once: the item's sequences are
+laid out as a tree, first what all of them begin with, then their branches one behind the other,
+
+    stem:  the keys to the cabinet      branch 0:  are here      branch 1:  is here
+
+with positions that begin anew in each branch and a mask that lets a token see the stem and its own branch alone. The
+numbers are those of each sequence alone, but for the order of sums. Trees of similar size are computed as one batch,
+padded on the right, which no token sees.
+
+A continuation is encoded together with its context, as tokens may reach over the seam, and spaces at the end of the
+context belong to the continuation: the same as lm-eval does, so that scores can be compared.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quantlab.errors import EvaluationError
+from quantlab.evaluation.quality.predictions import BATCH_TOKENS, score_states
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of one continuation.
+
+    Attributes:
+        logprob: log-probability of the whole continuation, in nats.
+        greedy: whether each of its tokens is the most likely one.
+        tokens: how many it has.
+    """
+
+    logprob: float
+    greedy: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens of which those from `first` on are scored."""
+
+    tokens: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """Sequences of one item as one row.
+
+    Attributes:
+        item: which item.
+        tokens: stem and branches, one behind the other.
+        positions: of each token within its sequence.
+        branches: of each token, -1 in the stem.
+        before: of each scored token, the row's index of the token before it.
+        targets: the scored tokens, sequence by sequence.
+        counts: how many of them each sequence has.
+    """
+
+    item: int
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
+    branches: tuple[int, ...]
+    before: tuple[int, ...]
+    targets: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+def encode(tokenizer: Tokenizer, prefix: Sequence[int], context: str, continuation: str) -> Text:
+    """Context and continuation as tokens.
+
+    Args:
+        tokenizer: as from `load_tokenizer`.
+        prefix: ids that every text begins with.
+        context: may be empty where the tokenizer begins a text with a token of its own.
+        continuation: what is scored.
+
+    Raises:
+        EvaluationError: nothing stands before the first token of the continuation, or the continuation is empty.
+    """
+    stripped = context.rstrip()
+    whole = tokenizer.encode(context + continuation, add_special_tokens=False).ids
+    first = len(tokenizer.encode(stripped, add_special_tokens=False).ids) if stripped else 0
+    tokens, first = (*prefix, *whole), len(prefix) + first
+    if first == 0 or first >= len(tokens):
+        raise EvaluationError(
+            "an item has nothing that could be scored",
+            where=repr(context[-40:]),
+            found=repr(continuation[:40])
+            if first
+            else "no context, and a tokenizer that begins a text with no token of its own",
+            fix="give the item a context and a continuation",
+        )
+    return Text(tokens, first)
+
+
+@torch.inference_mode()
+def likelihoods(
+    model: PreTrainedModel,
+    items: Sequence[Sequence[Text]],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[tuple[Likelihood, ...]]:
+    """Score every sequence of every item.
+
+    Args:
+        model: a causal language model.
+        items: each with sequences that may share a beginning.
+        progress: told how many items are done.
+        batch_tokens: tokens computed at once, padding included.
+
+    Raises:
+        EvaluationError: a sequence is longer than the model's context, or the model's predictions are not finite.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    for sequence in (one for item in items for one in item):
+        if longest is not None and len(sequence.tokens) - 1 > longest:
+            raise EvaluationError(
+                "an item is longer than the model's context",
+                where="max_position_embeddings",
+                found=f"{len(sequence.tokens) - 1} tokens, the context has {longest}",
+                fix="leave the item's group or the task out of the suite for this model",
+            )
+    trees = sorted((_tree(index, item) for index, item in enumerate(items)), key=lambda tree: -len(tree.tokens))
+    answers: list[tuple[Likelihood, ...]] = [()] * len(items)
+    done = 0
+    for batch in _batches(trees, batch_tokens):
+        states = _states(model, batch)
+        targets = torch.tensor([token for tree in batch for token in tree.targets], device=states.device)
+        scores = score_states(model.get_output_embeddings(), states, targets)
+        if not bool(torch.isfinite(scores.nll).all()):
+            raise EvaluationError(
+                "the model's predictions are not finite",
+                where="logits",
+                found=f"item {batch[0].item}",
+                fix="an activation overflows its dtype: use bfloat16 in place of float16, or leave the layer unquantized",
+            )
+        parts = [count for tree in batch for count in tree.counts]
+        by_sequence = zip(torch.split(scores.nll.double(), parts), torch.split(scores.correct, parts), strict=True)
+        for tree in batch:
+            found = [next(by_sequence) for _ in tree.counts]
+            answers[tree.item] = tuple(
+                Likelihood(-nll.sum().item(), bool(right.all()), len(nll)) for nll, right in found
+            )
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(items))
+    return answers
+
+
+def _tree(item: int, sequences: Sequence[Text]) -> _Tree:
+    shortest = min(len(sequence.tokens) for sequence in sequences)
+    stem = 0
+    while stem < shortest and len({sequence.tokens[stem] for sequence in sequences}) == 1:
+        stem += 1
+    tokens, positions = list(sequences[0].tokens[:stem]), list(range(stem))
+    branches, before, targets = [-1] * stem, list[int](), list[int]()
+    for number, sequence in enumerate(sequences):
+        begin = len(tokens)
+        for index in range(sequence.first, len(sequence.tokens)):
+            before.append(index - 1 if index <= stem else begin + index - 1 - stem)
+            targets.append(sequence.tokens[index])
+        rest = sequence.tokens[stem:-1]  # nothing is predicted from the last token
+        tokens.extend(rest)
+        positions.extend(range(stem, stem + len(rest)))
+        branches.extend([number] * len(rest))
+    counts = tuple(len(sequence.tokens) - sequence.first for sequence in sequences)
+    return _Tree(item, tuple(tokens), tuple(positions), tuple(branches), tuple(before), tuple(targets), counts)
+
+
+def _batches(trees: Sequence[_Tree], tokens: int) -> Iterator[Sequence[_Tree]]:
+    """Trees in order, longest first, as many together as make at most `tokens` tokens once padded."""
+    start = 0
+    while start < len(trees):
+        rows = max(tokens // len(trees[start].tokens), 1)
+        yield trees[start : start + rows]
+        start += rows
+
+
+def _states(model: PreTrainedModel, batch: Sequence[_Tree]) -> Tensor:
+    """The final hidden states that the scored tokens are predicted from [t, H]."""
+    longest = len(batch[0].tokens)
+    shape = (len(batch), longest)
+    ids, positions, branches = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+    for row, tree in enumerate(batch):
+        length = len(tree.tokens)
+        ids[row, :length] = torch.tensor(tree.tokens)
+        positions[row, :length] = torch.tensor(tree.positions)
+        branches[row, :length] = torch.tensor(tree.branches)
+    options = {}
+    if any(len(tree.counts) > 1 for tree in batch):
+        sees = (branches[:, None, :] == -1) | (branches[:, None, :] == branches[:, :, None])
+        options = {
+            "attention_mask": (sees & torch.ones(longest, longest, dtype=torch.bool).tril())[:, None].to(model.device),
+            "position_ids": positions.to(model.device),
+        }
+    states = model.base_model(input_ids=ids.to(model.device), use_cache=False, **options).last_hidden_state
+    return torch.cat([states[row, list(tree.before)] for row, tree in enumerate(batch)])

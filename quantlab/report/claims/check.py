@@ -1,0 +1,288 @@
+"""Claims that others print, held against a matrix: the claims are data, the verdicts follow from intervals.
+
+A claim of a number holds where the interval, widened by the claim's tolerance, contains it and is narrow; where the interval
+lies wholly on the better or worse side of it, the claim is too modest or does not hold. A bound holds only where the whole
+interval keeps it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from quantlab.documents import load_document
+from quantlab.errors import RecipeError
+from quantlab.evaluation.record import Attention, Measured
+from quantlab.report.comparison.difference import exact, subtract
+from quantlab.report.comparison.paired import paired
+from quantlab.report.matrix.rows import Frozen, Row, noise_of
+
+Metric = Literal[
+    "accuracy_loss_percent",
+    "accuracy_kept_percent",
+    "perplexity_change_percent",
+    "memory_percent_of_fp16",
+    "quantized_weights_percent_of_fp16",
+    "twin_memory_percent_of_fp16",
+    "speed_over_fp16",
+    "attention_memory_saved_percent",
+]
+Verdict = Literal["holds", "better", "does not hold", "not decided", "not measured here"]
+
+NAMES: dict[Metric, str] = {
+    "accuracy_loss_percent": "next-token accuracy lost, %",
+    "accuracy_kept_percent": "next-token accuracy kept, %",
+    "perplexity_change_percent": "perplexity change, %",
+    "memory_percent_of_fp16": "weights in memory, % of FP16",
+    "quantized_weights_percent_of_fp16": "quantized weights in memory, % of FP16",
+    "twin_memory_percent_of_fp16": "weights of the twin in memory, % of FP16",
+    "speed_over_fp16": "decode speed of the twin, × FP16",
+    "attention_memory_saved_percent": "peak above the weights while a context is read, saved against eager attention, %",
+}
+_VAGUE = 0.3
+"""An interval wider than this share of the claimed number contains too much to confirm it."""
+_OF_TEXT = {"accuracy_loss_percent", "accuracy_kept_percent", "perplexity_change_percent"}
+_HIGHER_IS_BETTER = {"accuracy_kept_percent", "speed_over_fp16", "attention_memory_saved_percent"}
+
+
+class Claim(Frozen):
+    """One claim: about a metric of the matrix, or beside a number measured elsewhere; with neither it is told, not checked."""
+
+    text: str = Field(min_length=1)
+    """As it is printed, in one line."""
+    variant: str | None = None
+    metric: Metric | None = None
+    attention: str | None = None
+    """Of `attention_memory_saved_percent`: the implementation that is held against `eager`, in place of a variant."""
+    context: int | None = None
+    """Tokens of the context that it is held against it at."""
+    measured: float | None = None
+    """A number that no record holds, from `source`."""
+    source: str | None = None
+    """Where it is kept: a file of eval/results."""
+    equals: float | None = None
+    """A number; exactly one of this and the next three."""
+    at_most: float | None = None
+    at_least: float | None = None
+    better_than: str | None = None
+    """Another variant."""
+    tolerance: float = Field(default=0.0, ge=0)
+    """What the claim leaves open, in its own unit: half a unit of the last digit that is printed."""
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        said = [each for each in (self.equals, self.at_most, self.at_least, self.better_than) if each is not None]
+        of_attention = self.metric == "attention_memory_saved_percent"
+        if not (self.attention is not None) == (self.context is not None) == of_attention:
+            raise ValueError(
+                "`attention` and `context` belong to `metric: attention_memory_saved_percent`, and it to them"
+            )
+        if (self.measured is None) != (self.source is None) or (self.measured is not None and self.metric is not None):
+            raise ValueError(
+                "a number measured elsewhere needs its place; give `measured` and `source`, and no `metric`"
+            )
+        if self.measured is not None:
+            if len(said) != 1 or self.better_than is not None or self.equals is not None:
+                raise ValueError("a claim does not say what it claims; give one of at_most, at_least")
+            return self
+        if self.metric is None and (said or self.variant):
+            raise ValueError("a claim without a metric cannot be checked; add `metric: …`")
+        whole = len(said) == 1 and (self.variant is None) == of_attention and not (of_attention and self.better_than)
+        if self.metric is not None and not whole:
+            raise ValueError(
+                "a claim does not say what it claims; give `variant` and one of equals, at_most, at_least, better_than"
+            )
+        return self
+
+
+class Claims(Frozen):
+    """A file of claims."""
+
+    title: str = Field(min_length=1)
+    claims: tuple[Claim, ...] = Field(min_length=1)
+
+
+class CheckedClaim(Frozen):
+    """A claim beside what was measured."""
+
+    text: str
+    variant: str | None
+    metric: Metric | None
+    claimed: str
+    value: Measured | float | None
+    """The measured number; for `better_than` the difference to the other variant."""
+    verdict: Verdict
+    note: str
+
+
+class CheckedClaims(Frozen):
+    """All of a file."""
+
+    title: str
+    claims: tuple[CheckedClaim, ...]
+
+
+def load_claims(path: Path) -> tuple[Claims, str]:
+    """Read a file of claims; returns them with the text of the file.
+
+    Raises:
+        RecipeError: the file cannot be read, is no YAML, or is no list of claims.
+    """
+    claims, content = load_document(path, Claims, kind="list of claims")
+    return claims, content.decode()
+
+
+def check_claims(
+    claims: Claims, rows: Sequence[Row], *, baseline: str, attention: Attention | None = None
+) -> CheckedClaims:
+    """Hold every claim against the rows of a matrix.
+
+    Args:
+        claims: of a file.
+        rows: of the matrix.
+        baseline: the variant that losses are relative to.
+        attention: long contexts by implementation, where they were measured.
+
+    Raises:
+        RecipeError: a claim is about a variant that the matrix has no row for.
+    """
+    by_name = {row.variant: row for row in rows}
+    for claim in claims.claims:
+        for name in (claim.variant, claim.better_than):
+            if name is not None and name not in by_name:
+                raise RecipeError(
+                    "a claim is about a variant that is not in the matrix",
+                    where=claim.text,
+                    found=f"`{name}`",
+                    fix=f"use one of: {', '.join(by_name)}",
+                )
+    return CheckedClaims(
+        title=claims.title,
+        claims=tuple(
+            _check_attention(claim, attention)
+            if claim.attention is not None
+            else _check(claim, by_name, baseline=baseline)
+            for claim in claims.claims
+        ),
+    )
+
+
+def _said(claim: Claim, verdict: Verdict, value: Measured | float | None, more: str = "") -> CheckedClaim:
+    return CheckedClaim(
+        text=claim.text,
+        variant=claim.variant,
+        metric=claim.metric,
+        claimed=_claimed(claim),
+        value=value,
+        verdict=verdict,
+        note="; ".join(part for part in (claim.note, more) if part),
+    )
+
+
+def _check_attention(claim: Claim, attention: Attention | None) -> CheckedClaim:
+    """Peaks are bytes that were counted once, so their ratio has no interval."""
+    cells = attention.cells if attention else ()
+    peaks = {cell.implementation: cell.prefill_peak_bytes for cell in cells if cell.context == claim.context}
+    ours, eager = peaks.get(str(claim.attention)), peaks.get("eager")
+    what = f"{claim.attention} at {claim.context:,} tokens"
+    if ours is None or not eager:
+        return _said(claim, "not measured here", None, what)
+    saved = 100 * (1 - ours / eager)
+    if claim.equals is not None:
+        return _said(claim, _equals(exact(-saved), -claim.equals, claim.tolerance), saved, what)
+    return _said(claim, _bounded(claim, exact(saved)), saved, what)
+
+
+def _check(claim: Claim, rows: dict[str, Row], *, baseline: str) -> CheckedClaim:
+    said = partial(_said, claim)
+    if claim.measured is not None:
+        return said(_bounded(claim, exact(claim.measured)), claim.measured, str(claim.source))
+    if claim.metric is None or claim.variant is None:
+        return said("not measured here", None)
+    row = rows[claim.variant]
+    found = _value(row, claim.metric, baseline=baseline)
+    if found is None:
+        return said("not measured here", None)
+    noise = noise_of(row, claim.metric)
+    if noise:
+        return said("not decided", found, f"noisy: {noise}")
+    sign = -1.0 if claim.metric in _HIGHER_IS_BETTER else 1.0
+    if claim.better_than is not None:
+        other = _value(rows[claim.better_than], claim.metric, baseline=baseline)
+        if other is None:
+            return said("not measured here", None)
+        same_items = _paired(row, rows[claim.better_than], claim.metric)
+        difference = same_items or subtract(exact(found), exact(other))
+        more = f"difference to {claim.better_than}"
+        of_baseline = baseline in (claim.variant, claim.better_than)  # losses are paired with it already
+        if claim.metric in _OF_TEXT and same_items is None and not of_baseline:
+            return said("not decided", difference, f"{more}, unpaired")
+        return said(_at_most(_times(difference, sign), 0.0), difference, more)
+    measured = _times(exact(found), sign)
+    if claim.equals is not None:
+        return said(_equals(measured, sign * claim.equals, claim.tolerance), found)
+    return said(_bounded(claim, exact(found)), found)
+
+
+def _paired(row: Row, other: Row, metric: Metric) -> Measured | None:
+    """How much more the row has than the other on the same documents, where both have them."""
+    if metric == "accuracy_kept_percent":
+        lost = paired(other.documents, row.documents, "accuracy_loss_percent")
+        return _times(lost, -1.0) if lost else None
+    return paired(other.documents, row.documents, metric)
+
+
+def _claimed(claim: Claim) -> str:
+    if claim.equals is not None:
+        return f"{claim.equals:g}"
+    if claim.at_most is not None:
+        return f"≤ {claim.at_most:g}"
+    if claim.at_least is not None:
+        return f"≥ {claim.at_least:g}"
+    return f"better than {claim.better_than}" if claim.better_than else "–"
+
+
+def _equals(measured: Measured, claimed: float, tolerance: float) -> Verdict:
+    """For numbers of which less is better."""
+    if measured.low > claimed + tolerance:
+        return "does not hold"
+    if measured.high < claimed - tolerance:
+        return "better"
+    return "not decided" if measured.high - measured.low > 2 * tolerance + _VAGUE * abs(claimed) else "holds"
+
+
+def _bounded(claim: Claim, found: Measured) -> Verdict:
+    if claim.at_most is not None:
+        return _at_most(found, claim.at_most)
+    assert claim.at_least is not None, "checked when the claim was read"
+    return _at_most(_times(found, -1.0), -claim.at_least)
+
+
+def _at_most(measured: Measured, bound: float) -> Verdict:
+    if measured.high <= bound:
+        return "holds"
+    return "does not hold" if measured.low > bound else "not decided"
+
+
+def _value(row: Row, metric: Metric, *, baseline: str) -> Measured | float | None:
+    is_baseline = row.variant == baseline and row.perplexity is not None
+    loss = 0.0 if is_baseline else row.accuracy_loss_percent
+    readers: dict[Metric, Callable[[], Measured | float | None]] = {
+        "accuracy_loss_percent": lambda: loss,
+        "accuracy_kept_percent": lambda: None if loss is None else subtract(exact(100.0), exact(loss)),
+        "perplexity_change_percent": lambda: 0.0 if is_baseline else row.perplexity_change_percent,
+        "memory_percent_of_fp16": lambda: row.memory_percent_of_fp16,
+        "quantized_weights_percent_of_fp16": lambda: row.quantized_weights_percent_of_fp16,
+        "twin_memory_percent_of_fp16": lambda: row.twin_memory_percent_of_fp16,
+        "speed_over_fp16": lambda: row.speed_over_fp16,
+        "attention_memory_saved_percent": lambda: None,  # of no row
+    }
+    return readers[metric]()
+
+
+def _times(measured: Measured, sign: float) -> Measured:
+    ends = sorted((sign * measured.low, sign * measured.high))
+    return Measured(value=sign * measured.value, low=ends[0], high=ends[1], n=measured.n)

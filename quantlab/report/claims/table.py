@@ -1,0 +1,76 @@
+"""Checked claims as text, for every kind of table."""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from quantlab.evaluation.record import Measured
+from quantlab.report.claims.check import NAMES, CheckedClaim, Verdict
+from quantlab.report.matrix.cells import interval, number
+from quantlab.report.matrix.columns import columns
+from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.rows import link_to
+
+Mood = Literal["good", "bad", "plain"]
+_MOODS: Final[dict[Verdict, tuple[Mood, str]]] = {
+    "holds": ("good", "✓"),
+    "better": ("good", "▲"),
+    "does not hold": ("bad", "▼"),
+    "not decided": ("plain", "?"),
+    "not measured here": ("plain", "–"),
+}
+
+
+@dataclass(frozen=True)
+class ClaimLine:
+    text: str
+    claimed: str
+    measured: str
+    verdict: Verdict
+    mood: Mood
+    sign: str
+    note: str
+    href: str | None
+    """Where the measured number stands in its record."""
+
+
+@dataclass(frozen=True)
+class ClaimsTable:
+    title: str
+    heads: tuple[str, ...]
+    lines: tuple[ClaimLine, ...]
+
+
+def claims_table(matrix: Matrix) -> ClaimsTable | None:
+    """The claims of a matrix with their verdicts; None where there are none."""
+    if matrix.claims is None:
+        return None
+    heads = ("claim", "claimed", "measured here", "verdict", "what was measured")
+    return ClaimsTable(matrix.claims.title, heads, tuple(_line(claim, matrix) for claim in matrix.claims.claims))
+
+
+def _line(claim: CheckedClaim, matrix: Matrix) -> ClaimLine:
+    mood, sign = _MOODS[claim.verdict]
+    what = ", ".join(part for part in (NAMES[claim.metric], claim.variant) if part) if claim.metric else ""
+    note = "; ".join(part for part in (what, claim.note) if part)
+    return ClaimLine(claim.text, claim.claimed, _measured(claim), claim.verdict, mood, sign, note, _link(claim, matrix))
+
+
+def _link(claim: CheckedClaim, matrix: Matrix) -> str | None:
+    """To the variant's record; long contexts stand in the baseline's."""
+    if claim.value is None or claim.metric is None:
+        return None
+    of_attention = claim.metric == "attention_memory_saved_percent"
+    name = matrix.baseline if of_attention else claim.variant
+    key = "accuracy_loss_percent" if claim.metric == "accuracy_kept_percent" else claim.metric
+    fields = {column.key: column.field for column in columns(matrix)} | {
+        "attention_memory_saved_percent": "attention.cells"
+    }
+    return next((link_to(row, fields.get(key, "")) for row in matrix.rows if row.variant == name), None)
+
+
+def _measured(claim: CheckedClaim) -> str:
+    if claim.value is None:
+        return "–"
+    if isinstance(claim.value, Measured):
+        return f"{number(claim.value.value, 'change')} ({interval(claim.value, 'change')})"
+    return number(claim.value, "change")

@@ -1,0 +1,1 @@
+"""The comparison of two runs or two records, number by number."""

@@ -1,0 +1,1 @@
+"""The leaderboard: records of several runs in one ranked table."""

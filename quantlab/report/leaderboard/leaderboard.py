@@ -1,0 +1,199 @@
+"""Records of many runs in one table. A score is a record; a leaderboard is built from records and holds nothing else.
+
+Numbers in one column must mean the same: all records share suite, baseline and the versions of their tasks, or nothing is
+built. Speed is of a machine: every machine has its own columns.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from quantlab.errors import ArtifactError
+from quantlab.evaluation.record import Record, TaskKey
+from quantlab.report.comparison.paired import paired
+from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.rows import Frozen, Row, build_row, keys_of
+from quantlab.report.matrix.verdict import summary
+
+NAME = "leaderboard"
+
+
+class Place(Frozen):
+    """One record's place."""
+
+    best: int
+    worst: int
+    """The ranks its interval allows: it is surely behind `best` - 1 others and surely ahead of all after `worst`."""
+    run: str
+    """The run's directory as it was given."""
+    recipe: str
+    verdict: str | None
+    row: Row
+
+    @property
+    def rank(self) -> str:
+        return f"{self.best}" if self.best == self.worst else f"{self.best}–{self.worst}"
+
+
+class Leaderboard(Frozen):
+    """All places, best first: by KL to the baseline, which sees every change of a prediction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    suite: str
+    suite_sha256: str
+    baseline: str
+    baseline_sha256: str
+    hardware: tuple[str, ...]
+    places: tuple[Place, ...]
+    unranked: tuple[Place, ...] = ()
+    """The baseline, and records that were not compared with it."""
+
+    def to_json(self) -> str:
+        """The text of leaderboard.json."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+    def as_matrix(self) -> Matrix:
+        """The same rows for tables and plots."""
+        places = (*self.places, *self.unranked)
+        digests = "\n".join(place.row.artifact_sha256 for place in places)
+        return Matrix(
+            recipe=NAME,
+            recipe_sha256=hashlib.sha256(digests.encode()).hexdigest(),
+            baseline=self.baseline,
+            hardware=" / ".join(self.hardware),
+            suite=self.suite,
+            suite_sha256=self.suite_sha256,
+            rows=tuple(place.row for place in places),
+        )
+
+
+def build_leaderboard(runs: Sequence[tuple[str, Sequence[tuple[str, Record]]]]) -> Leaderboard:
+    """Merge runs.
+
+    Args:
+        runs: the name of each run with its records, each with the link to its file.
+
+    Raises:
+        ArtifactError: two records differ in suite, baseline or the version of a task, so that one column would mix them.
+    """
+    entries = [(name, link, record) for name, records in runs for link, record in records]
+    if not entries:
+        raise ArtifactError("there are no records to rank", fix="give the directories of runs that were measured")
+    _refuse_mixtures(entries)
+    first = entries[0][2]
+    keys = keys_of([record for _, _, record in entries])
+    entries = _without_repeated_baselines(entries)
+    names = _names(entries)
+    rows = [
+        build_row(record, keys, link=link).model_copy(update={"variant": name})
+        for name, (_, link, record) in zip(names, entries, strict=True)
+    ]
+    described = list(zip(rows, entries, strict=True))
+    ranked = sorted((pair for pair in described if pair[0].kl_to_baseline), key=lambda pair: _order(pair[0]))
+    return Leaderboard(
+        suite=first.suite,
+        suite_sha256=first.suite_sha256,
+        baseline=first.baseline,
+        baseline_sha256=first.baseline_sha256,
+        hardware=tuple(sorted({record.hardware for _, _, record in entries})),
+        places=tuple(
+            _place(row, entry, ranks=ranks)
+            for (row, entry), ranks in zip(ranked, _ranks([row for row, _ in ranked]), strict=True)
+        ),
+        unranked=tuple(_place(row, entry, ranks=(0, 0)) for row, entry in described if not row.kl_to_baseline),
+    )
+
+
+def _order(row: Row) -> tuple[float, float, str]:
+    distance, memory = row.kl_to_baseline, row.memory_percent_of_fp16
+    return (distance.value if distance else 0.0, 1e9 if memory is None else memory, row.variant)
+
+
+def _ranks(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Of rows in order, the places that intervals leave open: behind whoever is surely better, ahead of whoever is surely worse."""
+    better, worse = [0] * len(rows), [0] * len(rows)
+    for near, far in itertools.combinations(range(len(rows)), 2):
+        if _is_surely_nearer(rows[near], rows[far]):
+            better[far] += 1
+            worse[near] += 1
+    return [(1 + ahead, len(rows) - behind) for ahead, behind in zip(better, worse, strict=True)]
+
+
+def _is_surely_nearer(a: Row, b: Row) -> bool:
+    """Whether a's KL is below b's by the interval of their difference on the same documents, else by both intervals."""
+    difference = paired(a.documents, b.documents, "kl_to_baseline")
+    if difference is not None:
+        return difference.low > 0
+    near, far = a.kl_to_baseline, b.kl_to_baseline
+    return near is not None and far is not None and near.high < far.low
+
+
+def _place(row: Row, entry: tuple[str, str, Record], *, ranks: tuple[int, int]) -> Place:
+    return Place(best=ranks[0], worst=ranks[1], run=entry[0], recipe=entry[2].recipe, verdict=summary(row), row=row)
+
+
+def _without_repeated_baselines(entries: Sequence[tuple[str, str, Record]]) -> list[tuple[str, str, Record]]:
+    """Every run has a row of the one baseline; the first of every machine is shown."""
+    kept, seen = [], set()
+    for name, link, record in entries:
+        if record.variant == record.baseline:
+            if record.hardware in seen:
+                continue
+            seen.add(record.hardware)
+        kept.append((name, link, record))
+    return kept
+
+
+def _names(entries: Sequence[tuple[str, str, Record]]) -> list[str]:
+    """`variant` where one run has it, else `run/variant`; the baseline keeps its name."""
+    variants = [record.variant for _, _, record in entries]
+    names: list[str] = []
+    for run, _, record in entries:
+        alone = variants.count(record.variant) == 1 or (
+            record.variant == record.baseline and record.variant not in names
+        )
+        name = record.variant if alone else f"{Path(run).name}/{record.variant}"
+        copies = 2
+        unique = name
+        while unique in names:
+            unique, copies = f"{name} ({copies})", copies + 1
+        names.append(unique)
+    return names
+
+
+def _refuse_mixtures(entries: Sequence[tuple[str, str, Record]]) -> None:
+    first_run, _, first = entries[0]
+    tasks: dict[TaskKey, tuple[str, tuple[object, ...]]] = {}
+    for run, _, record in entries:
+        here, there = f"{record.variant} of {run}", f"{first.variant} of {first_run}"
+        for label, ours, theirs in (
+            ("suite", first.suite, record.suite),
+            ("contents of the suite", first.suite_sha256, record.suite_sha256),
+            ("baseline", first.baseline, record.baseline),
+            ("artifact of the baseline", first.baseline_sha256, record.baseline_sha256),
+        ):
+            if ours != theirs:
+                raise _mixture(label, (here, theirs), (there, ours))
+        for task in record.tasks:
+            made = (task.version, task.data_sha256, task.shots, task.decoding)
+            where, known = tasks.setdefault(task.key, (here, made))
+            if known != made:
+                differing = next((a, b) for a, b in zip(known, made, strict=True) if a != b)
+                raise _mixture(
+                    f"version of the task {task.name}", (here, str(differing[1])), (where, str(differing[0]))
+                )
+
+
+def _mixture(label: str, here: tuple[str, str], there: tuple[str, str]) -> ArtifactError:
+    return ArtifactError(
+        f"records that differ in the {label} cannot stand in one column",
+        where=f"{here[0]} and {there[0]}",
+        found=f"`{here[1]}` and `{there[1]}`",
+        fix="measure both with the same suite and baseline (`quantlab eval`), or make a leaderboard of each kind",
+    )

@@ -1,0 +1,215 @@
+"""What the tables show: every cell as text, and the notes a reader needs.
+
+Terminal, Markdown and HTML differ in how much room they have, not in what a number looks like; that is decided here
+once. A cell is in one of four states: a value, the baseline (there is nothing to compare it with), a failure with its
+reason, or not measured.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from quantlab.evaluation.record import Measured, Significance, Verdict
+from quantlab.report.matrix.column import Column, Unit
+from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.rows import Row, noise_of, task_of
+from quantlab.report.matrix.verdict import judge, tested
+
+State = Literal["value", "baseline", "failed", "missing"]
+
+INTERVALS = (
+    "Intervals are 95 % intervals unless called a range, those of speed for the number of another evaluation on the same "
+    "machine; losses and changes are paired with the baseline on the same tokens."
+)
+HOLM_NOTE = "A loss is called measurable only if it stays so after correction for the number of rows (Holm)."
+PRUNED_NOTE = "Pruned weights are stored as zeros in dense tensors: pruning alone saves neither memory nor time."
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell as text."""
+
+    state: State
+    text: str
+    interval: str | None = None
+    """`low to high`."""
+    margin: str | None = None
+    """`±` the wider side of the interval, or `range low to high`."""
+    reason: str | None = None
+    """Why it failed."""
+    number: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    verdict: Verdict | None = None
+    """Of a loss: what its interval says."""
+    significance: Significance | None = None
+    noise: str | None = None
+    """Why the number cannot be taken for a fact."""
+
+
+def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
+    """The cell of `row` in `column`."""
+    found = column.read(row)
+    if found is None:
+        return _empty_cell(matrix, row, column)
+    if isinstance(found, Measured):
+        return Cell(
+            state="value",
+            text=number(found.value, column.unit),
+            interval=interval(found, column.unit) if found.n != 1 else None,
+            margin=_margin(found, column.unit) if found.n != 1 else None,
+            number=found.value,
+            low=found.low,
+            high=found.high,
+            n=found.n,
+            verdict=judge(found, _significance(row, column)) if _is_loss(column) else None,
+            significance=_significance(row, column),
+            noise=noise_of(row, column.key.partition("@")[0]),
+        )
+    return Cell(state="value", text=number(found, column.unit), number=float(found))
+
+
+def _is_loss(column: Column) -> bool:
+    """Whether a record holds a verdict on it; kinds of text have none of their own."""
+    return column.relative and column.unit in ("change", "points") and column.group != "domains"
+
+
+def _significance(row: Row, column: Column) -> Significance | None:
+    if column.task is not None:
+        task = task_of(row, column.task)
+        return task.significance if task and column.relative else None
+    return row.significance.get(column.key)
+
+
+def counts(matrix: Matrix, column: Column) -> str:
+    """What the numbers of a column rest on: n, or the least and the most of it; empty for what was not drawn."""
+    found = {n for row in matrix.rows if (n := cell(matrix, row, column).n)}
+    return " to ".join(f"{n:,}" for n in sorted({min(found), max(found)})) if found else ""
+
+
+def details(row: Row, column: Column, found: Cell) -> str:
+    """All that is known of one number, in one line."""
+    parts = [f"{row.variant}, {column.heading}: {found.text}"]
+    if found.interval:
+        parts[0] += f" ({found.interval})"
+    if found.n is not None:
+        parts.append(f"n = {found.n:,}")
+    if found.verdict:
+        parts.append({"loss": "measurable loss", "gain": "measurable gain"}.get(found.verdict, found.verdict))
+    if found.significance:
+        p, holm = found.significance.p, found.significance.holm_p
+        parts.append(f"p = {p:.2g}" if holm is None else f"p = {holm:.2g} after Holm")
+    if found.noise:
+        parts.append(f"noisy: {found.noise}")
+    if found.state in ("failed", "missing"):
+        parts.append(found.reason or "not measured")
+    if row.record:
+        parts.append(f"{row.record}, {column.field}")
+    return " · ".join(parts)
+
+
+def _empty_cell(matrix: Matrix, row: Row, column: Column) -> Cell:
+    if column.relative and row.variant == matrix.baseline and row.perplexity is not None:
+        return Cell(state="baseline", text="baseline" if column.key == "accuracy_loss_percent" else "–")
+    measured_with = "quality" if column.group == "domains" else column.group
+    reasons = [failure.reason for failure in row.failures if failure.cell == measured_with]
+    if reasons:
+        return Cell(state="failed", text="failed", reason="; ".join(reasons))
+    return Cell(state="missing", text="–")
+
+
+def number(value: float, unit: Unit) -> str:
+    """A number as people read it; the unit stands in the column's head unless it changes with the size."""
+    match unit:
+        case "percent":
+            text = f"{value:.1f}"
+        case "change" | "ratio" | "plain":
+            text = f"{value:.2f}"
+        case "nats":
+            text = f"{value:.4f}" if value == 0 or abs(value) >= 0.00005 else f"{value:.1e}".replace("e-0", "e-")
+        case "share" | "points":
+            text = f"{100 * value:.2f}"
+        case "milliseconds":
+            text = f"{1000 * value:.1f}" if abs(value) < 0.1 else f"{1000 * value:,.0f}"
+        case "bytes":
+            return human_bytes(value)
+        case "seconds":
+            text = f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+        case "rate":
+            text = f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
+    return _signed(text)
+
+
+def interval(measured: Measured, unit: Unit) -> str:
+    """`low to high`: an en dash between negative numbers is hard to read. What is no 95 % interval is called what it is."""
+    ends = _ends(measured, unit)
+    return ends if measured.interval == "95 %" else f"{ends}, range of {measured.reason}"
+
+
+def _ends(measured: Measured, unit: Unit) -> str:
+    return f"{number(measured.low, unit)} to {number(measured.high, unit)}"
+
+
+def _margin(measured: Measured, unit: Unit) -> str:
+    """`±` the wider side of the interval, with the digits of the value; of a range its ends."""
+    if measured.interval != "95 %":
+        return f"range {_ends(measured, unit)}"
+    wider = max(measured.high - measured.value, measured.value - measured.low)
+    if unit == "rate":
+        _, _, digits = number(measured.value, unit).partition(".")
+        return f"±{wider:,.{len(digits)}f}"
+    return "±" + number(wider, unit)
+
+
+def human_bytes(value: float) -> str:
+    """Bytes in powers of 1000, as disks are sold."""
+    size, name = float(value), "B"
+    for name in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5 or name == "TB":
+            break
+        size /= 1000
+    digits = 0 if name == "B" or abs(size) >= 99.95 else 1 if abs(size) >= 9.995 else 2
+    return _signed(f"{size:.{digits}f}") + f" {name}"
+
+
+def failures(matrix: Matrix) -> tuple[str, ...]:
+    """Every failure as a line."""
+    return tuple(
+        f"{row.variant}: {failure.cell} could not be measured: {failure.reason}"
+        for row in matrix.rows
+        for failure in row.failures
+    )
+
+
+def notes(matrix: Matrix) -> tuple[str, ...]:
+    """What a reader must know to read the numbers rightly."""
+    found = [INTERVALS]
+    if any(tested(row) for row in matrix.rows):
+        found.append(HOLM_NOTE)
+    if any(row.noise for row in matrix.rows):
+        found.append("Measurements of speed that were disturbed are marked noisy; no recommendation rests on them.")
+    twins = sorted({row.twin for row in matrix.rows if row.twin})
+    if twins:
+        twin = f"a random-weight twin ({'; '.join(twins)})"
+        found.append(
+            "Speed does not depend on the values of the weights, but for the experts that they choose, which are the same in every "
+            f"twin; it is measured on {twin}, interleaved with FP16's."
+        )
+    if any("prune" in row.description.lower() for row in matrix.rows):
+        found.append(PRUNED_NOTE)
+    dtypes = sorted({row.compute_dtype for row in matrix.rows if row.compute_dtype})
+    if len(dtypes) > 1:
+        found.append(f"Quality was measured with different compute dtypes: {', '.join(dtypes)}.")
+    if len({tuple(sorted(row.versions.items())) for row in matrix.rows}) > 1:
+        found.append(
+            "The rows were measured with different versions of the software; see the versions of each row in matrix.json."
+        )
+    return tuple(found)
+
+
+def _signed(text: str) -> str:
+    """With a real minus, and none before a zero."""
+    digits = text.removeprefix("-")
+    if not digits.strip("0.,"):
+        return digits
+    return text if digits == text else "−" + digits

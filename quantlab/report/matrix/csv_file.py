@@ -1,0 +1,101 @@
+"""matrix.csv: the matrix for spreadsheets, every number of the page in full.
+
+A measured value takes four columns: the name of matrix.json, then the same with `_low`, `_high` and `_n`. What a number is
+of (a batch size, a task, a kind of text, a layer) is the end of the name: `decode_tokens_per_second_8`.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+
+from quantlab.evaluation.record import Attention, Measured
+from quantlab.report.matrix.columns import columns_of
+from quantlab.report.matrix.layer_maps import in_order
+from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.rows import Row, task_labels, task_of
+from quantlab.report.matrix.verdict import summary
+
+Value = Measured | float | None
+Line = dict[str, str | float | int | None]
+
+
+def to_csv(matrix: Matrix) -> str:
+    """The text of matrix.csv."""
+    text = io.StringIO()
+    lines = _lines(matrix)
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _lines(matrix: Matrix) -> list[Line]:
+    rows = [row.model_copy(update={"hardware": ""}) for row in matrix.rows]  # a line is of one machine: no column apart
+    numbers = [dict(_numbers(row, rows)) for row in rows]
+    plain = {name for found in numbers for name, value in found.items() if isinstance(value, int | float)}
+    lines: list[Line] = []
+    for row, found in zip(rows, numbers, strict=True):
+        line: Line = {"variant": row.variant, "artifact": row.artifact}
+        for name, value in found.items():
+            line |= _cells(name, value, plain=name in plain)
+        for name, value in _attention(matrix.attention) if matrix.attention else ():
+            shown = value if row.variant == matrix.baseline else None
+            line |= _cells(name, shown, plain=not isinstance(value, Measured))
+        for block in _keys([other.tokens_per_expert for other in rows]):
+            tokens = " ".join(map(str, row.tokens_per_expert.get(block, ())))
+            line[_named(f"tokens_of_experts_in {block}")] = tokens
+        line |= {
+            "verdict": summary(row),
+            "noise": "; ".join(f"{key}: {why}" for key, why in row.noise.items()),
+            "description": row.description,
+            "failures": "; ".join(f"{failure.cell}: {failure.reason}" for failure in row.failures),
+        }
+        lines.append(line)
+    return lines
+
+
+def _numbers(row: Row, rows: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+    """Every number of a row, under names that all rows have."""
+    for column in columns_of(rows):
+        yield column.key, column.read(row)
+    yield "bits_per_byte", row.bits_per_byte
+    yield "fp16_weights_bytes", row.fp16_weights_bytes
+    for domain, found in row.domains.items():
+        yield f"bits_per_byte_on {domain}", found.bits_per_byte if found else None
+    for key, label in task_labels(task for other in rows for task in other.tasks).items():
+        tasks = [task for other in rows if (task := task_of(other, key))]
+        own = task_of(row, key)
+        for group in _keys([task.by_group for task in tasks]):
+            yield f"task_score.{label} of {group}", own.by_group.get(group) if own else None
+    for name, start in (("layer_errors", "error_of"), ("router_agreement", "router_agreement_of")):
+        own_layers = getattr(row.divergence, name, {})
+        for layer in _keys([getattr(other.divergence, name, {}) for other in rows]):
+            yield f"{start} {layer}", own_layers.get(layer)
+    own_errors = {f"{found.layer} {found.kind}": found for found in row.matrix_errors}
+    for place in _keys([{f"{found.layer} {found.kind}": found for found in other.matrix_errors} for other in rows]):
+        for name in ("relative_error", "relative_error_max", "output_error", "output_error_max"):
+            yield f"{name} of {place}", getattr(own_errors.get(place), name, None)
+
+
+def _attention(attention: Attention) -> Iterator[tuple[str, Value]]:
+    """Numbers of the baseline's twin."""
+    sizes = ("prefill_peak_bytes", "decode_peak_bytes", "cache_bytes")
+    for found in attention.cells:
+        for name in (*sizes, "prefill_tokens_per_second", "decode_tokens_per_second"):
+            yield f"attention {found.implementation} at {found.context} {name}", getattr(found, name)
+
+
+def _keys(maps: Sequence[Mapping[str, object]]) -> list[str]:
+    return in_order({key for found in maps for key in found})
+
+
+def _cells(name: str, value: Value, *, plain: bool) -> Line:
+    name = _named(name)
+    if plain:
+        return {name: None if isinstance(value, Measured) else value}
+    parts = (value.value, value.low, value.high, value.n) if isinstance(value, Measured) else (None,) * 4
+    return dict(zip((name, f"{name}_low", f"{name}_high", f"{name}_n"), parts, strict=True))
+
+
+def _named(name: str) -> str:
+    return name.replace(".", "_").replace(" ", "_")

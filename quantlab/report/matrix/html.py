@@ -1,0 +1,144 @@
+"""matrix.html and matrix.svg: the matrix as one page that needs no network, and its plot alone for README files."""
+
+import re
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from quantlab.report.claims.table import claims_table
+from quantlab.report.matrix.attention_table import attention_table
+from quantlab.report.matrix.cells import cell, failures, notes, number
+from quantlab.report.matrix.column import HEADLINE, Column
+from quantlab.report.matrix.columns import columns
+from quantlab.report.matrix.csv_file import to_csv
+from quantlab.report.matrix.expert_map import SHARE_MARKS, SHARE_NAMES, heat_maps
+from quantlab.report.matrix.html_tables import Sheet, make_sheet
+from quantlab.report.matrix.layer_maps import LETTER_WIDTH, TILE_HEIGHT, TILE_WIDTH, group_maps, layer_maps, matrix_maps
+from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.recommend import RULES, Recommendation, recommend
+from quantlab.report.matrix.rows import noise_of
+from quantlab.report.matrix.scatter_plot import SPEED_NAMES, Plot, lay_out
+from quantlab.report.matrix.speed_bars import lay_out_bars
+
+_MAIN = (
+    *HEADLINE,
+    "perplexity_change_percent",
+    "kl_to_baseline",
+    "top1_agreement",
+    "artifact_bytes",
+    "peak_memory_bytes",
+    "load_seconds",
+    "decode_tokens_per_second",
+    "prefill_tokens_per_second",
+)
+"""Columns of the first table, at every batch size and on every machine."""
+
+
+def to_html(matrix: Matrix) -> str:
+    """The text of matrix.html."""
+    every, found = columns(matrix), recommend(matrix)
+    return (
+        environment()
+        .get_template("matrix.html.j2")
+        .render(
+            matrix=matrix,
+            cards=tuple((each, _facts(matrix, each, every)) for each in found),
+            rules=RULES,
+            sheets=_sheets(matrix, every, found),
+            headline=HEADLINE,
+            every=every,
+            csv=to_csv(matrix),
+            plots=plots(matrix),
+            speed_names=SPEED_NAMES,
+            panels=lay_out_bars(matrix),
+            noisy=any(row.noise for row in matrix.rows),
+            layer_maps=layer_maps(matrix),
+            group_maps=group_maps(matrix),
+            matrix_maps=matrix_maps(matrix),
+            attention=attention_table(matrix),
+            claims=claims_table(matrix),
+            tile_size=(TILE_WIDTH, TILE_HEIGHT, LETTER_WIDTH),
+            notes=notes(matrix),
+            failures=failures(matrix),
+            tokens=sorted({row.perplexity.n for row in matrix.rows if row.perplexity}),
+            versions=versions(matrix),
+            heat_maps=heat_maps(matrix),
+            share_names=SHARE_NAMES,
+            share_marks=SHARE_MARKS,
+        )
+    )
+
+
+def main_and_rest(every: tuple[Column, ...]) -> tuple[tuple[Column, ...], tuple[Column, ...]]:
+    """The columns of the first table, and all others."""
+    main = tuple(column for column in every if re.split("[.@]", column.key)[0] in _MAIN)
+    return main, tuple(column for column in every if column not in main)
+
+
+def to_svg(matrix: Matrix) -> str | None:
+    """The text of matrix.svg, or None where there is nothing to draw."""
+    plot = lay_out(matrix, width=760, height=420)
+    if plot is None:
+        return None
+    template = environment().get_template("pareto.svg.j2")
+    return template.render(matrix=matrix, plot=plot, name="wide", standalone=True, speed_names=SPEED_NAMES) + "\n"
+
+
+def plots(matrix: Matrix) -> tuple[tuple[str, Plot], ...]:
+    """The plot for wide and for narrow windows; nothing where there is nothing to draw."""
+    sizes = (("wide", lay_out(matrix, width=900, height=440)), ("narrow", lay_out(matrix, width=358, height=380)))
+    return tuple((name, plot) for name, plot in sizes if plot)
+
+
+def environment() -> Environment:
+    """Where the templates come from; what is not given to them is an error."""
+    return Environment(
+        loader=PackageLoader("quantlab.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=False,
+    )
+
+
+def versions(matrix: Matrix) -> tuple[tuple[str, str], ...]:
+    """Each package with its version; with all of them where rows differ."""
+    names = sorted({name for row in matrix.rows for name in row.versions})
+    return tuple(
+        (name, " / ".join(sorted({row.versions[name] for row in matrix.rows if name in row.versions})))
+        for name in names
+    )
+
+
+def _sheets(matrix: Matrix, every: tuple[Column, ...], found: tuple[Recommendation, ...]) -> tuple[Sheet, ...]:
+    picked = {row.variant: tuple(one.goal for one in found if one.variant == row.variant) for row in matrix.rows}
+    main, others = main_and_rest(every)
+    tasks = tuple(column for column in others if column.group == "tasks")
+    domains = tuple(column for column in others if column.group == "domains")
+    rest = tuple(column for column in others if column.group not in ("tasks", "domains"))
+    caption = "Accuracy, memory and speed of every variant"
+    sheets = [make_sheet(matrix, "main", caption, main, picked=picked)]
+    if tasks:
+        sheets.append(make_sheet(matrix, "tasks", "Tasks: what each variant lost, and its score", tasks))
+    sheets.append(make_sheet(matrix, "rest", "All other numbers", rest))
+    if domains:
+        sheets.append(make_sheet(matrix, "domains", "Quality by kind of text", domains))
+    return tuple(sheets)
+
+
+def _facts(matrix: Matrix, found: Recommendation, every: tuple[Column, ...]) -> tuple[str, ...]:
+    """The three numbers of a recommended row in a few words."""
+    row = next((row for row in matrix.rows if row.variant == found.variant), None)
+    if row is None:
+        return ()
+    loss = cell(matrix, row, every[0])
+    facts = []
+    if loss.state == "value":
+        facts.append("no measurable accuracy loss" if loss.verdict != "loss" else f"{loss.text} % accuracy loss")
+    if row.memory_percent_of_fp16 is not None:
+        facts.append(f"{number(row.memory_percent_of_fp16, 'percent')} % memory")
+    if row.speed_over_fp16 is not None:
+        facts.append(
+            f"{number(row.speed_over_fp16.value, 'ratio')}× speed{' (noisy)' if noise_of(row, 'speed_over_fp16') else ''}"
+        )
+    return tuple(facts)

@@ -1,0 +1,175 @@
+"""The tables of a page: every cell with its link, its hover text and the small graphic under it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from quantlab.report.matrix.cells import Cell, cell, counts, details
+from quantlab.report.matrix.column import HEADLINE, Column
+from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.rows import Row, link_to, noise_of
+from quantlab.report.matrix.verdict import summary, verdicts
+
+_LONGEST_REASON = 120
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A cell with the small graphic under its number; positions in percent of the cell's width."""
+
+    cell: Cell
+    tip: str = ""
+    """All that is known of the number."""
+    href: str | None = None
+    """The record it comes from."""
+    bar: float | None = None
+    """Length of a bar from the left."""
+    zero: float | None = None
+    """Where no loss lies; with `start`, `length` and `dot` a value and its interval."""
+    start: float = 0.0
+    length: float = 0.0
+    dot: float = 0.0
+    reason: str | None = None
+    """Shown once per row and group."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table."""
+
+    row: Row
+    is_baseline: bool
+    href: str | None
+    """The row's record."""
+    picked_for: tuple[str, ...]
+    """Goals it is recommended for."""
+    rank: str
+    summary: str | None
+    """Its verdicts in a few words."""
+    lost: bool
+    filters: dict[str, str]
+    """What the page's filter looks at; on the main table only."""
+    cells: tuple[Drawn, ...]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One sortable table."""
+
+    name: str
+    caption: str
+    corner: str
+    columns: tuple[Column, ...]
+    counts: tuple[str, ...]
+    """n of each column."""
+    lines: tuple[Line, ...]
+    main: bool
+
+
+def make_sheet(
+    matrix: Matrix,
+    name: str,
+    caption: str,
+    shown: Sequence[Column],
+    *,
+    picked: Mapping[str, tuple[str, ...]] | None = None,
+    ranks: Mapping[str, str] | None = None,
+) -> Sheet:
+    """The table of some columns.
+
+    Args:
+        matrix: the rows.
+        name: an identifier; "main" is the table that is filtered by.
+        caption: what it shows.
+        shown: its columns.
+        picked: the goals that a variant is recommended for.
+        ranks: what stands before a variant's name.
+    """
+    by_column = [_drawn_column(matrix, column) for column in shown]
+    lines = []
+    for index, row in enumerate(matrix.rows):
+        told = summary(row)
+        lines.append(
+            Line(
+                row=row,
+                is_baseline=row.variant == matrix.baseline,
+                href=link_to(row),
+                picked_for=(picked or {}).get(row.variant, ()),
+                rank=(ranks or {}).get(row.variant, ""),
+                summary=told,
+                lost="loss" in verdicts(row).values(),
+                filters=_filters(matrix, row) if name == "main" else {},
+                cells=tuple(_with_reasons([drawn[index] for drawn in by_column], shown)),
+            )
+        )
+    return Sheet(
+        name,
+        caption,
+        "variant",
+        tuple(shown),
+        tuple(counts(matrix, column) for column in shown),
+        tuple(lines),
+        main=name == "main",
+    )
+
+
+def _filters(matrix: Matrix, row: Row) -> dict[str, str]:
+    """What the filter reads off a row; empty where it was not measured."""
+    losses = [found.high for found in (row.accuracy_loss_percent, row.perplexity_change_percent) if found is not None]
+    is_baseline = row.variant == matrix.baseline
+    found = verdicts(row)
+    lost = "" if not found else "yes" if "loss" in found.values() else "no"
+    speed = None if noise_of(row, "speed_over_fp16") else row.speed_over_fp16
+    return {
+        "find": f"{row.variant} {row.description}",
+        "lost": "no" if is_baseline else lost,
+        "loss": "0" if is_baseline else str(max(losses)) if losses else "",
+        "memory": "" if row.memory_percent_of_fp16 is None else f"{row.memory_percent_of_fp16:.2f}",
+        "speed": "" if speed is None else f"{speed.value:.3f}",
+    }
+
+
+def _with_reasons(drawn: Sequence[Drawn], shown: Sequence[Column]) -> list[Drawn]:
+    """The reason of a failure stands in the first cell it cost."""
+    told: set[str] = set()
+    result = []
+    for column, found in zip(shown, drawn, strict=True):
+        if found.cell.state == "failed" and column.group not in told:
+            told.add(column.group)
+            result.append(Drawn(cell=found.cell, tip=found.tip, reason=_shortened(found.cell.reason or "")))
+        else:
+            result.append(found)
+    return result
+
+
+def _drawn_column(matrix: Matrix, column: Column) -> list[Drawn]:
+    """The cells of one column on their common scale; only the columns that decide are drawn."""
+    cells = [cell(matrix, row, column) for row in matrix.rows]
+    ends = [end for found in cells for end in (found.number, found.low, found.high) if end is not None]
+    least, most = min([0.0, *ends]), max([0.0, *ends])
+    span = (most - least) or 1.0
+    drawn = []
+    for row, found in zip(matrix.rows, cells, strict=True):
+        plain = Drawn(cell=found, tip=details(row, column, found), href=link_to(row, column.field))
+        drawn.append(_with_graphic(plain, column, least=least, span=span))
+    return drawn
+
+
+def _with_graphic(drawn: Drawn, column: Column, *, least: float, span: float) -> Drawn:
+    found = drawn.cell
+    if column.key not in HEADLINE or found.number is None:
+        return drawn
+    if column.key != "accuracy_loss_percent":
+        return replace(drawn, bar=round(100 * found.number / span, 1))
+    if found.low is None or found.high is None:
+        return drawn
+    return replace(
+        drawn,
+        zero=round(100 * -least / span, 1),
+        start=round(100 * (found.low - least) / span, 1),
+        length=round(100 * (found.high - found.low) / span, 1),
+        dot=round(100 * (found.number - least) / span, 1),
+    )
+
+
+def _shortened(reason: str) -> str:
+    return reason if len(reason) <= _LONGEST_REASON else reason[: _LONGEST_REASON - 1] + "…"

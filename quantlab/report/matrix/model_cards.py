@@ -1,0 +1,69 @@
+"""The measured numbers of a variant in the model card of its artifact.
+
+The card has a marked place for them. The manifest hashes every file of the artifact but the card, so an artifact whose card
+is filled in is still the artifact that was measured. A card that its manifest does hash is left alone.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from quantlab.report.matrix.cells import cell, notes
+from quantlab.report.matrix.columns import columns
+from quantlab.report.matrix.markdown import cell_text, escaped, table_line
+from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.rows import Row
+from quantlab.report.matrix.verdict import summary
+
+START, END = "<!-- measured by quantlab -->", "<!-- end of what was measured -->"
+_SHOWN = (
+    "accuracy_loss_percent",
+    "memory_percent_of_fp16",
+    "speed_over_fp16",
+    "perplexity_change_percent",
+    "kl_to_baseline",
+    "top1_agreement",
+    "perplexity",
+    "peak_memory_bytes",
+    "kv_cache_bytes_per_token",
+)
+
+
+def filled_cards(matrix: Matrix, directory: Path) -> Iterator[tuple[Path, str]]:
+    """Path and new text of the card of every artifact of the matrix that lies in the run's directory."""
+    for row in matrix.rows:
+        artifact = directory / "artifacts" / row.variant
+        card = artifact / "README.md"
+        if row.artifact != f"artifacts/{row.variant}" or not card.is_file() or _hashes_its_card(artifact):
+            continue
+        text = card.read_text(encoding="utf-8")
+        before, start, rest = text.partition(START + "\n")
+        _, end, after = rest.partition(END + "\n")
+        if start and end:
+            yield card, f"{before}{start}{measured_section(matrix, row)}{end}{after}"
+
+
+def _hashes_its_card(artifact: Path) -> bool:
+    manifest = artifact / "manifest.json"
+    return not manifest.is_file() or "README.md" in json.loads(manifest.read_bytes()).get("files", {})
+
+
+def measured_section(matrix: Matrix, row: Row) -> str:
+    """The row of the matrix as Markdown, one number a line."""
+    lines = [table_line(["number", "value (95 % interval)", "n"]), table_line(["---", "---:", "---:"])]
+    for column in columns(matrix):
+        found = cell(matrix, row, column)
+        if found.state == "value" and (column.key in _SHOWN or column.group == "tasks"):
+            n = "–" if found.n is None else f"{found.n:,}"
+            lines.append(table_line([escaped(column.heading), cell_text(found), n]))
+    told = summary(row)
+    about = [
+        *([f"Against `{matrix.baseline}`: **{told}**.\n"] if told else []),
+        *lines,
+        "",
+        f"Suite {escaped(matrix.suite)} (sha256 `{matrix.suite_sha256[:12]}`), {escaped(matrix.hardware)}. "
+        + " ".join(escaped(note) for note in notes(matrix)[:1]),
+        *([f"Speed: random-weight twin, {escaped(row.twin)}."] if row.twin else []),
+        *(f"Not measured: {failure.cell}: {escaped(failure.reason)}" for failure in row.failures),
+    ]
+    return "\n".join(about) + "\n"

@@ -1,0 +1,294 @@
+"""Which row to pick: one sentence each for quality, memory and speed, and nothing the intervals do not support.
+
+An interval that reaches zero does not show that nothing was lost, only that no loss was seen; so a row counts as keeping
+the quality only if its interval also rules out a loss worth caring about, and the sentence names both ends. Rows whose
+intervals overlap are called just that. A row without quality numbers is never recommended: memory and speed of an
+artifact that may answer nonsense are worth nothing.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from quantlab.evaluation.record import Measured
+from quantlab.report.comparison.paired import paired
+from quantlab.report.matrix.cells import interval, number
+from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.rows import Row, noise_of, passes_of, same_layout
+from quantlab.report.matrix.verdict import verdicts
+
+NEGLIGIBLE_PERCENT = 0.1
+"""A perplexity surely within this of the baseline's is as good as equal, even where the difference can be measured."""
+EXCLUDED_PERCENT = 1.0
+"""To keep the quality, a larger rise of perplexity must be ruled out by the interval."""
+BOUND_PERCENT = 5.0
+"""Memory and speed are worth recommending only where accuracy loss and perplexity rise surely stay below this."""
+SAME_MEMORY_POINTS = 0.5
+"""Rows this close in percent of FP16 take the same memory."""
+
+RULES = {
+    "quality": "The least memory among variants without a measurable loss of accuracy or in a task and whose perplexity is not measurably above the baseline's "
+    f"(or surely at most {NEGLIGIBLE_PERCENT:g} % above it), where the interval rules out a rise of more than {EXCLUDED_PERCENT:g} %.",
+    "memory": f"The least memory among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %. Of the same "
+    "memory the one that can have lost least; of the same layout the one of fewer passes, where no difference can be measured.",
+    "speed": f"The fastest decode at batch size 1 among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %; "
+    "among those whose speeds overlap, the one that can have lost least, or fewer passes as above. Speeds marked noisy do not count.",
+}
+"""How each goal is decided, for people."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to pick for one goal."""
+
+    goal: Literal["quality", "memory", "speed"]
+    variant: str | None
+    """None where the numbers recommend no row."""
+    sentence: str
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A row with every number that its quality is judged by."""
+
+    row: Row
+    loss: Measured
+    rise: Measured
+
+    @property
+    def worst(self) -> float:
+        """Upper end of the perplexity change: what the measurement cannot rule out."""
+        return self.rise.high
+
+    @property
+    def keeps_quality(self) -> bool:
+        lost = {name for name, verdict in verdicts(self.row).items() if verdict == "loss"}
+        if self.rise.high <= NEGLIGIBLE_PERCENT:
+            lost.discard("perplexity")
+        return not lost and self.rise.high <= EXCLUDED_PERCENT
+
+    @property
+    def lost_nothing(self) -> bool:
+        return "loss" not in verdicts(self.row).values()
+
+    @property
+    def is_bounded(self) -> bool:
+        return self.loss.high <= BOUND_PERCENT and self.rise.high <= BOUND_PERCENT
+
+    @property
+    def losses(self) -> str:
+        return f"accuracy loss {_with_interval(self.loss)}, perplexity change {_with_interval(self.rise)}"
+
+
+def recommend(matrix: Matrix) -> tuple[Recommendation, Recommendation, Recommendation]:
+    """Which row to pick for quality, for memory and for speed."""
+    judged = [
+        _Judged(row=row, loss=row.accuracy_loss_percent, rise=row.perplexity_change_percent)
+        for row in matrix.rows
+        if row.variant != matrix.baseline and row.accuracy_loss_percent and row.perplexity_change_percent
+    ]
+    return (
+        _with_absent(_for_quality(matrix, judged), matrix, judged=judged, need="memory"),
+        _with_absent(_for_memory(judged), matrix, judged=judged, need="memory"),
+        _with_absent(_for_speed(judged), matrix, judged=judged, need="speed"),
+    )
+
+
+def _with_absent(
+    found: Recommendation, matrix: Matrix, *, judged: Sequence[_Judged], need: Literal["memory", "speed"]
+) -> Recommendation:
+    """Name the rows that had no chance because a number of theirs is missing."""
+    present = {
+        other.row.variant
+        for other in judged
+        if (other.row.memory_percent_of_fp16 if need == "memory" else _quiet_speed(other.row)) is not None
+    } | {matrix.baseline}
+    absent = [row.variant for row in matrix.rows if row.variant not in present]
+    if not absent:
+        return found
+    why = (
+        "for want of quiet numbers"
+        if need == "speed" and any(row.noise for row in matrix.rows)
+        else "for want of numbers"
+    )
+    return replace(found, sentence=f"{found.sentence} Not considered, {why}: {_listed(absent)}.")
+
+
+def _quiet_speed(row: Row) -> Measured | None:
+    """The speed that decides, unless it is noise."""
+    return None if noise_of(row, "speed_over_fp16") else row.speed_over_fp16
+
+
+def _for_quality(matrix: Matrix, judged: Sequence[_Judged]) -> Recommendation:
+    if not judged:
+        return Recommendation(
+            "quality", None, "No variant can be recommended: the quality of none was measured against the baseline."
+        )
+    keeping = [(found.row.memory_percent_of_fp16, found) for found in judged if found.keeps_quality]
+    weighed = [(memory, found) for memory, found in keeping if memory is not None]
+    if weighed:
+        memory, pick = _smallest(weighed)
+        saving = (
+            f"at {number(memory, 'percent')} % of FP16's weight memory"
+            if _saves(memory)
+            else "though it saves no memory over FP16"
+        )
+        seen = (
+            "no measurable loss"
+            if pick.lost_nothing
+            else f"a perplexity surely within {NEGLIGIBLE_PERCENT:g} % of the baseline's"
+        )
+        sentence = f"{pick.row.variant} is the smallest variant with {seen} over {pick.rise.n:,} tokens: {pick.losses}, {saving}"
+        return Recommendation("quality", pick.row.variant, sentence + _same_memory(pick, memory, weighed) + ".")
+    if keeping:
+        names = _listed(found.row.variant for _, found in keeping)
+        return Recommendation("quality", None, f"{names} kept the quality, but no memory was measured to choose by.")
+    best = min(judged, key=lambda found: found.rise.value)
+    rivals = [found.row.variant for found in judged if found is not best and not _differs(best, found)]
+    overlap = f" (not measurably better than {_listed(rivals)})" if rivals else ""
+    return Recommendation(
+        "quality",
+        matrix.baseline,
+        f"Stay with {matrix.baseline}: no variant is shown to keep its quality; closest is {best.row.variant}{overlap} with {best.losses}.",
+    )
+
+
+def _for_memory(judged: Sequence[_Judged]) -> Recommendation:
+    weighed = [(found.row.memory_percent_of_fp16, found) for found in judged]
+    saving = [(memory, found) for memory, found in weighed if memory is not None and _saves(memory)]
+    if not saving:
+        return Recommendation(
+            "memory", None, "No variant with measured quality needs less memory for weights than FP16."
+        )
+    bounded = [(memory, found) for memory, found in saving if found.is_bounded]
+    if not bounded:
+        memory, least = _smallest(saving)
+        return Recommendation(
+            "memory",
+            None,
+            f"No variant saves memory with its losses surely below {BOUND_PERCENT:g} %; the smallest is {least.row.variant} "
+            f"at {number(memory, 'percent')} % of FP16 with {least.losses}.",
+        )
+    memory, pick = _smallest(bounded)
+    sentence = f"{pick.row.variant} holds its weights in {number(memory, 'percent')} % of FP16's memory ({100 / memory:.1f}× less) with {pick.losses}"
+    sentence += _same_memory(pick, memory, bounded)
+    smaller = [found for other, found in saving if not found.is_bounded and other < memory - SAME_MEMORY_POINTS]
+    if smaller:
+        sentence += f"; {_listed(found.row.variant for found in smaller)} would be smaller, but a loss above {BOUND_PERCENT:g} % is not ruled out"
+    return Recommendation("memory", pick.row.variant, sentence + ".")
+
+
+def _for_speed(judged: Sequence[_Judged]) -> Recommendation:
+    timed = [(_quiet_speed(found.row), found) for found in judged if found.is_bounded]
+    faster = [(speed, found) for speed, found in timed if speed is not None and speed.low > 1]
+    if not any(speed for speed, _ in timed):
+        return Recommendation(
+            "speed",
+            None,
+            f"No variant with losses surely below {BOUND_PERCENT:g} % has a speed that was measured undisturbed."
+            if any(found.row.noise for found in judged)
+            else f"No variant with losses surely below {BOUND_PERCENT:g} % has a measured speed.",
+        )
+    if not faster:
+        return Recommendation(
+            "speed",
+            None,
+            f"No variant with losses surely below {BOUND_PERCENT:g} % is measurably faster than FP16 at batch size 1.",
+        )
+    top, fastest = max(faster, key=lambda pair: pair[0].value)
+    level = [(speed, found) for speed, found in faster if speed.high >= top.low]
+    _, best = min(level, key=lambda pair: (pair[1].worst, -pair[0].value))
+    pick = _simplest(best, [found for _, found in level])
+    speed = next(speed for speed, found in level if found is pick)
+    sentence = f"{pick.row.variant} decodes {number(speed.value, 'ratio')}× as fast as FP16 ({interval(speed, 'ratio')}) at batch size 1"
+    batch, ratio = _largest_batch(pick.row)
+    if ratio is not None:
+        sentence += f" and {number(ratio.value, 'ratio')}× ({interval(ratio, 'ratio')}) at {batch}"
+    sentence += f", with {pick.losses}"
+    alike = [found for _, found in level if _is_alike(pick, found)]
+    sentence += "".join(_why_not(pick, found) for found in alike)
+    if pick is not fastest and fastest not in alike:
+        sentence += f"; {fastest.row.variant} measures {number(top.value, 'ratio')}×, but the intervals overlap and more loss remains possible there"
+    level_with = [found.row.variant for _, found in level if found not in (pick, fastest, *alike)]
+    if level_with:
+        intervals = "interval of {} overlaps" if len(level_with) == 1 else "intervals of {} overlap"
+        sentence += f"; the {intervals.format(_listed(level_with))} with the fastest's"
+    return Recommendation("speed", pick.row.variant, sentence + ".")
+
+
+def _smallest(weighed: Sequence[tuple[float, _Judged]]) -> tuple[float, _Judged]:
+    """The least memory; among rows of the same memory the one that can have lost least, or a simpler one as good."""
+    least = min(memory for memory, _ in weighed)
+    same = [(memory, found) for memory, found in weighed if memory - least <= SAME_MEMORY_POINTS]
+    _, best = min(same, key=lambda pair: pair[1].worst)
+    pick = _simplest(best, [found for _, found in same])
+    return next((memory, found) for memory, found in same if found is pick)
+
+
+def _simplest(best: _Judged, others: Iterable[_Judged]) -> _Judged:
+    """`best`, or one of the same layout that fewer passes made, where no difference between the two can be measured."""
+    as_good = [found for found in others if _is_alike(found, best)]
+    return min([best, *as_good], key=lambda found: (passes_of(found.row), found.worst))
+
+
+def _is_alike(simpler: _Judged, other: _Judged) -> bool:
+    """Whether more passes made the other without a difference that can be measured."""
+    if not same_layout(simpler.row, other.row) or passes_of(simpler.row) >= passes_of(other.row):
+        return False
+    return not _differs(simpler, other)
+
+
+def _differs(a: _Judged, b: _Judged) -> bool:
+    """Whether their perplexity changes differ measurably; unpaired, no difference is claimed where the intervals overlap."""
+    difference = _difference(a, b)
+    if difference is None:
+        return a.rise.low > b.rise.high or b.rise.low > a.rise.high
+    return not difference.low <= 0 <= difference.high
+
+
+def _difference(a: _Judged, b: _Judged) -> Measured | None:
+    """Of their perplexity changes, on the same documents."""
+    return paired(a.row.documents, b.row.documents, "perplexity_change_percent")
+
+
+def _why_not(pick: _Judged, other: _Judged) -> str:
+    difference = _difference(pick, other)
+    how = "unpaired" if difference is None else f"{_with_interval(difference)} on the same documents"
+    return (
+        f"; {other.row.variant} has the same layout and {passes_of(other.row)} passes in place of {passes_of(pick.row)}, and no "
+        f"measurable difference of perplexity change ({how})"
+    )
+
+
+def _same_memory(pick: _Judged, memory: float, weighed: Sequence[tuple[float, _Judged]]) -> str:
+    """A clause for each row that the pick was preferred to for its quality, not for its size."""
+    same = [found for other, found in weighed if found is not pick and abs(other - memory) <= SAME_MEMORY_POINTS]
+    return "".join(
+        _why_not(pick, found)
+        if _is_alike(pick, found)
+        else f"; {found.row.variant} takes about the same memory with a perplexity change of {_with_interval(found.rise)}"
+        for found in same
+    )
+
+
+def _saves(memory: float) -> bool:
+    return memory <= 100 - SAME_MEMORY_POINTS
+
+
+def _largest_batch(row: Row) -> tuple[str, Measured | None]:
+    """The largest batch size above 1 whose decode speed was compared with FP16."""
+    measured = [
+        (batch, ratio)
+        for batch, ratio in row.decode_over_fp16.items()
+        if ratio is not None and batch != "1" and not noise_of(row, f"decode_over_fp16.{batch}")
+    ]
+    return measured[-1] if measured else ("", None)
+
+
+def _with_interval(measured: Measured) -> str:
+    return f"{number(measured.value, 'change')} % ({interval(measured, 'change')})"
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last

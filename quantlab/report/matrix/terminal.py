@@ -1,0 +1,181 @@
+"""The matrix in a terminal: as many columns as fit, the four that decide first."""
+
+import textwrap
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from quantlab.report.claims.table import ClaimsTable, claims_table
+from quantlab.report.matrix.attention_table import AttentionTable, attention_table
+from quantlab.report.matrix.cells import Cell, cell, failures, notes
+from quantlab.report.matrix.column import Column
+from quantlab.report.matrix.columns import columns
+from quantlab.report.matrix.layer_maps import layer_maps
+from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.recommend import recommend
+from quantlab.report.matrix.verdict import summary
+
+_HEADLINE = ("accuracy_loss_percent", "memory_percent_of_fp16", "speed_over_fp16")
+_DETAILS = (
+    "perplexity_change_percent",
+    "kl_to_baseline",
+    "top1_agreement",
+    "artifact_bytes",
+    "decode_tokens_per_second",
+    "peak_memory_bytes",
+    "load_seconds",
+    "prefill_tokens_per_second",
+)
+"""In the order in which they are worth a terminal's width; rates at every batch size."""
+_WITH_MARGIN = (*_HEADLINE, "perplexity_change_percent")
+_HEADS = {
+    "accuracy_loss_percent": "accuracy\nloss %",
+    "memory_percent_of_fp16": "memory\n% of FP16",
+    "speed_over_fp16": "speed ×\nFP16, twin",
+    "perplexity_change_percent": "perplexity\nchange %",
+    "kl_to_baseline": "KL\nnats",
+    "top1_agreement": "top-1\nagree %",
+    "artifact_bytes": "size\non disk",
+    "decode_tokens_per_second": "decode {}\ntok/s, twin",
+    "peak_memory_bytes": "peak\nmemory",
+    "load_seconds": "load\ns",
+    "prefill_tokens_per_second": "prefill {}\ntok/s, twin",
+}
+_LABEL_WIDTH = 9
+_LONGEST_LINE = 120
+_IN_ASCII = str.maketrans({"±": "+-", "×": "x", "−": "-", "–": "-", "…": "...", "·": "-"})
+
+
+def print_matrix(matrix: Matrix, console: Console) -> None:
+    """Print the table, the recommendations and what a reader must know."""
+    console.print(Text(in_encoding(console, f"{matrix.recipe} · {matrix.suite} · {matrix.hardware}"), style="dim"))
+    console.print(table_that_fits(matrix, console))
+    tasks = [column for column in columns(matrix) if column.key.startswith("task_loss.")]
+    if tasks:
+        console.print(_tasks(matrix, tasks, console))
+    attention = attention_table(matrix)
+    if attention:
+        console.print(_attention(attention, console))
+        _print_labelled("note", attention.note, console, label_style="dim", style="dim")
+    claims = claims_table(matrix)
+    if claims:
+        console.print(_claims(claims, console))
+    unharmed = [
+        row.variant for row in matrix.rows if row.variant != matrix.baseline and summary(row) == "no measurable loss"
+    ]
+    if unharmed:
+        _print_labelled("no loss", f"No measurable loss: {', '.join(unharmed)}.", console, label_style="bold green")
+    for found in recommend(matrix):
+        _print_labelled(
+            found.goal, found.sentence, console, label_style="bold green" if found.variant else "bold yellow"
+        )
+    for sentence in (sentence for found in layer_maps(matrix) for sentence in found.sentences):
+        _print_labelled("layers", sentence, console, label_style="bold red")
+    for failure in failures(matrix):
+        _print_labelled("failed", failure, console, label_style="bold red")
+    for note in (
+        "± is the wider side of the 95 % interval, a range the least and the most that was found; bold is a change that can be measured.",
+        *notes(matrix),
+    ):
+        _print_labelled("note", note, console, label_style="dim", style="dim")
+
+
+def table_that_fits(matrix: Matrix, console: Console) -> Table:
+    """The table with as many details as the console is wide; the first four columns stand always."""
+    every = columns(matrix)
+    details = [column for name in _DETAILS for column in every if column.key.partition(".")[0] == name]
+    fitting = [column for column in every if column.key in _HEADLINE]
+    for detail in details:
+        candidate = _table(matrix, [*fitting, detail], console)
+        if Measurement.get(console, console.options.update(max_width=10_000), candidate).maximum <= console.width:
+            fitting.append(detail)
+    return _table(matrix, fitting, console)
+
+
+def _table(matrix: Matrix, shown: list[Column], console: Console) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
+    table.add_column("\nvariant", overflow="fold", style="bold", ratio=None)
+    for column in shown:
+        name, _, batch = column.key.partition(".")
+        table.add_column(
+            in_encoding(console, _HEADS[name].format(batch)),
+            justify="right",
+            no_wrap=True,
+            style=None if column.key in _HEADLINE else "dim",
+        )
+    for row in matrix.rows:
+        cells = [_text(cell(matrix, row, column), column, console) for column in shown]
+        table.add_row(Text(row.variant, style="italic" if row.variant == matrix.baseline else ""), *cells)
+    return table
+
+
+def _tasks(matrix: Matrix, tasks: list[Column], console: Console) -> Table:
+    """What every variant lost in every task, in percentage points."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
+    table.add_column("points lost\nin tasks", overflow="fold", style="bold")
+    for column in tasks:
+        table.add_column(column.key.removeprefix("task_loss."), justify="right")
+    for row in matrix.rows:
+        if row.variant != matrix.baseline:
+            table.add_row(row.variant, *(_text(cell(matrix, row, column), column, console) for column in tasks))
+    return table
+
+
+def _attention(found: AttentionTable, console: Console) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
+    table.add_column(found.heads[0], overflow="fold", style="bold")
+    for head in found.heads[1:]:
+        table.add_column(in_encoding(console, head), justify="right", overflow="fold")
+    for line in found.lines:
+        cells = (line.reason, *("–" for _ in line.cells[1:])) if line.reason else line.cells
+        table.add_row(line.implementation, line.context, *(in_encoding(console, text) for text in cells))
+    return table
+
+
+def _claims(claims: ClaimsTable, console: Console) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
+    for head in claims.heads[:4]:
+        table.add_column(head, overflow="fold")
+    for line in claims.lines:
+        texts = [Text(in_encoding(console, text)) for text in (line.text, line.claimed, line.measured, line.verdict)]
+        texts[-1].stylize({"good": "green", "bad": "red"}.get(line.mood, "yellow"))
+        table.add_row(*texts)
+    return table
+
+
+def _text(found: Cell, column: Column, console: Console) -> Text:
+    match found.state:
+        case "baseline":
+            return Text(in_encoding(console, found.text), style="italic dim")
+        case "failed":
+            return Text(found.text, style="red")
+        case "missing":
+            return Text(in_encoding(console, found.text), style="dim")
+        case "value":
+            text = Text(in_encoding(console, found.text))
+            if found.verdict in ("loss", "gain"):
+                text.stylize("bold")
+            if found.margin and (column.key in _WITH_MARGIN or column.group == "tasks"):
+                text.append(" " + in_encoding(console, found.margin), style="dim not bold")
+            if found.noise:
+                text.append(" noisy", style="yellow not bold")
+            return text
+
+
+def _print_labelled(label: str, text: str, console: Console, *, label_style: str, style: str = "") -> None:
+    """A paragraph beside its label; wrapped lines stand under the text."""
+    width = max(_LABEL_WIDTH + 20, min(console.width, _LONGEST_LINE))
+    lines = textwrap.wrap(in_encoding(console, text), width - _LABEL_WIDTH, break_on_hyphens=False)
+    for index, line in enumerate(lines):
+        console.print(
+            Text.assemble(((label if index == 0 else "").ljust(_LABEL_WIDTH), label_style), (line, style)),
+            soft_wrap=True,
+        )
+
+
+def in_encoding(console: Console, text: str) -> str:
+    """The text in what the console's encoding can hold."""
+    return text if console.encoding.lower().startswith("utf") else text.translate(_IN_ASCII)

@@ -1,0 +1,46 @@
+"""What a row says of its losses, in words. The verdicts are the records' own (`evaluation.verdicts`); nothing is judged here twice."""
+
+from collections.abc import Iterator
+
+from quantlab.evaluation.record import Measured, Significance, Verdict, verdict
+from quantlab.report.matrix.rows import Row, task_labels
+
+
+def judge(measured: Measured | None, significance: Significance | None) -> Verdict | None:
+    """What one loss says, positive being worse; None where it was not measured, or too little of it for an interval.
+
+    A record without tests has intervals alone.
+    """
+    if measured is None or measured.interval == "range":
+        return None
+    return significance.verdict if significance else verdict(measured)
+
+
+def verdicts(row: Row) -> dict[str, Verdict]:
+    """The verdict on every measured loss of a row, by what was lost: "accuracy", "perplexity", "task retrieval"."""
+    return {name: said for name, said in _verdicts(row) if said is not None}
+
+
+def _verdicts(row: Row) -> Iterator[tuple[str, Verdict | None]]:
+    yield "accuracy", judge(row.accuracy_loss_percent, row.significance.get("accuracy_loss_percent"))
+    yield "perplexity", judge(row.perplexity_change_percent, row.significance.get("perplexity_change_percent"))
+    labels = task_labels(row.tasks)
+    for task in row.tasks:
+        yield f"task {labels[task.key]}", judge(task.loss, task.significance)
+
+
+def summary(row: Row) -> str | None:
+    """All verdicts of a row in a few words: "loss: perplexity, 2 of 5 tasks"; None where no loss was measured."""
+    found = verdicts(row)
+    if not found:
+        return None
+    lost = [name for name, said in found.items() if said == "loss" and not name.startswith("task ")]
+    tasks = sum(said == "loss" and name.startswith("task ") for name, said in found.items())
+    if tasks:
+        lost.append(f"{tasks} of {len(row.tasks)} tasks")
+    return f"loss: {', '.join(lost)}" if lost else "no measurable loss"
+
+
+def tested(row: Row) -> bool:
+    """Whether the verdicts rest on p values adjusted over the rows."""
+    return any(found.holm_p is not None for found in row.significance.values())
