@@ -269,6 +269,7 @@ def _record(evaluation: _Evaluation, cell: Cell, found: Found) -> Record:
         command=found.command,
         hardware=evaluation.hardware,
         versions=evaluation.versions,
+        environment=hardware.environment(),
         quality=found.quality,
         memory=found.memory,
         speed=found.speed,

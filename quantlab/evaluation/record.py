@@ -158,6 +158,8 @@ class Quality(_Frozen):
 
     compute_dtype: str
     """Dtype of the activations while this was measured."""
+    operators: tuple[str, ...] = ()
+    """Kernels that computed on the CPU, and every substitute for one that is wrong or missing there; empty on a GPU."""
     perplexity: Measured
     bits_per_byte: Measured
     next_token_accuracy: Measured
@@ -358,6 +360,8 @@ class Record(_Frozen):
     """What was run: "quantlab run recipes/quickstart.yaml"."""
     hardware: str
     versions: dict[str, str]
+    environment: dict[str, str] = {}
+    """Variables of the environment that choose instructions and kernels: `ONEDNN_MAX_CPU_ISA`, `QUANTLAB_NATIVE` …, where they were set."""
     quality: Quality | None
     memory: Memory | None
     speed: Speed | None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.runtime.integer_products import integer_product
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
 from quantlab.runtime.products import Groups, by_count, compute_dtype, in_bands, joined, split
@@ -22,7 +23,6 @@ _NATIVE_COLUMNS: Final = 1 << 16
 """Up to this many columns the native kernel's 32-bit sums are exact."""
 
 _weight_only_product: Final[Callable[[Tensor, Tensor, Tensor], Tensor]] = torch.ops.aten._weight_int8pack_mm.default
-_integer_product: Final = torch._int_mm
 
 
 class Int8WeightMatrices(nn.Module):
@@ -106,7 +106,7 @@ class Int8Matrices(nn.Module):
         self.shape = (count, rows, columns)
         self.register_buffer("q", torch.empty(count, rows, columns, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(count, rows, dtype=scale_dtype))
-        self._transposed = [matrix.t() for matrix in self.q.unbind(0)]
+        self._each = self.q.unbind(0)
 
     def fill(self, index: int, matrix: QuantizedMatrix) -> None:
         """Set matrix `index`."""
@@ -129,18 +129,16 @@ class Int8Matrices(nn.Module):
     def _torch_products(self, x: Tensor, groups: Groups) -> Tensor:
         quantized, token_scale = quantize_tokens(x)
         if len(groups.which) == 1:
-            sums = _integer_product(quantized, self._transposed[groups.which[0]])
+            sums = integer_product(quantized, self._each[groups.which[0]])
         else:
-            sums = torch.empty(x.shape[0], self.shape[1], dtype=torch.int32)
-            parts = zip(split(quantized, groups), groups.which, split(sums, groups), strict=True)
-            for part, index, out in parts:
-                _integer_product(part, self._transposed[index], out=out)
+            parts = zip(split(quantized, groups), groups.which, strict=True)
+            sums = torch.cat([integer_product(part, self._each[index]) for part, index in parts])
         row_scale = self.scale if groups.of_row is None else self.scale.index_select(0, groups.of_row)
         return (sums * token_scale).mul_(row_scale).to(x.dtype)
 
     def _torch_product(self, x: Tensor, index: int) -> Tensor:
         quantized, token_scale = quantize_tokens(x)
-        sums = _integer_product(quantized, self._transposed[index])
+        sums = integer_product(quantized, self._each[index])
         return (sums * token_scale).mul_(self.scale[index]).to(x.dtype)
 
 

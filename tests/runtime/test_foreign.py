@@ -13,6 +13,7 @@ from quantlab.errors import ArtifactError, CheckpointError
 from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.load import load
 from quantlab.runtime.matrices import ExpandedMatrices, QuantizedMatrices
+from quantlab.runtime.native.library import library
 from tests.runtime.foreign import (
     compressed_description,
     compressed_parts,
@@ -152,7 +153,9 @@ def test_int4_per_row_is_held_in_groups_and_exact(checkpoints: dict[str, Path], 
     model = load(artifact.directory, dtype=torch.bfloat16)
     assert not any(isinstance(module, ExpandedMatrices) for module in model.modules())
     counted = weight_bytes(model)
-    assert counted.quantized / counted.quantized_fp16 <= 0.27
+    # torch's operator takes bfloat16 scales: float16 ones are held as the sum of two, each beside a zero point
+    share = 0.27 if library() is not None else 0.25 + 8 / 256 + 1e-3
+    assert counted.quantized / counted.quantized_fp16 <= share
     check(artifact)
 
 

@@ -8,6 +8,13 @@ from pathlib import Path
 _PACKAGES = (
     "quantlab", "torch", "triton", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy"
 )  # fmt: skip
+INSTRUCTION_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "QUANTLAB_NATIVE", "CC")
+"""Variables of the environment that choose which instructions and kernels compute."""
+
+
+def environment() -> dict[str, str]:
+    """The variables among `INSTRUCTION_VARIABLES` that are set."""
+    return {name: os.environ[name] for name in INSTRUCTION_VARIABLES if name in os.environ}
 
 
 def threads() -> int:

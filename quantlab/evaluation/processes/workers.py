@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from quantlab.errors import EvaluationError
+from quantlab.evaluation.machine.hardware import INSTRUCTION_VARIABLES
 from quantlab.evaluation.processes.messages import EXPLAINED, CellRequest, Job, Progress
 
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -188,8 +189,8 @@ def wrong_answer(error: ValidationError) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """A clean environment: the numbers must not depend on what the caller's shell happens to set."""
-    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    """A clean environment: numbers depend on no variable of the caller's shell but those that choose instructions, which records hold."""
+    environment = {name: os.environ[name] for name in (*_PASSED_ON, *INSTRUCTION_VARIABLES) if name in os.environ}
     ours = str(Path(__file__).parents[3])
     paths = [ours, environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else [ours]
     return environment | {

@@ -27,6 +27,7 @@ from quantlab.evaluation.record import Divergence, Documents, Domain, Measured, 
 from quantlab.evaluation.statistics import Floats, Resampled, percentile, resample
 from quantlab.evaluation.suite import load_suite
 from quantlab.runtime.load import load
+from quantlab.runtime.operators import cpu_operators
 
 # the sums over documents that every number of the table is made of
 _TOKENS, _BYTES, _NLL, _CORRECT, _KL, _AGREEING, _BASELINE_NLL, _BASELINE_CORRECT, _TO_WRONG, _TO_RIGHT = range(10)
@@ -66,7 +67,7 @@ def measure_quality(request: QualityRequest, progress: Progress) -> QualityResul
                 )
             scores = score(model, held_out, keep=keep, progress=scored, routes=routes)
     if request.role == "compared":
-        quality = summarise(held_out, scores, baseline.scores, compute_dtype=suite.dtype)
+        quality = _with_operators(summarise(held_out, scores, baseline.scores, compute_dtype=suite.dtype), request)
         errors = layer_errors(request.predictions, model, windows)
         quality = with_layers(quality, held_out, agreeing(request.predictions, routes.found()), errors)
         assert quality.divergence is not None, "compared with a baseline"
@@ -76,7 +77,12 @@ def measure_quality(request: QualityRequest, progress: Progress) -> QualityResul
     if request.role == "baseline":
         keep_routes(request.predictions, routes.found())
         keep_states(request.predictions, model, windows)
-    return QualityResult(quality=summarise(held_out, scores, None, compute_dtype=suite.dtype), failures={})
+    alone = summarise(held_out, scores, None, compute_dtype=suite.dtype)
+    return QualityResult(quality=_with_operators(alone, request), failures={})
+
+
+def _with_operators(quality: Quality, request: QualityRequest) -> Quality:
+    return quality.model_copy(update={"operators": cpu_operators() if request.device == "cpu" else ()})
 
 
 def summarise(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | None, *, compute_dtype: str) -> Quality:

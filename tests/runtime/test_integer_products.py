@@ -1,0 +1,77 @@
+"""int8 products are exact on every processor, and what computes them is named."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantlab.runtime.integer_products import chunked_product, integer_product, operator_is_exact
+from quantlab.runtime.operators import cpu_operators
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ((1, 1, 1), (1, 64, 100), (3, 17, 2048), (70, 33, 1025), (2, 600, 4096))
+
+
+@pytest.mark.parametrize("product", [integer_product, chunked_product])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_those_of_64_bit_integers(product, shape: tuple[int, int, int]) -> None:
+    tokens, rows, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(-128, 128, (n, columns), generator=generator).to(torch.int8) for n in (tokens, rows)]
+    largest = [torch.full((n, columns), -128, dtype=torch.int8) for n in (tokens, rows)]
+    for x, weight in (drawn, largest):
+        found = product(x, weight)
+        assert found.dtype == torch.int32
+        assert torch.equal(found.to(torch.int64), x.to(torch.int64) @ weight.to(torch.int64).t())
+
+
+def test_a_saturating_operator_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator that adds pairs of products in 16 bits, as oneDNN's does without VNNI."""
+
+    def saturating(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        products = x.to(torch.int32)[:, :, None] * weight.to(torch.int32)[None]
+        pairs = products.view(x.shape[0], -1, 2, weight.shape[1]).sum(2).clamp(-(2**15), 2**15 - 1)
+        return pairs.sum(1, dtype=torch.int32)
+
+    operator_is_exact.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    try:
+        assert not operator_is_exact()
+        assert any("int8 products in float32" in phrase for phrase in cpu_operators())
+    finally:
+        operator_is_exact.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("native", ["0", "1"])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+        {"ATEN_CPU_CAPABILITY": "avx2"},
+        {},
+    ],
+    ids=lambda variables: "-".join(variables.values()) or "all",
+)
+def test_products_hold_on_other_processors(variables: dict[str, str], native: str) -> None:
+    """The products of every bank, as an older processor's instructions compute them."""
+    if not variables and native == "1":
+        pytest.skip("that is this process")
+    files = (
+        "test_matrices.py",
+        "test_int8_weight.py",
+        "test_native.py",
+        "test_integer_products.py",
+        "test_experts.py",
+        "test_foreign.py",
+    )
+    environment = {**os.environ, **variables, "QUANTLAB_NATIVE": native}
+    tests = [f"tests/runtime/{name}" for name in files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
