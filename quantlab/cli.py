@@ -21,7 +21,7 @@ from quantlab.documents import nearest
 from quantlab.errors import QuantlabError, RecipeError
 from quantlab.evaluation.manifest import check_unchanged
 from quantlab.evaluation.suite import load_suite
-from quantlab.plan.compile import code_version, compile_plan
+from quantlab.plan.compile import compile_plan
 from quantlab.plan.model import Plan
 from quantlab.plan.source import survey
 from quantlab.recipe.load import LoadedRecipe, load_recipe
@@ -34,14 +34,12 @@ from quantlab.report.leaderboard.files import write_leaderboard
 from quantlab.report.leaderboard.terminal import print_leaderboard
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.terminal import print_matrix
+from quantlab.version import VERSION
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Quantize, prune and convert DeepSeek checkpoints, and measure what each variant costs and saves.\n\n"
-    "Start with `quantlab plan RECIPE` (seconds, reads headers only), then `quantlab run RECIPE`.",
 )
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
@@ -49,7 +47,10 @@ OutOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Output directory.", show_default="runs/NAME-OF-THE-RECIPE")
 ]
 DeviceOption = Annotated[
-    str, typer.Option(help="Where models compute, in calibration and measurements: cpu, cuda, cuda:1, …")
+    str,
+    typer.Option(
+        help="Where models compute, in calibration and measurements: cpu, cuda, cuda:1; auto is CUDA where there is a GPU."
+    ),
 ]
 TimeLimitOption = Annotated[
     float,
@@ -62,6 +63,24 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 _out = Console()
 _err = Console(stderr=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantlab {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize, prune and convert DeepSeek checkpoints, and measure what each variant costs and saves.
+
+    Start with `quantlab plan RECIPE` (seconds, reads headers only), then `quantlab run RECIPE`.
+    """
 
 
 @app.command()
@@ -126,7 +145,7 @@ def run(
     recipe: RecipeArgument,
     out: OutOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts that another recipe made.")] = False,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     time_limit: TimeLimitOption = 3600.0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -148,7 +167,7 @@ def run(
     with _interruptible():
         made = make(loaded, compiled, directory, settings, console=_err, quiet=quiet or as_json)
     if not (quiet or as_json):
-        show.print_artifacts(_err, made.made, made.kept, directory)
+        show.print_artifacts(_err, made=made.made, outdated=made.outdated, kept=made.kept, directory=directory)
     if loaded.recipe.evaluate is None:
         if as_json:
             typer.echo(
@@ -170,7 +189,7 @@ def evaluate_artifacts(
     again: Annotated[
         bool, typer.Option("--again", help="Measure everything anew; otherwise records that still hold are kept.")
     ] = False,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     time_limit: TimeLimitOption = 3600.0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -313,7 +332,7 @@ def _interruptible() -> Iterator[None]:
 def _compile(path: Path) -> tuple[LoadedRecipe, Plan]:
     loaded = load_recipe(path)
     source, corpus = _open_source(loaded), loaded.corpus_sha256()
-    return loaded, compile_plan(loaded.recipe, source, code_version=code_version(), corpus_sha256=corpus)
+    return loaded, compile_plan(loaded.recipe, source, corpus_sha256=corpus)
 
 
 def _open_source(recipe: LoadedRecipe) -> Checkpoint:

@@ -51,10 +51,15 @@ class StageBars:
         self._bars.update(self._tasks[stage], completed=done, total=total or None)
 
 
-def print_artifacts(console: Console, made: Sequence[str], kept: Sequence[str], directory: Path) -> None:
-    """Which artifacts are new and which were there."""
+def print_artifacts(
+    console: Console, *, made: Sequence[str], outdated: Sequence[str], kept: Sequence[str], directory: Path
+) -> None:
+    """Which artifacts are new, which of these replace artifacts of other code, and which were there."""
     words = [f"{len(names)} artifacts {what}" for names, what in ((made, "made"), (kept, "kept")) if names]
     console.print(f"{', '.join(words)} in {directory}/artifacts", style="dim", highlight=False, markup=False)
+    if outdated:
+        text = f"made again, because the code or a library has changed: {', '.join(outdated)}"
+        console.print(text, style="dim", highlight=False, markup=False)
 
 
 def print_check(console: Console, name: str, verdict: str, detail: str) -> None:

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 
 from quantlab import console as show
-from quantlab.errors import ArtifactError
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
 from quantlab.evaluation.manifest import weights_sha256
 from quantlab.plan.model import Plan, VariantPlan
@@ -77,7 +76,12 @@ def measure(recipe: LoadedRecipe, plan: Plan, out: Path, how: Measuring, *, cons
         ArtifactError: an artifact is missing, or was made by another recipe.
         EvaluationError: the suite's text cannot be read.
     """
-    request = _request(recipe, plan, RunDirectory(out), how)
+    directory = RunDirectory(out)
+    outdated = [variant.name for variant in plan.variants if not directory.check_measurable(variant)]
+    if outdated and not how.quiet:
+        text = f"made by other code or libraries than these, and measured as they are: {', '.join(outdated)} (`quantlab run` makes them again)"
+        console.print(text, highlight=False, markup=False)
+    request = _request(recipe, plan, directory, how)
     if how.device.type == "cuda":
         torch.cuda.empty_cache()  # what making the artifacts left here would be missing to the processes that measure
     with show.progress_bars(console, quiet=how.quiet) as bars:
@@ -93,13 +97,6 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
     cells = []
     for variant in plan.variants:
         artifact = directory.artifact(variant.name)
-        if not directory.is_complete(variant):
-            raise ArtifactError(
-                "an artifact is not there yet",
-                where=str(artifact),
-                found="no such directory",
-                fix=f"run `quantlab run {recipe.path}` first",
-            )
         digest = hashlib.sha256((artifact / MANIFEST_NAME).read_bytes()).hexdigest()
         cells.append(Cell(variant.name, variant.description, artifact, f"artifacts/{variant.name}", digest))
     weights = weights_sha256(source.files, directory.path / SOURCE_HASHES)

@@ -34,7 +34,7 @@ def test_there_is_something_to_try() -> None:
 def test_every_recipe_finds_what_it_names(path: Path) -> None:
     loaded = load_recipe(path)
     if loaded.hub_id is None:  # those of models on a hub are planned from headers, beside the plan's tests
-        plan = compile_plan(loaded.recipe, open_checkpoint(loaded.resolve(loaded.recipe.model)), code_version="test")
+        plan = compile_plan(loaded.recipe, open_checkpoint(loaded.resolve(loaded.recipe.model)))
         assert [variant.name for variant in plan.variants] == list(loaded.recipe.variants)
     if loaded.recipe.calibration is not None:
         assert loaded.resolve(loaded.recipe.calibration.corpus).is_file()

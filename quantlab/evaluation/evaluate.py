@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from quantlab import hardware
 from quantlab.checkpoint.files import write_atomically
 from quantlab.errors import ArtifactError, EvaluationError
-from quantlab.evaluation.machine import hardware
-from quantlab.evaluation.manifest import check_unchanged, matrix_errors, read_manifest, tokens_per_expert
+from quantlab.evaluation.manifest import check_unchanged, made_by, matrix_errors, read_manifest, tokens_per_expert
 from quantlab.evaluation.processes.cells import Bench, Found, SpeedTurns, measure_row, sound_parts
 from quantlab.evaluation.processes.messages import Progress, predictions_complete
 from quantlab.evaluation.processes.workers import Worker
@@ -23,11 +23,20 @@ from quantlab.evaluation.record import Failure, Record, read_record
 from quantlab.evaluation.suite import LoadedSuite, load_suite
 from quantlab.evaluation.tasks.scores import kept_scores, twin
 from quantlab.evaluation.verdicts import adjusted
+from quantlab.fingerprint import code_fingerprint
 
 RECORDS = "records"
 _WORK = ".work"
 _BASELINE = ".baseline"
 _WORDS = {"recipe", "recipe_sha256", "description", "artifact", "command"}  # these change without changing a number
+_CELLS = {
+    "quality": ("quantlab.evaluation.quality.measure",),
+    "tasks": ("quantlab.evaluation.tasks.measure",),
+    "memory": ("quantlab.evaluation.memory.measure",),
+    "speed": ("quantlab.evaluation.speed.measure", "quantlab.evaluation.speed.rates"),
+    "attention": ("quantlab.evaluation.memory.attention",),
+}
+"""The modules that measure each cell; a cell is measured again when code that they reach has changed."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +115,15 @@ class _Evaluation:
     @property
     def key(self) -> str:
         """Names the baseline's answers by everything they depend on."""
-        parts = (self.baseline.artifact_sha256, self.suite.sha256, self.hardware, str(sorted(self.versions.items())))
+        facts = {**self.versions, **hardware.environment(), **{name: self.code[name] for name in ("quality", "tasks")}}
+        parts = (self.baseline.artifact_sha256, self.suite.sha256, self.hardware, str(sorted(facts.items())))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def code(self) -> dict[str, str]:
+        """The fingerprint of the code that measures each cell on this device."""
+        others = () if self.request.gpu else ("quantlab.runtime.cuda",)
+        return {cell: code_fingerprint(roots, without=others) for cell, roots in _CELLS.items()}
 
     def is_baseline(self, cell: Cell) -> bool:
         return cell.variant == self.baseline.variant
@@ -216,9 +232,11 @@ def _earlier(evaluation: _Evaluation, cell: Cell) -> Found:
         cell,
         Found(record.quality, tasks, record.memory, record.speed, record.attention, failures=record.failures),
     )
-    if record.model_dump(exclude=_WORDS) != same.model_dump(exclude=_WORDS):
+    apart = _WORDS | {"code"}
+    if record.model_dump(exclude=apart) != same.model_dump(exclude=apart):
         return Found()
-    return sound_parts(evaluation.suite, record)
+    changed = {cell for cell, fingerprint in evaluation.code.items() if record.code.get(cell) != fingerprint}
+    return sound_parts(evaluation.suite, record).without(changed)
 
 
 def _measure(evaluation: _Evaluation, missing: list[Cell], found: dict[str, Found]) -> None:
@@ -269,6 +287,8 @@ def _record(evaluation: _Evaluation, cell: Cell, found: Found) -> Record:
         command=found.command,
         hardware=evaluation.hardware,
         versions=evaluation.versions,
+        made=made_by(manifest),
+        code=evaluation.code,
         environment=hardware.environment(),
         quality=found.quality,
         memory=found.memory,

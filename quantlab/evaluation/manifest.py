@@ -12,7 +12,7 @@ from typing import Any
 from quantlab.checkpoint.files import write_atomically
 from quantlab.checkpoint.index import read_json
 from quantlab.errors import ArtifactError
-from quantlab.evaluation.record import MatrixErrors
+from quantlab.evaluation.record import Calibrated, Made, MatrixErrors
 
 _NAME = "manifest.json"
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.*)\.weight$")
@@ -23,6 +23,19 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
     """The manifest; empty where there is none, as beside a checkpoint that others made."""
     path = artifact / _NAME
     return read_json(path) if path.is_file() else {}
+
+
+def made_by(manifest: dict[str, Any]) -> Made | None:
+    """What made the artifact; None where the manifest does not say."""
+    identity = manifest.get("identity")
+    if identity is None:
+        return None
+    calibration = identity.get("calibration")
+    return Made(
+        code=identity["code"],
+        versions=identity["versions"],
+        calibration=None if calibration is None else Calibrated(**calibration),
+    )
 
 
 def tokens_per_expert(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -323,6 +323,30 @@ class Attention(_Frozen):
     cells: tuple[AttentionCell, ...]
 
 
+class Calibrated(_Frozen):
+    """Where and how precisely the artifact's calibration computed."""
+
+    device: str
+    """ "cpu" or "cuda"."""
+    gpu: str
+    """Its name, empty on the CPU."""
+    cpu: str
+    """The processor's name."""
+    dtype: str
+    """Of weights and activations: "float32" or "bfloat16"."""
+
+
+class Made(_Frozen):
+    """What made the artifact, as its manifest says."""
+
+    code: str
+    """Fingerprint of the code."""
+    versions: dict[str, str]
+    """Of the libraries whose arithmetic decided numbers."""
+    calibration: Calibrated | None = None
+    """None where nothing was calibrated."""
+
+
 class Failure(_Frozen):
     """A measurement that could not be made."""
 
@@ -360,6 +384,10 @@ class Record(_Frozen):
     """What was run: "quantlab run recipes/quickstart.yaml"."""
     hardware: str
     versions: dict[str, str]
+    made: Made | None = None
+    """What made the artifact; None for `source`, and for artifacts whose manifest does not say."""
+    code: dict[str, str] = {}
+    """Fingerprint of the code that measured each part, by cell: "quality", "tasks" …; a part is measured again after its code has changed."""
     environment: dict[str, str] = {}
     """Variables of the environment that choose instructions and kernels: `ONEDNN_MAX_CPU_ISA`, `QUANTLAB_NATIVE` …, where they were set."""
     quality: Quality | None

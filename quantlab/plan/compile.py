@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from quantlab.architectures.architecture import DEFAULT_TARGETS, Config, size_of
 from quantlab.architectures.families import detect
@@ -22,25 +21,20 @@ from quantlab.recipe.schema import Calibration, Cast, NOfM, Prune, Quantize, Rec
 from quantlab.recipe.schemes import DTYPE_WORDS, SCHEMES, FloatDtype
 
 LARGEST_SHARD = 5_000_000_000
-_LAYOUT_VERSION = 1
 _WIDE = {"F32", "F64"}
-
-
-def code_version() -> str:
-    """The version of quantlab, part of every plan's key: other code may make other bytes."""
-    return version("quantlab")
+_NO_NUMBER = {"corpus", "memory", "dtype"}
+"""Words of a calibration that a recipe's key leaves out: the text counts by its hash, the dtype belongs to the device."""
 
 
 AnyPass = Cast | Quantize | Prune
 
 
-def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, code_version: str, corpus_sha256: str = "") -> Plan:
+def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str = "") -> Plan:
     """Plan every variant of a recipe.
 
     Args:
         recipe: the validated recipe.
         checkpoint: the source, headers only.
-        code_version: version of quantlab; part of every variant's key.
         corpus_sha256: hash of the calibration text; part of the key of every variant that reads it.
 
     Raises:
@@ -54,9 +48,9 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, code_version: str, c
     for name, passes in recipe.variants.items():
         calibrated = any(step.calibrated for step in passes)
         calibration = recipe.calibration if calibrated else None
-        seed = f"{code_version} {fingerprint}"
+        seed = fingerprint
         if calibration is not None:
-            seed += f" {corpus_sha256} {calibration.model_dump_json(exclude={'corpus', 'memory'})}"
+            seed += f" {corpus_sha256} {calibration.model_dump_json(exclude=_NO_NUMBER, exclude_defaults=True)}"
         variants.append(
             _plan_variant(name, passes, weights, calibration=calibration, seed=seed, config=checkpoint.config)
         )
@@ -100,7 +94,7 @@ def _plan_variant(
     if isinstance(reap, Prune):
         kept = kept_experts(reap, config, variant=name)
         steps = without_experts(steps, kept=kept)
-    what = json.dumps([step.model_dump() for step in passes], sort_keys=True)
+    what = json.dumps([step.model_dump(exclude_defaults=True) for step in passes], sort_keys=True)
     steps = mark_folds(steps, variant=name)
     stored = [step for step in steps if step.outputs]
     check_serving_rules(stored, variant=name)
@@ -111,11 +105,18 @@ def _plan_variant(
         blocks=_blocks(steps),
         calibration=calibration,
         experts=kept,
-        key=hashlib.sha256(f"{_LAYOUT_VERSION} {LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),
+        algorithms=_algorithms(changes),
+        recipe_key=hashlib.sha256(f"{LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),
         peak_memory_bytes=calibrated_peak_memory(steps, calibration) if calibration else peak_memory(steps),
         tensor_parallel=tensor_parallel_sizes(stored, heads=size_of(config, "num_attention_heads")),
         notes=(*serving_notes(stored), *fold_notes(steps), *removal_notes(steps, kept=kept)),
     )
+
+
+def _algorithms(passes: Sequence[Prune | Quantize]) -> tuple[str, ...]:
+    """Names of the algorithms that change weights, sorted; every quantize pass also rounds to nearest, if only to compare."""
+    rounding = {"rtn"} if any(isinstance(step, Quantize) for step in passes) else set()
+    return tuple(sorted({step.algorithm.name for step in passes} | rounding))
 
 
 def _native_dtype(weights: Sequence[SourceWeight]) -> str:

@@ -124,8 +124,9 @@ class VariantPlan:
         blocks: what is read, done and written, in order.
         calibration: what its algorithms watch the model read; None if none of them does.
         experts: how many routed experts every MoE layer keeps, None where all stay.
-        key: hash of what determines the artifact's weights: passes, source, versions of quantlab and of the layout. What was
-            made under another key is neither resumed nor kept.
+        algorithms: names of the algorithms that change its weights.
+        recipe_key: hash of what the recipe asks for: passes, source, calibration text and settings. What else the artifact depends on,
+            the code and the device, is added by `quantlab.run.identity`.
         peak_memory_bytes: estimate of the largest resident size while it is made.
         tensor_parallel: sizes of tensor parallelism at which engines can split every quantized linear.
         notes: what its reader should know.
@@ -137,7 +138,8 @@ class VariantPlan:
     blocks: tuple[Block, ...] = field(repr=False)
     calibration: Calibration | None
     experts: int | None
-    key: str
+    algorithms: tuple[str, ...]
+    recipe_key: str
     peak_memory_bytes: int
     tensor_parallel: tuple[int, ...]
     notes: tuple[str, ...]

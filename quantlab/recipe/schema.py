@@ -190,6 +190,8 @@ class Calibration(Strict):
     """Seed of the choice of samples."""
     propagate: Literal["quantized", "original"] = "quantized"
     """Whose outputs the next block reads: those of the changed blocks, or those of the unchanged model."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of weights and activations while the model is watched; left out, float32 on a CPU and bfloat16 on a GPU."""
     memory: str = Field(default="4 GB", pattern=r"^\d+(\.\d+)? ?[KMGT]?B$")
     """Hidden states kept in memory, for example `4 GB`; above it they lie in files of the output directory. It changes no number."""
 

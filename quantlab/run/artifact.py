@@ -4,8 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,40 @@ from quantlab.checkpoint.files import write_atomically
 from quantlab.checkpoint.index import INDEX_NAME, read_json
 from quantlab.errors import ArtifactError
 from quantlab.formats.compressed_tensors import QuantizationConfig
+from quantlab.hardware import processor, version_of
 from quantlab.plan.model import LedgerEntry, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.run.identity import Identity
 from quantlab.run.journal import FileRecord, FinishedBlock
 from quantlab.run.model_card import CARD_NAME, model_card
+from quantlab.version import VERSION
 
 MANIFEST_NAME = "manifest.json"
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
 _OWN_FILES = {"config.json", INDEX_NAME, MANIFEST_NAME}
 
 
-def finish_artifact(
-    plan: Plan, variant: VariantPlan, recipe: LoadedRecipe, directory: Path, blocks: Sequence[FinishedBlock]
-) -> None:
-    """Write everything but the shards. Each file depends on the plan and the weights alone, not on when it was made."""
+@dataclass(frozen=True)
+class Making:
+    """An artifact in the making.
+
+    Attributes:
+        plan: the compiled recipe.
+        variant: the plan of this artifact.
+        recipe: the recipe as it was written.
+        identity: everything the artifact depends on.
+    """
+
+    plan: Plan
+    variant: VariantPlan
+    recipe: LoadedRecipe
+    identity: Identity
+
+
+def finish_artifact(making: Making, directory: Path, blocks: Sequence[FinishedBlock]) -> None:
+    """Write everything but the shards. Each file depends on the identity and the weights alone, not on when it was made."""
+    plan, variant = making.plan, making.variant
     reports = {name: report for block in blocks for name, report in block.reports.items()}
     files = {file.name: file for block in blocks for file in block.files}
     for path in directory.iterdir():
@@ -40,19 +58,27 @@ def finish_artifact(
     for path in companions(plan.checkpoint.directory):
         write_atomically(directory / path.name, path.read_bytes())
     coverage = {block.name: block.tokens_per_expert for block in blocks if block.tokens_per_expert}
-    write_atomically(directory / CARD_NAME, model_card(plan, variant, recipe, reports, coverage).encode())
+    card = model_card(plan, variant, making.recipe, reports, coverage, calibrated_on=calibrated_on(making.identity))
+    write_atomically(directory / CARD_NAME, card.encode())
     for path in sorted(directory.iterdir()):
         if path.name not in files and path.name != CARD_NAME:  # the card gets its measured numbers later
             data = path.read_bytes()
             files[path.name] = FileRecord(path.name, hashlib.sha256(data).hexdigest(), len(data))
-    write_atomically(directory / MANIFEST_NAME, _manifest(plan, variant, recipe, files, blocks))
+    write_atomically(directory / MANIFEST_NAME, _manifest(making, files, blocks))
     descriptor = os.open(directory, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-def manifest_key(artifact: Path) -> str:
-    """The key of the plan that made an artifact.
+def calibrated_on(identity: Identity) -> str:
+    """Where calibration computed, for people; empty where nothing was calibrated."""
+    if identity.calibration is None:
+        return ""
+    return f"{identity.calibration.gpu or processor()}, in {identity.calibration.dtype}"
+
+
+def manifest_identity(artifact: Path) -> dict[str, Any]:
+    """The identity of an artifact as its manifest holds it; of one made before manifests held it, only its key.
 
     Raises:
         ArtifactError: the directory is no artifact of quantlab.
@@ -65,7 +91,9 @@ def manifest_key(artifact: Path) -> str:
             found=f"no {MANIFEST_NAME}",
             fix="choose another --out",
         )
-    return str(read_json(path).get("key"))
+    manifest = read_json(path)
+    found: dict[str, Any] = manifest.get("identity") or {"key": manifest.get("key")}
+    return found
 
 
 def manifest_is_whole(artifact: Path) -> bool:
@@ -165,22 +193,23 @@ def companions(source: Path) -> list[Path]:
     ]
 
 
-def _manifest(
-    plan: Plan,
-    variant: VariantPlan,
-    recipe: LoadedRecipe,
-    files: Mapping[str, FileRecord],
-    blocks: Sequence[FinishedBlock],
-) -> bytes:
+def _manifest(making: Making, files: Mapping[str, FileRecord], blocks: Sequence[FinishedBlock]) -> bytes:
+    plan, variant, recipe = making.plan, making.variant, making.recipe
     reports = {name: report for block in blocks for name, report in block.reports.items()}
     head: dict[str, Any] = {
         "schema": 1,
         "variant": variant.name,
         "description": variant.description,
-        "key": variant.key,
+        "key": making.identity.key,
+        "identity": making.identity.written(),
         "source": {"model": recipe.recipe.model, "fingerprint": plan.checkpoint.fingerprint()},
         "recipe": {"name": recipe.name, "sha256": recipe.sha256, "text": recipe.content.decode()},
-        "versions": {name: version(name) for name in ("quantlab", "torch", "compressed-tensors")},
+        "versions": {
+            "quantlab": VERSION,
+            **version_of("torch"),
+            **version_of("transformers"),
+            **version_of("compressed-tensors"),
+        },
         "files": {name: {"sha256": file.sha256, "bytes": file.nbytes} for name, file in sorted(files.items())},
     }
     if variant.calibration is not None:

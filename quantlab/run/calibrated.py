@@ -17,9 +17,9 @@ from quantlab.calibration.corpus import tokens_sha256
 from quantlab.calibration.hidden import HiddenStates, Workspace, discard_streams, load_streams, save_streams
 from quantlab.calibration.layer import EMBEDDINGS, Skeleton
 from quantlab.checkpoint.reader import TORCH_DTYPES
-from quantlab.plan.compile import code_version
 from quantlab.plan.model import Block, Plan, VariantPlan
 from quantlab.run.block import BlockTask, BlockWork, Read, Skeletons, Streams
+from quantlab.run.identity import computing_of, shared_identity
 from quantlab.run.shared import SharedStages, Unchanged
 
 _CHANGED = "changed"
@@ -59,7 +59,8 @@ class CalibratedRun:
         assert variant.calibration is not None
         self._variant, self._tokens, self._read, self._directory = variant, tokens, read, places.work
         device = places.device
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self._computing = computing_of(variant.calibration, device)
+        dtype = self._computing.torch_dtype
         self._architecture, self._config = plan.architecture, plan.checkpoint.config
         whole = self._skeleton = Skeleton(self._config, dtype=dtype, device=device)
         fewer = {**self._config, "n_routed_experts": variant.experts}
@@ -116,7 +117,7 @@ class CalibratedRun:
 
     def _shared_key(self, plan: Plan) -> str:
         """Names all that the unchanged model's hidden states depend on."""
-        parts = (plan.checkpoint.fingerprint(), tokens_sha256(self._tokens), str(self._skeleton.dtype), code_version())
+        parts = (plan.checkpoint.fingerprint(), tokens_sha256(self._tokens), shared_identity(self._computing))
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from quantlab.errors import ArtifactError, PlanError
 from quantlab.plan.model import Plan, VariantPlan
-from quantlab.run.artifact import manifest_is_whole, manifest_key
+from quantlab.run.artifact import manifest_identity, manifest_is_whole
+from quantlab.run.identity import Identity, is_current
+
+State = Literal["complete", "missing", "outdated"]
 
 _COMPANIONS_BYTES = 100_000_000
 
@@ -89,31 +92,68 @@ class RunDirectory:
                 return lock
             lock.close()  # the file was removed by a run that ended; what is locked is not what others will find
 
-    def is_complete(self, variant: VariantPlan, *, overwrite: bool = False) -> bool:
-        """Whether the variant's artifact is there, whole, and made by this plan.
+    def state(self, variant: str, identity: Identity, *, overwrite: bool = False) -> State:
+        """Whether a variant's artifact is there, whole, and what this code would make.
 
         Args:
-            variant: the plan.
-            overwrite: answer False where an artifact of another recipe is to be replaced.
+            variant: its name.
+            identity: everything the artifact depends on.
+            overwrite: answer "outdated" for an artifact of another recipe or device, which is to be replaced.
+
+        Returns:
+            "complete"; "missing"; "outdated" where other code made it from the same recipe, so that it has to be made again.
 
         Raises:
-            ArtifactError: something else has its place: an artifact of another recipe or model, or no artifact at all.
+            ArtifactError: something else has its place: an artifact of another recipe, model or device, or no artifact at all.
+        """
+        artifact = self.artifact(variant)
+        if not artifact.exists():
+            return "missing"
+        found = manifest_identity(artifact)
+        difference = identity.difference(found)
+        if difference == "none" and manifest_is_whole(artifact):
+            return "complete"
+        if overwrite or difference == "code":
+            return "outdated"
+        whole = difference != "none"
+        raise ArtifactError(
+            "the output directory holds "
+            + (f"an artifact of another {difference}" if whole else "an incomplete artifact"),
+            where=str(artifact),
+            found=identity.explain(found) if whole else "files are missing",
+            fix="choose another --out, or replace it with --overwrite",
+        )
+
+    def check_measurable(self, variant: VariantPlan) -> bool:
+        """Check that a variant's artifact is there, whole and of this recipe; on which device and by which code it was made is its own affair.
+
+        Returns:
+            Whether this very code would make it.
+
+        Raises:
+            ArtifactError: it is missing, incomplete, or of another recipe.
         """
         artifact = self.artifact(variant.name)
         if not artifact.exists():
-            return False
-        found = manifest_key(artifact)
-        if found == variant.key and manifest_is_whole(artifact):
-            return True
-        if overwrite:
-            return False
-        problem = "an incomplete artifact" if found == variant.key else "an artifact of another recipe"
-        raise ArtifactError(
-            f"the output directory holds {problem}",
-            where=str(artifact),
-            found="files are missing" if found == variant.key else f"plan {found[:12]}, this one is {variant.key[:12]}",
-            fix="choose another --out, or replace it with --overwrite",
-        )
+            raise ArtifactError(
+                "an artifact is not there yet",
+                where=str(artifact),
+                found="no such directory",
+                fix="make it first: `quantlab run` with this recipe",
+            )
+        found = manifest_identity(artifact)
+        if found.get("recipe") != variant.recipe_key or not manifest_is_whole(artifact):
+            whole = manifest_is_whole(artifact)
+            raise ArtifactError(
+                "the output directory holds "
+                + ("an artifact of another recipe" if whole else "an incomplete artifact"),
+                where=str(artifact),
+                found=f"recipe {str(found.get('recipe'))[:12]}, this one is {variant.recipe_key[:12]}"
+                if whole
+                else "files are missing",
+                fix="choose another --out, or make it again: `quantlab run` with --overwrite",
+            )
+        return is_current(variant, found)
 
     def publish(self, variant: VariantPlan) -> None:
         """Give the finished shards their name; an artifact that is replaced goes only now, by a rename too.

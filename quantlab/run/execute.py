@@ -7,6 +7,7 @@ from quantlab.checkpoint.files import write_atomically
 from quantlab.plan.model import Plan, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.run.directory import RunDirectory
+from quantlab.run.identity import identify
 from quantlab.run.loop import Progress, Settings, run_variant
 
 RECIPE_COPY = ".recipe.yaml"
@@ -20,9 +21,10 @@ Announce = Callable[[VariantPlan], Progress]
 
 @dataclass(frozen=True)
 class MadeArtifacts:
-    """Names of the variants made now, and of those that were there already."""
+    """Names of the variants made now, of those among them whose artifact other code had made, and of those that were there already."""
 
     made: tuple[str, ...]
+    outdated: tuple[str, ...]
     kept: tuple[str, ...]
 
 
@@ -45,9 +47,13 @@ def make_artifacts(
     """
     made, kept = [], []
     with directory.locked():
-        complete = {
-            variant.name for variant in plan.variants if directory.is_complete(variant, overwrite=settings.overwrite)
+        states = {
+            variant.name: directory.state(
+                variant.name, identify(variant, settings.device), overwrite=settings.overwrite
+            )
+            for variant in plan.variants
         }
+        complete = {name for name, state in states.items() if state == "complete"}
         free = directory.check_space(plan, complete)
         sharing = sum(variant.watches_unchanged for variant in plan.variants if variant.name not in complete)
         settings = replace(settings, shared_bytes=free // 2 if sharing > 1 else 0)
@@ -59,4 +65,5 @@ def make_artifacts(
                 run_variant(plan, variant, recipe, directory, announce(variant), settings)
                 made.append(variant.name)
         write_atomically(directory.path / RECIPE_COPY, recipe.content)
-    return MadeArtifacts(tuple(made), tuple(kept))
+    outdated = tuple(name for name, state in states.items() if state == "outdated")
+    return MadeArtifacts(tuple(made), outdated, tuple(kept))

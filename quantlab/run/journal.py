@@ -1,6 +1,6 @@
 """What of an artifact is finished: one line per block, written when the block's shards are safely on disk.
 
-The first line names the plan's key, so that a directory begun under another recipe is never continued. A line torn by a
+The first line is the artifact's identity, so that work begun under another recipe, by other code or on another device is never continued. A line torn by a
 crash is cut off; its block is made again, with the same bytes.
 """
 
@@ -9,9 +9,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from quantlab.errors import ArtifactError
 from quantlab.passes.apply import WeightReport
+from quantlab.run.identity import Identity
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,13 @@ class FinishedBlock:
     kept_experts: tuple[int, ...] = ()
 
 
-def journal_key(path: Path) -> str | None:
-    """The key of the plan a journal belongs to, None where there is none or its first line is not whole."""
+def journal_identity(path: Path) -> dict[str, Any] | None:
+    """The identity of the artifact a journal belongs to, None where there is none or its first line is not whole."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    return str(json.loads(lines[0])["key"]) if len(lines) > 1 else None
+    if len(lines) < 2:
+        return None
+    identity: dict[str, Any] = json.loads(lines[0])
+    return identity
 
 
 class Journal:
@@ -54,23 +59,23 @@ class Journal:
     Args:
         path: the journal's file.
         directory: where the shards are written.
-        key: the plan's key.
+        identity: everything the artifact depends on.
 
     Raises:
-        ArtifactError: the journal belongs to another plan, or cannot be written.
+        ArtifactError: the journal belongs to another artifact, or cannot be written.
     """
 
-    def __init__(self, path: Path, directory: Path, *, key: str) -> None:
+    def __init__(self, path: Path, directory: Path, *, identity: Identity) -> None:
         self.path = path
         self._blocks: dict[str, FinishedBlock] = {}
         lines = self._whole_lines()
         if lines:
-            found = json.loads(lines[0]).get("key")
-            if found != key:
+            found = json.loads(lines[0])
+            if (difference := identity.difference(found)) != "none":
                 raise ArtifactError(
-                    "the output directory holds unfinished work of another recipe",
+                    f"the output directory holds unfinished work of another {difference}",
                     where=str(directory),
-                    found=f"plan {str(found)[:12]}, this one is {key[:12]}",
+                    found=identity.explain(found),
                     fix="choose another --out, or start over with --overwrite",
                 )
             for line in lines[1:]:
@@ -81,7 +86,7 @@ class Journal:
                 ):
                     self._blocks[block.name] = block
         else:
-            self._append(json.dumps({"key": key}))
+            self._append(json.dumps(identity.written()))
 
     def has(self, block: str) -> bool:
         """Whether a block is finished."""

@@ -22,9 +22,10 @@ from quantlab.passes.apply import Changed, Group, WeightReport, apply_passes
 from quantlab.plan.model import Block, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.run.artifact import finish_artifact
+from quantlab.run.artifact import Making, finish_artifact
 from quantlab.run.directory import RunDirectory, make_directory
-from quantlab.run.journal import FileRecord, FinishedBlock, Journal, journal_key
+from quantlab.run.identity import identify
+from quantlab.run.journal import FileRecord, FinishedBlock, Journal, journal_identity
 from quantlab.run.weights import check_range, read_finite
 
 Progress = Callable[[int], None]
@@ -33,10 +34,10 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run goes about its work; its artifacts do not depend on it, but for the rounding of calibration on a GPU.
+    """How a run goes about its work.
 
     Attributes:
-        device: where layers compute while they are calibrated: float32 on a CPU, bfloat16 on a GPU.
+        device: where layers compute while they are calibrated; it is part of the identity of calibrated artifacts.
         overwrite: replace artifacts and unfinished work of other recipes instead of refusing.
         shared_bytes: disk space for what calibrated variants share.
     """
@@ -62,12 +63,15 @@ def run_variant(
     """
     source = StoredWeights(Reader(plan.checkpoint))
     shards = directory.shards(variant.name)
-    key = variant.key if settings.device.type == "cpu" else f"{variant.key} on {settings.device.type}"
-    if settings.overwrite and journal_key(directory.journal(variant.name)) != key:
+    identity = identify(variant, settings.device)
+    begun = journal_identity(directory.journal(variant.name))
+    if begun is not None and (
+        identity.difference(begun) == "code" or (settings.overwrite and begun["key"] != identity.key)
+    ):
         directory.tidy(variant)
     tokens = _calibration_tokens(plan, variant, recipe)  # text that cannot be used is told before anything is written
     make_directory(shards)
-    journal = Journal(directory.journal(variant.name), shards, key=key)
+    journal = Journal(directory.journal(variant.name), shards, identity=identity)
     calibrated = None
     if tokens is not None:
         from quantlab.run.calibrated import CalibratedRun, Places  # imports transformers, which takes seconds
@@ -84,7 +88,8 @@ def run_variant(
             calibrated.committed()
         else:
             journal.commit(make_block(block, source, shards, progress))
-    finish_artifact(plan, variant, recipe, shards, journal.finished([block.name for block in variant.blocks]))
+    blocks = journal.finished([block.name for block in variant.blocks])
+    finish_artifact(Making(plan, variant, recipe, identity), shards, blocks)
     directory.publish(variant)
 
 

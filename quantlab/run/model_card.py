@@ -22,6 +22,8 @@ def model_card(
     recipe: LoadedRecipe,
     reports: Mapping[str, WeightReport],
     coverage: Mapping[str, Sequence[int]],
+    *,
+    calibrated_on: str,
 ) -> str:
     """The model card as Markdown.
 
@@ -31,6 +33,7 @@ def model_card(
         recipe: as it was written.
         reports: of every weight that was changed.
         coverage: calibration tokens per routed expert, by block.
+        calibrated_on: the device and dtype that calibration computed in; empty without calibration.
     """
     sections = [
         _front_matter(variant),
@@ -39,7 +42,7 @@ def model_card(
         "`manifest.json` has the hash of every file but this one, and the outcome of every tensor.\n",
         f"## What was measured\n\n{MEASURED_START}\nNothing yet.\n{MEASURED_END}\n",
         _roles_table(variant),
-        _calibration_section(variant, coverage),
+        _calibration_section(variant, coverage, calibrated_on),
         _errors_section(reports),
         _loading_section(variant, plan),
     ]
@@ -82,7 +85,7 @@ def _roles_table(variant: VariantPlan) -> str:
     )
 
 
-def _calibration_section(variant: VariantPlan, coverage: Mapping[str, Sequence[int]]) -> str:
+def _calibration_section(variant: VariantPlan, coverage: Mapping[str, Sequence[int]], calibrated_on: str) -> str:
     calibration = variant.calibration
     if calibration is None:
         return ""
@@ -90,7 +93,8 @@ def _calibration_section(variant: VariantPlan, coverage: Mapping[str, Sequence[i
     lines = [
         "## Calibration\n",
         f"{calibration.samples} samples of {calibration.length} tokens ({tokens:,} in all), seed {calibration.seed}; the next block reads "
-        f"the outputs of the {'changed blocks' if calibration.propagate == 'quantized' else 'unchanged model'}.\n",
+        f"the outputs of the {'changed blocks' if calibration.propagate == 'quantized' else 'unchanged model'}. "
+        f"Computed on {calibrated_on}.\n",
     ]
     if coverage:
         lines += [

@@ -13,11 +13,13 @@ _MEMORY_FILE: Final = Path("/proc/meminfo")
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device of a name: "cpu", "cuda" or "cuda:1"; "cuda" is the current one.
+    """The device of a name: "cpu", "cuda" or "cuda:1"; "cuda" is the current one, "auto" is "cuda" where there is a usable one, else "cpu".
 
     Raises:
         DeviceError: there is no such device here, or it is not one the runtime computes on.
     """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -131,9 +131,7 @@ def plan_of(config: dict[str, object], arguments: argparse.Namespace, directory:
         f"algorithm: {{name: gptq{correction}}}}}]\n"
     )
     loaded = load_recipe(recipe)
-    return compile_plan(
-        loaded.recipe, open_checkpoint(model), code_version="benchmark", corpus_sha256=loaded.corpus_sha256()
-    )
+    return compile_plan(loaded.recipe, open_checkpoint(model), corpus_sha256=loaded.corpus_sha256())
 
 
 if __name__ == "__main__":

@@ -461,7 +461,7 @@ def test_versions_are_told_also_where_quantlab_is_run_from_its_sources(monkeypat
             raise PackageNotFoundError(package)
         return "1.2.3"
 
-    monkeypatch.setattr("quantlab.evaluation.machine.hardware.version", version)
+    monkeypatch.setattr("quantlab.hardware.version", version)
     found = hardware.versions()
     assert set(found) == {
         "python", "quantlab", "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy"

@@ -32,7 +32,7 @@ def make(checkpoint: Path, variants: str, root: Path) -> RunDirectory:
     recipe.write_text(f"model: {checkpoint}\nvariants:\n{variants}")
     loaded = load_recipe(recipe)
     directory = RunDirectory(root / "out")
-    plan = compile_plan(loaded.recipe, open_checkpoint(checkpoint), code_version="test")
+    plan = compile_plan(loaded.recipe, open_checkpoint(checkpoint))
     make_artifacts(plan, loaded, directory, lambda _: lambda _: None)
     return directory
 

@@ -29,7 +29,7 @@ ALL = """\
 
 def make_plan(recipe: Path) -> Plan:
     loaded = load_recipe(recipe)
-    return compile_plan(loaded.recipe, open_checkpoint(loaded.resolve(loaded.recipe.model)), code_version="test")
+    return compile_plan(loaded.recipe, open_checkpoint(loaded.resolve(loaded.recipe.model)))
 
 
 @pytest.fixture(params=["llama", "qwen2", "deepseek_v2", "deepseek_v3"])
@@ -147,7 +147,7 @@ def test_tensor_parallel_sizes(checkpoints: dict[str, Path], write_recipe: Write
 
 def test_the_key_names_what_determines_the_bytes(checkpoints: dict[str, Path], write_recipe: WriteRecipe) -> None:
     def keys(variants: str, family: str = "llama") -> list[str]:
-        return [variant.key for variant in make_plan(write_recipe(checkpoints[family], variants)).variants]
+        return [variant.recipe_key for variant in make_plan(write_recipe(checkpoints[family], variants)).variants]
 
     first = keys("  a: [{quantize: int8}]\n")
     assert (

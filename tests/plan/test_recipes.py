@@ -36,7 +36,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
         place = "v3" if config is V3 else name
         checkpoint = open_checkpoint(write_headers(directory / place, config, shards=shards, fp8=config is V3))
         recipe = load_recipe(RECIPES / name / "w4a16.yaml")
-        plans[name] = compile_plan(recipe.recipe, checkpoint, code_version="test", corpus_sha256=recipe.corpus_sha256())
+        plans[name] = compile_plan(recipe.recipe, checkpoint, corpus_sha256=recipe.corpus_sha256())
     return plans
 
 

@@ -73,7 +73,7 @@ def write_recipe(directory: Path, model: Path, variants: str, *, calibration: st
 def run(recipe: Path, out: Path) -> RunDirectory:
     loaded = load_recipe(recipe)
     source = open_checkpoint(loaded.resolve(loaded.recipe.model))
-    plan = compile_plan(loaded.recipe, source, code_version="test", corpus_sha256=loaded.corpus_sha256())
+    plan = compile_plan(loaded.recipe, source, corpus_sha256=loaded.corpus_sha256())
     directory = RunDirectory(out)
     make_artifacts(plan, loaded, directory, lambda _: lambda _: None)
     return directory
@@ -205,7 +205,7 @@ def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path]
     """Random factors in every fold of a float32 model, applied through the plan's own list of who takes part."""
     recipe = load_recipe(write_recipe(tmp_path, models[family], ALGORITHMS.splitlines()[2] + "\n"))
     source = open_checkpoint(models[family])
-    plan = compile_plan(recipe.recipe, source, code_version="test")
+    plan = compile_plan(recipe.recipe, source)
     weights, architecture = dense_weights(models[family]), detect(source.config)
     folds = [
         fold for block in plan.variants[0].blocks for fold in folds_of(s for shard in block.shards for s in shard.steps)
@@ -281,7 +281,7 @@ def test_what_smoothquant_leaves_is_told(models: dict[str, Path], tmp_path: Path
     _, unwanted = never_routed(models, tmp_path / "model")
     recipe = write_recipe(tmp_path, tmp_path / "model", ALGORITHMS.splitlines()[3] + "\n")
     loaded = load_recipe(recipe)
-    plan = compile_plan(loaded.recipe, open_checkpoint(tmp_path / "model"), code_version="test")
+    plan = compile_plan(loaded.recipe, open_checkpoint(tmp_path / "model"))
     assert any("rounds 36 matrices of experts" in note for note in plan.variants[0].notes)
     artifact = run(recipe, tmp_path / "out").artifact("smooth")
     told = {entry["tensor"]: entry["fallback"] for entry in manifest(artifact)["ledger"] if "fallback" in entry}
@@ -304,7 +304,7 @@ def test_two_algorithms_on_the_same_channels_are_an_error_of_the_plan(models: di
     )
     recipe = load_recipe(write_recipe(tmp_path, models["deepseek_v3"], variants))
     with pytest.raises(PlanError, match="two algorithms scale the same channels") as caught:
-        compile_plan(recipe.recipe, open_checkpoint(models["deepseek_v3"]), code_version="test")
+        compile_plan(recipe.recipe, open_checkpoint(models["deepseek_v3"]))
     assert "post_attention_layernorm.weight" in str(caught.value)
     assert "give routed_experts and shared_experts the same algorithm" in str(caught.value)
 
@@ -334,13 +334,13 @@ def test_too_few_experts_for_the_router_is_an_error_of_the_plan(models: dict[str
             write_recipe(tmp_path, models["deepseek_v3"], f"  v: [{{prune: {ratio}, algorithm: {{name: reap}}}}]\n")
         )
         with pytest.raises(PlanError, match=what):
-            compile_plan(recipe.recipe, open_checkpoint(models["deepseek_v3"]), code_version="test")
+            compile_plan(recipe.recipe, open_checkpoint(models["deepseek_v3"]))
 
 
 def test_a_pattern_that_does_not_divide_is_an_error_of_the_plan(models: dict[str, Path], tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, models["llama"], "  v: [{prune: 3:7, algorithm: {name: wanda}}]\n"))
     with pytest.raises(PlanError, match="the pattern does not divide"):
-        compile_plan(recipe.recipe, open_checkpoint(models["llama"]), code_version="test")
+        compile_plan(recipe.recipe, open_checkpoint(models["llama"]))
 
 
 def test_text_that_is_too_short_leaves_nothing_behind(models: dict[str, Path], tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ many a task; each is told as soon as it is answered, with a time limit of its ow
 alone: a new process answers the rest.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -72,6 +73,11 @@ class Found:
     attention: Attention | None = None
     command: str = ""
     failures: tuple[Failure, ...] = ()
+
+    def without(self, cells: Collection[str]) -> "Found":
+        """The same without what these cells measured."""
+        empty: dict[str, Any] = dict.fromkeys(cells) | ({"tasks": {}} if "tasks" in cells else {})
+        return replace(self, **empty)
 
     def lacks(self, suite: LoadedSuite, *, is_baseline: bool) -> bool:
         """Whether anything the suite asks for is still to be measured."""

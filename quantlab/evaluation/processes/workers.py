@@ -16,8 +16,8 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.machine.hardware import INSTRUCTION_VARIABLES
 from quantlab.evaluation.processes.messages import EXPLAINED, CellRequest, Job, Progress
+from quantlab.hardware import INSTRUCTION_VARIABLES
 
 Answer = TypeVar("Answer", bound=BaseModel)
 

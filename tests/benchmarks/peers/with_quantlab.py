@@ -11,7 +11,7 @@ from measured import Task, parse_task, report
 
 from quantlab.calibration.corpus import sample_tokens
 from quantlab.checkpoint.index import open_checkpoint
-from quantlab.plan.compile import code_version, compile_plan
+from quantlab.plan.compile import compile_plan
 from quantlab.recipe.load import load_recipe
 from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import make_artifacts
@@ -45,7 +45,7 @@ def make(task: Task, work: Path) -> None:
     )
     loaded = load_recipe(path)
     source = open_checkpoint(task.model)
-    plan = compile_plan(loaded.recipe, source, code_version=code_version(), corpus_sha256=loaded.corpus_sha256())
+    plan = compile_plan(loaded.recipe, source, corpus_sha256=loaded.corpus_sha256())
     make_artifacts(plan, loaded, RunDirectory(work), lambda _: lambda _: None)
 
 

@@ -1,12 +1,14 @@
-"""What the numbers were measured on, as records name it. Needs no torch."""
+"""The machine and the library versions that numbers are computed with, as records and manifests name them. Needs no torch."""
 
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from quantlab.version import VERSION
+
 _PACKAGES = (
-    "quantlab", "torch", "triton", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy"
+    "torch", "triton", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy"
 )  # fmt: skip
 INSTRUCTION_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "QUANTLAB_NATIVE", "CC")
 """Variables of the environment that choose which instructions and kernels compute."""
@@ -26,19 +28,23 @@ def threads() -> int:
 
 def describe(gpu: str = "") -> str:
     """Processor, threads used, memory and operating system in one line; before them the GPU that computes, if one does."""
-    names = [block["model name"] for block in _processors() if "model name" in block]
-    processor = names[0] if names else platform.processor() or platform.machine()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     used = threads()
     return (
         f"{gpu}; " * bool(gpu)
-        + f"{processor}, {used} thread{'s' if used != 1 else ''}, {memory:.0f} GiB, {platform.system()} {platform.machine()}"
+        + f"{processor()}, {used} thread{'s' if used != 1 else ''}, {memory:.0f} GiB, {platform.system()} {platform.machine()}"
     )
+
+
+def processor() -> str:
+    """The name of the processor."""
+    names = [block["model name"] for block in _processors() if "model name" in block]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
     """Versions of everything that computes; without that of a package that is not installed, as triton need not be."""
-    found = {"python": platform.python_version(), "quantlab": "run from its sources"}
+    found = {"python": platform.python_version(), "quantlab": VERSION}
     for package in _PACKAGES:
         found |= version_of(package)
     return found
