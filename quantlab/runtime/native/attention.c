@@ -5,6 +5,7 @@
    sequences of a batch one after the other, so that a head's part of kv_b comes from memory once; to keys and values it takes the
    heads that share them. */
 
+#include "kernels.h"
 #include "lanes.h"
 
 /* Of the `length` places a sequence has in the cache the tokens stand at 0 … cached, or from `padding` of them on. */

@@ -1,5 +1,6 @@
 /* 16-bit weights, in rows, times few rows of activations of the same dtype. */
 
+#include "kernels.h"
 #include "lanes.h"
 
 #define ROWS 4 /* of a matrix, and */

@@ -9,6 +9,7 @@
    8 columns, the vectors of its 16 rows one after the other. The nibbles 0, 4, 1, 5, 2, 6, 3, 7 of a lane, lowest first, are
    columns 0 … 7: each mask gives two neighbours. Scales lie as [N / 16, G, 16]. */
 
+#include "kernels.h"
 #include "lanes.h"
 
 #define STEP 8 /* columns in a lane */

@@ -1,5 +1,6 @@
 /* int8 weights, in rows, with a scale per row: times int8 activations with a scale per token, or times 16-bit ones. */
 
+#include "kernels.h"
 #include "lanes.h"
 
 #define ROWS 4 /* of a matrix, and */

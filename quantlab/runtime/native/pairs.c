@@ -3,6 +3,7 @@
    Layout: rows padded to a multiple of 64, columns to one of 32; blocks of 64 rows, in a block the pairs of neighbouring
    columns one after the other, each pair with its 64 rows side by side. */
 
+#include "kernels.h"
 #include "lanes.h"
 
 #define TOKENS 4 /* rows of activations multiplied in one pass over a block */

@@ -2,13 +2,8 @@
 
 #include <math.h>
 
+#include "kernels.h"
 #include "lanes.h"
-
-typedef struct {
-    int64_t experts, groups, top_groups, top_k;
-    float scaling;
-    int sigmoid, normed;
-} Choice;
 
 typedef struct {
     const float *x; /* [T, apart], zeros behind H */

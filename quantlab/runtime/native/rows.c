@@ -1,6 +1,7 @@
 /* What lies between the products, for few rows: each of these is several small operations of torch's, which at one row cost
    more than the arithmetic. They run in the calling thread. */
 
+#include "kernels.h"
 #include "lanes.h"
 
 /* RMS norm: out [T, K] = x / sqrt(mean(x^2) + epsilon), rounded to the dtype of x, times weight [K]. Rows of x and of out lie
@@ -59,11 +60,6 @@ void quantlab_add(void *out, const void *x, int64_t count, int dtype) {
 }
 
 /* Rows [T, H] of a tensor: numbers between neighbours, and between the places of a cache. */
-typedef struct {
-    int64_t token, head, place;
-    int in_pairs; /* whether the numbers that are turned together are neighbours, or half the width apart */
-} Rows;
-
 INLINE void turn(const void *x, int64_t from, int in_pairs, float *out, int out_in_pairs, const float *cos, const float *sin,
                  int64_t half, int dtype) {
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
