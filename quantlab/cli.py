@@ -14,7 +14,8 @@ from rich.console import Console
 
 from quantlab import console as show
 from quantlab.architectures.architecture import Architecture
-from quantlab.architectures.families import detect
+from quantlab.architectures.config import size_of
+from quantlab.architectures.detect import detect
 from quantlab.checkpoint.hub import download
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.documents import nearest
@@ -297,7 +298,7 @@ def _inspect_quantized(checkpoint: Checkpoint, architecture: Architecture, *, as
     from quantlab.formats.stored import StoredWeights
 
     stored = StoredWeights(Reader(unfused(checkpoint)))
-    layers = int(checkpoint.config["num_hidden_layers"])
+    layers = size_of(checkpoint.config, "num_hidden_layers")
     weights = [(architecture.claim(held.name, hidden_layers=layers).role, held) for held in stored.contents()]
     if as_json:
         tensors = [{"role": role} | asdict(held) for role, held in weights]

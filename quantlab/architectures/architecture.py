@@ -1,17 +1,18 @@
-"""What a family of models looks like on disk: tensor names, what each is for, and what belongs together.
+"""A family of models: names and roles of its tensors, how its layers compute, and which config.json describes them.
 
 A rule claims tensors by name. `{layer}` and `{expert}` in its pattern stand for a number, so that no count of layers or
-experts is written anywhere; they are derived from the names of the checkpoint. The rules of a family are data
-(`families.py`); this file is the little code that reads them.
+experts is written anywhere; they are derived from the names of the checkpoint. A family is data (`families/`, one file each,
+listed in `detect.py`); this file is the code that reads it.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from quantlab.errors import CheckpointError
+from quantlab.architectures.config import Config, size_of
+from quantlab.architectures.layer import ATTENTION, GATED_MLP, MLP, Attention, MixtureOfExperts, Sublayer
 
 Role = Literal[
     "routed_experts",
@@ -27,11 +28,23 @@ Role = Literal[
     "other",
 ]
 QuantizableRole = Literal["routed_experts", "shared_experts", "dense_mlp", "attention", "kv_b"]
-Config = Mapping[str, Any]
 Dimensions = Mapping[str, int]
 
 QUANTIZABLE_ROLES: tuple[QuantizableRole, ...] = get_args(QuantizableRole)
 DEFAULT_TARGETS: tuple[QuantizableRole, ...] = ("routed_experts", "shared_experts", "dense_mlp", "attention")
+STAGES: tuple[tuple[str, ...], ...] = (*ATTENTION.stages, *MLP.stages)
+"""The input sites of a layer in the order its forward pass reaches them; those of one stage do not depend on each other."""
+MODULE_PATTERNS: Mapping[Role, str] = {
+    "routed_experts": r"re:.*mlp\.experts.*",
+    "shared_experts": r"re:.*mlp\.shared_experts\..*",
+    "dense_mlp": r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    "attention": r"re:.*self_attn\.(?!kv_b_proj).*",
+    "kv_b": r"re:.*self_attn\.kv_b_proj.*",
+    "router": r"re:.*mlp\.gate$",
+    "lm_head": "lm_head",
+}
+"""The linears of a role as engines address them, fused names (gate_up_proj, fused_qkv_a_proj) included."""
+_MTP_LAYERS = "num_nextn_predict_layers"
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,10 @@ class TensorRule:
     splits: Literal["rows", "columns"] | None = None
     exact: bool = False
 
+    def exists(self, sizes: Dimensions) -> bool:
+        """Whether a model of these sizes has the tensor, by what it `needs`."""
+        return not self.needs or bool(sizes[self.needs.lstrip("!")]) != self.needs.startswith("!")
+
     @cached_property
     def regex(self) -> re.Pattern[str]:
         escaped = re.escape(self.pattern)
@@ -96,6 +113,24 @@ class Claim:
             return None
         return f"{self.block}{'' if self.expert is None else f' expert {self.expert}'} {self.rule.fused}"
 
+    def in_expert(self, expert: int) -> str:
+        """Name of the same tensor of another routed expert of the layer."""
+        assert self.rule is not None and self.expert is not None, "a tensor of a routed expert"  # noqa: PT018
+        return self.rule.pattern.format(layer=self.layer, expert=expert)
+
+
+class ExpertNames(NamedTuple):
+    """Names of the weights of one routed expert: gate and up [I, H], down [H, I]."""
+
+    gate: str
+    up: str
+    down: str
+
+
+def as_it_stands(config: Config) -> Config:
+    """A config.json that transformers reads completely."""
+    return config
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -106,14 +141,53 @@ class Architecture:
         class_name: the entry of `architectures` in config.json.
         rules: what its tensors are; the first rule that matches claims.
         dimensions: reads the named sizes out of a config.json; a size that is 0 stands for something the model lacks.
+        attention: kind of attention of every layer.
+        halves: the two sublayers that every layer consists of, attention and mlp.
+        mixture: the layers with routed experts, None in a dense family.
         mtp: whether layers past `num_hidden_layers` are multi-token-prediction layers.
+        for_transformers: writes a config.json so that transformers computes with it as serving engines do.
     """
 
     name: str
     class_name: str
     rules: tuple[TensorRule, ...]
     dimensions: Callable[[Config], Dimensions]
+    attention: Attention
+    halves: tuple[Sublayer, Sublayer] = (ATTENTION, MLP)
+    mixture: MixtureOfExperts | None = None
     mtp: bool = False
+    for_transformers: Callable[[Config], Config] = as_it_stands
+
+    def with_experts(self, config: Config, experts: int) -> dict[str, Any]:
+        """The config.json of the same model with fewer routed experts in every layer and no multi-token-prediction layer."""
+        assert self.mixture is not None, f"{self.name} has no routed experts"
+        fewer = {**config, self.mixture.count_field: experts}
+        return fewer | {_MTP_LAYERS: 0} if _MTP_LAYERS in config else fewer
+
+    def context_length(self, config: Config) -> int:
+        """Tokens that the model attends to at most, 0 if config.json does not say."""
+        return size_of(config, "max_position_embeddings", default=0)
+
+    def same_input(self, site: str, config: Config) -> tuple[str, ...]:
+        """Module names below their sublayer of the linears that read an input site, outside the experts, in the order of the rules."""
+        sizes = self.dimensions(config)
+        readers = (rule for rule in self.rules if rule.linear and rule.site == site and rule.exists(sizes))
+        return tuple(rule.pattern.removesuffix(".weight").rpartition(".")[2] for rule in readers)
+
+    def expert_names(self, layer: int, expert: int) -> ExpertNames:
+        """Names of the weights of a routed expert."""
+        assert self.mixture is not None, f"{self.name} has no routed experts"
+        prefix = f"model.layers.{layer}.{self.halves[1].module}.{self.mixture.EXPERTS}.{expert}."
+        return ExpertNames(*(f"{prefix}{name}.weight" for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down)))
+
+    def outside_the_model(self, name: str, config: Config) -> bool:
+        """Whether transformers' model has no place for a tensor of the checkpoint: multi-token-prediction layers, a tied head."""
+        sizes = self.dimensions(config)
+        if name == "lm_head.weight":
+            return bool(sizes["tied"])
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        past = sizes["layers"] + sizes.get("mtp_layers", 0)
+        return layer is not None and sizes["layers"] <= int(layer[1]) < past
 
     def fed_rows(self, claim: Claim, config: Config, *, channels: int) -> Sequence[int]:
         """For every channel of the site a tensor feeds, the row (or element, of a norm) of the tensor it comes from.
@@ -126,13 +200,7 @@ class Architecture:
         assert claim.rule is not None
         if claim.rule.feeds != "o":
             return range(channels)
-        heads = size_of(config, "num_attention_heads", least=1)
-        width = channels // heads
-        if claim.role == "kv_b":  # the rows of each head are its keys' and, behind them, its values'
-            keys = size_of(config, "qk_nope_head_dim")
-            return [head * (keys + width) + keys + row for head in range(heads) for row in range(width)]
-        shared_by = heads // size_of(config, "num_key_value_heads", default=heads, least=1)
-        return [head // shared_by * width + row for head in range(heads) for row in range(width)]
+        return self.attention.output_rows(config, channels=channels)
 
     def claim(self, name: str, *, hidden_layers: int) -> Claim:
         """Say what the tensor `name` is; a name no rule knows gets the role "other"."""
@@ -158,7 +226,7 @@ class Architecture:
         """
         sizes = self.dimensions(config)
         for rule in self.rules:
-            if rule.needs and bool(sizes[rule.needs.lstrip("!")]) == rule.needs.startswith("!"):
+            if not rule.exists(sizes):
                 continue
             shape = tuple(sizes[word] for word in rule.shape)
             experts = range(sizes["experts"]) if "{expert}" in rule.pattern else (0,)
@@ -181,28 +249,3 @@ class Architecture:
                 return (*sorted(set(hidden) - dense), *extra)
             case "mtp":
                 return extra
-
-
-STAGES: tuple[tuple[str, ...], ...] = (("attention",), ("q_latent", "kv_latent"), ("o",), ("mlp",), ("down",))
-"""The input sites of a layer in the order its forward pass reaches them; those of one stage do not depend on each other."""
-
-_LARGEST_SIZE = 10_000_000
-
-
-def size_of(config: Config, field: str, *, default: int | None = None, least: int = 0) -> int:
-    """A size of config.json, at least `least`.
-
-    Raises:
-        CheckpointError: the field is missing and has no default, or is no whole number.
-    """
-    value = config.get(field)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST_SIZE:
-        raise CheckpointError(
-            f"config.json has no usable {field}",
-            where="config.json",
-            found=repr(value),
-            fix="use the config.json of the original release",
-        )
-    return value

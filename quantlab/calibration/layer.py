@@ -4,12 +4,12 @@ The model is built once on the meta device, where a tensor has a shape and no me
 and handed out with its weights under the names they have in the checkpoint; routed experts, which transformers keeps in
 two fused tensors, appear as views into those, one matrix per expert. Setting a weight is ``weights[name].copy_(…)``.
 
-A layer of every family here is two halves that add to the hidden states x,
+A layer is two halves that add to the hidden states x, as its family declares (`quantlab.architectures.layer`),
 
     x  <-  x + self_attn(input_layernorm(x))        x  <-  x + mlp(post_attention_layernorm(x))
 
-and calibration goes through it half by half: once the attention's weights are settled its output is too, and what is
-still to be learnt about the mlp does not have to pass through the attention again.
+and calibration runs through it half by half: once the attention's weights are final, so is its output, and statistics of the
+mlp's inputs do not need another pass through the attention.
 """
 
 import copy
@@ -29,7 +29,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from quantlab.architectures.families import detect
+from quantlab.architectures.architecture import Architecture
+from quantlab.architectures.detect import detect
+from quantlab.architectures.layer import GATED_MLP, Sublayer
 from quantlab.calibration.experts import RoutedExperts
 from quantlab.errors import CheckpointError
 
@@ -37,10 +39,6 @@ Positions = Any
 """What a rotary embedding makes for positions 0..L-1; its form is the family's own."""
 
 _ATTENTION_NAME: Final = "quantlab_calibration"
-_STAGES: Final = {
-    "attention": (("attention",), ("q_latent", "kv_latent"), ("o",)),
-    "mlp": (("mlp",), ("down",)),
-}
 EMBEDDINGS: Final = "model.embed_tokens.weight"
 
 
@@ -70,7 +68,7 @@ class Half:
         sites: every input site of its linears by name; those of routed experts are not among them.
         stages: the names of the sites in the order in which activations reach them; sites of one stage do not depend on
             each other's linears.
-        experts: the routed experts, None where there are none.
+        experts: the routed experts, None without.
     """
 
     block: str
@@ -87,11 +85,11 @@ class Half:
 
     @property
     def last(self) -> str | None:
-        """The site whose one linear ends the half, None where routed experts add to what it says."""
+        """The site of the one linear that ends the half, None where routed experts add to its output."""
         return None if self.experts is not None else self.stages[-1][-1]
 
     def finish(self, hidden: Tensor, last: Tensor) -> Tensor:
-        """As `forward`, if what enters the last site [B, L, K] is known."""
+        """As `forward`, from the known input of the last site [B, L, K]."""
         assert self.last is not None
         with torch.no_grad():
             output: Tensor = self.sites[self.last].module(last)
@@ -141,13 +139,16 @@ class Skeleton:
     def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
         self.architecture = detect(config)
         plain = {key: copy.deepcopy(value) for key, value in config.items() if key != "quantization_config"}
-        self.config: PreTrainedConfig = CONFIG_MAPPING[self.architecture.name].from_dict(plain)
+        self.config: PreTrainedConfig = CONFIG_MAPPING[self.architecture.name].from_dict(
+            dict(self.architecture.for_transformers(plain))
+        )
         self.dtype, self.device = dtype, device
         AttentionInterface.register(_ATTENTION_NAME, _causal_attention)
         AttentionMaskInterface.register(_ATTENTION_NAME, sdpa_mask)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation=_ATTENTION_NAME)
         self._layers = model.model.layers
+        self._window = self.architecture.attention.window(self.config.to_dict())
         # made on the real device: frequencies are computed from the config, in float32 whatever the dtype
         self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
         self._positions: dict[int, Positions] = {}
@@ -177,23 +178,30 @@ class Skeleton:
     def layer(self, index: int) -> Layer:
         """Give the memory of layer `index` and hand it out, its weights undefined."""
         module = copy.deepcopy(self._layers[index])
-        experts = _take_experts(module, dtype=self.dtype)
+        _check_halves(module, self.architecture)
+        experts = _take_experts(module, self.architecture, dtype=self.dtype)
         module.to_empty(device=self.device).eval().requires_grad_(False)
         for owner in module.modules():
             for name, buffer in list(owner.named_buffers(recurse=False)):
                 owner.register_buffer(name, buffer.float())  # the correction bias decides ties that float16 cannot
-        weights = _named_weights(module, f"model.layers.{index}.", experts)
+        weights = _named_weights(module, index, self.architecture, experts)
         block = f"layer {index}"
         sites = self._sites(module, index, weights)
 
+        first, second = self.architecture.halves
+        attention, mlp = (module.get_submodule(half.module) for half in (first, second))
+
         def attend(x: Tensor) -> Tensor:
-            positions = self._positions_of(x, module.self_attn)
-            output: Tensor = module.self_attn(hidden_states=x, position_embeddings=positions, attention_mask=None)[0]
+            positions = self._positions_of(x)
+            output: Tensor = attention(hidden_states=x, position_embeddings=positions, attention_mask=None)[0]
             return output
 
-        attention = _half(block, module.input_layernorm, attend, sites, "attention")
-        mlp = _half(block, module.post_attention_layernorm, module.mlp, sites, "mlp", experts)
-        return Layer(block, weights, attention, mlp)
+        return Layer(
+            block,
+            weights,
+            attention=_half(block, module, first, attend, sites),
+            mlp=_half(block, module, second, mlp, sites, experts),
+        )
 
     def _sites(self, module: nn.Module, index: int, weights: Mapping[str, Tensor]) -> dict[str, Site]:
         names: dict[str, list[str]] = {}
@@ -210,9 +218,8 @@ class Skeleton:
             sites[site] = Site(watched, weights[members[0]].shape[1], tuple(members))
         return sites
 
-    def _positions_of(self, x: Tensor, attention: nn.Module) -> Positions:
-        length = x.shape[1]
-        window = getattr(attention, "sliding_window", None)
+    def _positions_of(self, x: Tensor) -> Positions:
+        length, window = x.shape[1], self._window
         if window is not None and length > window:
             raise CheckpointError(
                 "calibration samples are longer than the model's sliding window",
@@ -227,41 +234,64 @@ class Skeleton:
 
 def _half(
     block: str,
-    norm: nn.Module,
+    layer: nn.Module,
+    declared: Sublayer,
     body: Callable[[Tensor], Tensor],
     sites: Mapping[str, Site],
-    kind: str,
     experts: RoutedExperts | None = None,
 ) -> Half:
-    stages = tuple(tuple(site for site in stage if site in sites) for stage in _STAGES[kind])
+    stages = tuple(tuple(site for site in stage if site in sites) for stage in declared.stages)
     own = {site: sites[site] for stage in stages for site in stage}
+    norm = layer.get_submodule(declared.norm)
     return Half(block, norm, body, own, tuple(stage for stage in stages if stage), experts)
 
 
-def _take_experts(module: nn.Module, *, dtype: torch.dtype) -> RoutedExperts | None:
-    """Put our experts in the place of transformers', on the meta device; None where the layer is dense."""
-    theirs = getattr(module.mlp, "experts", None)
+def _check_halves(layer: nn.Module, architecture: Architecture) -> None:
+    """Refuse a layer with a module that is in neither half: calibration would leave it out of the computation.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    declared = {name for half in architecture.halves for name in (half.norm, half.module)}
+    found = {name for name, _ in layer.named_children()}
+    own = [name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))]
+    if found != declared or own:
+        raise CheckpointError(
+            "a layer is not the two halves that its family declares",
+            where=f"{architecture.class_name} of transformers, {type(layer).__name__}",
+            found=", ".join(sorted({*found, *own})),
+            fix=f"declared are {', '.join(sorted(declared))}; use the version of transformers that quantlab asks for",
+        )
+
+
+def _take_experts(layer: nn.Module, architecture: Architecture, *, dtype: torch.dtype) -> RoutedExperts | None:
+    """Replace transformers' routed experts by ours, on the meta device; None where the layer is dense."""
+    if architecture.mixture is None:
+        return None
+    mlp, name = layer.get_submodule(architecture.halves[1].module), architecture.mixture.EXPERTS
+    theirs = getattr(mlp, name, None)
     if theirs is None:
         return None
-    experts, hidden, width = theirs.get_parameter("down_proj").shape
+    experts, hidden, width = theirs.get_parameter(GATED_MLP.down).shape
     with torch.device("meta"):
-        ours = RoutedExperts(
-            experts=experts, width=width, hidden=hidden, act_fn=theirs.get_submodule("act_fn"), dtype=dtype
-        )
-    module.get_submodule("mlp").experts = ours
+        act_fn = theirs.get_submodule(GATED_MLP.activation)
+        ours = RoutedExperts(experts=experts, width=width, hidden=hidden, act_fn=act_fn, dtype=dtype)
+    setattr(mlp, name, ours)
     return ours
 
 
-def _named_weights(module: nn.Module, prefix: str, experts: RoutedExperts | None) -> dict[str, Tensor]:
+def _named_weights(
+    layer: nn.Module, index: int, architecture: Architecture, experts: RoutedExperts | None
+) -> dict[str, Tensor]:
     """Every tensor of the layer under its name in the checkpoint."""
-    weights: dict[str, Tensor] = {}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if not name.startswith("mlp.experts."):
-            weights[prefix + name] = tensor.data
-    for expert in range(0 if experts is None else len(experts.down_proj)):
+    tensors = (*layer.named_parameters(), *layer.named_buffers())
+    ours = {id(tensor) for tensor in experts.parameters()} if experts is not None else set()
+    weights = {f"model.layers.{index}.{name}": tensor.data for name, tensor in tensors if id(tensor) not in ours}
+    for expert in range(len(experts.down_proj) if experts is not None else 0):
         assert experts is not None
-        for kind, view in (("gate", experts.gate(expert)), ("up", experts.up(expert)), ("down", experts.down(expert))):
-            weights[f"{prefix}mlp.experts.{expert}.{kind}_proj.weight"] = view.data
+        views = (experts.gate(expert), experts.up(expert), experts.down(expert))
+        for name, view in zip(architecture.expert_names(index, expert), views, strict=True):
+            weights[name] = view.data
     return weights
 
 

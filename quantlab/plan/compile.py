@@ -6,8 +6,9 @@ import itertools
 import json
 from collections.abc import Sequence
 
-from quantlab.architectures.architecture import DEFAULT_TARGETS, Config, size_of
-from quantlab.architectures.families import detect
+from quantlab.architectures.architecture import DEFAULT_TARGETS, Architecture
+from quantlab.architectures.config import Config, size_of
+from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.errors import PlanError
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
@@ -52,7 +53,15 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
         if calibration is not None:
             seed += f" {corpus_sha256} {calibration.model_dump_json(exclude=_NO_NUMBER, exclude_defaults=True)}"
         variants.append(
-            _plan_variant(name, passes, weights, calibration=calibration, seed=seed, config=checkpoint.config)
+            _plan_variant(
+                name,
+                passes,
+                weights,
+                calibration=calibration,
+                seed=seed,
+                architecture=architecture,
+                config=checkpoint.config,
+            )
         )
     return Plan(checkpoint, architecture, tuple(variants))
 
@@ -83,6 +92,7 @@ def _plan_variant(
     *,
     calibration: Calibration | None,
     seed: str,
+    architecture: Architecture,
     config: Config,
 ) -> VariantPlan:
     cast = next((step.cast for step in passes if isinstance(step, Cast)), None)
@@ -92,7 +102,7 @@ def _plan_variant(
     reap = next((step for step in changes if isinstance(step.algorithm, Reap)), None)
     kept = None
     if isinstance(reap, Prune):
-        kept = kept_experts(reap, config, variant=name)
+        kept = kept_experts(reap, architecture, config, variant=name)
         steps = without_experts(steps, kept=kept)
     what = json.dumps([step.model_dump(exclude_defaults=True) for step in passes], sort_keys=True)
     steps = mark_folds(steps, variant=name)

@@ -7,27 +7,24 @@ the steps stand for slots: slot 0 … E' - 1 will hold the experts that stay, in
 from collections.abc import Sequence
 from dataclasses import replace
 
-from quantlab.architectures.architecture import Config, size_of
+from quantlab.architectures.architecture import Architecture
+from quantlab.architectures.config import Config
 from quantlab.errors import PlanError
 from quantlab.plan.model import Outcome, Step
 from quantlab.recipe.algorithms import Reap
 from quantlab.recipe.schema import Prune
 
-_SCORED = 2
-"""A routing group is judged by its two best experts."""
 
-
-def kept_experts(reap: Prune, config: Config, *, variant: str) -> int:
+def kept_experts(reap: Prune, architecture: Architecture, config: Config, *, variant: str) -> int:
     """How many experts of a layer stay: the same number in every routing group, at least what the router picks.
 
     Raises:
         PlanError: nothing would be removed, or the router would pick more experts than there are.
     """
-    experts, groups = size_of(config, "n_routed_experts", default=0), size_of(config, "n_group", default=1) or 1
-    picked = size_of(config, "num_experts_per_tok", default=1)
-    open_groups = (size_of(config, "topk_group", default=1) or 1) if groups > 1 else 1
-    each = experts // groups
-    needed = max(-(-picked // open_groups), _SCORED if groups > 1 else 1)
+    assert architecture.mixture is not None, "the pass claims routed experts"
+    routing = architecture.mixture.routing(config)
+    groups, each = routing.groups, routing.experts // routing.groups
+    needed = max(-(-routing.top_k // routing.top_groups), routing.group_score, 1)
     removed = round(reap.ratio * each)
     where = f"variant {variant}, prune {reap.ratio:.3g} (reap)"
     if not removed:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quantlab.architectures.architecture import Architecture, Claim, Dimensions, size_of
+from quantlab.architectures.architecture import Architecture, Claim, Dimensions
+from quantlab.architectures.config import size_of
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.checkpoint.index import FP8_SCALE_SUFFIX, Checkpoint
 from quantlab.errors import CheckpointError

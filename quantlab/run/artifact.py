@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantlab.architectures.architecture import Role
-from quantlab.architectures.families import MODULE_PATTERNS
+from quantlab.architectures.architecture import MODULE_PATTERNS, Role
 from quantlab.checkpoint.files import write_atomically
 from quantlab.checkpoint.index import INDEX_NAME, read_json
 from quantlab.errors import ArtifactError
@@ -115,9 +114,7 @@ def patched_config(plan: Plan, variant: VariantPlan) -> dict[str, Any]:
     for field in [field for field in ("torch_dtype", "dtype") if field in config] or ["torch_dtype"]:
         config[field] = variant.dtype
     if variant.experts is not None:
-        config["n_routed_experts"] = variant.experts
-        if "num_nextn_predict_layers" in config:
-            config["num_nextn_predict_layers"] = 0
+        config = plan.architecture.with_experts(config, variant.experts)
     quantization = quantization_config(variant)
     if quantization is not None:
         config["quantization_config"] = quantization.to_json()
@@ -233,7 +230,8 @@ def _manifest(making: Making, files: Mapping[str, FileRecord], blocks: Sequence[
 
 def _numbering(block: FinishedBlock, plan: Plan) -> tuple[int, ...]:
     """The expert of the source for every slot: those that stay, then those that go."""
-    gone = set(range(plan.checkpoint.config["n_routed_experts"])) - set(block.kept_experts)
+    experts = plan.architecture.dimensions(plan.checkpoint.config)["experts"]
+    gone = set(range(experts)) - set(block.kept_experts)
     return (*block.kept_experts, *sorted(gone))
 
 
@@ -242,7 +240,7 @@ def _renamed(entry: LedgerEntry, step: Step, experts: Mapping[str, Sequence[int]
     slot = step.claim.expert
     if slot is None or step.claim.block not in experts:
         return entry
-    old, new = f".experts.{slot}.", f".experts.{experts[step.claim.block][slot]}."
+    old, new = step.claim.name, step.claim.in_expert(experts[step.claim.block][slot])
     return replace(entry, tensor=entry.tensor.replace(old, new), reason=entry.reason.replace(old, new))
 
 

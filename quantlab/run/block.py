@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quantlab.algorithms.reap import saliency, surgery
-from quantlab.architectures.architecture import Architecture, Config, size_of
+from quantlab.architectures.architecture import Architecture
+from quantlab.architectures.config import Config
 from quantlab.calibration.collect import Stream, advance, collect, record, settle
 from quantlab.calibration.hidden import HiddenStates, Workspace
 from quantlab.calibration.layer import Half, Layer, Skeleton
@@ -184,7 +185,7 @@ class BlockWork:
         step = self._steps[name]
         expert = step.claim.expert
         if self.kept and expert is not None:
-            step = self._steps[name.replace(f".experts.{expert}.", f".experts.{self.kept[expert]}.")]
+            step = self._steps[step.claim.in_expert(self.kept[expert])]
         weight = self._read_source(step)
         if self.kept and step.claim.role == "router":
             weight = weight[list(self.kept)]
@@ -199,21 +200,19 @@ class BlockWork:
     def _remove_experts(self, stream: Stream, stay: int) -> None:
         """Find the experts that say least, and go on with a layer without them."""
         moe = collect_moe(stream)
-        prefix = f"model.layers.{self._task.index}.mlp.experts"
         sums, tokens = torch.zeros(len(moe.tokens_per_expert)), torch.tensor(moe.tokens_per_expert)
         for expert in range(len(sums)):
-            gate, up, down = (
-                self._layer.weights[f"{prefix}.{expert}.{kind}_proj.weight"] for kind in ("gate", "up", "down")
-            )
+            names = self._task.architecture.expert_names(self._task.index, expert)
+            gate, up, down = (self._layer.weights[name] for name in names)
             sums[expert] = moe.activity(expert, gate, up, down).gated_norm
-        config = self._task.config
-        groups = size_of(config, "n_group", default=1) or 1
+        assert self._task.architecture.mixture is not None, "the layer has routed experts"
+        routing = self._task.architecture.mixture.routing(self._task.config)
         chosen = surgery(
             saliency(sums, tokens),
             kept=stay,
-            groups=groups,
-            picked=size_of(config, "num_experts_per_tok", default=1),
-            open_groups=(size_of(config, "topk_group", default=1) or 1) if groups > 1 else 1,
+            groups=routing.groups,
+            picked=routing.top_k,
+            open_groups=routing.top_groups,
         )
         self.kept, self.tokens_per_expert = tuple(chosen.kept.tolist()), moe.tokens_per_expert
         reduced = self._skeletons.reduced.layer(self._task.index)

@@ -63,8 +63,10 @@ class CalibratedRun:
         dtype = self._computing.torch_dtype
         self._architecture, self._config = plan.architecture, plan.checkpoint.config
         whole = self._skeleton = Skeleton(self._config, dtype=dtype, device=device)
-        fewer = {**self._config, "n_routed_experts": variant.experts}
-        reduced = whole if variant.experts is None else Skeleton(fewer, dtype=dtype, device=device)
+        reduced = whole
+        if variant.experts is not None:
+            fewer = self._architecture.with_experts(self._config, variant.experts)
+            reduced = Skeleton(fewer, dtype=dtype, device=device)
         self._skeletons = Skeletons(whole, reduced)
         device_bytes = torch.cuda.mem_get_info(device)[0] // _DEVICE_SHARE if device.type == "cuda" else 0
         cap = variant.calibration.memory_bytes

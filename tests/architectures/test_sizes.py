@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from quantlab.architectures.families import detect
+from quantlab.architectures.detect import detect
 from tests.true_shapes import CODER_7B, DISTILL_7B, DISTILL_8B, LLM_7B, V2, V2_LITE, V3
 
 

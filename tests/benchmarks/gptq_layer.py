@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from quantlab.architectures.families import detect
+from quantlab.architectures.detect import detect
 from quantlab.calibration.hidden import Workspace
 from quantlab.calibration.layer import Skeleton
 from quantlab.checkpoint.index import open_checkpoint

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantlab.architectures.families import detect
+from quantlab.architectures.detect import detect
 from quantlab.checkpoint.header import read_header
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader

@@ -173,7 +173,7 @@ def test_planning_imports_no_torch(checkpoints: dict[str, Path], write_recipe: W
 
 @pytest.mark.parametrize(
     "module",
-    ["quantlab.recipe.load", "quantlab.architectures.families", "quantlab.plan.compile", "quantlab.evaluation.record"],
+    ["quantlab.recipe.load", "quantlab.architectures.detect", "quantlab.plan.compile", "quantlab.evaluation.record"],
 )
 def test_layers_without_torch_import_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
-from quantlab.architectures.families import detect
+from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.errors import CalibrationError, PlanError
 from quantlab.evaluation.verify import verify

@@ -1,16 +1,19 @@
-"""The DeepSeek families as data. Sources: README_WEIGHTS of DeepSeek-V3's release and the checkpoints' own indices."""
+"""Tensor rules and sizes that families share: dense layers with grouped attention, and layers with latent attention and experts.
+
+Sources: README_WEIGHTS of DeepSeek-V3's release and the indices of the released checkpoints.
+"""
 
 from typing import Literal
 
-from quantlab.architectures.architecture import Architecture, Config, Dimensions, Role, TensorRule, size_of
-from quantlab.errors import CheckpointError
+from quantlab.architectures.architecture import Dimensions, Role, TensorRule
+from quantlab.architectures.config import Config, size_of
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
 Layers = Literal["every", "dense", "moe"]
 
 
-def _norm(pattern: str, size: str, feeds: str, *, needs: str = "") -> TensorRule:
+def _norm(pattern: str, size: str, feeds: str | None, *, needs: str = "") -> TensorRule:
     return TensorRule(pattern + ".weight", "norm", (size,), layers="every", needs=needs, feeds=feeds)
 
 
@@ -65,7 +68,7 @@ _LAYER_NORMS = (
     _norm(_LAYER + "post_attention_layernorm", "hidden", "mlp"),
 )
 
-_LLAMA = (
+GROUPED = (
     *_OUTSIDE_THE_LAYERS,
     *_LAYER_NORMS,
     _attention("q_proj", ("queries", "hidden"), "attention", fused="q+k+v"),
@@ -78,8 +81,9 @@ _LLAMA = (
     _bias("o_proj", "hidden", needs="o_bias"),
     *_mlp("", "dense_mlp", "intermediate", "dense"),
 )
+"""A dense layer with grouped attention, its biases where the sizes `qkv_bias` and `o_bias` say so."""
 
-_DEEPSEEK = (
+LATENT = (
     *_OUTSIDE_THE_LAYERS,
     *_LAYER_NORMS,
     _attention("q_proj", ("queries", "hidden"), "attention", needs="!q_lora"),
@@ -106,8 +110,9 @@ _DEEPSEEK = (
     *_mlp("shared_experts.", "shared_experts", "shared_intermediate", "moe"),
     *_mlp("", "dense_mlp", "intermediate", "dense"),
 )
+"""Layers with latent attention, the first ones dense and the rest with experts."""
 
-_MTP = tuple(
+MTP = tuple(
     TensorRule(f"{_LAYER}{name}.weight", "mtp", shape, layers="mtp")
     for name, shape in (
         ("embed_tokens", ("vocabulary", "hidden")),
@@ -118,14 +123,24 @@ _MTP = tuple(
         ("shared_head.head", ("vocabulary", "hidden")),
     )
 )
+"""What a multi-token-prediction layer has besides the tensors of a decoder layer."""
 
 
-def _llama_dimensions(config: Config) -> Dimensions:
+def grouped_dimensions(config: Config, *, qkv_bias: bool, head: int | None = None) -> Dimensions:
+    """Sizes of a dense model with grouped attention.
+
+    Args:
+        config: config.json.
+        qkv_bias: whether the projections of queries, keys and values have biases.
+        head: width of a head where config.json does not say; by default the hidden width divided among the heads.
+
+    Raises:
+        CheckpointError: the config lacks a field.
+    """
     hidden, heads, layers = (
         size_of(config, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
-    head = size_of(config, "head_dim", default=hidden // max(heads, 1))
-    bias = config.get("model_type") == "qwen2" or bool(config.get("attention_bias"))
+    head = size_of(config, "head_dim", default=hidden // max(heads, 1) if head is None else head)
     return {
         "vocabulary": size_of(config, "vocab_size"),
         "hidden": hidden,
@@ -133,16 +148,26 @@ def _llama_dimensions(config: Config) -> Dimensions:
         "first_moe": layers,
         "moe_every": 1,
         "experts": 0,
+        "head": head,
         "queries": heads * head,
         "keys": size_of(config, "num_key_value_heads", default=heads) * head,
         "intermediate": size_of(config, "intermediate_size"),
         "tied": int(bool(config.get("tie_word_embeddings"))),
-        "qkv_bias": int(bias),
+        "qkv_bias": int(qkv_bias),
         "o_bias": int(bool(config.get("attention_bias"))),
     }
 
 
-def _deepseek_dimensions(config: Config) -> Dimensions:
+def latent_dimensions(config: Config, *, bias_corrected: bool) -> Dimensions:
+    """Sizes of a model with latent attention and experts.
+
+    Args:
+        config: config.json.
+        bias_corrected: whether the routers have a bias.
+
+    Raises:
+        CheckpointError: the config lacks a field.
+    """
     hidden, heads, layers = (
         size_of(config, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
@@ -170,46 +195,13 @@ def _deepseek_dimensions(config: Config) -> Dimensions:
         "shared_intermediate": moe * size_of(config, "n_shared_experts", default=0),
         "tied": int(bool(config.get("tie_word_embeddings"))),
         "qkv_bias": int(bool(config.get("attention_bias"))),
-        "bias_corrected": int(
-            config.get("topk_method", "noaux_tc") == "noaux_tc" and config.get("model_type") == "deepseek_v3"
-        ),
+        "bias_corrected": int(bias_corrected),
     }
 
 
-ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture("deepseek_v2", "DeepseekV2ForCausalLM", _DEEPSEEK, _deepseek_dimensions),
-    Architecture("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK + _MTP, _deepseek_dimensions, mtp=True),
-    Architecture("llama", "LlamaForCausalLM", _LLAMA, _llama_dimensions),
-    Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA, _llama_dimensions),
-)
-
-MODULE_PATTERNS: dict[Role, str] = {
-    "routed_experts": r"re:.*mlp\.experts.*",
-    "shared_experts": r"re:.*mlp\.shared_experts\..*",
-    "dense_mlp": r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
-    "attention": r"re:.*self_attn\.(?!kv_b_proj).*",
-    "kv_b": r"re:.*self_attn\.kv_b_proj.*",
-    "router": r"re:.*mlp\.gate$",
-    "lm_head": "lm_head",
-}
-"""The linears of a role as engines address them, fused names (gate_up_proj, fused_qkv_a_proj) included."""
-
-
-def detect(config: Config) -> Architecture:
-    """The family of a config.json.
-
-    Raises:
-        CheckpointError: the architecture is none of those quantlab knows.
-    """
-    classes = config.get("architectures") or []
-    if not isinstance(classes, list):
-        classes = [classes]
-    for architecture in ARCHITECTURES:
-        if architecture.class_name in classes or (not classes and config.get("model_type") == architecture.name):
-            return architecture
-    raise CheckpointError(
-        "the architecture is not supported",
-        where="config.json, architectures",
-        found=", ".join(map(str, classes)) or repr(config.get("model_type")),
-        fix="supported: " + ", ".join(architecture.class_name for architecture in ARCHITECTURES),
-    )
+def qwen_window(config: Config) -> int | None:
+    """Tokens that the layers from `max_window_layers` on attend to, None where no layer has a window."""
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    kinds, first = config.get("layer_types"), size_of(config, "max_window_layers", default=28)
+    windowed = first < size_of(config, "num_hidden_layers") if kinds is None else "sliding_attention" in kinds
+    return window if windowed else None
