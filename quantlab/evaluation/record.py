@@ -282,6 +282,8 @@ class Speed(_Frozen):
     """Of decoding; None where the device does not report its energy."""
     quartiles: dict[str, tuple[float, float]] = {}
     """First and third quartile over rounds, by cell: "decode_tokens_per_second.1"."""
+    not_fused: str | None = None
+    """Why decode steps ran transformers' forward functions; "" where steps were fused, None in records of earlier versions."""
     noise: dict[str, str] = {}
     """Why a cell cannot be taken for a fact, by cell as in `quartiles`: "other processes took 0.9 of 2 cores". A cell that is not
     named was measured in quiet."""

@@ -29,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
+from quantlab.architectures.layer import LatentAttention
 from quantlab.errors import DeviceError
 from quantlab.runtime.linear import DenseLinear
 from quantlab.runtime.native import kernels
@@ -58,14 +59,14 @@ def register(implementation: str) -> None:
 
 
 def keep_latents(module: nn.Module) -> None:
-    """Let an attention module of MLA hand its latents on, where its kv_b is a plain matrix; else leave it as it is.
+    """Let a module of latent attention pass its latents on, where `LATENT_UP` is a plain matrix; else leave it as it is.
 
     Only the implementation of this file takes latents.
     """
-    kv_b = getattr(module, "kv_b_proj", None)
+    up = module.get_submodule(LatentAttention.LATENT_UP)
     if not hasattr(type(module), "expand_kv") or module.config._attn_implementation != LATENT_SDPA:  # type: ignore[union-attr]
         return
-    if isinstance(kv_b, DenseLinear) and kv_b.bias is None:
+    if isinstance(up, DenseLinear) and up.bias is None:
         module.expand_kv = _as_they_are
 
 
@@ -92,7 +93,7 @@ def latent_sdpa(  # type: ignore[no-untyped-def]  # noqa: ANN201
     From a module of `keep_latents`, key and value are the latents [B, 1, S, L] and rotary keys [B, 1, S, R].
     """
     if hands_latents_on(module):
-        weight = module.get_parameter("kv_b_proj.weight").view(query.shape[1], -1, key.shape[3])
+        weight = module.get_parameter(f"{LatentAttention.LATENT_UP}.weight").view(query.shape[1], -1, key.shape[3])
         if _absorbing_is_cheaper(query, key, weight, attention_mask):
             return absorbed(query, key, value, weight, mask=attention_mask, scaling=options["scaling"]), None
         key, value = type(module).expand_kv(module, key, value)  # type: ignore[attr-defined]

@@ -17,11 +17,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from quantlab.architectures.detect import of_model_type
 from quantlab.errors import CacheError, DeviceError
 from quantlab.runtime.cache import cached
 from quantlab.runtime.device import check_room, free_bytes, ran_out
 from quantlab.runtime.experts import Experts
-from quantlab.runtime.step import LENGTH_DEPENDENT, FusedStep, fuses
+from quantlab.runtime.step import FusedStep
+from quantlab.runtime.step_parts import LENGTH_DEPENDENT, ModelParts, NotFused, parts_of
 
 _WARM_UPS: Final = 2
 """Steps that run before one is captured: kernels are compiled and memory is taken in the first."""
@@ -49,8 +51,11 @@ class Decoder:
         batch: sequences, B.
         length: tokens per sequence, prompt included, S.
         capture: whether a step is captured; None for yes on CUDA where the model is `capturable`.
-        fuse: whether a step is a `FusedStep` where that takes the model; if not, it is transformers'. `fuses` says which it is.
-            A fused step does not call the modules of the model: hooks on layers see the prompts only.
+        fuse: whether a step is a `FusedStep` where the model has `parts_of` one; else it is transformers'. A fused step does not
+            call the modules of the model: hooks on layers see the prompts only.
+
+    Attributes:
+        not_fused: why steps are transformers', None where they are fused.
 
     Raises:
         CacheError: the model attends to fewer than `length` tokens, in windows, or by flash attention, which takes no mask;
@@ -60,7 +65,9 @@ class Decoder:
     def __init__(
         self, model: PreTrainedModel, *, batch: int, length: int, capture: bool | None = None, fuse: bool = True
     ) -> None:
-        longest = int(model.config.max_position_embeddings)
+        architecture = of_model_type(model.config.model_type)
+        assert architecture is not None, "a model of the runtime"
+        longest = architecture.context_length(model.config.to_dict())
         if not 0 < length <= longest or batch < 1:
             raise CacheError(
                 "the cache is of a size the model cannot use",
@@ -89,10 +96,16 @@ class Decoder:
         self._position = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._padding = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
         self._places = torch.arange(length, device=self._device)
-        self.fuses = fuse and fuses(model)
+        self._parts = parts_of(model) if fuse else NotFused("fused steps were not asked for")
+        self.not_fused = self._parts.reason if isinstance(self._parts, NotFused) else None
         self._fused: FusedStep | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
+
+    @property
+    def fuses(self) -> bool:
+        """Whether steps are fused."""
+        return self.not_fused is None
 
     @property
     def used(self) -> int:
@@ -251,9 +264,9 @@ class Decoder:
 
     def _step(self) -> Tensor:
         """One step on the tensors that stay in place; nothing in it waits for the device."""
-        if self.fuses:
+        if isinstance(self._parts, ModelParts):
             if self._fused is None:
-                self._fused = FusedStep(self._model, self._cache, self._position, self._padding)
+                self._fused = FusedStep(self._model, self._parts, self._cache, self._position, self._padding)
             logits = self._fused(self._tokens)
             self._position += 1
             return logits

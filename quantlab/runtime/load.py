@@ -17,6 +17,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from quantlab.architectures.detect import of_model_type
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError
@@ -68,10 +69,9 @@ def load(
     where = str(artifact / "config.json")
     config = config_of(checkpoint.config, where=where)
     stored = StoredWeights(Reader(checkpoint), device=found)
-    fields = {**checkpoint.config, "num_hidden_layers": config.num_hidden_layers}  # transformers has defaults
     chosen = _dtype_of(checkpoint.config, where=where) if dtype is None else dtype
     with _shown(f"loading {artifact.name}") if progress is None else nullcontext(progress) as called:
-        weights = _Artifact(stored, fields, called)
+        weights = _Artifact(stored, config, called)
         needed = weights.needed_bytes(chosen)
         check_room(needed, found, where=str(artifact))
         model = _built(config, weights, dtype=chosen, attention=attention)
@@ -119,11 +119,18 @@ def _dtype_of(config: Mapping[str, Any], *, where: str) -> torch.dtype:
 class _Artifact:
     """The weights of a checkpoint directory, each handed out once."""
 
-    def __init__(self, stored: StoredWeights, config: Mapping[str, Any], progress: Progress) -> None:
+    def __init__(self, stored: StoredWeights, config: PreTrainedConfig, progress: Progress) -> None:
         self._stored = stored
         self._progress = progress
         self._where = str(stored.reader.checkpoint.directory)
-        self._left = dict.fromkeys(name for name in stored.names() if not _outside_the_model(name, config))
+        architecture, fields = of_model_type(config.model_type), config.to_dict()
+        assert architecture is not None, "a config of `config_of`"
+        self._left = dict.fromkeys(
+            name
+            for name in stored.names()
+            # older checkpoints of llama store tables of the rotary embedding
+            if not name.endswith(".rotary_emb.inv_freq") and not architecture.outside_the_model(name, fields)
+        )
         self._total = len(self._left)
 
     @property
@@ -214,16 +221,3 @@ class _Artifact:
                 found=", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
                 fix="use the config.json the weights were released with",
             )
-
-
-def _outside_the_model(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether transformers' model knowingly has no place for a tensor: MTP layers, old llama's rotary tables, tied heads."""
-    if name.endswith(".rotary_emb.inv_freq"):
-        return True
-    if name == "lm_head.weight":
-        return bool(config.get("tie_word_embeddings"))
-    hidden = config["num_hidden_layers"]
-    return any(
-        name.startswith(f"model.layers.{hidden + extra}.")
-        for extra in range(config.get("num_nextn_predict_layers") or 0)
-    )

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from quantlab.architectures.layer import RotaryLayout, Routing
+
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x [B, H] -> the experts [B, k] int64 and their weights [B, k] float32."""
 
@@ -34,20 +36,12 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Whether the numbers that are turned together are neighbours, or half the width apart, as projected and as cached."""
-
-    projected: bool
-    cached: bool
-
-
-@dataclass(frozen=True)
 class Latents:
-    """A cache of latent attention: latents [B, 1, S, L], rotary keys [B, 1, S, R], and where the numbers of pairs lie."""
+    """A cache of latent attention: latents [B, 1, S, L], rotary keys [B, 1, S, R], and where rotated numbers lie."""
 
     latents: Tensor
     rotary: Tensor
-    pairs: Pairs
+    pairs: RotaryLayout
 
 
 @dataclass(frozen=True)
@@ -56,18 +50,6 @@ class RowNorm:
 
     weight: Tensor
     epsilon: float
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a router chooses among E experts; see `quantlab.runtime.cuda.choose.choose`."""
-
-    groups: int
-    top_groups: int
-    top_k: int
-    sigmoid: bool
-    normed: bool
-    scaling: float
 
 
 class Kernels(Protocol):
@@ -121,8 +103,12 @@ class Kernels(Protocol):
         """
         ...
 
-    def router(self, weight: Tensor, bias: Tensor | None, how: Choice) -> Router:
-        """Of a weight [E, H] and a bias [E]."""
+    def router(self, weight: Tensor, bias: Tensor | None, routing: Routing) -> Router:
+        """The router with a weight [E, H] and a bias [E].
+
+        Scores are the sigmoid of the logits where there is a bias, groups then judged by their two best experts; the softmax
+        without a bias, groups judged by their best expert.
+        """
         ...
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:

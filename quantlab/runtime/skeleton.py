@@ -13,6 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from quantlab.architectures.detect import ARCHITECTURES, of_model_type
+from quantlab.architectures.layer import GATED_MLP, LatentAttention
 from quantlab.errors import ArtifactError
 from quantlab.recipe.schemes import SCHEMES, Scheme, SchemeName
 from quantlab.runtime.attention import LATENT_SDPA, keep_latents, register
@@ -20,7 +22,6 @@ from quantlab.runtime.experts import Experts
 from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, PartOfStack, StackedLinear, dense_linear
 from quantlab.runtime.matrices import DenseMatrices, Matrices, QuantizedMatrices, quantized_matrices
 
-MODEL_TYPES: Final = ("deepseek_v2", "deepseek_v3", "llama", "qwen2")
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -38,12 +39,8 @@ _MALFORMED: Final = (
     ValueError,
 )
 """What transformers raises for a config it cannot make a model of."""
-_SAME_INPUT: Final = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_proj", "kv_a_proj_with_mqa"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
-"""Linears of an attention module that read its input, by kind of attention."""
+_FUSED_EXPERTS: Final = "gate_up_proj"
+"""The parameter [E, 2I, H] in which transformers holds the gates and ups of all experts of a layer, of whatever family."""
 _INT4_GROUPS: Final[Sequence[tuple[SchemeName, int]]] = (("int4_g128", 128), ("int4_g64", 64), ("int4_g32", 32))
 
 
@@ -74,16 +71,17 @@ def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
         ArtifactError: the model type is none the runtime knows, or the fields describe no model.
     """
     model_type = fields.get("model_type")
-    if model_type not in MODEL_TYPES:
+    architecture = of_model_type(model_type)
+    if architecture is None:
         raise ArtifactError(
             "the runtime does not know this model",
             where=f"{where}, model_type",
             found=repr(model_type),
-            fix="known: " + ", ".join(MODEL_TYPES),
+            fix="known: " + ", ".join(known.name for known in ARCHITECTURES),
         )
     plain = {key: copy.deepcopy(value) for key, value in fields.items() if key != "quantization_config"}
     try:
-        return CONFIG_MAPPING[model_type].from_dict(plain)
+        return CONFIG_MAPPING[architecture.name].from_dict(dict(architecture.for_transformers(plain)))
     except _MALFORMED as error:
         raise _no_model(error, where=where) from error
 
@@ -110,10 +108,16 @@ def build(
     except _MALFORMED as error:
         raise _no_model(error, where=f"the config of a {config.model_type}") from error
     tied = bool(config.tie_word_embeddings)
+    architecture = of_model_type(config.model_type)
+    assert architecture is not None, "a config of `config_of`"
+    same_input = architecture.same_input("attention", config.to_dict())
     with torch.no_grad():
-        _materialize(model, "", weights, dtype=dtype, skip={"lm_head"} if tied else set())
+        _materialize(model, "", weights, dtype=dtype, skip={"lm_head"} if tied else set(), same_input=same_input)
         if tied:
             model.lm_head = DenseLinear(model.model.embed_tokens.weight, None)
+    if isinstance(architecture.attention, LatentAttention):
+        for layer in model.model.layers:
+            keep_latents(layer.get_submodule(architecture.halves[0].module))
     left = [name for name, tensor in _tensors(model) if tensor.is_meta]
     assert not left, f"never filled: {left}"
     return model.eval().requires_grad_(False)
@@ -133,8 +137,19 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _materialize(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype, skip: set[str]) -> None:
-    """Fill the module's own tensors and replace or fill its children."""
+def _materialize(
+    module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype, skip: set[str], same_input: Sequence[str]
+) -> None:
+    """Fill the module's own tensors and replace or fill its children.
+
+    Args:
+        module: of transformers.
+        path: its name in the model.
+        weights: where the tensors come from.
+        dtype: of activations and unquantized weights.
+        skip: paths of modules that are left alone.
+        same_input: names of the linears of an attention module that read its input.
+    """
     prefix = f"{path}." if path else ""
     for name, parameter in list(module.named_parameters(recurse=False)):
         filled = weights.tensor(prefix + name, parameter.shape, dtype)
@@ -142,27 +157,26 @@ def _materialize(module: nn.Module, path: str, weights: Weights, *, dtype: torch
     for name, buffer in list(module.named_buffers(recurse=False)):
         # the only stored buffer is the router's e_score_correction_bias, which engines add in float32
         module.register_buffer(name, weights.tensor(prefix + name, buffer.shape, torch.float32))
-    for name, part in _stacked(module, path, weights, dtype=dtype).items():
+    for name, part in _stacked(module, path, weights, dtype=dtype, names=same_input).items():
         setattr(module, name, part)
     for name, child in list(module.named_children()):
         if prefix + name not in skip and not isinstance(child, PartOfStack):
             replacement = _replacement(child, prefix + name, weights, dtype=dtype)
             if replacement is None:
-                _materialize(child, prefix + name, weights, dtype=dtype, skip=skip)
+                _materialize(child, prefix + name, weights, dtype=dtype, skip=skip, same_input=same_input)
             else:
                 setattr(module, name, replacement)
     for name, child in list(module.named_children()):
         if type(child).__name__.endswith("RMSNorm"):
             setattr(module, name, Norm(child))
-    keep_latents(module)
 
 
 def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> nn.Module | None:
     """What stands in the place of a transformers module, None if the module itself stays."""
-    if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+    if isinstance(getattr(module, _FUSED_EXPERTS, None), nn.Parameter):
         return _experts(module, path, weights, dtype=dtype)
-    if all(_plain_linear(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
-        if _one_kind([f"{path}.gate_proj.weight", f"{path}.up_proj.weight"], weights):
+    if all(_plain_linear(module, name) for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down)):
+        if _one_kind([f"{path}.{GATED_MLP.gate}.weight", f"{path}.{GATED_MLP.up}.weight"], weights):
             return _gated_mlp(module, path, weights, dtype=dtype)
         return None
     if isinstance(module, nn.Linear):
@@ -172,29 +186,34 @@ def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch
     return None
 
 
-def _stacked(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> dict[str, PartOfStack]:
-    """The linears of an attention module that read its input, as parts of one matrix: on CUDA a launch costs what that saves."""
-    for names in _SAME_INPUT if weights.device.type == "cuda" else ():
-        linears = [linear for name in names if isinstance(linear := getattr(module, name, None), nn.Linear)]
-        of_names = [f"{path}.{name}.weight" for name in names]
-        if (
-            len(linears) == len(names)
-            and len({linear.bias is None for linear in linears}) == 1
-            and weights.scheme_of(of_names[0]) is not None
-            and _one_kind(of_names, weights)
-        ):
-            sizes = [linear.out_features for linear in linears]
-            bank = _bank(of_names[0], (1, sum(sizes), linears[0].in_features), weights, dtype=dtype)
-            weights.fill(bank, 0, of_names, rows=sizes)
-            biases = [
-                weights.tensor(f"{path}.{name}.bias", linear.bias.shape, dtype)
-                for name, linear in zip(names, linears, strict=True)
-                if linear.bias is not None
-            ]
-            assert isinstance(bank, QuantizedMatrices), "the weights have a scheme"
-            stack = StackedLinear(PackedLinear(bank, torch.cat(biases) if biases else None), sizes)
-            return {name: PartOfStack(stack, index) for index, name in enumerate(names)}
-    return {}
+def _stacked(
+    module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype, names: Sequence[str]
+) -> dict[str, PartOfStack]:
+    """The linears `names` of an attention module, which read its input, as parts of one matrix.
+
+    Only on CUDA, where a launch costs what that saves.
+    """
+    linears = [linear for name in names if isinstance(linear := getattr(module, name, None), nn.Linear)]
+    of_names = [f"{path}.{name}.weight" for name in names]
+    if (
+        weights.device.type != "cuda"
+        or len(linears) != len(names)
+        or len({linear.bias is None for linear in linears}) != 1
+        or weights.scheme_of(of_names[0]) is None
+        or not _one_kind(of_names, weights)
+    ):
+        return {}
+    sizes = [linear.out_features for linear in linears]
+    bank = _bank(of_names[0], (1, sum(sizes), linears[0].in_features), weights, dtype=dtype)
+    weights.fill(bank, 0, of_names, rows=sizes)
+    biases = [
+        weights.tensor(f"{path}.{name}.bias", linear.bias.shape, dtype)
+        for name, linear in zip(names, linears, strict=True)
+        if linear.bias is not None
+    ]
+    assert isinstance(bank, QuantizedMatrices), "the weights have a scheme"
+    stack = StackedLinear(PackedLinear(bank, torch.cat(biases) if biases else None), sizes)
+    return {name: PartOfStack(stack, index) for index, name in enumerate(names)}
 
 
 def _plain_linear(module: nn.Module, name: str) -> bool:
@@ -235,10 +254,10 @@ def _linear(module: nn.Linear, path: str, weights: Weights, *, dtype: torch.dtyp
     matrices = None if weights.scheme_of(name) is None else _bank(name, (1, *shape), weights, dtype=dtype)
     if not isinstance(matrices, QuantizedMatrices):
         weight = weights.tensor(name, shape, dtype)
-        # attention multiplies with parts of kv_b, which therefore stays in rows
+        # attention multiplies by parts of this matrix, which therefore stays in rows
         return (
             DenseLinear(nn.Parameter(weight, requires_grad=False), bias)
-            if path.endswith("kv_b_proj")
+            if path.endswith(LatentAttention.LATENT_UP)
             else dense_linear(weight, bias)
         )
     weights.fill(matrices, 0, [name])
@@ -246,18 +265,19 @@ def _linear(module: nn.Linear, path: str, weights: Weights, *, dtype: torch.dtyp
 
 
 def _gated_mlp(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> GatedMLP:
-    hidden, width = module.get_parameter("down_proj.weight").shape
-    gate, up, down = (f"{path}.{name}_proj.weight" for name in ("gate", "up", "down"))
+    hidden, width = module.get_parameter(f"{GATED_MLP.down}.weight").shape
+    gate, up, down = (f"{path}.{name}.weight" for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down))
     gate_up_bank = _bank(gate, (1, 2 * width, hidden), weights, dtype=dtype)
     down_bank = _bank(down, (1, hidden, width), weights, dtype=dtype)
     weights.fill(gate_up_bank, 0, [gate, up])
     weights.fill(down_bank, 0, [down])
-    return GatedMLP(gate_up_bank, down_bank, module.get_submodule("act_fn"))
+    return GatedMLP(gate_up_bank, down_bank, module.get_submodule(GATED_MLP.activation))
 
 
 def _experts(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> Experts:
-    count, double_width, hidden = module.get_parameter("gate_up_proj").shape
-    names = {kind: [f"{path}.{index}.{kind}_proj.weight" for index in range(count)] for kind in ("gate", "up", "down")}
+    count, double_width, hidden = module.get_parameter(_FUSED_EXPERTS).shape
+    linears = {"gate": GATED_MLP.gate, "up": GATED_MLP.up, "down": GATED_MLP.down}
+    names = {kind: [f"{path}.{index}.{name}.weight" for index in range(count)] for kind, name in linears.items()}
     if not (_one_kind(names["gate"] + names["up"], weights) and _one_kind(names["down"], weights)):
         raise ArtifactError(
             "the experts of a layer are quantized in different ways",
@@ -274,4 +294,4 @@ def _experts(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dty
     for index, (gate, up, down) in enumerate(zip(names["gate"], names["up"], names["down"], strict=True)):
         weights.fill(gate_up_bank, index, [gate, up])
         weights.fill(down_bank, index, [down])
-    return Experts(gate_up_bank, down_bank, module.get_submodule("act_fn"))
+    return Experts(gate_up_bank, down_bank, module.get_submodule(GATED_MLP.activation))

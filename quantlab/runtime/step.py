@@ -17,31 +17,26 @@ Legend: B sequences, H hidden width, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from quantlab.runtime.attention import LATENT_SDPA, hands_latents_on
+from quantlab.architectures.layer import MixtureOfExperts
 from quantlab.runtime.cuda.banks import CudaMatrices
 from quantlab.runtime.cuda.experts import routed
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.linear import FEW_ROWS, GatedMLP, Norm, PackedLinear, PartOfStack, is_silu
 from quantlab.runtime.matrices import ExpandedMatrices
-from quantlab.runtime.native.library import library
 from quantlab.runtime.native.record import CannotRepeatError, Recorded
-from quantlab.runtime.places import Choice, Kernels, Latents, Pairs, Place, RowNorm
+from quantlab.runtime.places import Kernels, Latents, Place, RowNorm
+from quantlab.runtime.step_parts import ExpertParts, GroupedParts, LatentParts, LayerParts, ModelParts
 
-Parts = Any
-"""A module of transformers, for its parts."""
 Into = Callable[[Tensor, Tensor], Tensor]
-"""Reads [B, ·] and adds what it makes of it to [B, H]."""
+"""Reads [B, ·] and adds a function of it to the residual stream [B, H]."""
 Attention = Callable[[Tensor, Tensor, Place], Tensor]
 """The same, at a place in the cache."""
-LENGTH_DEPENDENT: Final = frozenset({"dynamic", "longrope"})
-"""Rotary embeddings whose angles depend on the length of the text."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +54,23 @@ class FusedStep:
     weight that is replaced later may not be used.
 
     Args:
-        model: one that `fuses`.
+        model: whose parts are given.
+        parts: of `parts_of`.
         cache: holds the prompts.
         position: [1] int64, where the next tokens stand in the cache.
         padding: [B, 1] int64, how many places of the cache are empty before each prompt.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: StaticCache, position: Tensor, padding: Tensor) -> None:
-        self._model, self._position, self._padding = model, position, padding
+    def __init__(
+        self, model: PreTrainedModel, parts: ModelParts, cache: StaticCache, position: Tensor, padding: Tensor
+    ) -> None:
+        self._parts, self._position, self._padding = parts, position, padding
         self._on_cuda = position.device.type == "cuda"
         kernels = _kernels(position.device)
-        self._layers = [
-            _layer(layer, held, kernels) for layer, held in zip(model.model.layers, cache.layers, strict=True)
-        ]
+        self._layers = [_layer(layer, held, kernels) for layer, held in zip(parts.layers, cache.layers, strict=True)]
         heads = int(model.config.num_attention_heads) if self._on_cuda else 0
         self._arrived = torch.zeros(padding.shape[0] * heads, dtype=torch.int32, device=position.device)
-        self._cos, self._sin = _angles(model, int(cache.layers[0].keys.shape[2]))
+        self._cos, self._sin = _angles(parts.rotary, cache.layers[0].keys)
         self._records = not self._on_cuda and _repeats(model, padding.shape[0])
         self._recorded: tuple[Tensor, Recorded] | None = None
         weights = (*model.parameters(), *model.buffers()) if self._records else ()
@@ -82,7 +78,7 @@ class FusedStep:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Tokens [B, 1] at `position` -> logits [B, V] of those after; nothing waits for the device."""
-        hidden = self._model.model.embed_tokens(tokens.flatten())
+        hidden = self._parts.embeddings(tokens.flatten())
         if not self._records:
             return self._logits(hidden)
         if self._recorded is None:
@@ -105,36 +101,8 @@ class FusedStep:
         for layer in self._layers:
             hidden = layer.attention(layer.before(hidden), hidden, place)
             hidden = layer.mlp(layer.between(hidden), hidden)
-        logits: Tensor = self._model.lm_head(self._model.model.norm(hidden))
+        logits: Tensor = self._parts.head(self._parts.norm(hidden))
         return logits
-
-
-def fuses(model: PreTrainedModel) -> bool:
-    """Whether `FusedStep` takes the model: in 16 bits on CUDA, or on a CPU that runs the native kernels, with the attention of this
-    package, its parts all known.
-    """
-    return (
-        (model.device.type == "cuda" or (model.device.type == "cpu" and library() is not None))
-        and model.dtype in {torch.bfloat16, torch.float16}
-        and model.config._attn_implementation == LATENT_SDPA
-        and isinstance(model.model.norm, Norm)
-        and getattr(model.model.rotary_emb, "rope_type", None) not in LENGTH_DEPENDENT
-        and all(_is_known(layer, model.dtype, on_cuda=model.device.type == "cuda") for layer in model.model.layers)
-    )
-
-
-def _is_known(layer: Parts, dtype: torch.dtype, *, on_cuda: bool) -> bool:
-    attention, mlp = layer.self_attn, layer.mlp
-    latent = hasattr(attention, "kv_a_layernorm")
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    if latent:
-        norms += [attention.kv_a_layernorm, *([attention.q_a_layernorm] if attention.q_lora_rank is not None else [])]
-    experts = getattr(mlp, "experts", None)
-    return (
-        all(isinstance(norm, Norm) and norm.weight.dtype == dtype for norm in norms)
-        and (hands_latents_on(attention) if latent else attention.head_dim % 2 == 0)
-        and (experts is None or (isinstance(experts, Experts) and (not on_cuda or experts.routes_on_device(dtype))))
-    )
 
 
 def _kernels(device: torch.device) -> Kernels:
@@ -157,10 +125,10 @@ def _repeats(model: PreTrainedModel, batch: int) -> bool:
     return batch <= (1 if Experts in parts else FEW_ROWS) and ExpandedMatrices not in parts
 
 
-def _angles(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, n] float32 of the angles of n pairs at every place, rounded as transformers rounds them."""
-    like = torch.empty(1, 1, 1, dtype=model.dtype, device=model.device)
-    found = model.model.rotary_emb(like, position_ids=torch.arange(length, device=model.device)[None])
+def _angles(rotary: nn.Module, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, n] float32 of the angles of n pairs at every place of a cache [·, ·, S, ·], rounded as transformers rounds them."""
+    like = torch.empty(1, 1, 1, dtype=keys.dtype, device=keys.device)
+    found = rotary(like, position_ids=torch.arange(keys.shape[2], device=keys.device)[None])
     if isinstance(found, Tensor):  # complex
         cos, sin = torch.view_as_real(found[0]).unbind(-1)
     else:  # the angles twice
@@ -168,11 +136,14 @@ def _angles(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
     return cos.float().contiguous(), sin.float().contiguous()
 
 
-def _layer(layer: Parts, held: StaticLayer, kernels: Kernels) -> _Layer:
-    attention = layer.self_attn
-    made = _latent_attention if hasattr(attention, "kv_a_layernorm") else _grouped_attention
-    mlp = _experts(layer.mlp, kernels) if hasattr(layer.mlp, "experts") else _into(layer.mlp, kernels)
-    return _Layer(layer.input_layernorm, made(attention, held, kernels), layer.post_attention_layernorm, mlp)
+def _layer(parts: LayerParts, held: StaticLayer, kernels: Kernels) -> _Layer:
+    attention = (
+        _grouped_attention(parts.attention, held, kernels)
+        if isinstance(parts.attention, GroupedParts)
+        else _latent_attention(parts.attention, held, kernels)
+    )
+    mlp = _experts(parts.mlp, kernels) if isinstance(parts.mlp, ExpertParts) else _into(parts.mlp, kernels)
+    return _Layer(parts.before, attention, parts.between, mlp)
 
 
 def _into(module: nn.Module, kernels: Kernels) -> Into:
@@ -195,36 +166,32 @@ def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tenso
     return lambda x: [linear(x) for linear in linears]
 
 
-def _grouped_attention(module: Parts, held: StaticLayer, kernels: Kernels) -> Attention:
-    project = _together([module.q_proj, module.k_proj, module.v_proj])
-    add_output = _into(module.o_proj, kernels)
-    scaling = float(module.scaling)
+def _grouped_attention(parts: GroupedParts, held: StaticLayer, kernels: Kernels) -> Attention:
+    project = _together([parts.query, parts.key, parts.value])
+    add_output = _into(parts.output, kernels)
 
     def attention(x: Tensor, hidden: Tensor, place: Place) -> Tensor:
         q, k, v = project(x)
-        return add_output(kernels.attend(q, k, v, place, held.keys, held.values, scaling), hidden)
+        return add_output(kernels.attend(q, k, v, place, held.keys, held.values, parts.scaling), hidden)
 
     return attention
 
 
-def _latent_attention(module: Parts, held: StaticLayer, kernels: Kernels) -> Attention:
-    compressed = module.q_lora_rank is not None
-    project = _together([module.q_a_proj if compressed else module.q_proj, module.kv_a_proj_with_mqa])
-    add_output = _into(module.o_proj, kernels)
-    heads = int(module.num_heads)
-    weight = module.get_parameter("kv_b_proj.weight").view(heads, -1, module.kv_lora_rank)
-    norm, scaling = _row_norm(module.kv_a_layernorm), float(module.scaling)
-    q_norm = _row_norm(module.q_a_layernorm) if compressed else None
-    cache = Latents(held.keys, held.values, _pairs(module))
+def _latent_attention(parts: LatentParts, held: StaticLayer, kernels: Kernels) -> Attention:
+    project = _together([parts.query, parts.latent])
+    add_output = _into(parts.output, kernels)
+    norm, q_up = _row_norm(parts.latent_norm), parts.query_up
+    q_norm = None if parts.query_norm is None else _row_norm(parts.query_norm)
+    cache = Latents(held.keys, held.values, parts.rotary)
 
     def attention(x: Tensor, hidden: Tensor, place: Place) -> Tensor:
         q, kv = project(x)
-        if q_norm is None:
+        if q_up is None:
             kernels.keep_latents(kv, norm, place, cache)
         else:
-            q = module.q_b_proj(kernels.keep_latents(kv, norm, place, cache, q, q_norm))
-        q = q.view(q.shape[0], heads, -1)
-        return add_output(kernels.attend_absorbed(q, weight, place, cache, scaling), hidden)
+            q = q_up(kernels.keep_latents(kv, norm, place, cache, q, q_norm))
+        q = q.view(q.shape[0], len(parts.up), -1)
+        return add_output(kernels.attend_absorbed(q, parts.up, place, cache, parts.scaling), hidden)
 
     return attention
 
@@ -233,17 +200,10 @@ def _row_norm(norm: Norm) -> RowNorm:
     return RowNorm(norm.weight, norm.variance_epsilon)
 
 
-def _pairs(module: Parts) -> Pairs:
-    """Where the rotary numbers of DeepSeek-V2 and V3 lie: see `apply_rotary_emb` and `apply_rotary_pos_emb_interleave`."""
-    if module.config.model_type == "deepseek_v2":
-        return Pairs(projected=True, cached=True)
-    return Pairs(projected=bool(module.config.rope_interleave), cached=False)
-
-
-def _experts(module: Parts, kernels: Kernels) -> Into:
-    experts, add_shared, router = module.experts, _into(module.shared_experts, kernels), module.gate
-    choose = kernels.router(router.weight, getattr(router, "e_score_correction_bias", None), _choice(router))
-    if not router.weight.is_cuda:
+def _experts(parts: ExpertParts, kernels: Kernels) -> Into:
+    experts, add_shared = parts.experts, _into(parts.shared, kernels)
+    choose = kernels.router(parts.weight, parts.bias, parts.routing)
+    if not parts.weight.is_cuda:
         return lambda x, hidden: add_shared(x, kernels.add(experts(x, *choose(x)), hidden))
     from quantlab.runtime.cuda.launch_step import MOST_TOKENS
 
@@ -251,20 +211,8 @@ def _experts(module: Parts, kernels: Kernels) -> Into:
         if x.shape[0] <= MOST_TOKENS:
             index, weights = choose(x)
         else:
-            _, weights, index = router(x)
+            outputs = dict(zip(MixtureOfExperts.ROUTED, parts.router(x), strict=True))
+            index, weights = outputs["index"], outputs["weights"]
         return add_shared(x, routed(experts.gate_up, experts.down, x, index, weights, hidden))
 
     return mlp
-
-
-def _choice(router: Parts) -> Choice:
-    third = hasattr(router, "e_score_correction_bias")
-    grouped = third or router.topk_method == "group_limited_greedy"
-    return Choice(
-        groups=int(router.num_group) if grouped else 1,
-        top_groups=int(router.topk_group) if grouped else 1,
-        top_k=int(router.top_k),
-        sigmoid=third,
-        normed=third and bool(router.norm_topk_prob),
-        scaling=float(router.routed_scaling_factor),
-    )

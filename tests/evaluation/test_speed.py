@@ -137,6 +137,18 @@ def test_ratios_are_taken_within_a_round(suite: Path) -> None:
     assert (ratio.value, ratio.low, ratio.high, ratio.n) == (pytest.approx(3), pytest.approx(3), pytest.approx(3), 14)
     assert found.twin == "a twin of nothing, 4 tokens in the cache, a processor"
     assert (found.layout, found.twin_memory_percent_of_fp16) == ("int8, timed once with also", 30)
+    assert found.not_fused == "", "its steps were fused"
+
+
+def test_a_record_says_why_steps_were_not_fused(suite: Path) -> None:
+    speed = load_suite(suite).suite.speed
+    assert speed is not None
+    names = ("decode.1", "decode.2", "prefill.1")
+    result = timings(dict.fromkeys(names, np.ones(3)), dict.fromkeys(names, np.ones(3)))
+    plain = result.twins[1].model_copy(update={"not_fused": "there is a part nobody knows"})
+    found = speeds_of(speed, [result.model_copy(update={"twins": (result.twins[0], plain)})])
+    assert found["int8"].not_fused == "there is a part nobody knows"
+    assert found["fp16"].not_fused == ""
 
 
 def test_what_processes_differ_by_widens_every_interval(suite: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from quantlab.evaluation.record import Measured, Record
-from quantlab.report.matrix.cells import PRUNED_NOTE, human_bytes, number
+from quantlab.report.matrix.cells import PRUNED_NOTE, human_bytes, notes, number
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.html import to_html
 from quantlab.report.matrix.markdown import to_markdown
@@ -88,6 +88,19 @@ def test_markdown_says_where_the_numbers_come_from(recipe: list[Record]) -> None
     ):
         assert needed in text
     assert "matrix.svg" not in to_markdown(build_matrix(recipe), with_plot=False)
+
+
+def test_rows_whose_steps_were_not_fused_are_named(recipe: list[Record]) -> None:
+    assert not any("forward functions" in note for note in notes(build_matrix(recipe)))
+    records = list(recipe)
+    for place in (2, 4):
+        speed = records[place].speed
+        assert speed is not None
+        slow = speed.model_copy(update={"not_fused": "there is a part nobody knows"})
+        records[place] = records[place].model_copy(update={"speed": slow})
+    (note,) = (note for note in notes(build_matrix(records)) if "forward functions" in note)
+    assert "int8, w4a16 ran" in note
+    assert note.endswith("there is a part nobody knows.")
 
 
 def test_the_note_on_pruning_needs_a_pruned_row(recipe: list[Record]) -> None:

@@ -12,14 +12,17 @@ from transformers import PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from quantlab.architectures.detect import of_model_type
+from quantlab.architectures.layer import RotaryLayout, Routing
 from quantlab.recipe.schemes import READABLE, SCHEMES, Scheme, SchemeName
 from quantlab.runtime import step
 from quantlab.runtime.decode import Decoder
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.load import load
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.places import Choice, Latents, Pairs, Place, RowNorm
-from quantlab.runtime.step import _choice, _kernels, fuses
+from quantlab.runtime.places import Latents, Place, RowNorm
+from quantlab.runtime.step import _kernels
+from quantlab.runtime.step_parts import ModelParts, parts_of
 from tests.runtime.tiny import FAMILIES, Artifact, quantize, tokens, write_checkpoint
 
 Maker = Callable[[str, SchemeName], Artifact]
@@ -146,7 +149,7 @@ def test_attention_to_latents(
     latents = torch.randn(batch, 1, length, latent).to(dtype)
     rotary = torch.randn(batch, 1, length, turned_width).to(dtype)
     place, angles = place_at(position, batch, turned_width // 2)
-    cache = Latents(latents, rotary, Pairs(*pairs))
+    cache = Latents(latents, rotary, RotaryLayout(*pairs))
     others = latents.clone(), rotary.clone()
     by = [RowNorm(norm, 1e-5) for norm in norms]
     normed = kernels.keep_latents(kv, by[0], place, cache, q_a, by[1])
@@ -173,15 +176,17 @@ def test_attention_to_latents(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("router", "experts", "groups", "top_groups", "top_k", "method"),
+    ("family", "router", "experts", "groups", "top_groups", "top_k", "method"),
     [
-        (DeepseekV3TopkRouter, 32, 4, 2, 5, None),
-        (DeepseekV3TopkRouter, 256, 8, 4, 8, None),
-        (DeepseekV2TopkRouter, 64, 1, 1, 6, "greedy"),
-        (DeepseekV2TopkRouter, 160, 8, 3, 6, "group_limited_greedy"),
+        ("deepseek_v3", DeepseekV3TopkRouter, 32, 4, 2, 5, None),
+        ("deepseek_v3", DeepseekV3TopkRouter, 256, 8, 4, 8, None),
+        ("deepseek_v2", DeepseekV2TopkRouter, 64, 1, 1, 6, "greedy"),
+        ("deepseek_v2", DeepseekV2TopkRouter, 64, 8, 3, 6, "greedy"),
+        ("deepseek_v2", DeepseekV2TopkRouter, 160, 8, 3, 6, "group_limited_greedy"),
     ],
 )
 def test_the_router_chooses_as_transformers_does(
+    family: str,
     router: type,
     experts: int,
     groups: int,
@@ -201,7 +206,11 @@ def test_the_router_chooses_as_transformers_does(
     bias = getattr(module, "e_score_correction_bias", None)
     if bias is not None:
         bias.normal_(std=0.1)
-    choose = _kernels(device).router(module.weight.data, bias, _choice(module))
+    architecture = of_model_type(family)
+    assert architecture is not None
+    assert architecture.mixture is not None
+    routing = architecture.mixture.routing(vars(config) | {"n_routed_experts": experts})
+    choose = _kernels(device).router(module.weight.data, bias, routing)
     for batch in (1, 16, 16):
         x = torch.randn(batch, hidden).to(dtype)
         index, weights = choose(x)
@@ -217,8 +226,18 @@ def test_a_token_of_no_numbers_is_alone_in_that(device: torch.device) -> None:
     x = torch.randn(3, hidden).bfloat16()
     x[1] = float("nan")
     weight, bias = torch.randn(experts, hidden).bfloat16(), torch.zeros(experts)
-    how = Choice(groups=4, top_groups=2, top_k=5, sigmoid=True, normed=True, scaling=2.5)
-    index, weights = _kernels(device).router(weight, bias, how)(x)
+    routing = Routing(
+        experts,
+        5,
+        groups=4,
+        top_groups=2,
+        group_score=2,
+        scoring="sigmoid",
+        corrected=True,
+        normalised=True,
+        scaling=2.5,
+    )
+    index, weights = _kernels(device).router(weight, bias, routing)(x)
     assert all(len(set(row)) == 5 and set(row) <= set(range(experts)) for row in index.tolist())
     assert weights.isnan().all(dim=1).tolist() == [False, True, False]
 
@@ -230,7 +249,7 @@ def same_steps(directory: Path, dtype: torch.dtype, device: str = "cpu", *, limi
     the rest do.
     """
     model, exact = (load(directory, dtype=each, device=device) for each in (dtype, torch.float32))
-    assert fuses(model)
+    assert isinstance(parts_of(model), ModelParts), parts_of(model)
     routed = any(isinstance(module, Experts) for module in model.modules())
     for batch in (1, 3, 70):
         ids = tokens(batch, 20).to(device)

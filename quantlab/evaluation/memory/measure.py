@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from quantlab.architectures.detect import of_model_type
+from quantlab.architectures.layer import LatentAttention
 from quantlab.checkpoint.index import INDEX_NAME, open_checkpoint
 from quantlab.evaluation.machine.gauges import forget_peak, now, peak_bytes
 from quantlab.evaluation.processes.messages import MemoryRequest, Progress
@@ -85,8 +87,9 @@ def cache_bytes(model: PreTrainedModel) -> tuple[int, str]:
         caches.append([(layer.keys, layer.values) for layer in cache.layers])
     shorter, longer = (sum(keys.nbytes + values.nbytes for keys, values in cache) for cache in caches)
     keys, values = caches[0][0]
-    dtype, latent = str(keys.dtype).removeprefix("torch."), keys.shape[1] == 1 < model.config.num_attention_heads
-    what = "latent of" if latent else f"{keys.shape[1]} heads of"
+    architecture = of_model_type(model.config.model_type)
+    latents = architecture is not None and isinstance(architecture.attention, LatentAttention) and keys.shape[1] == 1
+    dtype, what = str(keys.dtype).removeprefix("torch."), "latent of" if latents else f"{keys.shape[1]} heads of"
     kind = f"{what} {keys.shape[-1]} + {values.shape[-1]} {dtype} values, {len(caches[0])} layers"
     return (longer - shorter) // (_CACHE_LENGTHS[1] - _CACHE_LENGTHS[0]), kind
 

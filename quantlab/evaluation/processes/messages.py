@@ -135,6 +135,8 @@ class TwinTimings(_Strict):
     """Tokens per second in each turn, by what was done: "decode.1", "prefill.8"."""
     joules: dict[str, tuple[float, ...]]
     """Joules per decoded token in each stretch, by batch size; empty where the device does not count them."""
+    not_fused: str | None = None
+    """Why its steps were not fused, None where they were."""
 
 
 class SpeedResult(_Strict):

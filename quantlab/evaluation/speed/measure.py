@@ -102,6 +102,7 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
                 memory_percent_of_fp16=100 * held.total / held.fp16,
                 rates={f"{task.kind}.{task.batch}": values for task, values in timings[layout].items()},
                 joules=joules.get(layout, {}),
+                not_fused=next(iter(twin.decoders.values())).not_fused,  # of the model: the same at every batch size
             )
             for layout, twin in twins.items()
             for held in [weight_bytes(twin.model)]

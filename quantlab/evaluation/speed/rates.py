@@ -123,6 +123,7 @@ def _speed(
             name: (float(np.quantile(values, 0.25)), float(np.quantile(values, 0.75)))
             for name, values in together.items()
         },
+        not_fused=twin.not_fused or "",
         noise=noise,
     )
 

@@ -195,6 +195,9 @@ def notes(matrix: Matrix) -> tuple[str, ...]:
             "Speed does not depend on the values of the weights, but for the experts that they choose, which are the same in every "
             f"twin; it is measured on {twin}, interleaved with FP16's."
         )
+    for reason in sorted({row.not_fused for row in matrix.rows if row.not_fused}):
+        slow = ", ".join(row.variant for row in matrix.rows if row.not_fused == reason)
+        found.append(f"Decode steps of {slow} ran transformers' forward functions and were not fused: {reason}.")
     if any("prune" in row.description.lower() for row in matrix.rows):
         found.append(PRUNED_NOTE)
     dtypes = sorted({row.compute_dtype for row in matrix.rows if row.compute_dtype})

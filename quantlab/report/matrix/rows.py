@@ -107,6 +107,8 @@ class Row(Frozen):
     twin: str | None
     layout: str | None
     """What was timed."""
+    not_fused: str = Field(default="", exclude=True)
+    """Why decode steps ran transformers' forward functions and were not fused, empty where they were; in records and notes only."""
     failures: tuple[Failure, ...]
     versions: dict[str, str]
 
@@ -279,6 +281,7 @@ def _speed_fields(speed: Speed | None, keys: Keys) -> dict[str, Any]:
         "twin_memory_percent_of_fp16": speed.twin_memory_percent_of_fp16 if speed else None,
         "twin": speed.twin if speed else None,
         "layout": speed.layout if speed else None,
+        "not_fused": (speed.not_fused or "") if speed else "",
     }
 
 

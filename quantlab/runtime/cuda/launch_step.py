@@ -5,11 +5,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantlab.architectures.layer import Routing
 from quantlab.runtime.cuda import attend as attend_kernels
 from quantlab.runtime.cuda import choose as choose_kernels
 from quantlab.runtime.cuda.guard import on_its_device
 from quantlab.runtime.cuda.launch import chained, chip, power
-from quantlab.runtime.places import Choice, Latents, Place, Router, RowNorm
+from quantlab.runtime.places import Latents, Place, Router, RowNorm
 
 LOG2_E: Final = 1.4426950408889634
 MOST_TOKENS: Final = 64
@@ -93,10 +94,10 @@ def attend_absorbed(q: Tensor, weight: Tensor, place: Place, cache: Latents, sca
     return seen.transpose(0, 1).reshape(q.shape[0], -1)
 
 
-def router(weight: Tensor, bias: Tensor | None, how: Choice) -> Router:
-    """What chooses the experts of x [T, H], T up to `MOST_TOKENS`, by a router's weight [E, H] and bias [E]."""
+def router(weight: Tensor, bias: Tensor | None, routing: Routing) -> Router:
+    """See `Kernels.router`; for x [T, H] with T up to `MOST_TOKENS`."""
     arrived = torch.zeros(MOST_TOKENS, dtype=torch.int32, device=weight.device)
-    return lambda x: choose(x, weight, bias, how, arrived)
+    return lambda x: choose(x, weight, bias, routing, arrived)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
@@ -114,22 +115,23 @@ def _partial(rows: int, shares: int, high: int, wide: int, device: torch.device)
 
 
 @on_its_device
-def choose(x: Tensor, weight: Tensor, bias: Tensor | None, how: Choice, arrived: Tensor) -> tuple[Tensor, Tensor]:
+def choose(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, arrived: Tensor) -> tuple[Tensor, Tensor]:
     """The experts [T, k] int64 and their weights [T, k] float32 of x [T, H], by a router's weight [E, H] and bias [E].
 
     arrived: [T] int32 zeros.
     """
     tokens, hidden = x.shape
     experts = weight.shape[0]
-    index = torch.empty(tokens, how.top_k, dtype=torch.int64, device=x.device)
-    weights = torch.empty(tokens, how.top_k, dtype=torch.float32, device=x.device)
+    index = torch.empty(tokens, routing.top_k, dtype=torch.int64, device=x.device)
+    weights = torch.empty(tokens, routing.top_k, dtype=torch.float32, device=x.device)
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     each = max(power(experts // chip(x.device).multiprocessors), 1)
     assert tokens <= arrived.shape[0], "a counter for every token"
     choose_kernels.choose[(tokens, -(-experts // each))](
-        x, weight, logits if bias is None else bias, logits, index, weights, arrived, hidden, how.scaling,
-        E=experts, GROUPS=how.groups, TOP_GROUPS=how.top_groups, TOP_K=how.top_k, SIGMOID=how.sigmoid, NORMED=how.normed,
-        GW=power(how.groups), PW=power(experts // how.groups), KW=power(how.top_k), BE=each,
+        x, weight, logits if bias is None else bias, logits, index, weights, arrived, hidden, routing.scaling,
+        E=experts, GROUPS=routing.groups, TOP_GROUPS=routing.top_groups, TOP_K=routing.top_k,
+        SIGMOID=routing.scoring == "sigmoid", NORMED=routing.normalised,
+        GW=power(routing.groups), PW=power(experts // routing.groups), KW=power(routing.top_k), BE=each,
         BH=min(power(hidden), 1024), num_warps=4, **chained(x),
     )  # fmt: skip
     return index, weights

@@ -16,8 +16,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from quantlab.architectures.layer import Routing
 from quantlab.runtime.native.library import library
-from quantlab.runtime.places import Choice, Place
+from quantlab.runtime.places import Place
 
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _Pointer: Final = ctypes.c_void_p
@@ -246,19 +247,20 @@ class _Choice(ctypes.Structure):
     )
 
 
-def choose(x: Tensor, weight: Tensor, bias: Tensor | None, how: Choice) -> tuple[Tensor, Tensor]:
+def choose(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
     """The experts [T, k] int64 of contiguous x [T, H] and their weights [T, k] float32.
 
     Args:
         x: of any floating dtype.
         weight: the router's, [E, H] of any floating dtype.
         bias: [E] float32, if there is one.
-        how: they are chosen.
+        routing: how they are chosen; the scoring is the sigmoid's where there is a bias, else the softmax's.
     """
     tokens, hidden = x.shape
-    index = torch.empty(tokens, how.top_k, dtype=torch.int64)
-    weights = torch.empty(tokens, how.top_k, dtype=torch.float32)
-    asked = _Choice(len(weight), how.groups, how.top_groups, how.top_k, how.scaling, how.sigmoid, how.normed)
+    index = torch.empty(tokens, routing.top_k, dtype=torch.int64)
+    weights = torch.empty(tokens, routing.top_k, dtype=torch.float32)
+    sizes = (len(weight), routing.groups, routing.top_groups, routing.top_k)
+    asked = _Choice(*sizes, routing.scaling, routing.scoring == "sigmoid", routing.normalised)
     _run(
         "quantlab_choose",
         *(x.data_ptr(), tokens, hidden, _DTYPES[x.dtype]),

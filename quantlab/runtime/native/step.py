@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from quantlab.architectures.layer import Routing
 from quantlab.runtime.native import kernels
-from quantlab.runtime.places import Choice, Latents, Place, Router, RowNorm
+from quantlab.runtime.places import Latents, Place, Router, RowNorm
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
@@ -35,10 +36,10 @@ def attend_absorbed(q: Tensor, weight: Tensor, place: Place, cache: Latents, sca
     return kernels.latent_attention(*tensors, scaling=scaling, place=place).flatten(1)
 
 
-def router(weight: Tensor, bias: Tensor | None, how: Choice) -> Router:
-    """What chooses the experts of x [T, H], by a router's weight [E, H] and bias [E]."""
+def router(weight: Tensor, bias: Tensor | None, routing: Routing) -> Router:
+    """See `Kernels.router`."""
     added = None if bias is None else bias.float()
-    return lambda x: kernels.choose(x, weight, added, how)
+    return lambda x: kernels.choose(x, weight, added, routing)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,293 @@
+"""The parts of a model that a fused step computes with, taken from its modules one by one.
+
+A fused step does not call the forward functions of a layer, so a parameter or submodule that it does not know would be left out
+of the computation without a word. Therefore parts are taken by the names that the family declares, each of one of the types that
+the step computes, and every parameter, buffer and submodule has to be taken: one that is left over is the reason why the model
+is not fused, and transformers' own forward functions run.
+
+Legend: H hidden width, E experts, h heads, N and V widths of a head's keys without the rotary part and of its values, L latent width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quantlab.architectures.architecture import Architecture
+from quantlab.architectures.detect import of_model_type
+from quantlab.architectures.layer import (
+    GATED_MLP,
+    GroupedAttention,
+    LatentAttention,
+    MixtureOfExperts,
+    RotaryLayout,
+    Routing,
+)
+from quantlab.runtime.attention import LATENT_SDPA, hands_latents_on
+from quantlab.runtime.experts import Experts
+from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, PartOfStack, ReorderedLinear
+from quantlab.runtime.native.library import library, status
+
+LENGTH_DEPENDENT: Final = frozenset({"dynamic", "longrope"})
+"""Rotary embeddings whose angles depend on the length of the text."""
+_LINEARS: Final = (DenseLinear, ReorderedLinear, PackedLinear, PartOfStack)
+
+
+@dataclass(frozen=True)
+class GroupedParts:
+    """Grouped-query attention."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+    scaling: float
+
+
+@dataclass(frozen=True)
+class LatentParts:
+    """Multi-head latent attention.
+
+    Attributes:
+        query: makes the queries, or their latent.
+        query_norm, query_up: of the latent of queries, None where there is none.
+        latent: makes latents and rotary keys.
+        latent_norm: of the latents.
+        up: makes keys and values of the latents, weight [h, N + V, L].
+        output: the output projection.
+        rotary: where rotated numbers lie.
+        scaling: of the scores.
+    """
+
+    query: nn.Module
+    query_norm: Norm | None
+    query_up: nn.Module | None
+    latent: nn.Module
+    latent_norm: Norm
+    up: Tensor
+    output: nn.Module
+    rotary: RotaryLayout
+    scaling: float
+
+
+@dataclass(frozen=True)
+class ExpertParts:
+    """Routed experts and a shared one.
+
+    Attributes:
+        experts: the routed ones.
+        shared: the shared one.
+        router: transformers' router.
+        weight: its weight, [E, H].
+        bias: what corrects its choice, [E], None without.
+        routing: how it chooses.
+    """
+
+    experts: Experts
+    shared: nn.Module
+    router: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    routing: Routing
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """A decoder layer; an mlp without experts is called as a whole."""
+
+    before: Norm
+    attention: GroupedParts | LatentParts
+    between: Norm
+    mlp: ExpertParts | nn.Module
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """A model whose every part a fused step computes."""
+
+    embeddings: nn.Module
+    layers: tuple[LayerParts, ...]
+    norm: Norm
+    rotary: nn.Module
+    head: nn.Module
+
+
+@dataclass(frozen=True)
+class NotFused:
+    """Why a model is decoded by transformers' forward functions."""
+
+    reason: str
+
+
+class _Unknown(Exception):  # noqa: N818 - never leaves this file
+    """A part that no fused step computes."""
+
+
+def parts_of(model: PreTrainedModel) -> ModelParts | NotFused:
+    """The parts of a model for a `FusedStep`, or why there can be none.
+
+    A model fuses in 16 bits on CUDA, and on a CPU that runs the native kernels, with the attention of this package, if every one
+    of its parts is known.
+    """
+    architecture = of_model_type(model.config.model_type)
+    if architecture is None or type(model).__name__ != architecture.class_name:
+        return NotFused(f"{type(model).__name__} is no family that fused steps know")
+    if model.device.type not in {"cpu", "cuda"} or (model.device.type == "cpu" and library() is None):
+        return NotFused(f"no kernels for fused steps on {model.device.type}: {status()}")
+    if model.dtype not in {torch.bfloat16, torch.float16}:
+        return NotFused(f"fused steps compute in 16 bits, the model in {_word(model.dtype)}")
+    if model.config._attn_implementation != LATENT_SDPA:
+        return NotFused(f"fused steps have attention of their own, not {model.config._attn_implementation}")
+    if architecture.attention.window(model.config.to_dict()) is not None:
+        return NotFused("attention in windows is not computed by fused steps")
+    try:
+        return _Reader(model, architecture).model()
+    except _Unknown as found:
+        return NotFused(str(found))
+
+
+class _Reader:
+    """Takes the parts of one model."""
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
+        self._model, self._architecture = model, architecture
+        self._config, self._dtype = model.config.to_dict(), model.dtype
+        self._on_cuda = model.device.type == "cuda"
+
+    def model(self) -> ModelParts:
+        with _opened(self._model, "") as whole, _opened(whole.take("model"), "model") as model:
+            rotary = model.take("rotary_emb")
+            if getattr(rotary, "rope_type", None) in LENGTH_DEPENDENT:
+                raise _Unknown(f"rotary embeddings of type {rotary.rope_type} depend on the length of the text")
+            layers = model.take("layers", nn.ModuleList)
+            assert isinstance(layers, nn.ModuleList)
+            return ModelParts(
+                embeddings=model.take("embed_tokens", nn.Embedding),
+                layers=tuple(self._layer(layer, f"model.layers.{index}") for index, layer in enumerate(layers)),
+                norm=self._norm(model, "norm"),
+                rotary=rotary,
+                head=whole.take("lm_head", *_LINEARS),
+            )
+
+    def _layer(self, module: nn.Module, path: str) -> LayerParts:
+        first, second = self._architecture.halves
+        declared = self._architecture.attention
+        with _opened(module, path) as layer:
+            before, between = self._norm(layer, first.norm), self._norm(layer, second.norm)
+            attention, where = layer.take(first.module), f"{path}.{first.module}"
+            taken = (
+                self._grouped(attention, where, declared)
+                if isinstance(declared, GroupedAttention)
+                else self._latent(attention, where, declared)
+            )
+            return LayerParts(before, taken, between, self._mlp(layer.take(second.module), f"{path}.{second.module}"))
+
+    def _norm(self, parts: "_Parts", name: str) -> Norm:
+        norm = parts.take(name, Norm)
+        assert isinstance(norm, Norm)
+        if norm.weight.dtype != self._dtype:
+            raise _Unknown(f"{parts.path(name)} is in {_word(norm.weight.dtype)}, the model in {_word(self._dtype)}")
+        return norm
+
+    def _grouped(self, module: nn.Module, path: str, declared: GroupedAttention) -> GroupedParts:
+        width = self._architecture.dimensions(self._config)["head"]
+        if width % 2:
+            raise _Unknown(f"heads of {width} numbers cannot be rotated in pairs")
+        with _opened(module, path) as parts:
+            names = (declared.QUERY, declared.KEY, declared.VALUE, declared.OUTPUT)
+            query, key, value, output = (parts.take(name, *_LINEARS) for name in names)
+            return GroupedParts(query, key, value, output, float(module.scaling))  # type: ignore[arg-type]
+
+    def _latent(self, module: nn.Module, path: str, declared: LatentAttention) -> LatentParts:
+        if not hands_latents_on(module):
+            raise _Unknown(f"{path}.{declared.LATENT_UP} is no plain matrix, by which attention to latents multiplies")
+        compressed = bool(declared.query_rank(self._config))
+        with _opened(module, path) as parts:
+            up = parts.take(declared.LATENT_UP, DenseLinear).get_parameter("weight")
+            return LatentParts(
+                query=parts.take(declared.QUERY_DOWN if compressed else declared.QUERY, *_LINEARS),
+                query_norm=self._norm(parts, declared.QUERY_NORM) if compressed else None,
+                query_up=parts.take(declared.QUERY_UP, *_LINEARS) if compressed else None,
+                latent=parts.take(declared.LATENT_DOWN, *_LINEARS),
+                latent_norm=self._norm(parts, declared.LATENT_NORM),
+                up=up.view(int(self._config["num_attention_heads"]), -1, up.shape[1]),
+                output=parts.take(declared.OUTPUT, *_LINEARS),
+                rotary=declared.rotary(self._config),
+                scaling=float(module.scaling),  # type: ignore[arg-type]
+            )
+
+    def _mlp(self, module: nn.Module, path: str) -> ExpertParts | nn.Module:
+        declared = self._architecture.mixture
+        if declared is not None and hasattr(module, declared.EXPERTS):
+            return self._experts(module, path, declared)
+        if type(module) is not GatedMLP:
+            with _opened(module, path) as parts:
+                for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down):
+                    parts.take(name, *_LINEARS)
+                parts.take(GATED_MLP.activation)
+        return module
+
+    def _experts(self, module: nn.Module, path: str, declared: MixtureOfExperts) -> ExpertParts:
+        routing = declared.routing(self._config)
+        sigmoid = routing.scoring == "sigmoid"
+        if sigmoid != routing.corrected or routing.group_score not in {0, 2 if sigmoid else 1}:
+            raise _Unknown(f"{path}.{declared.ROUTER} chooses experts in a way that no kernel computes")
+        with _opened(module, path) as parts:
+            experts, router = parts.take(declared.EXPERTS, Experts), parts.take(declared.ROUTER)
+            assert isinstance(experts, Experts)
+            if self._on_cuda and not experts.routes_on_device(self._dtype):
+                raise _Unknown(f"the host has to learn which experts of {path} are met: no kernel takes their layout")
+            shared = self._mlp(parts.take(declared.SHARED), f"{path}.{declared.SHARED}")
+            assert isinstance(shared, nn.Module)
+            with _opened(router, f"{path}.{declared.ROUTER}") as of_router:
+                weight = of_router.tensor("weight")
+                bias = of_router.tensor(declared.BIAS) if routing.corrected else None
+            return ExpertParts(experts, shared, router, weight, bias, routing)
+
+
+class _Parts:
+    """The parameters, buffers and submodules of one module that have not been taken."""
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        self._module, self._path = module, path
+        self._modules = dict(module.named_children())
+        self._tensors = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+
+    def path(self, name: str) -> str:
+        return f"{self._path}.{name}" if self._path else name
+
+    def take(self, name: str, *types: type[nn.Module]) -> nn.Module:
+        """A submodule of exactly one of the types, or of any if none is given."""
+        found = self._modules.pop(name, None)
+        if found is None:
+            raise _Unknown(f"fused steps look for {self.path(name)}, which is not there")
+        if types and type(found) not in types:
+            raise _Unknown(f"{self.path(name)} ({type(found).__name__}) is not computed by fused steps")
+        return found
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer."""
+        if name not in self._tensors:
+            raise _Unknown(f"fused steps look for {self.path(name)}, which is not there")
+        return self._tensors.pop(name)
+
+    def left(self) -> str | None:
+        """Name of a part that nobody took."""
+        return next((self.path(name) for name in (*self._tensors, *self._modules)), None)
+
+
+@contextmanager
+def _opened(module: nn.Module, path: str) -> Iterator[_Parts]:
+    """The parts of a module, all of which must be taken in the block."""
+    parts = _Parts(module, path)
+    yield parts
+    if (left := parts.left()) is not None:
+        raise _Unknown(f"{left} is not computed by fused steps")
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
