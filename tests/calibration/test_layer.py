@@ -135,3 +135,12 @@ def test_a_sliding_window_shorter_than_the_samples_is_refused(wholes: dict[str, 
     with pytest.raises(CheckpointError, match="longer than the model's sliding window") as problem:
         layer.forward(whole.seen.hidden[0])
     assert f"{LENGTH} tokens, a window of 16" in str(problem.value)
+
+
+def test_a_layer_with_a_module_in_neither_half_is_refused(wholes: dict[str, Whole]) -> None:
+    skeleton = skeleton_of(wholes["llama"].source)
+    skeleton._layers[1].after = torch.nn.Identity()
+    skeleton.layer(0)
+    with pytest.raises(CheckpointError, match="not the two halves") as problem:
+        skeleton.layer(1)
+    assert "after" in str(problem.value)
