@@ -1,4 +1,4 @@
-"""Tiny checkpoints of all four families, random but with the real tensor names, which transformers itself writes.
+"""Tiny checkpoints of all families, random but with the real tensor names, which transformers itself writes.
 
 The DeepSeek-V3 one is brought into the released layout by hand: FP8 blocks with a ragged last one, a multi-token-prediction
 layer, several shards, and one weight whose scale lies in another shard.
@@ -43,6 +43,13 @@ _MLA = {
 CONFIGS: dict[str, dict[str, object]] = {
     "llama": {**_COMMON, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 2},
     "qwen2": {**_COMMON, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2},
+    "qwen3": {
+        **_COMMON,
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
     "deepseek_v2": {
         **_COMMON,
         **_MLA,

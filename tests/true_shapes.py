@@ -36,6 +36,14 @@ DISTILL_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
 }  # fmt: skip
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
+    "attention_bias": False, "tie_word_embeddings": False, "max_position_embeddings": 131072, "rope_theta": 1000000,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attn_factor": 0.8782488562869419,
+    },
+}  # fmt: skip
 CODER_7B = LLM_7B | {"num_hidden_layers": 32, "vocab_size": 32256}
 
 _BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}

@@ -6,9 +6,10 @@ from quantlab.architectures.families.deepseek_v2 import DEEPSEEK_V2
 from quantlab.architectures.families.deepseek_v3 import DEEPSEEK_V3
 from quantlab.architectures.families.llama import LLAMA
 from quantlab.architectures.families.qwen2 import QWEN2
+from quantlab.architectures.families.qwen3 import QWEN3
 from quantlab.errors import CheckpointError
 
-ARCHITECTURES: tuple[Architecture, ...] = (DEEPSEEK_V2, DEEPSEEK_V3, LLAMA, QWEN2)
+ARCHITECTURES: tuple[Architecture, ...] = (DEEPSEEK_V2, DEEPSEEK_V3, LLAMA, QWEN2, QWEN3)
 
 
 def detect(config: Config) -> Architecture:

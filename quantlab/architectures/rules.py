@@ -7,6 +7,7 @@ from typing import Literal
 
 from quantlab.architectures.architecture import Dimensions, Role, TensorRule
 from quantlab.architectures.config import Config, size_of
+from quantlab.architectures.layer import HeadNorms
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
@@ -124,6 +125,11 @@ MTP = tuple(
     )
 )
 """What a multi-token-prediction layer has besides the tensors of a decoder layer."""
+
+
+def head_norms(names: HeadNorms) -> tuple[TensorRule, ...]:
+    """The norms of every head of queries and keys. Nothing is folded through them: what they norm is rotated."""
+    return tuple(_norm(_ATTENTION + name, "head", None) for name in (names.query, names.key))
 
 
 def grouped_dimensions(config: Config, *, qkv_bias: bool, head: int | None = None) -> Dimensions:

@@ -55,6 +55,10 @@ class RowNorm:
 class Kernels(Protocol):
     """The functions of a device: `quantlab.runtime.cuda.launch_step`, `quantlab.runtime.native.step`."""
 
+    def norm_heads(self, x: Tensor, norm: RowNorm) -> Tensor:
+        """RMS norm of every head of x [B, h * D], whose rows may lie apart, with a weight [D]: [B, h * D]."""
+        ...
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float
     ) -> Tensor:

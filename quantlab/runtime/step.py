@@ -169,9 +169,12 @@ def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tenso
 def _grouped_attention(parts: GroupedParts, held: StaticLayer, kernels: Kernels) -> Attention:
     project = _together([parts.query, parts.key, parts.value])
     add_output = _into(parts.output, kernels)
+    norms = None if parts.head_norms is None else [_row_norm(norm) for norm in parts.head_norms]
 
     def attention(x: Tensor, hidden: Tensor, place: Place) -> Tensor:
         q, k, v = project(x)
+        if norms is not None:
+            q, k = (kernels.norm_heads(heads, norm) for heads, norm in zip((q, k), norms, strict=True))
         return add_output(kernels.attend(q, k, v, place, held.keys, held.values, parts.scaling), hidden)
 
     return attention

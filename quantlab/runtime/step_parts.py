@@ -39,12 +39,20 @@ _LINEARS: Final = (DenseLinear, ReorderedLinear, PackedLinear, PartOfStack)
 
 @dataclass(frozen=True)
 class GroupedParts:
-    """Grouped-query attention."""
+    """Grouped-query attention.
+
+    Attributes:
+        query, key, value: the projections.
+        output: the output projection.
+        head_norms: of each head of queries and of keys, None without.
+        scaling: of the scores.
+    """
 
     query: nn.Module
     key: nn.Module
     value: nn.Module
     output: nn.Module
+    head_norms: tuple[Norm, Norm] | None
     scaling: float
 
 
@@ -200,7 +208,9 @@ class _Reader:
         with _opened(module, path) as parts:
             names = (declared.QUERY, declared.KEY, declared.VALUE, declared.OUTPUT)
             query, key, value, output = (parts.take(name, *_LINEARS) for name in names)
-            return GroupedParts(query, key, value, output, float(module.scaling))  # type: ignore[arg-type]
+            heads = declared.head_norms
+            norms = None if heads is None else (self._norm(parts, heads.query), self._norm(parts, heads.key))
+            return GroupedParts(query, key, value, output, norms, float(module.scaling))  # type: ignore[arg-type]
 
     def _latent(self, module: nn.Module, path: str, declared: LatentAttention) -> LatentParts:
         if not hands_latents_on(module):

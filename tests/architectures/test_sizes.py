@@ -5,7 +5,7 @@ import math
 import pytest
 
 from quantlab.architectures.detect import detect
-from tests.true_shapes import CODER_7B, DISTILL_7B, DISTILL_8B, LLM_7B, V2, V2_LITE, V3
+from tests.true_shapes import CODER_7B, DISTILL_7B, DISTILL_8B, LLM_7B, QWEN3_8B, V2, V2_LITE, V3
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,19 @@ from tests.true_shapes import CODER_7B, DISTILL_7B, DISTILL_8B, LLM_7B, V2, V2_L
         (CODER_7B, False, None, 6.740),
         (DISTILL_7B, False, None, 7.616),
         (DISTILL_8B, False, None, 8.030),
+        (QWEN3_8B, False, 399, 8.191),
     ],
-    ids=["V3", "V3 with MTP", "V2", "V2-Lite", "LLM-7B", "Coder-6.7B", "R1-Distill-Qwen-7B", "R1-Distill-Llama-8B"],
+    ids=[
+        "V3",
+        "V3 with MTP",
+        "V2",
+        "V2-Lite",
+        "LLM-7B",
+        "Coder-6.7B",
+        "R1-Distill-Qwen-7B",
+        "R1-Distill-Llama-8B",
+        "R1-0528-Qwen3-8B",
+    ],
 )
 def test_published_sizes(config: dict, with_mtp: bool, tensors: int | None, billions: float) -> None:
     expected = list(detect(config).expected(config, with_mtp=with_mtp))

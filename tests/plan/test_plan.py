@@ -32,7 +32,7 @@ def make_plan(recipe: Path) -> Plan:
     return compile_plan(loaded.recipe, open_checkpoint(loaded.resolve(loaded.recipe.model)))
 
 
-@pytest.fixture(params=["llama", "qwen2", "deepseek_v2", "deepseek_v3"])
+@pytest.fixture(params=["llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3"])
 def plan(request: pytest.FixtureRequest, checkpoints: dict[str, Path], write_recipe: WriteRecipe) -> Plan:
     variants = ALL if request.param.startswith("deepseek") else ALL.replace(", kv_b]", "]")
     return make_plan(write_recipe(checkpoints[request.param], variants))

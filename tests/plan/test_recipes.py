@@ -8,13 +8,14 @@ from quantlab.checkpoint.index import open_checkpoint
 from quantlab.plan.compile import compile_plan
 from quantlab.plan.model import Plan
 from quantlab.recipe.load import load_recipe
-from tests.true_shapes import CODER_7B, DISTILL_7B, DISTILL_8B, LLM_7B, V2_LITE, V3, write_headers
+from tests.true_shapes import CODER_7B, DISTILL_7B, DISTILL_8B, LLM_7B, QWEN3_8B, V2_LITE, V3, write_headers
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MODELS = {
     "deepseek-v3": (V3, 163),
     "deepseek-r1": (V3, 163),
     "deepseek-v2-lite": (V2_LITE, 4),
+    "deepseek-r1-0528-qwen3-8b": (QWEN3_8B, 2),
     "deepseek-r1-distill-qwen-7b": (DISTILL_7B, 2),
     "deepseek-r1-distill-llama-8b": (DISTILL_8B, 2),
     "deepseek-llm-7b": (LLM_7B, 2),

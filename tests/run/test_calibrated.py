@@ -37,7 +37,7 @@ ALGORITHMS = """\
   sparse: [{prune: 2:4, algorithm: {name: sparsegpt}}]
   joint: [{prune: 0.5, algorithm: {name: sparsegpt}}, {quantize: int4_g128, algorithm: {name: gptq}}]
 """
-FAMILIES = ["llama", "qwen2", "deepseek_v2", "deepseek_v3"]
+FAMILIES = ["llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3"]
 
 
 def with_tokenizer(directory: Path) -> Path:

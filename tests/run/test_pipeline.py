@@ -28,7 +28,7 @@ VARIANTS = """\
   pruned-w4a16: [{prune: 0.3}, {quantize: int4_g128}]
 """
 EXPERTS = "  w4a16-experts: [{quantize: int4_g128, targets: [routed_experts]}]\n"
-FAMILIES = ["llama", "qwen2", "deepseek_v2", "deepseek_v3"]
+FAMILIES = ["llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3"]
 
 
 def run(recipe: Path, out: Path) -> RunDirectory:

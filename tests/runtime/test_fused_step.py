@@ -346,6 +346,10 @@ OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "heads of 24": ("llama", {"head_dim": 24, "num_key_value_heads": 1}),
     "llama with yarn": ("llama", {"rope_parameters": {k: v for k, v in YARN.items() if "mscale" not in k}}),
+    "qwen3 with heads of 24, biases, a tied head": (
+        "qwen3",
+        {"head_dim": 24, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
+    ),
     "v2 with yarn, a latent of queries, biases": (
         "deepseek_v2",
         {"rope_parameters": YARN, "q_lora_rank": 48, "attention_bias": True, "mlp_bias": True},

@@ -26,7 +26,7 @@ from tests.runtime.tiny import (
     write_checkpoint,
 )
 
-FAMILIES = ("deepseek_v2", "deepseek_v3", "llama", "qwen2")
+FAMILIES = ("deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3")
 Maker = Callable[[str, SchemeName], Artifact]
 
 
@@ -124,7 +124,7 @@ def test_sixteen_bit_activations_stay_close(
     assert fast.dtype == dtype
     found, expected = logits(fast).float(), logits(exact)
     # routing can flip a token's expert on a rounding, so the whole is compared, not each number
-    assert (found - expected).norm() / expected.norm() <= (0.05 if family in {"llama", "qwen2"} else 0.25)
+    assert (found - expected).norm() / expected.norm() <= (0.05 if family in {"llama", "qwen2", "qwen3"} else 0.25)
     assert greedy(fast).shape == (1, 19)
 
 

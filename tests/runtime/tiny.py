@@ -1,4 +1,4 @@
-"""Tiny checkpoints of the four families, and artifacts made from them without the code that makes artifacts."""
+"""Tiny checkpoints of all families, and artifacts made from them without the code that makes artifacts."""
 
 import json
 import shutil
@@ -52,6 +52,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
     "llama": {**COMMON, "num_key_value_heads": 2},
     "qwen2": {**COMMON, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {**COMMON, "num_key_value_heads": 2, "head_dim": 64},
 }
 IGNORE = ("lm_head", r"re:.*mlp\.gate$", r"re:.*kv_b_proj$")
 LINEAR = ("_proj.weight", "_proj_with_mqa.weight")

@@ -8,6 +8,7 @@ from torch import Tensor
 from quantlab.architectures.layer import Routing
 from quantlab.runtime.cuda import attend as attend_kernels
 from quantlab.runtime.cuda import choose as choose_kernels
+from quantlab.runtime.cuda.banks import rms_norm
 from quantlab.runtime.cuda.guard import on_its_device
 from quantlab.runtime.cuda.launch import chained, chip, power
 from quantlab.runtime.places import Latents, Place, Router, RowNorm
@@ -15,6 +16,11 @@ from quantlab.runtime.places import Latents, Place, Router, RowNorm
 LOG2_E: Final = 1.4426950408889634
 MOST_TOKENS: Final = 64
 """Of a router: beyond, reading its weight once for every token costs more than the launches it saves."""
+
+
+def norm_heads(x: Tensor, norm: RowNorm) -> Tensor:
+    """See `Kernels.norm_heads`."""
+    return rms_norm(x.view(x.shape[0], -1, len(norm.weight)), norm.weight, norm.epsilon).view(x.shape)
 
 
 @on_its_device

@@ -8,6 +8,11 @@ from quantlab.runtime.native import kernels
 from quantlab.runtime.places import Latents, Place, Router, RowNorm
 
 
+def norm_heads(x: Tensor, norm: RowNorm) -> Tensor:
+    """See `Kernels.norm_heads`."""
+    return kernels.norm(x.reshape(-1, len(norm.weight)), norm.weight, norm.epsilon).view(x.shape)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     """See `Kernels.attend`."""
     shape = (keys.shape[0], -1, keys.shape[3])
