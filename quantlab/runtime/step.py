@@ -1,16 +1,18 @@
 """A step of one new token per sequence, in few operations.
 
-transformers' code runs some thirty small operations in a layer beside the products. At a few tokens each costs as long as the
-reading of a small matrix: on a GPU to launch and to run, on the CPU to find its way through Python, where a layer takes a
-millisecond of that.
+transformers' code runs some thirty small operations in a layer besides the matrix products. At a few tokens each of them takes as
+long as reading a small matrix: on a GPU to launch and to run it, on the CPU to pass through Python, which takes a millisecond per
+layer.
 
-Here, on CUDA, a dense layer is seven launches on the same modules and the same cache, one with experts seventeen, sixteen for
-one token: norms; the products that read one input as one; rotation, cache and attention together; the router at once; what goes
-to the residual stream added by the product that makes it. Those of our own kernels overlap (`quantlab.runtime.cuda.kernels`).
-On the CPU a layer is a dozen calls of native kernels, which are recorded in the first step and run again in the next
-(`quantlab.runtime.native.record`) where they are the same for all tokens: not for experts of several.
+Here, on CUDA, a dense layer is seven kernel launches on the same modules and the same cache (nine with norms of heads), one with
+experts seventeen, sixteen for one token: norms; one product for all linears that read the same input; rotation, cache and
+attention in one launch; the router in one launch; the last product of each half adds to the residual stream. Launches of our own
+kernels overlap (`quantlab.runtime.cuda.kernels`). On the CPU a layer is a dozen calls of native kernels, which the first step
+records and the next steps repeat (`quantlab.runtime.native.record`), unless the calls depend on the tokens: those of experts do
+where there are several tokens.
 
-What is computed is what transformers computes, with fewer roundings in between.
+A fused step computes the same as transformers' forward functions, with fewer roundings in between. It does so for models of
+which every part is known (`quantlab.runtime.step_parts`).
 
 Legend: B sequences, H hidden width, V vocabulary.
 """
@@ -30,7 +32,7 @@ from quantlab.runtime.experts import Experts
 from quantlab.runtime.linear import FEW_ROWS, GatedMLP, Norm, PackedLinear, PartOfStack, is_silu
 from quantlab.runtime.matrices import ExpandedMatrices
 from quantlab.runtime.native.record import CannotRepeatError, Recorded
-from quantlab.runtime.places import Kernels, Latents, Place, RowNorm
+from quantlab.runtime.step_kernels import Kernels, Latents, Place, RowNorm
 from quantlab.runtime.step_parts import ExpertParts, GroupedParts, LatentParts, LayerParts, ModelParts
 
 Into = Callable[[Tensor, Tensor], Tensor]
@@ -116,10 +118,10 @@ def _kernels(device: torch.device) -> Kernels:
 
 
 def _repeats(model: PreTrainedModel, batch: int) -> bool:
-    """Whether the calls of a step are the same for all tokens, and leave nothing large behind.
+    """Whether the calls of a step are the same for all tokens, and keep no large tensors.
 
-    Which experts several tokens hit decides what is called. Expanded matrices would be kept: those of some schemes are always
-    expanded, of the others many are at many rows.
+    Which experts several tokens hit decides which kernels are called. A record would keep expanded matrices: those of some schemes
+    are always expanded, those of the others at many rows.
     """
     parts = [type(module) for module in model.modules()]
     return batch <= (1 if Experts in parts else FEW_ROWS) and ExpandedMatrices not in parts
@@ -147,7 +149,7 @@ def _layer(parts: LayerParts, held: StaticLayer, kernels: Kernels) -> _Layer:
 
 
 def _into(module: nn.Module, kernels: Kernels) -> Into:
-    """A linear or MLP, added to what it is handed: by its last product, where the kernels do that."""
+    """A linear or MLP whose output is added to the residual stream: by its last product, where the kernels can do that."""
     if isinstance(module, PackedLinear) and isinstance(module.matrices, CudaMatrices) and module.bias is None:
         matrices = module.matrices
         return lambda x, hidden: matrices.product(x, added=hidden)

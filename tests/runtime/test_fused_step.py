@@ -20,8 +20,8 @@ from quantlab.runtime.decode import Decoder
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.load import load
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.places import Latents, Place, RowNorm
 from quantlab.runtime.step import _kernels
+from quantlab.runtime.step_kernels import Latents, Place, RowNorm
 from quantlab.runtime.step_parts import ModelParts, parts_of
 from tests.runtime.tiny import FAMILIES, Artifact, quantize, tokens, write_checkpoint
 

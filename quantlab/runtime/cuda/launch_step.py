@@ -1,4 +1,4 @@
-"""Launches of the kernels that only a step of one new token per sequence has: `places.Kernels`."""
+"""Launches of the kernels that only a step of one new token per sequence has: `step_kernels.Kernels`."""
 
 from typing import Final
 
@@ -11,7 +11,7 @@ from quantlab.runtime.cuda import choose as choose_kernels
 from quantlab.runtime.cuda.banks import rms_norm
 from quantlab.runtime.cuda.guard import on_its_device
 from quantlab.runtime.cuda.launch import chained, chip, power
-from quantlab.runtime.places import Latents, Place, Router, RowNorm
+from quantlab.runtime.step_kernels import Latents, Place, Router, RowNorm
 
 LOG2_E: Final = 1.4426950408889634
 MOST_TOKENS: Final = 64

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantlab.architectures.layer import Routing
 from quantlab.runtime.native.library import library
-from quantlab.runtime.places import Place
+from quantlab.runtime.step_kernels import Place
 
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _Pointer: Final = ctypes.c_void_p

@@ -1,11 +1,11 @@
-"""Attention to a fixed cache, and the router, of a step of one new token per sequence on the CPU: `places.Kernels`."""
+"""Attention to a fixed cache, and the router, of a step of one new token per sequence on the CPU: `step_kernels.Kernels`."""
 
 import torch
 from torch import Tensor
 
 from quantlab.architectures.layer import Routing
 from quantlab.runtime.native import kernels
-from quantlab.runtime.places import Latents, Place, Router, RowNorm
+from quantlab.runtime.step_kernels import Latents, Place, Router, RowNorm
 
 
 def norm_heads(x: Tensor, norm: RowNorm) -> Tensor:

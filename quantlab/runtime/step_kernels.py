@@ -1,4 +1,4 @@
-"""The attention and the router of a step of one new token per sequence, on any device, and what they are told.
+"""The kernels of a step of one new token per sequence, attention and router, on any device, with the types of their arguments.
 
 Legend: B sequences, H hidden width, S tokens a cache has room for, h heads, G of keys, D their width, L latent width, N, V and R
 widths of a head's keys without the rotary part, of its values, and of that part, K columns, E experts, k of which each token meets.
@@ -18,14 +18,13 @@ Router = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Place:
-    """Where new tokens stand, one of each of B sequences.
+    """Position in the cache of one new token of each of B sequences.
 
     Attributes:
-        cos, sin: [B, n] float32, contiguous, of the angles of the n pairs that are turned; on the CPU a table of them for every
-            place, [S, n].
-        position: [1] int64, the place in the cache.
-        padding: [B, 1] int64, how many places of the cache are empty at its start.
-        arrived: int32 zeros, a counter for every sequence and head, for the kernels of CUDA.
+        cos, sin: [B, n] float32, contiguous, of the angles of the n rotated pairs; on the CPU a table of all positions, [S, n].
+        position: [1] int64, index in the cache.
+        padding: [B, 1] int64, how many positions at the start of the cache are empty.
+        arrived: int32 zeros, a counter for every sequence and head, for the CUDA kernels.
     """
 
     cos: Tensor
@@ -53,23 +52,23 @@ class RowNorm:
 
 
 class Kernels(Protocol):
-    """The functions of a device: `quantlab.runtime.cuda.launch_step`, `quantlab.runtime.native.step`."""
+    """The kernels of a device: `quantlab.runtime.cuda.launch_step`, `quantlab.runtime.native.step`."""
 
     def norm_heads(self, x: Tensor, norm: RowNorm) -> Tensor:
-        """RMS norm of every head of x [B, h * D], whose rows may lie apart, with a weight [D]: [B, h * D]."""
+        """RMS norm of every head of x [B, h * D], whose rows may have any stride, with a weight [D]: [B, h * D]."""
         ...
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float
     ) -> Tensor:
-        """Attention of one token per sequence, which is written to the cache first.
+        """Rotate queries and keys of one token per sequence, write its keys and values to the cache, and attend to the cache.
 
         Args:
-            q: [B, h * D]; rows may lie apart, as of k and v.
+            q: [B, h * D]; rows may have any stride, as those of k and v.
             k, v: [B, G * D].
             place: of the tokens.
             keys, values: the cache, [B, G, S, D].
-            scaling: of the scores.
+            scaling: factor of the scores.
 
         Returns:
             [B, h * D].
@@ -85,22 +84,22 @@ class Kernels(Protocol):
         q_a: Tensor | None = None,
         q_norm: RowNorm | None = None,
     ) -> Tensor | None:
-        """Write the latents, normed, and rotary keys, turned, of kv [B, L + R] to the cache.
+        """Write the normed latents and the rotated rotary keys of kv [B, L + R] to the cache.
 
         Returns:
-            q_a [B, Q] with its norm, None without.
+            The normed q_a [B, Q], None without one.
         """
         ...
 
     def attend_absorbed(self, q: Tensor, weight: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
-        """Attention of all heads of one token per sequence to the latents, which hold the token.
+        """Attention of all heads of one token per sequence to the latents; those of the token are in the cache already.
 
         Args:
-            q: [B, h, N + R] contiguous, whose last R numbers are turned: it may be changed.
-            weight: kv_b's, [h, N + V, L].
+            q: [B, h, N + R] contiguous, not rotated; its memory may be overwritten.
+            weight: of kv_b, [h, N + V, L].
             place: of the tokens.
             cache: with the tokens' own latents.
-            scaling: of the scores.
+            scaling: factor of the scores.
 
         Returns:
             [B, h * V].
