@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from quantlab.calibration.accumulate import Accumulator
 from quantlab.calibration.experts import RoutedExperts
 from quantlab.calibration.hidden import HiddenStates, Workspace
 from quantlab.calibration.layer import Half
-from quantlab.calibration.statistics import Accumulator, Need, SiteStatistics
+from quantlab.numerics.statistics import Need, SiteStatistics
 
 
 @dataclass
