@@ -18,11 +18,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from quantlab.checkpoint.files import write_error
 from quantlab.checkpoint.header import read_header
 from quantlab.checkpoint.reader import DTYPE_NAMES, bytes_of
 from quantlab.checkpoint.writer import shard_header
 from quantlab.errors import ArtifactError
+from quantlab.files import write_error
 
 _TOKENS_AT_ONCE: Final[Mapping[str, int]] = {"cpu": 4096, "cuda": 32768}
 """Tokens a layer reads at once: enough for full speed, few enough that what lies between its matrices stays small."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantlab.calibration.hidden import HiddenStates, load_streams, save_streams, saved_streams
 from quantlab.calibration.layer import EMBEDDINGS, Layer, Skeleton
-from quantlab.checkpoint.files import write_error
+from quantlab.files import write_error
 from quantlab.numerics.statistics import Need, SiteStatistics
 from quantlab.run.directory import make_directory
 
