@@ -26,8 +26,6 @@ _ROWS: Final = 2048
 
 Statistics = Callable[[int | None, Collection[Need]], SiteStatistics]
 """Statistics of the fold's site as one routed expert reads it, or as every other linear reads it (None)."""
-Change = Callable[[Tensor], Tensor]
-"""The effect of a fold on one weight."""
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ from quantlab.calibration.inputs import ExpertInputs, HalfInputs
 from quantlab.checkpoint.reader import TORCH_DTYPES
 from quantlab.numerics.statistics import Need, SiteStatistics
 from quantlab.passes.apply import Group, Inputs, apply_passes, needs_of
-from quantlab.passes.fold import Change, FoldedLinear, divided_rows, fold_factors, fold_needs, scaled_columns
+from quantlab.passes.fold import FoldedLinear, divided_rows, fold_factors, fold_needs, scaled_columns
 from quantlab.passes.removal import ExpertOutputs, experts_that_stay
 from quantlab.plan.folds import Fold, folds_of
 from quantlab.plan.model import Step, VariantPlan
 from quantlab.recipe.algorithms import ExpertRemoval
 from quantlab.run.layer import EditedLayer
+from quantlab.run.weights import Change
 
 _BATCH_BYTES: Final = 1 << 28
 """Memory for the Hessians, weights and results of experts that are changed at once on a CPU."""

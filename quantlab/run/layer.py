@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,10 +11,10 @@ from quantlab.architectures.architecture import Architecture, Config
 from quantlab.calibration.layer import Layer, Skeleton
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.passes.apply import WeightReport
-from quantlab.passes.fold import Change
+from quantlab.passes.removal import without_experts
 from quantlab.plan.folds import unsmoothed
 from quantlab.plan.model import Step
-from quantlab.run.weights import BlockWeights
+from quantlab.run.weights import BlockWeights, Change
 
 _UNSMOOTHED = "not smoothed: experts share the norm before them"
 
@@ -99,7 +100,7 @@ class EditedLayer:
     def keep_experts(self, kept: Sequence[int]) -> None:
         """Go on with a layer that has only these routed experts, renumbered in their order."""
         before, self.kept = self.modules.weights, tuple(kept)
-        self.weights.keep_experts(kept)
+        self.weights.restructure(partial(without_experts, kept=kept))
         self.modules = self.model.skeletons.reduced.layer(self.index)
         self.modules.fill(lambda name: before[name] if self.weights.changed(name) else self._current(name))
 

@@ -9,22 +9,25 @@ A weight is held as it was read until its result takes its place, and a result u
 most one copy of its weights, in the dtype of the source or of the result. Where no layer edit asks, that is one weight.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from quantlab.architectures.architecture import Claim
 from quantlab.checkpoint.reader import TORCH_DTYPES
 from quantlab.errors import CheckpointError
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.passes.apply import Changed, Group, WeightReport, apply_passes
-from quantlab.passes.fold import Change
-from quantlab.passes.removal import without_experts
 from quantlab.plan.model import Block, Step
 
 Read = Callable[[Step], Tensor]
 """Reads the source weight of a step."""
+Change = Callable[[Tensor], Tensor]
+"""Computes an edited weight from the weight before."""
+Restructure = Callable[[Mapping[str, Tensor], Mapping[str, Claim]], dict[str, Tensor]]
+"""Computes the tensors of a smaller layer from those of a layer and what they are, by name."""
 
 
 class BlockWeights:
@@ -63,10 +66,10 @@ class BlockWeights:
         """Let a fold change a weight from now on."""
         self._folds.setdefault(name, []).append(change)
 
-    def keep_experts(self, kept: Sequence[int]) -> None:
-        """Drop every routed expert but `kept`, which get the numbers 0, 1, … in that order. All of them have been read."""
+    def restructure(self, change: Restructure) -> None:
+        """Replace the weights that have been read and not changed by those of a smaller layer."""
         claims = {name: self.steps[name].claim for name in self._sources}
-        self._sources = without_experts(self._sources, claims, kept)
+        self._sources = change(self._sources, claims)
 
     def set(self, name: str, weight: Tensor, result: Tensor | QuantizedMatrix, report: WeightReport | None) -> None:
         """Put the result of the passes in the place of a weight.

@@ -1,6 +1,7 @@
 """Every tensor of a decoder layer is read and decoded once per variant, and a block never holds source and result of a weight."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
+from quantlab.passes.removal import without_experts
+from quantlab.plan.compile import compile_plan
+from quantlab.recipe.load import load_recipe
 from quantlab.run.weights import BlockWeights
 from tests.checkpoints import make_checkpoint
 from tests.run.test_calibrated import run, with_tokenizer, write_recipe
@@ -65,11 +69,8 @@ def test_a_block_holds_a_source_or_a_result(model: Path, tmp_path: Path, monkeyp
 
 
 def test_a_weight_is_the_source_with_its_edits(tmp_path: Path, model: Path) -> None:
-    from quantlab.plan.compile import compile_plan
-    from quantlab.recipe.load import load_recipe
-
     recipe = load_recipe(write_recipe(tmp_path, model, f"  v: {VARIANTS['reap']}\n"))
-    plan = compile_plan(recipe.recipe, open_checkpoint(model), code_version="test")
+    plan = compile_plan(recipe.recipe, open_checkpoint(model))
     block = next(block for block in plan.variants[0].blocks if block.name == "layer 1")
     prefix = "model.layers.1.mlp."
     numbers = {
@@ -83,7 +84,7 @@ def test_a_weight_is_the_source_with_its_edits(tmp_path: Path, model: Path) -> N
     weights = BlockWeights(block, read)
     for name in weights.steps:
         weights.source(name)
-    weights.keep_experts((1, 2, 4, 5, 6, 7))
+    weights.restructure(partial(without_experts, kept=(1, 2, 4, 5, 6, 7)))
     for number, old in enumerate((1, 2, 4, 5, 6, 7)):
         expected = read(weights.steps[f"{prefix}experts.{old}.up_proj.weight"])
         assert torch.equal(weights.source(f"{prefix}experts.{number}.up_proj.weight"), expected)
