@@ -73,7 +73,6 @@ class GptqResult:
         bits: width of the integers.
         energy: [B, N] float32, ``w H wᵀ`` of every row, in units of the mean of diag H, as all errors are.
         rtn_error: [B, N] of rounding to nearest.
-        pass_error: [B, N] after the last column, before refinement.
         error: [B, N] of q and scale. With C, errors are those of ``E|W x̃ - Ŵ x|²`` above the real-valued target's.
         kept_rtn: [B, N] bool, rows that are rounded to nearest because that is better.
         damping: [B] float32, λ that was used; more than asked for where H was not positive definite.
@@ -86,7 +85,6 @@ class GptqResult:
     bits: int
     energy: Tensor
     rtn_error: Tensor
-    pass_error: Tensor
     error: Tensor
     kept_rtn: Tensor
     damping: Tensor
@@ -177,7 +175,6 @@ def gptq_batch(
     scale = (nearest if start is W else _round_all(start, grid, importance, removed))[1].mT.contiguous()
     q = _column_pass(replace(problem, target=start.mT), factor.U, scale, order)
     judged = _Judge(W, target, H, factor.damping)
-    pass_error = judged.errors(q, scale)
     q, scale = _refined(problem, q, scale, options.rounds)
     rtn_error, error = judged.errors(nearest[0].mT, nearest[1].mT), judged.errors(q, scale)
     kept = ~(error <= rtn_error) | factor.failed[:, None]
@@ -187,7 +184,6 @@ def gptq_batch(
         bits=grid.bits,
         energy=row_errors(W, H),
         rtn_error=rtn_error,
-        pass_error=pass_error,
         error=torch.where(kept, rtn_error, error),
         kept_rtn=kept,
         damping=factor.damping,

@@ -1,17 +1,15 @@
-"""REAP: remove the experts whose routed outputs are smallest.
+"""REAP: remove the routed experts with the smallest saliency.
 
-What expert j adds to the residual stream for a token t it was picked for is g_j(t) f_j(x_t): its gate value times its output.
-Its saliency is the mean norm of that over the tokens it was picked for, and the least salient experts go. An expert that was
-never picked has saliency 0.
+Expert j adds g_j(x_t) f_j(x_t) to the residual stream of a token t that is routed to it: its gate value times its output. The
+saliency of an expert is the mean norm of that over its tokens, and the least salient experts are removed. An expert to which
+no token is routed has saliency 0.
 
-The router picks its experts inside a few of several groups, in some families; so that it finds in every group what it found
-before, the same number leaves every group. Experts that stay keep their order, and group g of the old numbering is group g of
-the new one.
+Some routers pick experts only inside a few of several groups of experts. So that the router finds the same choice in every
+group as before, the same number of experts leaves every group. Experts that stay keep their order, and group g of the old
+numbering is group g of the new one.
 
 Source: REAP (arXiv 2510.13999), section 4, equation 9.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,29 +17,15 @@ from torch import Tensor
 from quantlab.errors import CalibrationError, PlanError
 
 
-@dataclass(frozen=True)
-class Surgery:
-    """Which experts stay.
-
-    Attributes:
-        kept: [E'] int64, old numbers of the experts that stay, rising: the rows of router weight and bias to take, and the
-            expert that comes into each slot.
-        slot: [E] int64, new number of every old expert, -1 for one that goes.
-    """
-
-    kept: Tensor
-    slot: Tensor
-
-
 def saliency(sums: Tensor, tokens: Tensor) -> Tensor:
-    """Mean of g ‖f‖ per token of an expert.
+    """Mean of g ‖f‖ over the tokens of each expert.
 
     Args:
         sums: [E], sum of g ‖f‖.
-        tokens: [E], how many tokens picked the expert.
+        tokens: [E], tokens routed to each expert.
 
     Returns:
-        [E] float64, 0 for an expert no token picked.
+        [E] float64, 0 for an expert without tokens.
 
     Raises:
         CalibrationError: a sum is not finite.
@@ -56,7 +40,7 @@ def saliency(sums: Tensor, tokens: Tensor) -> Tensor:
     return torch.where(tokens > 0, sums.to(torch.float64) / tokens.clamp(min=1), 0.0)
 
 
-def surgery(scores: Tensor, *, kept: int, groups: int, picked: int, open_groups: int) -> Surgery:
+def select_experts(scores: Tensor, *, kept: int, groups: int, picked: int, open_groups: int) -> Tensor:
     """Choose the experts of one layer that stay: the most salient of every routing group, equally many of each.
 
     Args:
@@ -64,10 +48,10 @@ def surgery(scores: Tensor, *, kept: int, groups: int, picked: int, open_groups:
         kept: E', how many stay.
         groups: routing groups, 1 where the router has none.
         picked: experts per token.
-        open_groups: groups a token may pick from.
+        open_groups: groups that the experts of one token are picked from.
 
     Returns:
-        Who stays and where to.
+        [E'] int64, old numbers of the experts that stay, ascending: the rows of the router's weight and bias to keep.
 
     Raises:
         PlanError: E or E' is not a multiple of the groups, more are to stay than there are, or fewer than a token picks.
@@ -88,7 +72,4 @@ def surgery(scores: Tensor, *, kept: int, groups: int, picked: int, open_groups:
         )
     order = scores.view(groups, -1).argsort(dim=1, descending=True, stable=True)[:, :each].sort(dim=1).values
     offsets = torch.arange(groups, device=scores.device)[:, None] * (experts // groups)
-    stay = (order + offsets).flatten()
-    slot = torch.full((experts,), -1, dtype=torch.int64, device=scores.device)
-    slot[stay] = torch.arange(kept, device=scores.device)
-    return Surgery(kept=stay, slot=slot)
+    return (order + offsets).flatten()

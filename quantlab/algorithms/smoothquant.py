@@ -1,8 +1,8 @@
 """SmoothQuant: move the difficulty of rounding activations into the weights, channel by channel.
 
-Where activations are rounded per token, one channel with large values makes the steps of all channels coarse. Dividing
-channel j by ``s_j = max|X_j|^α / max|W_j|^(1-α)`` and multiplying the columns that read it by the same changes nothing but
-that: with α = 1 all channels of X have the same range, with α = 0 all columns of W.
+Where activations are quantized per token, one channel of large magnitude makes the step of all channels coarse. Channel j is
+divided by ``s_j = max|X_j|^α / max|W_j|^(1-α)`` and the columns that read it are multiplied by it, so that the products stay
+the same. With α = 1 all channels of X have the same range, with α = 0 all columns of W.
 
 Source: SmoothQuant (arXiv 2211.10438), section 4, equation 4.
 """
@@ -17,7 +17,6 @@ from quantlab.algorithms.awq import balanced
 from quantlab.errors import CalibrationError
 
 _LEAST: Final = 1e-5
-_LEVELS: Final = 127
 
 
 def smoothing_scales(max_abs: Tensor, weights: Sequence[Tensor], *, alpha: float) -> Tensor:

@@ -1,12 +1,12 @@
-"""SparseGPT: remove weights column by column, and let the columns that are left make good for them.
+"""SparseGPT: remove weights column by column, and compensate the error with the columns that follow.
 
-The same pass as GPTQ's, with zero in place of the nearest grid point: a weight w in column j that goes to zero raises the
-error of its row by ``w² / U_jj²``, after the best change of the columns behind it (``H⁻¹ = Uᵀ U``, see `hessian`). That is
-the score by which weights are chosen, for 128 columns at a time when the pass reaches them, or for every m neighbours. What
-the columns before a removed weight could still do for it is done afterwards, on the support that was chosen (`alps`).
+The same pass as GPTQ's, with zero in place of the nearest grid point: a weight w in column j that is set to zero raises the
+error of its row by ``w² / U_jj²``, after the best change of the columns after it (``H⁻¹ = Uᵀ U``, see `hessian`). That is
+the score by which weights are chosen, for 128 columns at a time when the pass reaches them, or for every m neighbours. The
+columns before a removed weight compensate afterwards, by least squares on the support that was chosen (`alps`).
 
 To prune and quantize jointly, take the mask from here and give the original W and the mask to `gptq`: it rounds the best
-weights on the support with scales of their own, and answers for zeros and rounding together.
+weights on the support with scales of their own, and compensates for removal and rounding together.
 
 Source: SparseGPT (arXiv 2301.00774), section 3, algorithm 1 and section 3.3 (n:m).
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantlab.algorithms.alps import fitted_on_support
-from quantlab.algorithms.hessian import check_statistics, damped_factor, normalised, row_errors, with_damping
+from quantlab.algorithms.hessian import check_statistics, damped_factor, normalised, with_damping
 from quantlab.algorithms.masks import check_sparsity, smallest, smallest_of_each
 
 _BLOCK: Final = 128
@@ -26,25 +26,17 @@ _BLOCK: Final = 128
 
 @dataclass(frozen=True)
 class SparseGptResult:
-    """Pruned matrices, and what pruning cost. The leading dimension is absent for a single matrix.
+    """Pruned matrices. The leading dimension is absent for a single matrix.
 
     Attributes:
         W: [B, N, K] float32, zero where removed.
         mask: [B, N, K] bool, True where a weight is removed.
-        energy: [B, N] float32, ``w H wᵀ`` of every row, in units of the mean of diag H, as all errors are.
-        masked_error: [B, N] of removing the same weights and changing no other.
-        pass_error: [B, N] after the last column, before the fit on the support.
-        error: [B, N] of W.
         damping: [B] float32, λ that was used; more than asked for where H was not positive definite.
         failed: [B] bool, no λ helped: weights were chosen by magnitude and mean square, and only fitted.
     """
 
     W: Tensor
     mask: Tensor
-    energy: Tensor
-    masked_error: Tensor
-    pass_error: Tensor
-    error: Tensor
     damping: Tensor
     failed: Tensor
 
@@ -88,7 +80,7 @@ def sparsegpt_batch(
         fit_steps: steps of conjugate gradients on the support, 0 for the pass alone.
 
     Returns:
-        The pruned matrices and their errors.
+        The pruned matrices.
 
     Raises:
         CalibrationError: H does not fit W or is not finite, ratio is not in [0, 1), or m does not divide K.
@@ -107,10 +99,6 @@ def sparsegpt_batch(
     return SparseGptResult(
         W=fitted,
         mask=mask,
-        energy=row_errors(W, H),
-        masked_error=row_errors(W - masked, H),
-        pass_error=row_errors(W - passed, H),
-        error=row_errors(W - fitted, H),
         damping=factor.damping,
         failed=factor.failed,
     )

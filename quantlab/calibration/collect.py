@@ -1,6 +1,6 @@
-"""Watch what enters the linears of half a layer while the calibration tokens pass through it.
+"""Collect statistics of the inputs of half a layer while the calibration tokens pass through it.
 
-True-sequential calibration asks for one stage after the other, each with the weights before it already changed:
+Sequential calibration collects one stage after the other, each with the weights before it already changed:
 
     for half in layer.halves:
         for stage in half.stages:
@@ -8,10 +8,10 @@ True-sequential calibration asks for one stage after the other, each with the we
             …                                   # change the linears of the stage: layer.weights[name].copy_(…)
         advance(Stream(half, hidden))           # now the hidden states are those after this half
 
-A pass stops as soon as the last site asked for has been seen: nothing behind it is computed. Where the inputs are compared
-with those of the unchanged model, that one runs beside, once per stage too; since it stays what it is, `record` can let it
-run once for all stages, if there is memory for what it sees. Likewise `settle` spares the changed model a second way to its
-last linears.
+A pass stops at the last site that is collected: nothing after it is computed. For cross terms the unchanged model runs
+beside, once per stage too; since its weights never change, `record` runs it once for all stages if there is memory for the
+inputs of all its sites. Likewise `settle` keeps the inputs of the last linear of the changed half, so that `advance` does not
+compute them again.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -20,15 +20,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from quantlab.calibration.accumulate import Accumulator
 from quantlab.calibration.experts import RoutedExperts
 from quantlab.calibration.hidden import HiddenStates, Workspace
 from quantlab.calibration.layer import Half
-from quantlab.calibration.statistics import Accumulator, Need, SiteStatistics
+from quantlab.numerics.statistics import Need, SiteStatistics
 
 
 @dataclass
 class LastInputs:
-    """What enters the last site of half a layer [S, L, K], as the last `collect` saw it; known only if it did."""
+    """Inputs of the last site of half a layer [S, L, K] from the last `collect`; known only if that collected the site."""
 
     states: HiddenStates
     known: bool = False
@@ -41,8 +42,8 @@ class Stream:
     Attributes:
         half: the half layer.
         hidden: the hidden states.
-        recorded: what entered each site [S, L, K], if the hidden states have already gone through the half layer.
-        last: where to keep what enters the last site, see `settle`.
+        recorded: inputs of each site [S, L, K], if the hidden states have already passed through the half layer.
+        last: memory for the inputs of the last site, see `settle`.
     """
 
     half: Half
@@ -61,11 +62,11 @@ def advance(stream: Stream) -> None:
 
 
 def settle(stream: Stream, workspace: Workspace) -> Stream:
-    """Let `advance` go on from where the last `collect` stopped, instead of from the start of the half layer.
+    """Let `advance` continue from where the last `collect` stopped, instead of from the start of the half layer.
 
-    The caller promises that once the last stage has been collected, only the linears of that stage change; collecting any
-    stage again takes the promise back. Where there is no memory for it, or where routed experts end the half layer, the
-    stream comes back as it is; the numbers are the same.
+    The caller guarantees that once the last stage has been collected, only the linears of that stage change; collecting any
+    stage again ends the guarantee. Without memory for it, or where routed experts end the half layer, the stream is returned
+    unchanged; the numbers are the same.
     """
     half, (samples, length, _), dtype = stream.half, stream.hidden.shape, stream.hidden.dtype
     if half.last is None:
@@ -77,17 +78,17 @@ def settle(stream: Stream, workspace: Workspace) -> Stream:
 
 
 def record(stream: Stream, workspace: Workspace) -> Stream:
-    """Let the unchanged model run through half a layer once, for all stages and the hidden states after it.
+    """Run half a layer of the unchanged model once, for the inputs of all stages and the hidden states after it.
 
-    Only for what will not be changed. Where there is no memory for the inputs of all sites, or where routed experts will
-    want single hidden states, the stream comes back as it is and is run whenever it is looked at; the numbers are the same.
+    Only for weights that will not change. Without memory for the inputs of all sites, or where routed experts need single
+    hidden states, the stream is returned unchanged and is run for every `collect`; the numbers are the same.
 
     Args:
         stream: the unchanged half layer; its hidden states are replaced by those after it.
         workspace: where the memory comes from.
 
     Returns:
-        What to give to `collect` and `advance`.
+        The stream to give to `collect` and `advance`.
     """
     half, (samples, length, _), dtype = stream.half, stream.hidden.shape, stream.hidden.dtype
     widths = {name: site.width for name, site in half.sites.items()}
@@ -116,11 +117,11 @@ def collect(
     """Statistics of input sites over all calibration tokens.
 
     Args:
-        changed: the model as it is becoming.
+        changed: the stream of the model with the changes so far.
         sites: names among `changed.half.sites`.
-        needs: what to compute.
-        original: the unchanged model, with its own hidden states; needed for "cross".
-        early_stop: whether to leave out what lies behind the last site; it changes no number.
+        needs: the statistics to compute.
+        original: the stream of the unchanged model; needed for "cross".
+        early_stop: whether to stop the forward pass at the last site; it changes no number.
 
     Raises:
         CheckpointError: an activation is NaN or infinite.
@@ -143,23 +144,23 @@ def collect(
 
 
 class _Stop(Exception):  # noqa: N818 - it is no error
-    """All that was wanted has been seen."""
+    """Every site that is collected has been reached."""
 
 
 def _inputs_before(original: Stream, sites: Collection[str], samples: slice) -> dict[str, Tensor]:
-    """What enters the sites of the unchanged model [B · L, K], recorded or computed now."""
+    """Inputs of the sites of the unchanged model [B · L, K], recorded or computed now."""
     if original.recorded is not None:
         return {site: original.recorded[site].read(samples).flatten(0, 1) for site in sites}
     return _inputs(original.half, sites, original.hidden.read(samples), early_stop=True)
 
 
 def _inputs(half: Half, sites: Collection[str], hidden: Tensor, *, early_stop: bool) -> dict[str, Tensor]:
-    """What enters the sites [B · L, K] when hidden states [B, L, H] enter the half layer."""
+    """Inputs of the sites [B · L, K] when hidden states [B, L, H] enter the half layer."""
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         stack.enter_context(_watched(half, sites, seen, early_stop=early_stop))
         if early_stop and half.experts is not None:
-            stack.enter_context(_skipped(half.experts))  # no site of the half reads what the routed experts say
+            stack.enter_context(_skipped(half.experts))  # no site of the half reads the outputs of the routed experts
         with suppress(_Stop):
             half.forward(hidden)
     assert len(seen) == len(sites)
@@ -168,7 +169,7 @@ def _inputs(half: Half, sites: Collection[str], hidden: Tensor, *, early_stop: b
 
 @contextmanager
 def _watched(half: Half, sites: Collection[str], seen: dict[str, Tensor], *, early_stop: bool) -> Iterator[None]:
-    """Put what enters the sites into `seen`, and end the forward when all have been seen."""
+    """Put the inputs of the sites into `seen`, and end the forward pass when all have been reached."""
 
     def hook_for(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -194,16 +195,19 @@ def _skipped(experts: RoutedExperts) -> Iterator[None]:
 
 
 def routing(stream: Stream) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What the router says, batch by batch: what it read [n, H], the experts [n, k] int64 and their weights [n, k]."""
+    """Inputs of the router [n, H], the experts it picks [n, k] int64 and their weights [n, k], batch by batch."""
     experts = stream.half.experts
     assert experts is not None, f"{stream.half.block} has no routed experts"
     for _, hidden in stream.hidden.batches():
-        heard: list[tuple[Tensor, Tensor, Tensor]] = []
+        recorded_calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def record(
-            x: Tensor, index: Tensor, weights: Tensor, heard: list[tuple[Tensor, Tensor, Tensor]] = heard
+            x: Tensor,
+            index: Tensor,
+            weights: Tensor,
+            recorded_calls: list[tuple[Tensor, Tensor, Tensor]] = recorded_calls,
         ) -> None:
-            heard.append((x, index, weights))
+            recorded_calls.append((x, index, weights))
             raise _Stop
 
         experts.recorder = record
@@ -212,5 +216,5 @@ def routing(stream: Stream) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
                 stream.half.forward(hidden)
         finally:
             experts.recorder = None
-        yield from heard
-        heard.clear()
+        yield from recorded_calls
+        recorded_calls.clear()

@@ -9,17 +9,16 @@ beginning-of-sequence token), because that is how the model will read.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from quantlab.checkpoint.index import read_json
+from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import CalibrationError, CheckpointError
+from quantlab.files import read_json, read_json_lines
 
 
 def sample_tokens(corpus: Path, tokenizer_dir: Path, *, samples: int, length: int, seed: int) -> Tensor:
@@ -39,7 +38,8 @@ def sample_tokens(corpus: Path, tokenizer_dir: Path, *, samples: int, length: in
         CalibrationError: the corpus cannot be read, a line is malformed, or it holds too little text.
         CheckpointError: there is no tokenizer, or it knows tokens the model does not.
     """
-    texts = read_corpus(corpus)
+    lines = read_json_lines(corpus, fields=("text",), kind="calibration text", error=CalibrationError)
+    texts = [line["text"] for line in lines]
     tokenizer, prefix = load_tokenizer(tokenizer_dir)
     if length <= len(prefix):
         raise CalibrationError(
@@ -67,91 +67,6 @@ def tokens_sha256(tokens: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
     digest.update(tokens.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def read_corpus(path: Path) -> list[str]:
-    """The texts of a file of JSON lines, empty ones included.
-
-    Raises:
-        CalibrationError: the file cannot be read or is empty, or a line is malformed.
-    """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            "the calibration text cannot be read",
-            where=str(path),
-            found=str(error),
-            fix="give a file of JSON lines in UTF-8",
-        ) from error
-    # splitlines would also cut at U+2028
-    lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise CalibrationError(
-            "the calibration text is empty",
-            where=str(path),
-            found="no lines",
-            fix='write one object per line: {"text": …}',
-        )
-    return [_text(line, where=f"{path}:{number}") for number, line in lines]
-
-
-def _text(line: str, *, where: str) -> str:
-    problem, found = "is not JSON", line[:80]
-    try:
-        fields: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        found = str(error)
-    else:
-        if isinstance(fields, dict) and isinstance(fields.get("text"), str):
-            return str(fields["text"])
-        problem = "has no text"
-    raise CalibrationError(
-        f"a line of the calibration text {problem}",
-        where=where,
-        found=found,
-        fix='write one object per line: {"text": …}',
-    )
-
-
-def load_tokenizer(directory: Path) -> tuple[Tokenizer, tuple[int, ...]]:
-    """The tokenizer of a checkpoint and the ids it puts before a text.
-
-    tokenizer.json is read as it stands, and `add_bos_token` of tokenizer_config.json is heeded, which tokenizer.json need
-    not know.
-
-    Raises:
-        CheckpointError: there is no usable tokenizer, or its beginning-of-sequence token is not in its vocabulary.
-    """
-    path = directory / "tokenizer.json"
-    fix = "copy the tokenizer's files of the original release"
-    if not path.is_file():
-        raise CheckpointError(
-            "the checkpoint has no tokenizer", where=str(directory), found="no tokenizer.json", fix=fix
-        )
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError("the tokenizer cannot be read", where=str(path), found=str(error), fix=fix) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    prefix = tuple(tokenizer.encode("").ids)
-    if prefix or not (directory / "tokenizer_config.json").is_file():
-        return tokenizer, prefix
-    settings = read_json(directory / "tokenizer_config.json")
-    if not settings.get("add_bos_token"):
-        return tokenizer, ()
-    token = settings.get("bos_token")
-    content = token.get("content") if isinstance(token, dict) else token
-    identifier = tokenizer.token_to_id(str(content))
-    if identifier is None:
-        raise CheckpointError(
-            "the beginning-of-sequence token is not in the vocabulary",
-            where=str(directory / "tokenizer_config.json"),
-            found=repr(content),
-            fix=fix,
-        )
-    return tokenizer, (identifier,)
 
 
 class _Windows:

@@ -1,7 +1,7 @@
-"""The routed experts of a layer as calibration wants them: weights that are views, and a place to watch the routing.
+"""The routed experts of a layer for calibration: weights that are views, and a hook on the routing.
 
 transformers calls ``experts(hidden_states, top_k_index, top_k_weights)`` in every mixture-of-experts family. That call is
-where calibration learns which expert gets which token. A token goes to k of E experts; rows are sorted by expert, so that
+where calibration records which expert gets which token. A token goes to k of E experts; rows are sorted by expert, so that
 each expert that was hit multiplies one contiguous slice, and summed per token in a fixed order, so that two runs agree to
 the last bit on every device.
 """
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 Activation = Callable[[Tensor], Tensor]
 Recorder = Callable[[Tensor, Tensor, Tensor], None]
-"""Told hidden_states [T, H], top_k_index [T, k] and top_k_weights [T, k] before the experts compute."""
+"""Called with hidden_states [T, H], top_k_index [T, k] and top_k_weights [T, k] before the experts compute."""
 
 _BYTES_AT_ONCE: Final = 1 << 28
-"""Bound on what lies between the products: rows of [H] in, [3I] between, [H] out."""
+"""Bound on the activations of the experts: rows of [H] in, [3I] between, [H] out."""
 
 
 def gated(x: Tensor, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """What enters an expert's down projection: activation(x gateᵀ) · (x upᵀ).
+    """Inputs of an expert's down projection: activation(x gateᵀ) · (x upᵀ).
 
     Args:
         x: [n, H].
@@ -48,7 +48,7 @@ class RoutedExperts(nn.Module):
         gate_up_proj: [E, 2I, H], the gate's rows first.
         down_proj: [E, H, I].
         recorder: called with the arguments of every forward.
-        skipped: answer zeros instead of computing, for passes that do not look at what the experts say.
+        skipped: return zeros instead of computing, for passes that do not read the experts' outputs.
     """
 
     def __init__(self, *, experts: int, width: int, hidden: int, act_fn: Activation, dtype: torch.dtype) -> None:

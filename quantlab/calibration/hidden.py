@@ -1,11 +1,11 @@
-"""Hidden states: what every calibration token looks like between two blocks.
+"""Hidden states: the residual stream of every calibration token between two blocks.
 
 One stream is [S, L, H]: S samples of L tokens, H wide. It lies on the device if there is room set aside for it, else in
-memory as long as all streams of a workspace together stay under its cap; what does not fit is a memory map of a file without
-a name, which the system writes back when it needs the memory and which is gone when the process is, however it ends.
+memory while all streams of a workspace together stay under its cap; beyond the cap it is a memory map of an unlinked file,
+which the system writes back when it needs the memory and which disappears with the process, however that ends.
 
-A stream is read and replaced in place, some samples at a time. How many is set by the workspace and never by what memory is
-free: the order in which sums are taken, and so every number, depends on it.
+A stream is read and replaced in place, some samples at a time. The number of samples is set by the workspace and does not
+depend on free memory, because the order of summation, and so every number, depends on it.
 """
 
 import os
@@ -18,14 +18,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from quantlab.checkpoint.files import write_error
 from quantlab.checkpoint.header import read_header
 from quantlab.checkpoint.reader import DTYPE_NAMES, bytes_of
 from quantlab.checkpoint.writer import shard_header
 from quantlab.errors import ArtifactError
+from quantlab.files import write_error
 
 _TOKENS_AT_ONCE: Final[Mapping[str, int]] = {"cpu": 4096, "cuda": 32768}
-"""Tokens a layer reads at once: enough for full speed, few enough that what lies between its matrices stays small."""
+"""Tokens a layer reads at once: enough for full speed, few enough that its intermediate activations stay small."""
 
 
 class HiddenStates:
@@ -33,8 +33,8 @@ class HiddenStates:
 
     Args:
         data: [S, L, H], on the device or on the CPU.
-        device: where what is read arrives.
-        tokens_at_once: how many tokens `batches` hands out together, at least one sample.
+        device: where samples that are read arrive.
+        tokens_at_once: tokens of one batch of `batches`, at least one sample.
         spilled: whether `data` lies in a file.
     """
 
@@ -65,7 +65,7 @@ class HiddenStates:
             yield which, self.read(which)
 
     def read(self, samples: slice) -> Tensor:
-        """Some samples [B, L, H], on the device; not to be written to."""
+        """Some samples [B, L, H] on the device; read-only."""
         return self._data[samples].to(self.device, non_blocking=True)
 
     def write(self, samples: slice, values: Tensor) -> None:
@@ -73,20 +73,20 @@ class HiddenStates:
         self._data[samples].copy_(values)
 
     def rows(self, index: Tensor) -> Tensor:
-        """Single tokens [n, H] on the device, by their number in the stream [n] int64, counted over all samples."""
+        """Single tokens [n, H] on the device, by their index in the stream [n] int64, counted over all samples."""
         return self._data.view(-1, self._data.shape[2]).index_select(0, index.to(self._data.device)).to(self.device)
 
 
 class Workspace:
-    """Where the streams of one run lie; a stream that nobody holds any more gives its memory back.
+    """Allocates the streams of one run; the memory of a stream that is no longer referenced is free again.
 
     Args:
         directory: of the files, for streams that do not fit; must exist.
         memory_bytes: cap on the streams in memory, all together.
         device: the device that computes.
-        tokens_at_once: see `HiddenStates`; by default what suits the device.
-        device_bytes: cap on the streams that lie on a device with memory of its own, all together. Routed experts ask for
-            single tokens again and again, which is slow across a bus.
+        tokens_at_once: see `HiddenStates`; the default suits the device.
+        device_bytes: cap on the streams that lie on a device with memory of its own, all together. Routed experts read
+            single tokens many times, which is slow across a bus.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Workspace:
         return stream
 
     def has_memory(self, nbytes: int) -> bool:
-        """Whether streams of so many bytes would stay off the disk, however they are divided."""
+        """Whether streams of so many bytes in all fit into memory, however they are divided."""
         return nbytes <= max(self._free.values())
 
     def _give_back(self, place: str, nbytes: int) -> None:
@@ -164,10 +164,10 @@ def saved_streams(directory: Path) -> dict[str, Path]:
 
 
 def save_streams(directory: Path, block: str, streams: Mapping[str, HiddenStates]) -> None:
-    """Write the streams as they stand after `block`, whole or not at all.
+    """Write the streams, which are those after `block`, whole or not at all.
 
-    What was saved after other blocks stays until `discard_streams`, so that whoever keeps a journal can put the block into
-    it in between: at every moment the streams of the block that the journal names last are there.
+    The files of other blocks stay until `discard_streams`, so that a journal can be written in between: at every moment the
+    streams of the block that the journal names last exist.
 
     Raises:
         ArtifactError: the disk does not take the bytes.
@@ -217,7 +217,7 @@ def load_streams(directory: Path, block: str, streams: Mapping[str, HiddenStates
 
 
 def discard_streams(directory: Path, *, keep: str | None) -> None:
-    """Remove what was saved after every block but `keep`."""
+    """Remove the files of every block but `keep`."""
     kept = None if keep is None else _file(directory, keep)
     for path in directory.glob(f"{_PREFIX}*"):
         if path != kept:

@@ -1,14 +1,13 @@
-"""Which routed expert reads which tokens, and what each of them needs to be calibrated on its own.
+"""Routed experts: the tokens each of them reads, and the statistics of their inputs and outputs.
 
-Every expert is a small network with a distribution of inputs of its own: the tokens its router sends it. They are not
-stored a second time. The normalised input of an expert's token is one row of the hidden states, normalised again when it
-is asked for, so that the memory this takes is that of the routing: k numbers and k weights per token. The hidden states
-must therefore not advance while the inputs are in use.
+Every expert is a small network with an input distribution of its own: the tokens its router sends it. They are not stored a
+second time. The normalised input of an expert's token is one row of the hidden states, normalised again whenever it is
+needed, so that the memory this takes is that of the routing: k indices and k weights per token. The hidden states must
+therefore not advance while the inputs are in use.
 
-An expert that few tokens reach has a Hessian of low rank. There are two priors to shrink it towards. What enters gate and
-up is the same space for all experts, so the mean over all tokens of the layer is a sensible guess. What enters down is
-made of neurons that have no counterpart in other experts, so the only sensible guess is the same expert made to read
-tokens of others: `sample`.
+An expert that few tokens reach has a Hessian of low rank, which is shrunk towards a prior. Gate and up of all experts read
+the same space, so their prior is the mean over all tokens of the layer. The inputs of down are neurons that have no
+counterpart in other experts, so their prior is the same expert on a sample of all tokens: `sample`.
 """
 
 from collections.abc import Collection, Iterator
@@ -19,33 +18,19 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from quantlab.calibration.accumulate import Accumulator
 from quantlab.calibration.collect import Stream, routing
 from quantlab.calibration.experts import RoutedExperts, gated
 from quantlab.calibration.hidden import HiddenStates
-from quantlab.calibration.statistics import Accumulator, Need, SiteStatistics
+from quantlab.numerics.statistics import Need, SiteStatistics
 
 _ROWS_AT_ONCE: Final = 1024
 """Tokens of one expert computed at once on a CPU: their activations stay in its cache."""
 
 
 @dataclass(frozen=True)
-class ExpertActivity:
-    """How much an expert f says to the tokens x it gets, with routing weights g.
-
-    Attributes:
-        count: tokens.
-        output_norm: sum of ‖f(x)‖₂.
-        gated_norm: sum of g · ‖f(x)‖₂; g as the layer uses it, scaling included.
-    """
-
-    count: int
-    output_norm: float
-    gated_norm: float
-
-
-@dataclass(frozen=True)
 class _Reader:
-    """The inputs of the experts of one stream, row by row."""
+    """Reads the inputs of the experts of one stream, row by row."""
 
     norm: nn.Module
     hidden: HiddenStates
@@ -59,17 +44,17 @@ class _Reader:
 
 
 class MoeInputs:
-    """What the experts of a layer read; made by `collect_moe`.
+    """The inputs of the routed experts of a layer; made by `collect_moe`.
 
     Args:
-        changed: the model as it is becoming, entering the half layer with the experts.
-        original: the unchanged model there; needed for cross terms.
+        changed: the stream of the model with the changes so far, entering the half layer with the experts.
+        original: the stream of the unchanged model there; needed for cross terms.
         index: [T, k] int64, the experts of each token.
         weights: [T, k] float32, their weights.
-        layer: statistics over all tokens, what shared experts read and the prior of every gate and up.
+        layer: statistics over all tokens, the prior of every gate and up.
 
     Attributes:
-        tokens_per_expert: how many tokens each expert gets.
+        tokens_per_expert: tokens routed to each expert.
     """
 
     def __init__(
@@ -89,29 +74,24 @@ class MoeInputs:
         self._weights: tuple[Tensor, ...] = torch.split(weights.flatten().index_select(0, order), counts)
 
     def rows(self, expert: int) -> Tensor:
-        """Numbers of the tokens the expert gets [n] int64, ascending, counted over all samples."""
+        """Indices of the tokens routed to the expert [n] int64, ascending, counted over all samples."""
         return self._rows[expert]
 
     def gate_weights(self, expert: int) -> Tensor:
-        """The routing weight of each of them [n] float32."""
+        """The routing weight of each of these tokens [n] float32."""
         return self._weights[expert]
 
     def inputs(self, expert: int) -> Tensor:
-        """What the expert reads [n, H]."""
+        """The inputs of the expert [n, H]."""
         return self._changed.inputs(self.rows(expert))
 
-    def original_inputs(self, expert: int) -> Tensor:
-        """What the same tokens are in the unchanged model [n, H]."""
-        assert self._original is not None
-        return self._original.inputs(self.rows(expert))
-
     def sample(self, count: int) -> Tensor:
-        """Numbers of at most `count` tokens spread evenly over all, whoever they are routed to [n] int64."""
+        """Indices of at most `count` tokens spread evenly over all, whatever expert they are routed to [n] int64."""
         count = min(count, self._tokens)
         return torch.arange(count) * self._tokens // max(count, 1)
 
     def statistics(self, expert: int, needs: Collection[Need]) -> SiteStatistics:
-        """Of what enters the expert's gate and up, K = H.
+        """Statistics of the inputs of the expert's gate and up, K = H.
 
         Raises:
             CheckpointError: an activation is NaN or infinite.
@@ -123,11 +103,6 @@ class MoeInputs:
             accumulator.update(x, before)
         return accumulator.result(where=f"{self.block}, expert {expert}, input site mlp")
 
-    def intermediate(self, expert: int, gate: Tensor, up: Tensor) -> Tensor:
-        """What enters the expert's down projection if its gate and up are these [I, H]: [n, I]."""
-        with torch.no_grad():
-            return gated(self.inputs(expert), gate, up, self._changed.experts.act_fn)
-
     def down_statistics(
         self,
         expert: int,
@@ -138,14 +113,14 @@ class MoeInputs:
         rows: Tensor | None = None,
         unchanged_expert: int | None = None,
     ) -> SiteStatistics:
-        """Of what enters the expert's down projection, K = I.
+        """Statistics of the inputs of the expert's down projection, K = I.
 
         Args:
             expert: its number.
-            gate, up: [I, H], as they have become; the cross term compares with the unchanged expert on the unchanged tokens.
-            needs: what to compute.
-            rows: the tokens it reads [n] int64, by default its own; those of `sample` make a prior for an expert that
-                gets few.
+            gate, up: [I, H], with their changes; the cross term compares with the unchanged expert on the unchanged tokens.
+            needs: the statistics to compute.
+            rows: the tokens it reads [n] int64, by default its own; those of `sample` give the prior.
+            unchanged_expert: number of the same expert in the unchanged model, where experts before it were removed.
 
         Raises:
             CheckpointError: an activation is NaN or infinite.
@@ -164,20 +139,22 @@ class MoeInputs:
             accumulator.update(x, before)
         return accumulator.result(where=f"{self.block}, expert {expert}, input site down")
 
-    def activity(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> ExpertActivity:
-        """How much the expert says if its weights are these, gate and up [I, H], down [H, I]."""
-        output, weighted = 0.0, 0.0
+    def gated_norm(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> float:
+        """Sum of g · ‖f(x)‖₂ over the expert's tokens x, its weights being gate and up [I, H] and down [H, I].
+
+        g is the routing weight as the layer uses it, scaling included.
+        """
+        total = 0.0
         parts = zip(self._parts(self.rows(expert)), self._parts(self.gate_weights(expert)), strict=True)
         for rows, weights in parts:
             with torch.no_grad():
                 inner = gated(self._changed.inputs(rows), gate, up, self._changed.experts.act_fn)
                 norms = (inner @ down.T).to(torch.float32).norm(dim=1).double().cpu()
-            output += norms.sum().item()
-            weighted += (norms * weights).sum().item()
-        return ExpertActivity(self.tokens_per_expert[expert], output, weighted)
+            total += (norms * weights).sum().item()
+        return total
 
     def _parts(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Few enough to be computed at once; none of none."""
+        """Tokens in parts that are computed at once; no part where there is no token."""
         return tuple(torch.split(tokens, self._step)) if len(tokens) else ()
 
     def _before(self, rows: Tensor) -> Tensor:
@@ -196,10 +173,9 @@ def collect_moe(changed: Stream, *, needs: Collection[Need] = (), original: Stre
     """Route every calibration token through the changed model's router.
 
     Args:
-        changed: the model as it is becoming, entering the half layer with the experts.
-        needs: what to compute over all tokens of the layer.
-        original: the unchanged model there, with its own hidden states; its tokens are looked at where the changed
-            model's router sends them.
+        changed: the stream of the model with the changes so far, entering the half layer with the experts.
+        needs: the statistics to compute over all tokens of the layer.
+        original: the stream of the unchanged model there; its tokens are assigned to experts by the changed model's router.
 
     Raises:
         CheckpointError: an activation is NaN or infinite.

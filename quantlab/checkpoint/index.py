@@ -10,6 +10,7 @@ from typing import Any
 
 from quantlab.checkpoint.header import TensorEntry, read_header
 from quantlab.errors import CheckpointError
+from quantlab.files import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -68,35 +69,6 @@ class Checkpoint:
             entry = self.tensors[name]
             digest.update(f"{name} {entry.dtype} {entry.shape} {entry.file.name} {entry.offset}\n".encode())
         return digest.hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file cannot be read or holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read",
-            where=str(path),
-            found=error.strerror,
-            fix="give the directory of a Hugging Face checkpoint",
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path.name} is not JSON", where=str(path), found=str(error), fix="download the file again"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path.name} is not a JSON object",
-            where=str(path),
-            found=type(content).__name__,
-            fix="download the file again",
-        )
-    return content
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:

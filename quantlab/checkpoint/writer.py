@@ -15,9 +15,9 @@ from typing import Self
 
 from torch import Tensor
 
-from quantlab.checkpoint.files import write_error
 from quantlab.checkpoint.header import DTYPE_BITS
 from quantlab.checkpoint.reader import DTYPE_NAMES, bytes_of
+from quantlab.files import write_error
 
 
 def shard_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:

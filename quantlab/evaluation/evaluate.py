@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantlab import hardware
-from quantlab.checkpoint.files import write_atomically
 from quantlab.errors import ArtifactError, EvaluationError
 from quantlab.evaluation.manifest import check_unchanged, made_by, matrix_errors, read_manifest, tokens_per_expert
 from quantlab.evaluation.processes.cells import Bench, Found, SpeedTurns, measure_row, sound_parts
@@ -23,6 +22,7 @@ from quantlab.evaluation.record import Failure, Record, read_record
 from quantlab.evaluation.suite import LoadedSuite, load_suite
 from quantlab.evaluation.tasks.scores import kept_scores, twin
 from quantlab.evaluation.verdicts import adjusted
+from quantlab.files import write_atomically
 from quantlab.fingerprint import code_fingerprint
 
 RECORDS = "records"

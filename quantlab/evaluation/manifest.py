@@ -9,10 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from quantlab.checkpoint.files import write_atomically
-from quantlab.checkpoint.index import read_json
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Calibrated, Made, MatrixErrors
+from quantlab.files import read_json, write_atomically
 
 _NAME = "manifest.json"
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.*)\.weight$")

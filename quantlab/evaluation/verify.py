@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from quantlab.checkpoint.files import write_atomically
-from quantlab.checkpoint.index import INDEX_NAME, Checkpoint, open_checkpoint, read_json
+from quantlab.checkpoint.index import INDEX_NAME, Checkpoint, open_checkpoint
 from quantlab.checkpoint.reader import DTYPE_NAMES, Reader
 from quantlab.checkpoint.writer import ShardWriter
 from quantlab.errors import ArtifactError
+from quantlab.files import read_json, write_atomically
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.runtime.load import load

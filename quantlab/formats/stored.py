@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from quantlab.checkpoint.header import TensorEntry
-from quantlab.checkpoint.index import FP8_SCALE_SUFFIX, Checkpoint, read_json
+from quantlab.checkpoint.index import FP8_SCALE_SUFFIX, Checkpoint
 from quantlab.checkpoint.reader import TORCH_DTYPES, Reader
 from quantlab.errors import CheckpointError
+from quantlab.files import read_json
 from quantlab.formats import compressed_tensors, gptq
 from quantlab.numerics.fp8 import block_grid, dequantize_blocks
 from quantlab.numerics.integer import QuantizedMatrix

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Final, Literal, assert_never
+from typing import Final, assert_never
 
 import torch
 from torch import Tensor
@@ -14,11 +14,10 @@ from quantlab.algorithms.scales import Grid, GridOptions
 from quantlab.algorithms.sparsegpt import sparsegpt
 from quantlab.algorithms.wanda import wanda_mask
 from quantlab.numerics.integer import QuantizedMatrix
-from quantlab.recipe.algorithms import Awq, Gptq, Magnitude, Reap, Rtn, SmoothQuant, SparseGpt, Wanda
+from quantlab.numerics.statistics import Need, SiteStatistics
+from quantlab.recipe.algorithms import Awq, ExpertRemoval, Gptq, Magnitude, Rtn, SmoothQuant, SparseGpt, Wanda
 from quantlab.recipe.schema import Prune, Quantize
 from quantlab.recipe.schemes import SCHEMES
-
-Need = Literal["squares", "magnitudes", "hessian", "cross"]
 
 _CLIP_STEPS = 20
 _CLIP_FLOORS: Final = {"mse": 0.6, "activations": 0.4}
@@ -67,52 +66,53 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of the activations x [K] that enter a weight.
+    """Statistics of the activations that enter a weight.
 
     Attributes:
-        tokens: how many were seen.
-        mean_square: [K], mean of x².
-        hessian: [K, K], mean of x xᵀ, where asked for.
-        cross: [K, K], mean of (x~ - x) xᵀ with x~ the unchanged model's, where asked for.
-        prior: the same for tokens of all experts, None where the weight is no expert's.
+        own: of the tokens that reach the weight.
+        prior: of tokens of all experts; None where the weight is not an expert's.
     """
 
-    tokens: int
-    mean_square: Tensor
-    hessian: Tensor | None
-    cross: Tensor | None
-    prior: "Inputs | None"
+    own: SiteStatistics
+    prior: SiteStatistics | None = None
 
-    def shrunk(self, strength: float) -> "Inputs":
-        """Own statistics and the prior's, which weighs `strength` tokens per channel: what an expert with few tokens leans on."""
+    def shrunk(self, strength: float) -> SiteStatistics:
+        """Own statistics shrunk towards the prior, so that an expert with few tokens has a usable Hessian.
+
+        Args:
+            strength: weight of the prior, in tokens per input channel.
+        """
         if self.prior is None or strength == 0:
-            return self
-        weight = strength * len(self.mean_square)
-        own = self.tokens / (self.tokens + weight)
+            return self.own
+        own, prior = self.own, self.prior
+        share = own.count / (own.count + strength * len(own.mean_square))
 
         def mix(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            return None if mine is None or theirs is None else own * mine + (1 - own) * theirs
+            return None if mine is None or theirs is None else share * mine + (1 - share) * theirs
 
-        squares = own * self.mean_square + (1 - own) * self.prior.mean_square
-        prior = self.prior
-        return Inputs(self.tokens, squares, mix(self.hessian, prior.hessian), mix(self.cross, prior.cross), None)
+        squares = share * own.mean_square + (1 - share) * prior.mean_square
+        return SiteStatistics(
+            own.count, squares, hessian=mix(own.hessian, prior.hessian), cross=mix(own.cross, prior.cross)
+        )
 
 
 def needs_of(passes: Collection[Prune | Quantize]) -> frozenset[Need]:
-    """What the passes of a weight want to know of its inputs."""
+    """The statistics of its inputs that the passes of a weight read."""
     needs: set[Need] = set()
     for step in passes:
-        match step.algorithm:
+        algorithm = step.algorithm
+        assert not isinstance(algorithm, ExpertRemoval), "the plan turns it into fewer experts"
+        match algorithm:
             case Gptq(correction=correction):
                 needs |= {"hessian", "cross"} if correction else {"hessian"}
             case SparseGpt() | Awq():
                 needs.add("hessian")
             case Wanda() | Rtn(clip="activations"):
                 needs.add("squares")
-            case SmoothQuant() | Magnitude() | Reap() | Rtn():
+            case SmoothQuant() | Magnitude() | Rtn():
                 pass
             case _:
-                assert_never(step.algorithm)
+                assert_never(algorithm)
     return frozenset(needs)
 
 
@@ -219,7 +219,9 @@ class _Work:
     def prune(self, step: Prune) -> None:
         """Remove weights."""
         ratio, pattern = step.ratio, None if step.pattern is None else (step.pattern.removed, step.pattern.of)
-        match step.algorithm:
+        algorithm = step.algorithm
+        assert not isinstance(algorithm, ExpertRemoval), "the plan turns it into fewer experts"
+        match algorithm:
             case Magnitude():
                 masks = [magnitude_mask(part, ratio=ratio, pattern=pattern) for part in self._apart(self._dense)]
                 self.mask = masks[0] if len(masks) == 1 else torch.cat(masks)
@@ -235,10 +237,8 @@ class _Work:
                 if pruned.failed:
                     self._note("pruned without making good, the Hessian is singular at every damping")
                 return
-            case Reap():
-                raise AssertionError("the plan turns reap into fewer experts")
             case _:
-                assert_never(step.algorithm)
+                assert_never(algorithm)
         self._matrix = self._dense.masked_fill(self.mask, 0)
 
     def quantize(self, step: Quantize, dtype: torch.dtype) -> None:
@@ -255,7 +255,7 @@ class _Work:
             case _:
                 assert_never(algorithm)
 
-    def _shrunk(self) -> Inputs:
+    def _shrunk(self) -> SiteStatistics:
         self._leans = True
         return self.known.shrunk(_PRIOR_STRENGTH)
 
@@ -306,16 +306,18 @@ class _Work:
         after = result.dequantize(torch.float32) if isinstance(result, QuantizedMatrix) else result.to(torch.float32)
         delta = after - before
         output_error = None
-        if self._inputs is not None and self._inputs.hessian is not None:
-            H = self._inputs.hessian
+        if self._inputs is not None and self._inputs.own.hessian is not None:
+            H = self._inputs.own.hessian
             output_error = _four_digits(_ratio(_energy(delta, H), _energy(before, H)))
         return WeightReport(
             relative_error=_four_digits(_ratio(delta.norm().item(), before.norm().item())),
             sparsity=_four_digits(1 - after.count_nonzero().item() / after.numel()),
             output_error=output_error,
             rtn_output_error=None if self._rtn_errors is None else _four_digits(self._rtn_errors[index]),
-            tokens=None if self._inputs is None else self._inputs.tokens,
-            fallback=self._unseen() if self._inputs is not None and self._inputs.tokens == 0 else self._fallback[index],
+            tokens=None if self._inputs is None else self._inputs.own.count,
+            fallback=self._unseen()
+            if self._inputs is not None and self._inputs.own.count == 0
+            else self._fallback[index],
             damping=self._damping,
             dead_columns=self._dead,
             kept_rows=self._kept[index] or None,

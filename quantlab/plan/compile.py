@@ -17,7 +17,7 @@ from quantlab.plan.memory import calibrated_peak_memory, peak_memory
 from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, StoredTensor, VariantPlan
 from quantlab.plan.serving import check_serving_rules, serving_notes, tensor_parallel_sizes
 from quantlab.plan.source import FLOATING, SourceWeight, survey
-from quantlab.recipe.algorithms import Reap, Rtn
+from quantlab.recipe.algorithms import ExpertRemoval, Rtn
 from quantlab.recipe.schema import Calibration, Cast, NOfM, Prune, Quantize, Recipe
 from quantlab.recipe.schemes import DTYPE_WORDS, SCHEMES, FloatDtype
 
@@ -80,7 +80,7 @@ def describe(passes: Sequence[AnyPass]) -> str:
             case Prune(prune=sparsity, algorithm=algorithm):
                 share = str(sparsity) if isinstance(sparsity, NOfM) else f"{sparsity:.3g}"
                 word = f"prune {share} ({algorithm.name})"
-        default = ("routed_experts",) if isinstance(step.algorithm, Reap) else DEFAULT_TARGETS
+        default = ("routed_experts",) if isinstance(step.algorithm, ExpertRemoval) else DEFAULT_TARGETS
         words.append(word if step.targets == default else f"{word} of {'+'.join(step.targets)}")
     return " → ".join(words)
 
@@ -99,11 +99,11 @@ def _plan_variant(
     changes = [step for step in passes if not isinstance(step, Cast)]
     steps = [_plan_step(weight, _applied(changes, weight, variant=name), cast) for weight in weights]
     _check_claims(changes, steps, variant=name)
-    reap = next((step for step in changes if isinstance(step.algorithm, Reap)), None)
-    kept = None
-    if isinstance(reap, Prune):
-        kept = kept_experts(reap, architecture, config, variant=name)
-        steps = without_experts(steps, kept=kept)
+    removal, kept = None, None
+    for step in changes:
+        if isinstance(step, Prune) and isinstance(step.algorithm, ExpertRemoval):
+            removal, kept = step.algorithm, kept_experts(step, architecture, config, variant=name)
+            steps = without_experts(steps, removal, kept=kept)
     what = json.dumps([step.model_dump(exclude_defaults=True) for step in passes], sort_keys=True)
     steps = mark_folds(steps, variant=name)
     stored = [step for step in steps if step.outputs]
@@ -114,6 +114,7 @@ def _plan_variant(
         dtype=cast or _native_dtype(weights),
         blocks=_blocks(steps),
         calibration=calibration,
+        removal=removal,
         experts=kept,
         algorithms=_algorithms(changes),
         recipe_key=hashlib.sha256(f"{LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),

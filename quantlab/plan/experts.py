@@ -11,11 +11,11 @@ from quantlab.architectures.architecture import Architecture
 from quantlab.architectures.config import Config
 from quantlab.errors import PlanError
 from quantlab.plan.model import Outcome, Step
-from quantlab.recipe.algorithms import Reap
+from quantlab.recipe.algorithms import ExpertRemoval
 from quantlab.recipe.schema import Prune
 
 
-def kept_experts(reap: Prune, architecture: Architecture, config: Config, *, variant: str) -> int:
+def kept_experts(removal: Prune, architecture: Architecture, config: Config, *, variant: str) -> int:
     """How many experts of a layer stay: the same number in every routing group, at least what the router picks.
 
     Raises:
@@ -25,13 +25,13 @@ def kept_experts(reap: Prune, architecture: Architecture, config: Config, *, var
     routing = architecture.mixture.routing(config)
     groups, each = routing.groups, routing.experts // routing.groups
     needed = max(-(-routing.top_k // routing.top_groups), routing.group_score, 1)
-    removed = round(reap.ratio * each)
-    where = f"variant {variant}, prune {reap.ratio:.3g} (reap)"
+    removed = round(removal.ratio * each)
+    where = f"variant {variant}, prune {removal.ratio:.3g} ({removal.algorithm.name})"
     if not removed:
         raise PlanError(
             "no expert would be removed",
             where=where,
-            found=f"{reap.ratio:.3g} of {each} experts in each of {groups} routing groups",
+            found=f"{removal.ratio:.3g} of {each} experts in each of {groups} routing groups",
             fix=f"prune at least {1 / each:.3g}",
         )
     if each - removed < needed:
@@ -44,27 +44,31 @@ def kept_experts(reap: Prune, architecture: Architecture, config: Config, *, var
     return (each - removed) * groups
 
 
-def without_experts(steps: Sequence[Step], *, kept: int) -> list[Step]:
+def without_experts(steps: Sequence[Step], removal: ExpertRemoval, *, kept: int) -> list[Step]:
     """The steps of a variant in which every MoE layer keeps `kept` experts, in slots 0 … kept - 1."""
-    return [_without(step, kept) for step in steps]
+    return [_without(step, removal.name, kept) for step in steps]
 
 
-def _without(step: Step, kept: int) -> Step:
+def _without(step: Step, algorithm: str, kept: int) -> Step:
     claim = step.claim
-    passes = tuple(change for change in step.passes if not isinstance(change.algorithm, Reap))
+    passes = tuple(change for change in step.passes if not isinstance(change.algorithm, ExpertRemoval))
     if claim.role == "mtp":
         reason = "its experts are never run in calibration, and the config has one number of experts for all layers"
         return replace(step, outcome="dropped", reason=reason, outputs=())
     if claim.role == "routed_experts" and claim.expert is not None and claim.expert >= kept:
-        return replace(step, passes=(), outcome="dropped", reason="its expert is removed (reap)", outputs=())
+        return replace(step, passes=(), outcome="dropped", reason=f"its expert is removed ({algorithm})", outputs=())
     if claim.role == "router":
         ((name, dtype, shape),) = step.outputs
         outputs = ((name, dtype, (kept, *shape[1:])),)
-        return replace(step, outcome="pruned", reason="the rows of the experts that stay (reap)", outputs=outputs)
+        return replace(
+            step, outcome="pruned", reason=f"the rows of the experts that stay ({algorithm})", outputs=outputs
+        )
     if passes == step.passes:
         return step
     outcome: Outcome = step.outcome if passes else ("cast" if step.dtype != step.source.dtype else "kept")
-    return replace(step, passes=passes, outcome=outcome, reason=step.reason if passes else "its expert stays (reap)")
+    return replace(
+        step, passes=passes, outcome=outcome, reason=step.reason if passes else f"its expert stays ({algorithm})"
+    )
 
 
 def removal_notes(steps: Sequence[Step], *, kept: int | None) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Literal
 from quantlab.architectures.architecture import Architecture, Claim
 from quantlab.checkpoint.header import DTYPE_BITS, TensorEntry
 from quantlab.checkpoint.index import Checkpoint
-from quantlab.recipe.algorithms import Gptq
+from quantlab.recipe.algorithms import ExpertRemoval, Gptq
 from quantlab.recipe.schema import Calibration, Prune, Quantize
 
 Outcome = Literal["cast", "quantized", "pruned", "folded", "kept", "dropped"]
@@ -112,6 +112,11 @@ class Block:
     name: str
     shards: tuple[Shard, ...]
 
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all source tensors."""
+        return sum(step.source_bytes for shard in self.shards for step in shard.steps)
+
 
 @dataclass(frozen=True)
 class VariantPlan:
@@ -123,6 +128,7 @@ class VariantPlan:
         dtype: the 16-bit dtype of its floating-point tensors, as config.json spells it.
         blocks: what is read, done and written, in order.
         calibration: what its algorithms watch the model read; None if none of them does.
+        removal: the algorithm that chooses which routed experts leave, None where all stay.
         experts: how many routed experts every MoE layer keeps, None where all stay.
         algorithms: names of the algorithms that change its weights.
         recipe_key: hash of what the recipe asks for: passes, source, calibration text and settings. What else the artifact depends on,
@@ -137,6 +143,7 @@ class VariantPlan:
     dtype: str
     blocks: tuple[Block, ...] = field(repr=False)
     calibration: Calibration | None
+    removal: ExpertRemoval | None
     experts: int | None
     algorithms: tuple[str, ...]
     recipe_key: str

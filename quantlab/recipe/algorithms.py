@@ -4,7 +4,7 @@ What every option means numerically is said where the algorithm is (`quantlab/al
 its name, its range and its default.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,8 +27,6 @@ class Rtn(Strict):
     clip: Clip = "none"
     """`mse`: search, per group, the shrunken scale with the least squared error; `activations`: the same with each error
     weighted by the mean square of its input, which needs calibration."""
-
-    folds: ClassVar[bool] = False
 
     @property
     def calibrated(self) -> bool:
@@ -55,7 +53,6 @@ class Gptq(Strict):
     refine: int = Field(default=1, ge=0, le=20)
     """Rounds of improving integers and scales after the columns are done."""
 
-    folds: ClassVar[bool] = False
     calibrated: ClassVar[bool] = True
 
 
@@ -70,7 +67,6 @@ class Awq(Strict):
     steps: int = Field(default=20, ge=1, le=100)
     """Exponents tried between 0 and 1."""
 
-    folds: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
 
 
@@ -83,7 +79,6 @@ class SmoothQuant(Strict):
     alpha: float = Field(default=0.5, ge=0, le=1)
     """How much of it is moved: 0 nothing, 1 all of it."""
 
-    folds: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
 
 
@@ -122,4 +117,8 @@ class Reap(Strict):
 
 
 QuantizeAlgorithm = Annotated[Rtn | Gptq | Awq | SmoothQuant, Field(discriminator="name")]
+ExpertRemoval = Reap
+"""The algorithms that remove whole routed experts; a second one is added with `|`."""
+EXPERT_REMOVALS: Final = ("reap",)
+"""Their names."""
 PruneAlgorithm = Annotated[Magnitude | Wanda | SparseGpt | Reap, Field(discriminator="name")]

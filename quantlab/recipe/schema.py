@@ -16,7 +16,16 @@ from pydantic import (
 
 from quantlab.architectures.architecture import DEFAULT_TARGETS, QUANTIZABLE_ROLES, QuantizableRole, Role
 from quantlab.documents import nearest
-from quantlab.recipe.algorithms import Magnitude, PruneAlgorithm, QuantizeAlgorithm, Reap, Rtn, SmoothQuant, Strict
+from quantlab.recipe.algorithms import (
+    EXPERT_REMOVALS,
+    ExpertRemoval,
+    Magnitude,
+    PruneAlgorithm,
+    QuantizeAlgorithm,
+    Rtn,
+    SmoothQuant,
+    Strict,
+)
 from quantlab.recipe.schemes import SCHEMES, FloatDtype, SchemeName
 
 VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
@@ -128,20 +137,23 @@ class Prune(_Targeted):
 
     @model_validator(mode="before")
     @classmethod
-    def _reap_targets(cls, value: object) -> object:
+    def _default_targets(cls, value: object) -> object:
         algorithm = value.get("algorithm") if isinstance(value, dict) else None
         name = algorithm.get("name") if isinstance(algorithm, dict) else getattr(algorithm, "name", None)
-        return {"targets": ["routed_experts"], **value} if isinstance(value, dict) and name == "reap" else value
+        return (
+            {"targets": ["routed_experts"], **value} if isinstance(value, dict) and name in EXPERT_REMOVALS else value
+        )
 
     @model_validator(mode="after")
-    def _check_reap(self) -> "Prune":
-        if isinstance(self.algorithm, Reap):
+    def _check_expert_removal(self) -> "Prune":
+        if isinstance(self.algorithm, ExpertRemoval):
+            name = self.algorithm.name
             if self.targets != ("routed_experts",):
-                raise ValueError("reap removes routed experts; write targets: [routed_experts], or leave them out")
+                raise ValueError(f"{name} removes routed experts; write targets: [routed_experts], or leave them out")
             if self.pattern is not None:
-                raise ValueError("reap removes a share of the experts; write a number such as 0.25")
+                raise ValueError(f"{name} removes a share of the experts; write a number such as 0.25")
             if self.ignore:
-                raise ValueError("reap removes the same number of experts in every layer; leave `ignore` out")
+                raise ValueError(f"{name} removes the same number of experts in every layer; leave `ignore` out")
         return self
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.architectures.architecture import MODULE_PATTERNS, Role
-from quantlab.checkpoint.files import write_atomically
-from quantlab.checkpoint.index import INDEX_NAME, read_json
+from quantlab.checkpoint.index import INDEX_NAME
 from quantlab.errors import ArtifactError
+from quantlab.files import read_json, write_atomically
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.hardware import processor, version_of
 from quantlab.plan.model import LedgerEntry, Plan, Step, VariantPlan

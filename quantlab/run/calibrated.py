@@ -1,9 +1,8 @@
-"""Calibrated variants: text flows through the model block by block, and each block is changed while it is watched.
+"""Calibrated variants: the calibration text passes through the model block by block, and each block is edited in between.
 
-Inside a block the order is the forward pass's: the linears of one stage are changed, then what enters the next stage is
-measured with the changed ones in place. The next block reads what this one has become (`propagate: quantized`), or what it
-was (`propagate: original`). Where an algorithm makes good for the errors of earlier layers, the unchanged model runs beside.
-What is computed of the unchanged model is kept for other variants.
+The next block reads the outputs of this one as edited (`propagate: quantized`) or as it was (`propagate: original`). Where an
+algorithm compensates for the errors of earlier layers, the unchanged model runs beside. Results of the unchanged model are
+kept for other variants.
 """
 
 import hashlib
@@ -17,10 +16,14 @@ from quantlab.calibration.corpus import tokens_sha256
 from quantlab.calibration.hidden import HiddenStates, Workspace, discard_streams, load_streams, save_streams
 from quantlab.calibration.layer import EMBEDDINGS, Skeleton
 from quantlab.checkpoint.reader import TORCH_DTYPES
+from quantlab.plan.folds import folds_of
 from quantlab.plan.model import Block, Plan, VariantPlan
-from quantlab.run.block import BlockTask, BlockWork, Read, Skeletons, Streams
+from quantlab.run.block import edit_layer
+from quantlab.run.flow import EditedFlow, Flow, UnchangedFlow
 from quantlab.run.identity import computing_of, shared_identity
+from quantlab.run.layer import EditedLayer, Model, Skeletons
 from quantlab.run.shared import SharedStages, Unchanged
+from quantlab.run.weights import BlockWeights, Read
 
 _CHANGED = "changed"
 _DEVICE_SHARE = 4
@@ -29,12 +32,12 @@ _DEVICE_SHARE = 4
 
 @dataclass(frozen=True)
 class Places:
-    """Where a calibrated variant computes and keeps things.
+    """Where a calibrated variant computes and keeps its files.
 
     Attributes:
         work: directory of this variant's hidden states.
-        shared: directory of what variants share.
-        budget: bytes that what they share may take.
+        shared: directory of the results that variants share.
+        budget: bytes that these may take.
         device: where the layers compute.
     """
 
@@ -45,71 +48,90 @@ class Places:
 
 
 class CalibratedRun:
-    """The decoder layers of one calibrated variant, changed in order.
+    """The decoder layers of one calibrated variant, edited in order.
 
     Args:
         plan: the compiled recipe.
         variant: a variant with `calibration`.
         tokens: [samples, length] int64.
-        read: the source weight of a step, finite.
-        places: where it computes and keeps things.
+        read: reads the source weight of a step.
+        places: where it computes and keeps its files.
     """
 
     def __init__(self, plan: Plan, variant: VariantPlan, tokens: Tensor, read: Read, places: Places) -> None:
         assert variant.calibration is not None
         self._variant, self._tokens, self._read, self._directory = variant, tokens, read, places.work
-        device = places.device
+        device, config = places.device, plan.checkpoint.config
         self._computing = computing_of(variant.calibration, device)
         dtype = self._computing.torch_dtype
-        self._architecture, self._config = plan.architecture, plan.checkpoint.config
-        whole = self._skeleton = Skeleton(self._config, dtype=dtype, device=device)
+        whole = self._skeleton = Skeleton(config, dtype=dtype, device=device)
         reduced = whole
         if variant.experts is not None:
-            fewer = self._architecture.with_experts(self._config, variant.experts)
+            fewer = plan.architecture.with_experts(config, variant.experts)
             reduced = Skeleton(fewer, dtype=dtype, device=device)
-        self._skeletons = Skeletons(whole, reduced)
+        follows = variant.calibration.propagate == "quantized"
         device_bytes = torch.cuda.mem_get_info(device)[0] // _DEVICE_SHARE if device.type == "cuda" else 0
         cap = variant.calibration.memory_bytes
         self._workspace = Workspace(places.work, memory_bytes=cap, device=device, device_bytes=device_bytes)
         shape = (*tokens.shape, whole.width)
-        follows = variant.calibration.propagate == "quantized"
-        unchanged = None
+        self._unchanged: Unchanged | None = None
         if variant.watches_unchanged:
             steps = {step.claim.name: step for step in variant.steps}
-            stages = SharedStages(places.shared / self._shared_key(plan), budget=places.budget)
+            stages = SharedStages(places.shared / self._shared_key(plan), budget=places.budget, device=device)
             hidden = self._workspace.stream(*shape, dtype=dtype)
-            unchanged = Unchanged(whole, tokens, lambda name: read(steps[name]), hidden, stages)
-        changed = self._workspace.stream(*shape, dtype=dtype) if follows else None
-        self._streams = Streams(changed, unchanged)
+            self._unchanged = Unchanged(whole, tokens, lambda name: read(steps[name]), hidden, stages)
+        self._changed = self._workspace.stream(*shape, dtype=dtype) if follows else None
+        self._model = Model(
+            plan.architecture,
+            config,
+            Skeletons(whole, reduced),
+            follows=follows,
+            compares=follows and self._unchanged is not None,
+            tokens=tokens.numel(),
+        )
         self._after: str | None = None
 
     def has(self, block: Block) -> bool:
-        """Whether a block is a decoder layer that text flows through."""
+        """Whether a block is a decoder layer that text passes through."""
         layer = _layer_of(block)
         return layer is not None and layer < self._skeleton.layers
 
-    def change(self, block: Block) -> BlockWork:
-        """Change every weight of a decoder layer; the hidden states are those after the block then."""
-        index, changed = _layer_of(block), self._streams.changed
+    def edit(self, block: Block, weights: BlockWeights) -> EditedLayer:
+        """Edit the weights of a decoder layer; the hidden states are those after the block then.
+
+        Args:
+            block: of the plan, the one after the last that was edited.
+            weights: of the block.
+
+        Raises:
+            CheckpointError: a weight cannot be read, or weights, activations or results are not finite.
+            ArtifactError: the disk does not take the hidden states.
+        """
+        index, changed = _layer_of(block), self._changed
         assert index is not None
         if changed is not None and index == 0:
             self._embed(changed)
         elif changed is not None and self._after is None:
             load_streams(self._directory, f"layer {index - 1}", {_CHANGED: changed})
-        steps = {step.claim.name: step for shard in block.shards for step in shard.steps}
-        task = BlockTask(index, steps, self._architecture, self._config, self._variant.experts)
-        work = BlockWork(task, self._skeletons, self._read, self._streams, self._workspace)
-        work.run()
+        layer = EditedLayer(self._model, index, weights)
+        edit_layer(self._variant, layer, self._flow(layer))
         self._after = block.name
         if changed is not None:
             save_streams(self._directory, block.name, {_CHANGED: changed})
-        return work
+        return layer
 
     def committed(self) -> None:
-        """Forget the hidden states of earlier blocks, now that the journal names the last one."""
+        """Remove the hidden states of earlier blocks, now that the journal names the last one."""
         discard_streams(self._directory, keep=self._after)
-        if self._streams.unchanged is not None:
-            self._streams.unchanged.stages.tidy()
+        if self._unchanged is not None:
+            self._unchanged.stages.tidy()
+
+    def _flow(self, layer: EditedLayer) -> Flow:
+        structural = self._variant.removal is not None or folds_of(layer.steps)
+        if self._changed is None and not structural:
+            assert self._unchanged is not None, "text enters one of the two models"
+            return UnchangedFlow(layer, self._unchanged)
+        return EditedFlow(layer, self._changed, self._unchanged, self._workspace)
 
     def _embed(self, stream: HiddenStates) -> None:
         step = next(step for step in self._variant.steps if step.claim.name == EMBEDDINGS)
@@ -118,7 +140,7 @@ class CalibratedRun:
             stream.write(which, self._skeleton.embed(self._tokens[which], embeddings))
 
     def _shared_key(self, plan: Plan) -> str:
-        """Names all that the unchanged model's hidden states depend on."""
+        """Hash of everything that the unchanged model's hidden states depend on."""
         parts = (plan.checkpoint.fingerprint(), tokens_sha256(self._tokens), shared_identity(self._computing))
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 

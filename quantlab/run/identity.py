@@ -25,7 +25,7 @@ from quantlab.recipe.schema import Calibration
 
 Difference = Literal["none", "code", "calibration", "recipe"]
 
-_SHARED = ("quantlab.run.shared", "quantlab.calibration.collect", "quantlab.calibration.moe")
+_SHARED = ("quantlab.run.shared", "quantlab.calibration.inputs")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,20 @@
-"""The run: blocks in, shards out, one weight in memory at a time.
+"""The run of one variant: blocks in, shards out. A weight goes this way:
+
+    plan          Step: where it lies, its passes, its dtype                              plan/
+    read          BlockWeights: once, decoded, finite                                     formats/stored.py, run/weights.py
+    statistics    HalfInputs: of the activations that enter it                            calibration/inputs.py
+    change        layer edits: experts removed, scales folded, linears changed            run/edits.py -> passes/ -> algorithms/
+    encode        the tensors that store it                                               formats/
+    write         ShardWriter: in the order of the shard's header                         checkpoint/writer.py
+
+Without calibration there are no statistics and no layer edits: each weight is read, changed and written before the next one.
+With it, a decoder layer is edited as a whole (`calibrated.py`, `block.py`) while calibration text passes through it.
 
 An artifact is made in a hidden work directory and appears under its name by one rename, when it is complete. Until then a
-journal says which blocks are done; the same command continues after them.
+journal names the blocks that are done; the same command continues after them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +23,12 @@ import torch
 from torch import Tensor
 
 from quantlab.calibration.corpus import sample_tokens
-from quantlab.checkpoint.reader import TORCH_DTYPES, Reader
+from quantlab.checkpoint.reader import Reader
 from quantlab.checkpoint.writer import ShardWriter
 from quantlab.formats.compressed_tensors import encode
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
-from quantlab.passes.apply import Changed, Group, WeightReport, apply_passes
+from quantlab.passes.apply import WeightReport
 from quantlab.plan.model import Block, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schemes import SCHEMES
@@ -26,10 +36,10 @@ from quantlab.run.artifact import Making, finish_artifact
 from quantlab.run.directory import RunDirectory, make_directory
 from quantlab.run.identity import identify
 from quantlab.run.journal import FileRecord, FinishedBlock, Journal, journal_identity
-from quantlab.run.weights import check_range, read_finite
+from quantlab.run.weights import BlockWeights, read_finite
 
 Progress = Callable[[int], None]
-"""Told the bytes of the source that have just been dealt with."""
+"""Called with the bytes of the source that have just been processed."""
 
 
 @dataclass(frozen=True)
@@ -69,32 +79,34 @@ def run_variant(
         identity.difference(begun) == "code" or (settings.overwrite and begun["key"] != identity.key)
     ):
         directory.tidy(variant)
-    tokens = _calibration_tokens(plan, variant, recipe)  # text that cannot be used is told before anything is written
+    tokens = _calibration_tokens(plan, variant, recipe)  # unusable text is an error before anything is written
     make_directory(shards)
     journal = Journal(directory.journal(variant.name), shards, identity=identity)
+    read = partial(read_finite, source=source)
     calibrated = None
     if tokens is not None:
         from quantlab.run.calibrated import CalibratedRun, Places  # imports transformers, which takes seconds
 
         places = Places(directory.work(variant.name), directory.shared, settings.shared_bytes, settings.device)
-        calibrated = CalibratedRun(plan, variant, tokens, partial(read_finite, source=source), places)
+        calibrated = CalibratedRun(plan, variant, tokens, read, places)
     for block in variant.blocks:
         if journal.has(block.name):
-            progress(sum(step.source_bytes for shard in block.shards for step in shard.steps))
+            progress(block.source_bytes)
         elif calibrated is not None and calibrated.has(block):
-            done = calibrated.change(block)
-            finished = make_block(block, source, shards, progress, changed=done.changed)
-            journal.commit(replace(finished, tokens_per_expert=done.tokens_per_expert, kept_experts=done.kept))
+            weights = BlockWeights(block, read)
+            layer = calibrated.edit(block, weights)
+            finished = write_block(block, weights, shards, progress)
+            journal.commit(replace(finished, tokens_per_expert=layer.tokens_per_expert, kept_experts=layer.kept))
             calibrated.committed()
         else:
-            journal.commit(make_block(block, source, shards, progress))
+            journal.commit(write_block(block, BlockWeights(block, read), shards, progress))
     blocks = journal.finished([block.name for block in variant.blocks])
     finish_artifact(Making(plan, variant, recipe, identity), shards, blocks)
     directory.publish(variant)
 
 
 def _calibration_tokens(plan: Plan, variant: VariantPlan, recipe: LoadedRecipe) -> Tensor | None:
-    """The text that the variant's algorithms watch the model read [samples, length]; None if none of them does."""
+    """The calibration text of a variant as tokens [samples, length]; None without calibration."""
     calibration = variant.calibration
     if calibration is None:
         return None
@@ -108,15 +120,13 @@ def _calibration_tokens(plan: Plan, variant: VariantPlan, recipe: LoadedRecipe) 
     )
 
 
-def make_block(
-    block: Block,
-    source: StoredWeights,
-    directory: Path,
-    progress: Progress,
-    *,
-    changed: Mapping[str, Changed] | None = None,
-) -> FinishedBlock:
-    """Read, change and write the weights of one block; where they were changed already, write those."""
+def write_block(block: Block, weights: BlockWeights, directory: Path, progress: Progress) -> FinishedBlock:
+    """Encode and write the weights of one block, shard by shard; those that were not edited are read and changed here.
+
+    Raises:
+        CheckpointError: a weight cannot be read or is not finite, or the dtype it is stored in cannot hold the result.
+        ArtifactError: the disk does not take a shard.
+    """
     files: list[FileRecord] = []
     reports: dict[str, WeightReport] = {}
     for shard in block.shards:
@@ -124,7 +134,7 @@ def make_block(
             for step in shard.steps:
                 if not step.outputs:
                     continue
-                result, report = _change(step, source) if changed is None else changed[step.claim.name]
+                result, report = weights.take(step.claim.name)
                 if report is not None:
                     reports[step.claim.name] = report
                 for name, tensor in _encode(step, result).items():
@@ -132,15 +142,6 @@ def make_block(
                 progress(step.source_bytes)
         files.append(FileRecord(shard.file, writer.sha256, writer.nbytes))
     return FinishedBlock(block.name, tuple(files), reports)
-
-
-def _change(step: Step, source: StoredWeights) -> Changed:
-    weight, dtype = read_finite(step, source), TORCH_DTYPES[step.dtype]
-    result: Changed = weight.to(dtype), None
-    if step.passes:
-        result = apply_passes([Group({step.claim.name: weight})], step.passes, dtype=dtype)[step.claim.name]
-    check_range(step, weight, result[0])
-    return result
 
 
 def _encode(step: Step, changed: Tensor | QuantizedMatrix) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""What the variants of a run share: whatever depends on the unchanged model and the calibration text alone.
+"""Results that the variants of a run share: those of the unchanged model on the calibration text.
 
-Hidden states after a layer of the unchanged model are wanted by every variant that watches it (`propagate: original`) or
-makes good for errors of earlier layers; statistics of its input sites by all variants that watch it with the same needs. The
-first variant computes them, the others read them from files under a key of what they depend on. Nothing depends on a
-file being there: what is missing is computed again, with the same bits.
+Hidden states after a layer of the unchanged model are used by every variant with `propagate: original` and by every variant
+that compensates for errors of earlier layers; statistics of its input sites by all variants with `propagate: original` that
+need the same ones. The first variant computes them, the others read them from files under a key of everything they depend
+on. Nothing depends on a file being there: a missing result is computed again, with the same bits.
 """
 
 from collections.abc import Callable, Collection
@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantlab.calibration.hidden import HiddenStates, load_streams, save_streams, saved_streams
-from quantlab.calibration.layer import EMBEDDINGS, Skeleton
-from quantlab.calibration.statistics import Need, SiteStatistics
-from quantlab.checkpoint.files import write_error
+from quantlab.calibration.layer import EMBEDDINGS, Layer, Skeleton
+from quantlab.files import write_error
+from quantlab.numerics.statistics import Need, SiteStatistics
 from quantlab.run.directory import make_directory
 
 ReadName = Callable[[str], Tensor]
@@ -25,19 +25,20 @@ _STREAM = "original"
 
 
 class SharedStages:
-    """Files of what has been computed of the unchanged model.
+    """Files with results of the unchanged model.
 
     Args:
-        directory: where they lie; made when the first is written.
-        budget: bytes they may take together. Of hidden states the last are always kept, for a run that is interrupted.
+        directory: of the files; made when the first is written.
+        budget: bytes they may take together. The last hidden states are always kept, for a run that is interrupted.
+        device: where tensors that are read arrive.
     """
 
-    def __init__(self, directory: Path, *, budget: int) -> None:
-        self._directory, self._budget = directory, budget
+    def __init__(self, directory: Path, *, budget: int, device: torch.device | None = None) -> None:
+        self._directory, self._budget, self._device = directory, budget, str(device or "cpu")
         self._used = sum(path.stat().st_size for path in directory.glob("*"))
 
     def layers(self) -> list[int]:
-        """The layers whose hidden states after them are there, ascending."""
+        """The layers after which hidden states are kept, ascending."""
         return sorted(int(block.removeprefix("layer ")) for block in saved_streams(self._directory))
 
     def load(self, layer: int, hidden: HiddenStates) -> None:
@@ -50,7 +51,7 @@ class SharedStages:
         load_streams(self._directory, f"layer {layer}", {_STREAM: hidden})
 
     def save(self, layer: int, hidden: HiddenStates) -> None:
-        """Keep the stream as it stands after a layer.
+        """Keep the stream, which is that after a layer.
 
         Raises:
             ArtifactError: the disk does not take it.
@@ -60,7 +61,7 @@ class SharedStages:
         self._used += hidden.tokens * hidden.shape[2] * hidden.dtype.itemsize
 
     def tidy(self) -> None:
-        """Remove the hidden states of earlier layers where the budget does not hold them."""
+        """Remove the hidden states of earlier layers while the files exceed the budget."""
         for layer in self.layers()[:-1]:
             if self._used > self._budget:
                 path = saved_streams(self._directory)[f"layer {layer}"]
@@ -68,13 +69,12 @@ class SharedStages:
                 path.unlink()
 
     def statistics(self, name: str, needs: Collection[Need], compute: Callable[[], SiteStatistics]) -> SiteStatistics:
-        """Statistics under a name, computed where they are not there.
+        """Statistics under a name, computed if there is no file.
 
         Args:
-            name: layer and input site, and whose.
-            needs: what of them is wanted; the same with other needs is another file, since sums in another order have
-                other bits.
-            compute: makes them.
+            name: layer, input site and expert.
+            needs: the statistics; the same site with other needs is another file, since other sums have other bits.
+            compute: computes them.
 
         Raises:
             ArtifactError: the disk does not take them.
@@ -88,14 +88,14 @@ class SharedStages:
         return SiteStatistics(count=int(found.pop("count")), **found)
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors under a name, computed where they are not there; from a file they come to the CPU.
+        """Tensors under a name, computed if there is no file.
 
         Raises:
             ArtifactError: the disk does not take them.
         """
         path = self._directory / f"{name.replace(' ', '-')}.safetensors"
         if path.is_file():
-            found: dict[str, Tensor] = load_file(path)
+            found: dict[str, Tensor] = load_file(path, device=self._device)
             return found
         result = compute()
         nbytes = sum(tensor.nbytes for tensor in result.values())
@@ -116,14 +116,14 @@ class SharedStages:
 
 
 class Unchanged:
-    """The unchanged model, as far as the calibration text has flowed through it.
+    """The unchanged model with the calibration text in one of its layers.
 
     Args:
         skeleton: makes its layers.
         tokens: [samples, length] int64.
-        read: the source weight of a name, of any floating dtype.
+        read: reads a source weight by name, of any floating dtype.
         hidden: the stream, of undefined values.
-        stages: where it is looked up and kept.
+        stages: where hidden states are looked up and kept.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class Unchanged:
         self._enters: int | None = None
 
     def enter(self, layer: int) -> HiddenStates:
-        """The hidden states that enter a layer, computed from the last ones that are known.
+        """The hidden states that enter a layer, computed from the last that are known.
 
-        They belong to the caller until `leave`; a caller that never leaves may advance them through other weights.
+        They belong to the caller until `leave`; a caller that does not call it may advance them through other weights.
         """
         if self._enters != layer:
             start = max((number + 1 for number in self.stages.layers() if number < layer), default=0)
@@ -150,11 +150,24 @@ class Unchanged:
         return self._hidden
 
     def knows(self, layer: int) -> bool:
-        """Whether the hidden states after a layer are there without anybody advancing the stream."""
+        """Whether the hidden states after a layer are kept."""
         return layer in self.stages.layers()
 
+    def run_ahead(self, number: int, layer: Layer) -> None:
+        """Compute and keep the hidden states after a layer before its weights are edited, so that they are not read again.
+
+        Args:
+            number: of the layer.
+            layer: with the weights of the source.
+        """
+        if number + 1 == self._skeleton.layers or self.knows(number):
+            return
+        self.enter(number)
+        self._pass_through(layer)
+        self.stages.save(number, self._hidden)
+
     def leave(self, layer: int) -> None:
-        """Say that the hidden states are those after this layer now."""
+        """Declare that the hidden states are those after this layer now."""
         self._enters = layer + 1
         if not self.knows(layer):
             self.stages.save(layer, self._hidden)
@@ -167,5 +180,8 @@ class Unchanged:
     def _forward(self, number: int) -> None:
         layer = self._skeleton.layer(number)
         layer.fill(self._read)
+        self._pass_through(layer)
+
+    def _pass_through(self, layer: Layer) -> None:
         for which, hidden in self._hidden.batches():
             self._hidden.write(which, layer.forward(hidden))

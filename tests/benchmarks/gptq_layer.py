@@ -16,15 +16,17 @@ from pathlib import Path
 
 import torch
 
-from quantlab.architectures.detect import detect
 from quantlab.calibration.hidden import Workspace
 from quantlab.calibration.layer import Skeleton
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.plan.compile import compile_plan
 from quantlab.plan.model import Plan
 from quantlab.recipe.load import load_recipe
-from quantlab.run.block import BlockTask, BlockWork, Skeletons, Streams
+from quantlab.run.block import edit_layer
+from quantlab.run.flow import EditedFlow
+from quantlab.run.layer import EditedLayer, Model, Skeletons
 from quantlab.run.shared import SharedStages, Unchanged
+from quantlab.run.weights import BlockWeights
 from tests.true_shapes import V2_LITE, V3, write_headers
 
 MODELS = {
@@ -86,21 +88,31 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, object]
         stages.save(layer - 1, before)
     tokens = torch.zeros(samples, length, dtype=torch.int64)
     unchanged = Unchanged(whole, tokens, lambda name: read(steps[name]), before, stages) if corrects else None
-    task = BlockTask(layer, steps, detect(plan.checkpoint.config), plan.checkpoint.config, None)
+    model = Model(
+        plan.architecture,
+        plan.checkpoint.config,
+        Skeletons(whole, whole),
+        follows=True,
+        compares=corrects,
+        tokens=samples * length,
+    )
+    weights = BlockWeights(block, read)
     start = time.perf_counter()
-    work = BlockWork(task, Skeletons(whole, whole), read, Streams(changed, unchanged), workspace)
+    edited = EditedLayer(model, layer, weights)
+    flow = EditedFlow(edited, changed, unchanged, workspace)
     filled = time.perf_counter()
     profiler = torch.profiler.profile() if arguments.profile else None
     if profiler is not None:
         profiler.start()
-    work.run()
+    edit_layer(plan.variants[0], edited, flow)
     if device.type == "cuda":
         torch.cuda.synchronize()
     done = time.perf_counter()
     if profiler is not None:
         profiler.stop()
         print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
-    reports = [report for _, report in work.changed.values() if report is not None and report.output_error is not None]
+    found = [weights.take(name)[1] for name in steps]
+    reports = [report for report in found if report is not None and report.output_error is not None]
     return {
         "model": arguments.model,
         "targets": arguments.targets,

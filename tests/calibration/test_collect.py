@@ -8,8 +8,8 @@ import torch
 from quantlab.calibration.collect import Stream, advance, collect, record, settle
 from quantlab.calibration.hidden import HiddenStates, Workspace
 from quantlab.calibration.layer import Half, Layer
-from quantlab.calibration.statistics import SiteStatistics
 from quantlab.errors import CheckpointError
+from quantlab.numerics.statistics import SiteStatistics
 from tests.calibration.conftest import Whole
 from tests.calibration.oracle import (
     CPU,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from quantlab.evaluation.quality.windows import HeldOut, cut, load_tokenizer, read_corpus
+from quantlab.checkpoint.tokenizer import load_tokenizer
+from quantlab.evaluation.quality.windows import HeldOut, cut, read_corpus
 from tests.checkpoints import make_checkpoint
 
 WORDS = {

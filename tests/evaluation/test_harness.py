@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.processes.messages import TaskAnswer, TasksRequest
-from quantlab.evaluation.quality.windows import load_tokenizer
 from quantlab.evaluation.record import TaskResult
 from quantlab.evaluation.suite import SuiteTask, load_suite
 from quantlab.evaluation.tasks.lm_eval_tasks import Answerer, answer

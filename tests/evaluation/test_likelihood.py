@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.quality.windows import load_tokenizer
 from quantlab.evaluation.tasks.likelihood import Text, encode, likelihoods
 from quantlab.runtime.load import load
 from tests.evaluation.test_predictions import dense_model

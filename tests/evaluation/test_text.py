@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from quantlab.errors import EvaluationError
-from quantlab.evaluation.quality.windows import Document, cut, load_tokenizer, read_corpus
+from quantlab.checkpoint.tokenizer import load_tokenizer
+from quantlab.errors import CheckpointError, EvaluationError
+from quantlab.evaluation.quality.windows import Document, cut, read_corpus
 from tests.evaluation.conftest import write_corpus, write_tokenizer
 
 TEXT = " two  spaces, naïve café 😀😀 漢字 and \u2028 a separator" * 3
@@ -67,7 +68,7 @@ def test_batches_hold_every_window_once_and_little_padding(held_out) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{no json", "malformed"), ('{"text": "no domain"}', "malformed"), ('["a list"]', "malformed")],
+    [("{no json", "is not JSON"), ('{"text": "no domain"}', "has no domain"), ('["a list"]', "has no domain")],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = write_corpus(tmp_path / "corpus.jsonl", documents=5)
@@ -87,12 +88,12 @@ def test_too_few_documents_are_an_error(model: Path, documents: int, cap: int, f
 
 
 def test_an_artifact_without_tokenizer_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="no tokenizer"):
+    with pytest.raises(CheckpointError, match="no tokenizer"):
         load_tokenizer(tmp_path)
 
 
 def test_a_first_token_outside_the_vocabulary_is_an_error(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<other>"}')
-    with pytest.raises(EvaluationError, match="not in the vocabulary"):
+    with pytest.raises(CheckpointError, match="not in the vocabulary"):
         load_tokenizer(tmp_path)

@@ -6,19 +6,24 @@ import torch
 from torch import Tensor
 
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.statistics import SiteStatistics
 from quantlab.passes.apply import Group, Inputs, apply_passes
 from quantlab.recipe.algorithms import Gptq, SparseGpt
 from quantlab.recipe.schema import Prune, Quantize
 
 
-def inputs_of(X: Tensor, prior: Inputs | None = None) -> Inputs:
-    return Inputs(len(X), X.square().mean(0), X.T @ X / max(len(X), 1), None, prior)
+def statistics_of(X: Tensor) -> SiteStatistics:
+    return SiteStatistics(len(X), X.square().mean(0), hessian=X.T @ X / max(len(X), 1))
+
+
+def inputs_of(X: Tensor, prior: Tensor | None = None) -> Inputs:
+    return Inputs(statistics_of(X), None if prior is None else statistics_of(prior))
 
 
 def test_shrunk_statistics_are_those_of_own_tokens_and_the_priors_together() -> None:
     torch.manual_seed(0)
     own, others = torch.randn(30, 6), torch.randn(60, 6)
-    shrunk = inputs_of(own, inputs_of(others)).shrunk(10)  # a prior of ten tokens for each of six channels
+    shrunk = inputs_of(own, others).shrunk(10)  # a prior of ten tokens for each of six channels
     together = torch.cat([own, others])
     assert shrunk.hessian is not None
     torch.testing.assert_close(shrunk.hessian, together.T @ together / 90)
@@ -28,7 +33,7 @@ def test_shrunk_statistics_are_those_of_own_tokens_and_the_priors_together() -> 
 def test_an_expert_without_tokens_has_the_priors_statistics() -> None:
     torch.manual_seed(0)
     others = torch.randn(60, 6)
-    none = Inputs(0, torch.zeros(6), torch.zeros(6, 6), None, inputs_of(others))
+    none = Inputs(SiteStatistics(0, torch.zeros(6), hessian=torch.zeros(6, 6)), statistics_of(others))
     shrunk = none.shrunk(1.0)
     assert shrunk.hessian is not None
     torch.testing.assert_close(shrunk.hessian, others.T @ others / 60)
@@ -69,8 +74,9 @@ def test_what_was_done_to_statistics_is_counted() -> None:
     X = torch.randn(300, 1) + 0.1 * torch.randn(300, 64)
     X[:, 5] = 0
     inputs = inputs_of(X)
-    assert inputs.hessian is not None
-    indefinite = replace(inputs, hessian=1.1 * inputs.hessian - 0.1 * inputs.hessian.diagonal().diag())
+    H = inputs.own.hessian
+    assert H is not None
+    indefinite = Inputs(replace(inputs.own, hessian=1.1 * H - 0.1 * H.diagonal().diag()))
     passes = (Quantize(quantize="int4_g32", algorithm=Gptq(name="gptq", correction=0)),)
     for known, damped in ((inputs, False), (indefinite, True)):
         _, report = apply_passes([Group({"w": torch.randn(8, 64)}, known)], passes, dtype=torch.bfloat16)["w"]
@@ -86,8 +92,8 @@ def test_what_was_done_to_statistics_is_counted() -> None:
 
 def test_an_expert_without_tokens_says_what_it_was_changed_by() -> None:
     torch.manual_seed(0)
-    prior = inputs_of(torch.randn(60, 64))
-    none = Inputs(0, torch.zeros(64), torch.zeros(64, 64), None, prior)
+    prior = statistics_of(torch.randn(60, 64))
+    none = Inputs(SiteStatistics(0, torch.zeros(64), hessian=torch.zeros(64, 64)), prior)
     for shrinkage, words in ((1.0, "by the statistics of all tokens"), (0.0, "as if all its inputs mattered alike")):
         passes = (Quantize(quantize="int4_g32", algorithm=Gptq(name="gptq", correction=0, shrinkage=shrinkage)),)
         _, report = apply_passes([Group({"w": torch.randn(8, 64)}, none)], passes, dtype=torch.bfloat16)["w"]

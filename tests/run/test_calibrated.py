@@ -19,12 +19,12 @@ from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.errors import CalibrationError, PlanError
 from quantlab.evaluation.verify import verify
+from quantlab.passes.fold import divided_rows, scaled_columns
 from quantlab.plan.compile import compile_plan
 from quantlab.plan.folds import folds_of
 from quantlab.recipe.load import load_recipe
 from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import make_artifacts
-from quantlab.run.folding import folded, unfolded
 from tests.calibration.oracle import dense_weights, load_model, tokens, write_dense
 from tests.checkpoints import make_checkpoint
 
@@ -216,9 +216,9 @@ def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path]
         rows = architecture.fed_rows(fold.producers[0].claim, source.config, channels=channels)
         factors = torch.empty(max(rows) + 1).uniform_(0.3, 3, generator=generator)[torch.tensor(rows)]
         for step in fold.consumers:
-            weights[step.claim.name] = folded(weights[step.claim.name], factors)
+            weights[step.claim.name] = scaled_columns(weights[step.claim.name], factors)
         for step in fold.producers:
-            weights[step.claim.name] = unfolded(weights[step.claim.name], factors, rows)
+            weights[step.claim.name] = divided_rows(weights[step.claim.name], factors, rows)
     routed = [fold for fold in folds if any(step.claim.role == "router" for step in fold.consumers)]
     assert len(routed) == (2 if "deepseek" in family else 0), "every router reads what a fold scales"
     sites = {fold.site for fold in folds}

@@ -17,7 +17,7 @@ VARIANTS = "  w4a16: [{quantize: int4_g128}]\n  fp16: [{cast: float16}]\n"
 # Runs the command line in a process that kills itself, without warning, at the N-th call of a function.
 DRIVER = """
 import os, signal, sys
-import quantlab.checkpoint.files as files, quantlab.checkpoint.writer as writer, quantlab.run.artifact as artifact
+import quantlab.files as files, quantlab.checkpoint.writer as writer, quantlab.run.artifact as artifact
 import quantlab.run.directory as directory, quantlab.run.journal as journal
 target, number = sys.argv[1], int(sys.argv[2])
 calls = 0

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantlab.calibration import inputs
 from quantlab.calibration.hidden import Workspace
-from quantlab.calibration.statistics import SiteStatistics
-from quantlab.run import block, shared
+from quantlab.numerics.statistics import SiteStatistics
+from quantlab.run import flow, shared
 from quantlab.run.directory import RunDirectory
 from quantlab.run.shared import SharedStages
 from tests.checkpoints import make_checkpoint
@@ -69,9 +70,9 @@ def test_the_unchanged_model_runs_once_for_all_that_watch_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: Counter[str] = Counter()
-    for name in ("advance", "collect", "collect_moe"):
-        original = getattr(block, name)
-        monkeypatch.setattr(block, name, lambda *a, _f=original, _n=name, **k: (calls.update([_n]), _f(*a, **k))[1])
+    for module, name in ((flow, "advance"), (inputs, "collect"), (inputs, "collect_moe")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _f=original, _n=name, **k: (calls.update([_n]), _f(*a, **k))[1])
     make(tmp_path / "one", model, ["sparse"], propagate="original")
     alone = Counter(calls)
     calls.clear()

@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantlab.checkpoint.files import write_atomically
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.processes.messages import PREDICTIONS_COMPLETE
+from quantlab.files import write_atomically
 
 _HIDDEN, _HEAD, _TOKENS = "hidden.npy", "head.npy", "tokens.npz"
 MOST_BYTES: Final = 4 << 30

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.manifest import kept_experts, read_manifest
 from quantlab.evaluation.processes.messages import Progress, QualityRequest, QualityResult
@@ -22,7 +23,7 @@ from quantlab.evaluation.quality.layers import (
     sample,
 )
 from quantlab.evaluation.quality.predictions import score
-from quantlab.evaluation.quality.windows import HeldOut, cut, load_tokenizer, read_corpus
+from quantlab.evaluation.quality.windows import HeldOut, cut, read_corpus
 from quantlab.evaluation.record import Divergence, Documents, Domain, Measured, Quality, Significance
 from quantlab.evaluation.statistics import Floats, Resampled, percentile, resample
 from quantlab.evaluation.suite import load_suite

@@ -10,7 +10,6 @@ first character of the token after it: consecutive windows then share no byte an
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from quantlab.checkpoint.index import read_json
 from quantlab.errors import EvaluationError
+from quantlab.files import read_json_lines
 
 _FEWEST_DOCUMENTS = 5  # fewer stand for nothing; statistics.py says how many an interval takes
 
@@ -94,72 +93,10 @@ def read_corpus(path: Path) -> list[Document]:
     """The documents of a file of JSON lines.
 
     Raises:
-        EvaluationError: the file cannot be read or a line is malformed.
+        EvaluationError: the file cannot be read or is empty, or a line is malformed.
     """
-    documents = []
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines would also cut at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(
-            "the held-out text cannot be read",
-            where=str(path),
-            found=str(error),
-            fix="give a file of JSON lines in UTF-8",
-        ) from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            fields = json.loads(line)
-            domain, text = fields["domain"], fields["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(
-                "a line of the held-out text is malformed",
-                where=f"{path}:{number}",
-                found=repr(error),
-                fix='write one object per line: {"id": …, "domain": …, "text": …}',
-            ) from error
-        documents.append(Document(str(domain), str(text)))
-    return documents
-
-
-def load_tokenizer(directory: Path) -> tuple[Tokenizer, tuple[int, ...]]:
-    """The tokenizer of a checkpoint and the ids it puts before a text.
-
-    tokenizer.json is read as it stands: the classes around it rebuild parts of it from their own defaults, and an
-    artifact is judged with the tokenizer it ships. They also add the beginning-of-sequence token where
-    tokenizer_config.json says `add_bos_token`, which tokenizer.json need not know.
-
-    Raises:
-        EvaluationError: there is no tokenizer, or its beginning-of-sequence token is not in its vocabulary.
-    """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise EvaluationError(
-            "the artifact has no tokenizer",
-            where=str(directory),
-            found="no tokenizer.json",
-            fix="copy the tokenizer's files of the model",
-        )
-    tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    prefix = tuple(tokenizer.encode("").ids)
-    # a post-processor may trim spaces off the offsets, and the prefix is ours to add
-    tokenizer.post_processor = None
-    if not prefix and (directory / "tokenizer_config.json").is_file():
-        settings = read_json(directory / "tokenizer_config.json")
-        if settings.get("add_bos_token"):
-            token = settings.get("bos_token")
-            content = token.get("content") if isinstance(token, dict) else token
-            identifier = tokenizer.token_to_id(str(content))
-            if identifier is None:
-                raise EvaluationError(
-                    "the beginning-of-sequence token is not in the vocabulary",
-                    where=str(directory / "tokenizer_config.json"),
-                    found=repr(content),
-                    fix="copy the tokenizer's files of the model",
-                )
-            prefix = (identifier,)
-    return tokenizer, prefix
+    lines = read_json_lines(path, fields=("domain", "text"), kind="held-out text", error=EvaluationError)
+    return [Document(line["domain"], line["text"]) for line in lines]
 
 
 def cut(

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from quantlab.checkpoint.index import read_json
 from quantlab.errors import EvaluationError, QuantlabError
 from quantlab.evaluation.machine.energy import meter
 from quantlab.evaluation.machine.gauges import now, watched
 from quantlab.evaluation.processes.messages import Progress, SpeedRequest, SpeedResult, TwinTimings
 from quantlab.evaluation.suite import SpeedSuite, load_suite
+from quantlab.files import read_json
 from quantlab.formats.compressed_tensors import QUANT_METHOD, QuantizationConfig, parse_config
 from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.cache import cached

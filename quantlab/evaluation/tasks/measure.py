@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
+from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.processes.messages import Progress, TaskAnswer, TasksRequest, TasksResult, Tell
-from quantlab.evaluation.quality.windows import load_tokenizer
 from quantlab.evaluation.suite import LoadedSuite, TaskRun, load_suite
 from quantlab.evaluation.tasks import lm_eval_tasks
 from quantlab.evaluation.tasks.likelihood import Likelihood, encode, likelihoods

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from quantlab.checkpoint.files import write_atomically
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.record import Measured, Significance, TaskResult, verdict
 from quantlab.evaluation.statistics import Floats, Resampled, mcnemar, resample
+from quantlab.files import write_atomically
 
 _FEWEST_UNITS = 5  # fewer stand for nothing; statistics.py says how many an interval takes
 

@@ -17,11 +17,12 @@ from dense import compare, dequantize, write_checkpoint
 from measured import THREADS
 from table import write_table
 
+from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.evaluation import hardware
 from quantlab.evaluation.quality.baseline import Baseline, BaselineWriter
 from quantlab.evaluation.quality.measure import document_sums, summarise
 from quantlab.evaluation.quality.predictions import score
-from quantlab.evaluation.quality.windows import HeldOut, cut, load_tokenizer, read_corpus
+from quantlab.evaluation.quality.windows import HeldOut, cut, read_corpus
 from quantlab.evaluation.suite import load_suite
 from quantlab.runtime.load import load
 

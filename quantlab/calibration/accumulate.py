@@ -1,53 +1,21 @@
-"""What is kept of the activations that enter a linear layer: second moments and magnitudes, never the activations.
-
-For rows x of an input site, and rows x~ of the same tokens in the unchanged model:
-
-    hessian     mean of x xᵀ              what GPTQ, SparseGPT and Wanda weigh errors with
-    cross       mean of (x~ - x) xᵀ       what lets a layer make up for the errors of the layers before it
-    magnitudes  mean |x| and max |x|      what AWQ and SmoothQuant scale by
-"""
+"""Sums of statistics over the calibration tokens of one input site."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from quantlab.errors import CheckpointError
-
-Need = Literal["squares", "magnitudes", "hessian", "cross"]
-"""What to compute; the squares are part of everything."""
-
-
-@dataclass(frozen=True)
-class SiteStatistics:
-    """Statistics of an input site of width K, float32, on the device that computed them.
-
-    Attributes:
-        count: tokens seen.
-        mean_square: [K], mean of x², the diagonal of the Hessian.
-        mean_abs: [K], mean of \\|x\\|.
-        max_abs: [K], largest \\|x\\|.
-        hessian: [K, K], mean of x xᵀ over tokens, without the factor 2 some papers put there.
-        cross: [K, K], mean of (x~ - x) xᵀ; row i belongs to the difference of channel i.
-    """
-
-    count: int
-    mean_square: Tensor
-    mean_abs: Tensor | None = None
-    max_abs: Tensor | None = None
-    hessian: Tensor | None = None
-    cross: Tensor | None = None
+from quantlab.numerics.statistics import Need, SiteStatistics
 
 
 class Accumulator:
-    """Sums over the tokens of one site.
+    """Running sums over the tokens of one input site.
 
     Args:
         width: K.
-        needs: what to compute.
-        device: where the activations are.
+        needs: the statistics to compute.
+        device: of the activations.
     """
 
     def __init__(self, width: int, needs: Collection[Need], *, device: torch.device) -> None:

@@ -1,0 +1,109 @@
+"""Small files: JSON read strictly, and bytes written whole or not at all."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import ArtifactError, CheckpointError, QuantlabError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint or an artifact.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read",
+            where=str(path),
+            found=error.strerror,
+            fix="give the directory of a Hugging Face checkpoint",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path.name} is not JSON", where=str(path), found=str(error), fix="download the file again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path.name} is not a JSON object",
+            where=str(path),
+            found=type(content).__name__,
+            fix="download the file again",
+        )
+    return content
+
+
+def read_json_lines(
+    path: Path, *, fields: Sequence[str], kind: str, error: type[QuantlabError]
+) -> list[dict[str, str]]:
+    """Texts from a file of JSON lines; lines of white space are skipped.
+
+    Args:
+        path: the file, UTF-8.
+        fields: names that every line must have, their values being strings; other fields are dropped.
+        kind: what the file is, for messages: "calibration text".
+        error: raised for every fault of the file.
+
+    Returns:
+        The fields of each line, at least one line.
+    """
+    fix = "write one object per line: {" + ", ".join(f'"{field}": …' for field in fields) + "}"
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise error(
+            f"the {kind} cannot be read",
+            where=str(path),
+            found=str(problem),
+            fix="give a file of JSON lines in UTF-8",
+        ) from problem
+    # splitlines would also cut at U+2028
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise error(f"the {kind} is empty", where=str(path), found="no lines", fix=fix)
+    found = []
+    for number, line in lines:
+        try:
+            values: Any = json.loads(line)
+        except (ValueError, RecursionError) as problem:
+            raise error(
+                f"a line of the {kind} is not JSON", where=f"{path}:{number}", found=str(problem), fix=fix
+            ) from problem
+        for field in fields:
+            if not isinstance(values, dict) or not isinstance(values.get(field), str):
+                raise error(f"a line of the {kind} has no {field}", where=f"{path}:{number}", found=line[:80], fix=fix)
+        found.append({field: values[field] for field in fields})
+    return found
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all.
+
+    Raises:
+        ArtifactError: the disk does not take the bytes.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: OSError) -> ArtifactError:
+    """The error for a file that the disk did not take."""
+    return ArtifactError(
+        "a file cannot be written",
+        where=str(path),
+        found=error.strerror,
+        fix="free space or choose another --out, then run the same command again: what is complete is kept",
+    )

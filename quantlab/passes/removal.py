@@ -1,0 +1,69 @@
+"""Bind passes that remove whole parts of a layer to their algorithms: what stays, and the tensors of the smaller layer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quantlab.algorithms.reap import saliency, select_experts
+from quantlab.architectures.architecture import Claim
+from quantlab.recipe.algorithms import ExpertRemoval
+
+
+@dataclass(frozen=True)
+class ExpertOutputs:
+    """Statistics of the outputs of the routed experts of a layer.
+
+    Attributes:
+        tokens: [E] int64, tokens routed to each expert.
+        gated_norms: [E] float32, for each expert the sum over its tokens of its gate value times the norm of its output.
+    """
+
+    tokens: Tensor
+    gated_norms: Tensor
+
+
+def experts_that_stay(
+    algorithm: ExpertRemoval, outputs: ExpertOutputs, *, kept: int, groups: int, picked: int, open_groups: int
+) -> tuple[int, ...]:
+    """Numbers of the routed experts of a layer that stay, ascending.
+
+    Args:
+        algorithm: chooses them.
+        outputs: of all experts.
+        kept: how many stay.
+        groups: routing groups, 1 where the router has none.
+        picked: experts per token.
+        open_groups: groups that the experts of one token are picked from.
+
+    Raises:
+        CalibrationError: a norm is not finite.
+    """
+    match algorithm.name:
+        case "reap":
+            scores = saliency(outputs.gated_norms, outputs.tokens)
+    chosen = select_experts(scores, kept=kept, groups=groups, picked=picked, open_groups=open_groups)
+    return tuple(chosen.tolist())
+
+
+def without_experts(
+    tensors: Mapping[str, Tensor], claims: Mapping[str, Claim], kept: Sequence[int]
+) -> dict[str, Tensor]:
+    """The tensors of a layer with only the experts `kept`, numbered 0, 1, … in that order.
+
+    Args:
+        tensors: of the layer by name; those of the router have one row per expert.
+        claims: of the same names.
+        kept: numbers of the experts that stay.
+    """
+    numbers = {expert: number for number, expert in enumerate(kept)}
+    result = {}
+    for name, tensor in tensors.items():
+        claim = claims[name]
+        if claim.role == "router":
+            result[name] = tensor[list(kept)]
+        elif claim.expert is None:
+            result[name] = tensor
+        elif claim.expert in numbers:
+            result[claim.in_expert(numbers[claim.expert])] = tensor
+    return result

@@ -1,0 +1,133 @@
+"""One decoder layer while its weights are edited: the modules that compute with them, and what is known so far."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quantlab.architectures.architecture import Architecture
+from quantlab.architectures.config import Config
+from quantlab.calibration.layer import Layer, Skeleton
+from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.passes.apply import WeightReport
+from quantlab.passes.removal import without_experts
+from quantlab.plan.folds import unsmoothed
+from quantlab.plan.model import Step
+from quantlab.run.weights import BlockWeights, Change
+
+_UNSMOOTHED = "not smoothed: experts share the norm before them"
+
+
+@dataclass(frozen=True)
+class Skeletons:
+    """Make layers with all experts, and with those that stay (the same where all do)."""
+
+    whole: Skeleton
+    reduced: Skeleton
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that a layer belongs to.
+
+    Attributes:
+        architecture: its family.
+        config: its config.json.
+        skeletons: make its layers.
+        follows: whether the layer computes with its changed weights (`propagate: quantized`) or with those of the source.
+        compares: whether the unchanged layer runs beside the changed one.
+        tokens: of the calibration text.
+    """
+
+    architecture: Architecture
+    config: Config
+    skeletons: Skeletons
+    follows: bool
+    compares: bool
+    tokens: int
+
+
+class EditedLayer:
+    """A decoder layer whose weights are being edited.
+
+    Args:
+        model: it belongs to.
+        index: of the layer.
+        weights: of its block.
+
+    Attributes:
+        modules: compute with the weights as they are now.
+        unchanged: computes with those of the source, folds included; None where nothing is compared with it.
+        tokens_per_expert: calibration tokens that each routed expert got; empty where none was routed.
+        kept: numbers of the routed experts that stay; empty where all do.
+        notes: by weight, what its report has to say beside what the passes say.
+    """
+
+    def __init__(self, model: Model, index: int, weights: BlockWeights) -> None:
+        self.model, self.index, self.weights = model, index, weights
+        whole = model.skeletons.whole
+        self.modules: Layer = whole.layer(index)
+        self.modules.fill(self._current)
+        self.unchanged: Layer | None = whole.layer(index) if model.compares else None
+        if self.unchanged is not None:
+            self.unchanged.fill(weights.source)
+        self.tokens_per_expert: tuple[int, ...] = ()
+        self.kept: tuple[int, ...] = ()
+        self.notes = dict.fromkeys(unsmoothed(weights.steps.values()), _UNSMOOTHED)
+
+    @property
+    def block(self) -> str:
+        """Name of the layer's block."""
+        return self.modules.block
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return self.model.skeletons.whole.device
+
+    @property
+    def steps(self) -> Iterable[Step]:
+        """What the plan says of every weight."""
+        return self.weights.steps.values()
+
+    def expert(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up [I, H] and down [H, I] of a routed expert, as the layer computes with them."""
+        names = self.model.architecture.expert_names(self.index, number)
+        gate, up, down = (self.modules.weights[name] for name in names)
+        return gate, up, down
+
+    def keep_experts(self, kept: Sequence[int]) -> None:
+        """Go on with a layer that has only these routed experts, renumbered in their order."""
+        before, self.kept = self.modules.weights, tuple(kept)
+        self.weights.restructure(partial(without_experts, kept=kept))
+        self.modules = self.model.skeletons.reduced.layer(self.index)
+        self.modules.fill(lambda name: before[name] if self.weights.changed(name) else self._current(name))
+
+    def fold(self, changes: Iterable[tuple[str, Change]]) -> None:
+        """Apply folds to weights, in order; several may meet in one."""
+        names = []
+        for name, change in changes:
+            self.weights.fold(name, change)
+            names.append(name)
+        for name in dict.fromkeys(names):
+            self.modules.weights[name].copy_(self._current(name))
+            if self.unchanged is not None:
+                self.unchanged.weights[name].copy_(self.weights.source(name))
+
+    def set(self, name: str, weight: Tensor, result: Tensor | QuantizedMatrix, report: WeightReport | None) -> None:
+        """Put the result of the passes in the place of a weight; arguments as those of `BlockWeights.set`.
+
+        Raises:
+            CheckpointError: the dtype the weight is stored in cannot hold the result.
+        """
+        if report is not None and not report.fallback:
+            report = replace(report, fallback=self.notes.get(name, ""))
+        self.weights.set(name, weight, result, report)
+        if self.model.follows:
+            dense = result if isinstance(result, Tensor) else result.dequantize(torch.float32)
+            self.modules.weights[name].copy_(dense)
+
+    def _current(self, name: str) -> Tensor:
+        return self.weights.stored(name) if self.model.follows else self.weights.source(name)
