@@ -23,6 +23,7 @@ from quantlab.checkpoint.writer import ShardWriter
 from quantlab.errors import ArtifactError
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.number_format import INT8
 from quantlab.runtime.load import load
 
 _TOKENS = (2, 48)
@@ -174,21 +175,22 @@ def _logits_of_transformers(
 
 def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected: Tensor) -> Check:
     name = "transformers loads it, logits equal to the dequantized reference"
-    activations = any(
-        scheme is not None and scheme.quantized_activations for scheme in map(stored.scheme_of, stored.names())
-    )
-    if any(
-        ".mlp.experts." in tensor and (scheme := stored.scheme_of(tensor)) and scheme.quantized_activations
-        for tensor in stored.names()
-    ):
+    rounding = _with_int8_activations(stored)
+    if any(".mlp.experts." in tensor for tensor in rounding):
         return Check(name, "not applicable", "transformers 5 cannot load int8 experts with quantized activations")
     try:
-        logits = _logits_of_transformers(checkpoint.directory, checkpoint, dequantize=activations)
+        logits = _logits_of_transformers(checkpoint.directory, checkpoint, dequantize=bool(rounding))
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         return Check(name, "failed", next(iter(str(error).splitlines()), type(error).__name__))
     difference = (logits - expected).abs().max().item()
     verdict: Literal["ok", "failed"] = "ok" if difference == 0 else "failed"
     return Check(name, verdict, f"largest logit difference {difference:.3g}")
+
+
+def _with_int8_activations(stored: StoredWeights) -> list[str]:
+    """Names of the weights whose input is rounded to int8."""
+    formats = ((name, stored.format_of(name)) for name in stored.names())
+    return [name for name, number in formats if number and number.activations and number.activations.element == INT8]
 
 
 def _check_runtime(artifact: Path, reference: Path, checkpoint: Checkpoint, stored: StoredWeights) -> Check:
@@ -200,7 +202,7 @@ def _check_runtime(artifact: Path, reference: Path, checkpoint: Checkpoint, stor
     relative = ((logits - expected).norm() / expected.norm()).item()
     largest = (logits - expected).abs().max().item()
     detail = f"largest logit difference {largest:.3g}, relative {relative:.2g}"
-    if any(scheme is not None and scheme.quantized_activations for scheme in map(stored.scheme_of, stored.names())):
+    if _with_int8_activations(stored):
         bound, detail = (
             _INT8_ACTIVATIONS,
             detail + f" (its activations are int8, the reference's are not; bound {_INT8_ACTIVATIONS:g})",

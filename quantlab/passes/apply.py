@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Final, Literal, assert_never
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from quantlab.algorithms.gptq import GptqOptions, GptqResult, gptq_batch
 from quantlab.algorithms.magnitude import magnitude_mask
 from quantlab.algorithms.rtn import round_to_nearest
-from quantlab.algorithms.scales import Grid, GridOptions
+from quantlab.algorithms.scales import GridOptions
 from quantlab.algorithms.sparsegpt import sparsegpt
 from quantlab.algorithms.wanda import wanda_mask
 from quantlab.numerics.integer import QuantizedMatrix
@@ -25,7 +26,6 @@ _CLIP_FLOORS: Final = {"mse": 0.6, "activations": 0.4}
 _REFITS: Final = {"mse": 0, "activations": 2}
 _PRIOR_STRENGTH: Final = 1.0
 """What all experts' tokens weigh beside an expert's own, in tokens per channel, where the recipe does not say."""
-_DEFAULT_GRID: Final[Mapping[int, Grid]] = {4: "signed", 8: "absmax"}
 
 _UNSEEN: Final = "no calibration token reached it: changed by the statistics of all tokens"
 _UNSEEN_ALONE: Final = "no calibration token reached it: changed as if all its inputs mattered alike"
@@ -290,9 +290,8 @@ class _Work:
         """The weights apart again, with their reports."""
         parts: list[Tensor | QuantizedMatrix]
         if isinstance(self._matrix, QuantizedMatrix):
-            integers, scales = self._apart(self._matrix.q), self._apart(self._matrix.scale)
-            bits = self._matrix.bits
-            parts = [QuantizedMatrix(q, scale, bits) for q, scale in zip(integers, scales, strict=True)]
+            ends = list(accumulate(self._rows))
+            parts = [self._matrix.rows(slice(end - rows, end)) for rows, end in zip(self._rows, ends, strict=True)]
         else:
             parts = [part.to(dtype) for part in self._apart(self._matrix)]
         return {
@@ -328,12 +327,14 @@ class _Work:
 def grid_of(step: Quantize, dtype: torch.dtype) -> GridOptions:
     """The integer grid of a pass, its scales of `dtype`."""
     scheme = SCHEMES[step.quantize]
+    grid = step.algorithm.grid or scheme.grid
+    assert grid is not None, "the recipe allows integer formats only to algorithms that choose integers"
     clip = "none" if isinstance(step.algorithm, SmoothQuant) else step.algorithm.clip
     return GridOptions(
-        bits=scheme.bits,
-        group_size=scheme.group_size,
+        bits=scheme.format.bits,
+        group_size=scheme.format.group_size,
         scale_dtype=dtype,
-        grid=step.algorithm.grid or _DEFAULT_GRID[scheme.bits],
+        grid=grid,
         clip_steps=0 if clip == "none" else _CLIP_STEPS,
         clip_floor=_CLIP_FLOORS.get(clip, 1.0),
         refits=_REFITS.get(clip, 0),

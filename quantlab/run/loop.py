@@ -15,13 +15,11 @@ from torch import Tensor
 from quantlab.calibration.corpus import sample_tokens
 from quantlab.checkpoint.reader import TORCH_DTYPES, Reader
 from quantlab.checkpoint.writer import ShardWriter
-from quantlab.formats.compressed_tensors import encode
+from quantlab.formats.codecs.table import encode
 from quantlab.formats.stored import StoredWeights
-from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.passes.apply import Changed, Group, WeightReport, apply_passes
 from quantlab.plan.model import Block, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
-from quantlab.recipe.schemes import SCHEMES
 from quantlab.run.artifact import Making, finish_artifact
 from quantlab.run.directory import RunDirectory, make_directory
 from quantlab.run.identity import identify
@@ -127,7 +125,7 @@ def make_block(
                 result, report = _change(step, source) if changed is None else changed[step.claim.name]
                 if report is not None:
                     reports[step.claim.name] = report
-                for name, tensor in _encode(step, result).items():
+                for name, tensor in encode(step.layout, step.claim.name, result).items():
                     writer.write(name, tensor)
                 progress(step.source_bytes)
         files.append(FileRecord(shard.file, writer.sha256, writer.nbytes))
@@ -141,10 +139,3 @@ def _change(step: Step, source: StoredWeights) -> Changed:
         result = apply_passes([Group({step.claim.name: weight})], step.passes, dtype=dtype)[step.claim.name]
     check_range(step, weight, result[0])
     return result
-
-
-def _encode(step: Step, changed: Tensor | QuantizedMatrix) -> dict[str, Tensor]:
-    if isinstance(changed, Tensor):
-        return {step.claim.name: changed}
-    assert step.quantize is not None, "integers come from a quantize pass"
-    return encode(step.claim.name, changed, SCHEMES[step.quantize.quantize])

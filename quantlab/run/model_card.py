@@ -8,7 +8,6 @@ from quantlab.passes.apply import WeightReport
 from quantlab.plan.model import Plan, Step, VariantPlan
 from quantlab.recipe.algorithms import Awq, Gptq, PruneAlgorithm, QuantizeAlgorithm, Rtn, SparseGpt, Wanda
 from quantlab.recipe.load import LoadedRecipe
-from quantlab.recipe.schemes import SCHEMES
 
 CARD_NAME = "README.md"
 MEASURED_START, MEASURED_END = "<!-- measured by quantlab -->", "<!-- end of what was measured -->"
@@ -194,10 +193,8 @@ def _repairs(reports: Collection[WeightReport]) -> list[str]:
 
 def _loading_section(variant: VariantPlan, plan: Plan) -> str:
     quantized = _quantized(variant)
-    schemes = {SCHEMES[step.quantize.quantize] for step in quantized if step.quantize}
-    int8_experts = any(scheme.quantized_activations for scheme in schemes) and any(
-        step.claim.role == "routed_experts" for step in quantized
-    )
+    rounds_activations = any(step.scheme is not None and step.scheme.format.activations for step in quantized)
+    int8_experts = rounds_activations and any(step.claim.role == "routed_experts" for step in quantized)
     lines = ["## How to load it\n"]
     if int8_experts:
         lines.append(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.number_format import INT4, NumberFormat
 from quantlab.runtime.products import BAND_ROWS, Groups, band_rows, centred, compute_dtype, joined, split
 
 _PACKED_ROWS: Final = 48
@@ -31,8 +32,11 @@ class Int4Matrices(nn.Module):
     scale: Tensor
     remainder: Tensor | None
 
-    def __init__(self, count: int, rows: int, columns: int, *, group_size: int, scale_dtype: torch.dtype) -> None:
+    def __init__(self, number: NumberFormat, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype) -> None:
         super().__init__()
+        group_size = number.group_size
+        assert group_size is not None, "can_hold was asked"
+        self.number = number
         self.shape = (count, rows, columns)
         self.group_size, self.scale_dtype = group_size, scale_dtype
         pairs = (count, columns // group_size, rows, 2)
@@ -45,15 +49,21 @@ class Int4Matrices(nn.Module):
         self._remainders = None if self.remainder is None else self.remainder.unbind(0)
 
     @staticmethod
-    def fits(rows: int, columns: int, *, group_size: int | None, scale_dtype: torch.dtype) -> bool:
-        """Whether torch's operator takes the shape, and its scales hold `scale_dtype` exactly."""
-        return (
-            int4_block() is not None
-            and rows % BAND_ROWS == 0
-            and group_size in {32, 64, 128}
-            and columns % group_size == 0
-            and scale_dtype in {torch.bfloat16, torch.float16}
-        )
+    def can_hold(number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype) -> str | None:
+        """Why torch's operator cannot multiply by matrices [N, K] of a format exactly; None if it can."""
+        if number.element != INT4 or number.activations is not None:
+            return "torch's int4 operator: int4 weights with floating-point activations only"
+        if not number.symmetric:
+            return "torch's int4 operator: no zero points"
+        if int4_block() is None:
+            return "torch's int4 operator: its layout on this CPU is unknown"
+        if shape[0] % BAND_ROWS:
+            return f"torch's int4 operator: rows are no multiple of {BAND_ROWS}"
+        if not number.by_row or number.group_size not in {32, 64, 128} or not number.fits(shape):
+            return "torch's int4 operator: groups of 32, 64 or 128 columns only"
+        if scale_dtype not in {torch.bfloat16, torch.float16}:
+            return "torch's int4 operator: float32 scales would be rounded"
+        return None
 
     def fill(self, index: int, matrix: QuantizedMatrix) -> None:
         """Set matrix `index`."""
@@ -61,6 +71,14 @@ class Int4Matrices(nn.Module):
         self.scale[index, :, :, 0] = matrix.scale.t()
         if self.remainder is not None:
             self.remainder[index, :, :, 0] = (matrix.scale - self.scale[index, :, :, 0].t().to(matrix.scale.dtype)).t()
+
+    def integers(self, index: int) -> Tensor:
+        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        return self.packed[index]
+
+    def set_scales(self, index: int, scale: float) -> None:
+        """Give every group of matrix `index` one scale."""
+        self.scale[index, :, :, 0] = scale
 
     def products(self, x: Tensor, groups: Groups) -> Tensor:
         """[T, K] -> [T, N], row by row with the matrix of its group."""

@@ -8,12 +8,15 @@ from compressed_tensors.quantization import QuantizationScheme
 
 from quantlab.algorithms.rtn import rtn
 from quantlab.errors import ArtifactError
-from quantlab.formats.compressed_tensors import QuantizationConfig, decode, encode, parse_config
+from quantlab.formats.codecs.table import CODECS, encode
+from quantlab.formats.compressed_tensors import Group, QuantizationConfig, parse_config
+from quantlab.formats.layouts import LAYOUTS
 from quantlab.recipe.schemes import DTYPE_WORDS, SCHEMES
+from tests.checkpoints import all_linears
 
 
 def _theirs(name: str) -> QuantizationScheme:
-    config = QuantizationConfig(((("Linear",), SCHEMES[name]),), ()).to_json()
+    config = all_linears(SCHEMES[name], ()).to_json()
     return TheirConfig.model_validate(config).config_groups["group_0"]
 
 
@@ -23,8 +26,9 @@ def test_their_decompressor_reads_what_we_write(name: str, grid: str) -> None:
     torch.manual_seed(0)
     scheme = SCHEMES[name]
     W = torch.randn(48, 256) * 0.02
-    matrix = rtn(W, bits=scheme.bits, group_size=scheme.group_size, scale_dtype=torch.bfloat16, grid=grid)
-    stored = encode("m.weight", matrix, scheme)
+    number = scheme.format
+    matrix = rtn(W, bits=number.bits, group_size=number.group_size, scale_dtype=torch.bfloat16, grid=grid)
+    stored = encode(scheme.layout, "m.weight", matrix)
     layout = [
         (
             key,
@@ -33,18 +37,23 @@ def test_their_decompressor_reads_what_we_write(name: str, grid: str) -> None:
         )
         for key, t in stored.items()
     ]
-    assert tuple(layout) == scheme.stored_tensors("m.weight", (48, 256), DTYPE_WORDS["bfloat16"])
-    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    planned = LAYOUTS[scheme.layout].stored_tensors("m.weight", (48, 256), number, DTYPE_WORDS["bfloat16"])
+    assert tuple(layout) == planned
+    compressor = BaseCompressor.get_value_from_registry(scheme.layout)
     theirs = compressor.decompress({key.removeprefix("m."): t.clone() for key, t in stored.items()}, _theirs(name))
     assert torch.equal(theirs["weight"], matrix.dequantize(torch.bfloat16))
-    again = decode("m.weight", stored, scheme)
+    again = CODECS[scheme.layout].decode("m.weight", stored, number)
     assert torch.equal(again.q, matrix.q)
     assert torch.equal(again.scale, matrix.scale)
 
 
 def test_description_survives_a_round_trip() -> None:
+    int4, int8 = SCHEMES["int4_g128"], SCHEMES["int8"]
     config = QuantizationConfig(
-        (((r"re:.*mlp\.experts.*",), SCHEMES["int4_g128"]), ((r"re:.*self_attn\.(?!kv_b_proj).*",), SCHEMES["int8"])),
+        (
+            Group((r"re:.*mlp\.experts.*",), int4.format, int4.layout),
+            Group((r"re:.*self_attn\.(?!kv_b_proj).*",), int8.format, int8.layout),
+        ),
         ("lm_head", r"re:.*mlp\.gate$"),
     )
     assert parse_config(config.to_json(), where="here") == config
@@ -57,7 +66,7 @@ def test_description_survives_a_round_trip() -> None:
         "lm_head": None,
     }
     for module, scheme in expected.items():
-        found = config.scheme_of(module)
+        found = config.format_of(module)
         assert (found.name if found else None) == scheme
 
 
@@ -72,7 +81,7 @@ def test_description_survives_a_round_trip() -> None:
     ],
 )
 def test_numbers_we_do_not_read_are_refused(change: dict) -> None:
-    config = QuantizationConfig(((("Linear",), SCHEMES["int8_weight"]),), ()).to_json()
+    config = all_linears(SCHEMES["int8_weight"], ()).to_json()
     config["config_groups"]["group_0"]["weights"].update(change)
     with pytest.raises(ArtifactError, match="of a kind quantlab does not read"):
         parse_config(config, where="config.json")
@@ -90,14 +99,14 @@ def test_numbers_we_do_not_read_are_refused(change: dict) -> None:
     ],
 )
 def test_malformed_descriptions_are_refused(change: dict, where: str) -> None:
-    config = QuantizationConfig(((("Linear",), SCHEMES["int8_weight"]),), ()).to_json()
+    config = all_linears(SCHEMES["int8_weight"], ()).to_json()
     with pytest.raises(ArtifactError, match=rf"where: config\.json, {where}"):
         parse_config(config | change, where="config.json")
 
 
 @pytest.mark.parametrize("targets", [None, "Linear", ["re:("]])
 def test_malformed_targets_are_refused(targets: object) -> None:
-    config = QuantizationConfig(((("Linear",), SCHEMES["int8_weight"]),), ()).to_json()
+    config = all_linears(SCHEMES["int8_weight"], ()).to_json()
     config["config_groups"]["group_0"]["targets"] = targets
     with pytest.raises(ArtifactError, match="group_0, targets"):
         parse_config(config, where="config.json")
@@ -107,7 +116,7 @@ def test_malformed_targets_are_refused(targets: object) -> None:
     "change", [{"symmetric": False}, {"strategy": "tensor"}, {"dynamic": False}, {"num_bits": 4}, {"type": "float"}]
 )
 def test_activations_we_do_not_compute_with_are_refused(change: dict) -> None:
-    config = QuantizationConfig(((("Linear",), SCHEMES["int8"]),), ()).to_json()
+    config = all_linears(SCHEMES["int8"], ()).to_json()
     config["config_groups"]["group_0"]["input_activations"].update(change)
     with pytest.raises(ArtifactError, match="of a kind quantlab does not read"):
         parse_config(config, where="config.json")

@@ -51,7 +51,7 @@ def exact(matrix: QuantizedMatrix) -> Tensor:
 
 def bank_of(scheme: SchemeName, matrices: list[QuantizedMatrix]) -> QuantizedMatrices:
     rows, columns = matrices[0].q.shape
-    bank = quantized_matrices(SCHEMES[scheme], len(matrices), rows, columns, scale_dtype=matrices[0].scale.dtype)
+    bank = quantized_matrices(SCHEMES[scheme].format, len(matrices), rows, columns, scale_dtype=matrices[0].scale.dtype)
     for index, matrix in enumerate(matrices):
         bank.fill(index, matrix)
     return bank
@@ -60,7 +60,7 @@ def bank_of(scheme: SchemeName, matrices: list[QuantizedMatrix]) -> QuantizedMat
 def made(
     scheme: SchemeName, rows: int, columns: int, *, scale_dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> QuantizedMatrix:
-    chosen = SCHEMES[scheme]
+    chosen = SCHEMES[scheme].format
     return random_matrix(
         rows, columns, bits=chosen.bits, groups=chosen.groups(columns), scale_dtype=scale_dtype, seed=seed
     )
@@ -93,8 +93,8 @@ def test_scales_finer_than_bfloat16_are_not_rounded(scheme: SchemeName, scale_dt
     """The scale lies 0.34 % above the next bfloat16 number: rounded, it would shift the mean of all outputs by as much."""
     fine = QuantizedMatrix(
         made(scheme, 256, 128).q,
-        torch.full((256, SCHEMES[scheme].groups(128)), 2.0**-6 * (1 + 7 / 2048), dtype=scale_dtype),
-        SCHEMES[scheme].bits,
+        torch.full((256, SCHEMES[scheme].format.groups(128)), 2.0**-6 * (1 + 7 / 2048), dtype=scale_dtype),
+        SCHEMES[scheme].format.bits,
     )
     assert (fine.scale.bfloat16().double() / fine.scale.double() - 1).abs().max() > 0.003
     x = torch.randn(count, 128, generator=torch.Generator().manual_seed(3)).bfloat16().half()  # exact in both
@@ -106,7 +106,7 @@ def test_scales_finer_than_bfloat16_are_not_rounded(scheme: SchemeName, scale_dt
 
 def test_kernels_are_chosen_by_shape_and_scale() -> None:
     def kind(scheme: SchemeName, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> type:
-        return type(quantized_matrices(SCHEMES[scheme], 1, rows, columns, scale_dtype=dtype))
+        return type(quantized_matrices(SCHEMES[scheme].format, 1, rows, columns, scale_dtype=dtype))
 
     if library() is not None:
         assert kind("int4_g128", 576, 2048) is NativeInt4Matrices

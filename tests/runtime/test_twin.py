@@ -13,6 +13,7 @@ from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.load import load
 from quantlab.runtime.twin import random_twin
+from tests.checkpoints import all_linears
 from tests.runtime.tiny import FAMILIES, IGNORE, Artifact, tokens
 
 # wide enough that scales, not norms and biases, decide the ratio
@@ -28,7 +29,7 @@ LIMITS: dict[SchemeName, float] = {"int8": 52, "int8_weight": 52, "int4_g128": 2
 
 
 def quantization(scheme: SchemeName | None) -> QuantizationConfig | None:
-    return None if scheme is None else QuantizationConfig(((("Linear",), SCHEMES[scheme]),), IGNORE)
+    return None if scheme is None else all_linears(SCHEMES[scheme], IGNORE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

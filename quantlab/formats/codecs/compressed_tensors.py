@@ -1,0 +1,65 @@
+"""The tensors of compressed-tensors' layouts of integers, made from matrices and read back."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quantlab.formats.codecs.checks import asymmetric, check_order
+from quantlab.formats.misfit import misfit
+from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.number_format import NumberFormat
+from quantlab.numerics.packing import pack_int32, unpack_int32
+
+
+def encode_packed(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
+    """The tensors of `pack-quantized` for the weight `name`, in the order of its layout."""
+    prefix = name.removesuffix("weight")
+    return {
+        prefix + "weight_packed": pack_int32(matrix.q, bits=matrix.bits),
+        prefix + "weight_scale": matrix.scale,
+        prefix + "weight_shape": torch.tensor(matrix.q.shape, dtype=torch.int64),
+    }
+
+
+def encode_plain(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
+    """The tensors of `int-quantized` for the weight `name`, in the order of its layout."""
+    return {name: matrix.q, name.removesuffix("weight") + "weight_scale": matrix.scale}
+
+
+def decode(name: str, stored: Mapping[str, Tensor], number: NumberFormat) -> QuantizedMatrix:
+    """The inverse of both, also for what llm-compressor writes.
+
+    Args:
+        name: the weight's name, ending in ".weight".
+        stored: its parts by name. Integers are packed where there is a `weight_packed`, else int8; scales per row may lack
+            their second dimension; `weight_shape` may be missing; zero points have to be zero, `weight_g_idx` in order.
+        number: its format.
+
+    Raises:
+        ArtifactError: the parts do not fit the format or each other, or hold numbers quantlab does not read.
+    """
+    prefix = name.removesuffix("weight")
+    scale, words = stored[prefix + "weight_scale"], stored.get(prefix + "weight_packed")
+    if scale.dim() == 1:
+        scale = scale[:, None]
+    q = stored[name] if words is None else _unpacked(name, words, stored.get(prefix + "weight_shape"), number.bits)
+    if q.dtype != torch.int8:
+        raise misfit(name, f"integers of {q.dtype}")
+    rows, columns = q.shape
+    if not number.fits((rows, columns)) or tuple(scale.shape) != number.scale_shape((rows, columns)):
+        raise misfit(name, f"scales {list(scale.shape)} for a weight of {[rows, columns]} as {number.name}")
+    if (order := stored.get(prefix + "weight_g_idx")) is not None:
+        check_order(name, order, columns=columns, groups=scale.shape[1])
+    zeros = stored.get(prefix + "weight_zero_point")
+    if zeros is not None and bool((zeros != 0).any()):
+        raise asymmetric(name)
+    return QuantizedMatrix(q, scale, number.bits)
+
+
+def _unpacked(name: str, words: Tensor, shape: Tensor | None, bits: int) -> Tensor:
+    per_word = 32 // bits
+    columns = words.shape[1] * per_word if shape is None else int(shape.flatten()[-1])
+    if words.dtype != torch.int32 or words.shape[1] != -(-columns // per_word):
+        raise misfit(name, f"{list(words.shape)} words of {words.dtype} for {columns} columns of {bits} bits")
+    return unpack_int32(words, bits=bits, columns=columns)
