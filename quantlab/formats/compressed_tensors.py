@@ -34,6 +34,10 @@ class PackQuantized:
         """Why the layout cannot store a format, None if it can."""
         return _inexpressible(number)
 
+    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
+        """See `Layout`."""
+        return None
+
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
     ) -> tuple[StoredTensor, ...]:
@@ -58,6 +62,10 @@ class IntQuantized:
     def can_express(self, number: NumberFormat) -> str | None:
         """Why the layout cannot store a format, None if it can."""
         return _inexpressible(number)
+
+    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
+        """See `Layout`."""
+        return "int8 experts with quantized activations" if experts and number.activations else None
 
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
@@ -139,7 +147,9 @@ class QuantizationConfig:
         number = self.format_of(prefix.removesuffix("."))
         if number is None:
             raise misfit(name, "integers, which config.json gives no scheme")
-        return Stored(number, layout.name, parts[0], scale, parts)
+        rows, columns = (*parts[0].shape, 0, 0)[:2]
+        per_word = 32 // number.bits if parts[0].dtype == "I32" else 1
+        return Stored(number, layout.name, parts[0], scale, parts, (rows, columns * per_word))
 
     def format_of(self, module: str) -> NumberFormat | None:
         """The format of the linear `module` (its weight's name without ".weight"), None if it is not quantized."""

@@ -36,6 +36,12 @@ class Fp8BlocksLayout:
             return "scales belong to blocks of several rows and columns"
         return None if number.scale == "F32" else "scales are float32"
 
+    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
+        """See `Layout`."""
+        return (
+            "ragged FP8 blocks" if any(size % whole for size, whole in zip(shape, number.shard, strict=True)) else None
+        )
+
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
     ) -> tuple[StoredTensor, ...]:
@@ -86,7 +92,7 @@ class Fp8Blocks:
                 found=f"{list(scale.shape)} for a weight of {list(weight.shape)}, {self}",
                 fix="download the shard again, and the config.json of the same release",
             )
-        return Stored(self.number, LAYOUT.name, weight, scale, parts)
+        return Stored(self.number, LAYOUT.name, weight, scale, parts, (weight.shape[0], weight.shape[1]))
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` of config.json, as DeepSeek releases it."""

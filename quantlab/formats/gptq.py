@@ -46,6 +46,10 @@ class Gptq:
             return f"scales belong to rows, or to groups of {', '.join(str(size) for size in _GROUP_SIZES if size)} columns"
         return None
 
+    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
+        """See `Layout`."""
+        return "GPTQ without optimum and gptqmodel"
+
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
     ) -> tuple[StoredTensor, ...]:
@@ -111,7 +115,7 @@ class GptqConfig:
         number = _number(bits, None if per_row else columns // max(groups, 1))
         if self.layout.can_express(number) is not None:
             raise unreadable(name, f"{bits} bits in groups of {columns // max(groups, 1)}", _READABLE)
-        return Stored(number, self.layout.name, integers, scales, parts)
+        return Stored(number, self.layout.name, integers, scales, parts, (integers.shape[1], columns))
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""

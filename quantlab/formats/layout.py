@@ -32,6 +32,9 @@ class Layout(Protocol):
     def can_express(self, number: NumberFormat) -> str | None:
         """Why the layout cannot store a format, None if it can."""
 
+    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
+        """Why transformers 5 cannot load such a weight [N, K], of a routed expert or not; None if it can."""
+
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
     ) -> tuple[StoredTensor, ...]:
@@ -55,6 +58,7 @@ class Stored:
         numbers: the tensor with the numbers themselves.
         scale: the tensor with their scales.
         parts: every tensor that belongs to it, `numbers` first.
+        shape: rows N and columns K of the weight; of packed integers whose columns do not fill words, K rounded up to whole words.
     """
 
     number: NumberFormat
@@ -63,11 +67,12 @@ class Stored:
     scale: TensorEntry
     parts: tuple[TensorEntry, ...]
 
+    shape: tuple[int, int]
+
     @property
     def elements(self) -> int:
         """Weights it stands for."""
-        packed = self.numbers.dtype == "I32"
-        return self.numbers.nbytes * 8 // self.number.bits if packed else self.numbers.elements
+        return self.shape[0] * self.shape[1]
 
 
 class Description(Protocol):
@@ -138,6 +143,10 @@ class Dense:
     def can_express(self, number: NumberFormat) -> str | None:
         """Why the layout cannot store a format, None if it can."""
         return f"{number.name} has scales, which a plain tensor has no place for"
+
+    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
+        """See `Layout`."""
+        return None
 
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 
+from quantlab.formats.layouts import LAYOUTS
 from quantlab.passes.apply import WeightReport
 from quantlab.plan.model import Plan, Step, VariantPlan
 from quantlab.recipe.algorithms import Awq, Gptq, PruneAlgorithm, QuantizeAlgorithm, Rtn, SparseGpt, Wanda
@@ -191,15 +192,19 @@ def _repairs(reports: Collection[WeightReport]) -> list[str]:
     return lines
 
 
+def _refused_by_transformers(step: Step) -> str | None:
+    assert step.scheme is not None, "a quantized weight has a scheme"
+    rows, columns = step.source.shape
+    experts = step.claim.role == "routed_experts"
+    return LAYOUTS[step.layout].transformers_refuses(step.scheme.format, (rows, columns), experts=experts)
+
+
 def _loading_section(variant: VariantPlan, plan: Plan) -> str:
     quantized = _quantized(variant)
-    rounds_activations = any(step.scheme is not None and step.scheme.format.activations for step in quantized)
-    int8_experts = rounds_activations and any(step.claim.role == "routed_experts" for step in quantized)
+    refused = [reason for step in quantized if (reason := _refused_by_transformers(step)) is not None]
     lines = ["## How to load it\n"]
-    if int8_experts:
-        lines.append(
-            "- transformers: cannot load int8 experts with quantized activations (5.x); use vLLM, SGLang or quantlab's runtime."
-        )
+    if refused:
+        lines.append(f"- transformers: cannot load {refused[0]} (5.x); use vLLM, SGLang or quantlab's runtime.")
     else:
         expands = " It expands packed weights to 16 bits: neither memory nor time is saved there." if quantized else ""
         lines.append(f"- transformers: `AutoModelForCausalLM.from_pretrained(DIR)`.{expands}")
