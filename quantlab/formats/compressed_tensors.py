@@ -1,8 +1,9 @@
 """The layouts of compressed-tensors, and how config.json describes them to vLLM, SGLang and transformers.
 
-`pack-quantized` stores int32 words (weight_packed, weight_scale, weight_shape), `int-quantized` stores int8 (weight,
-weight_scale). The description names linears by class ("Linear") or by regular expression, and the ones to leave alone. The
-same description is what our runtime reads back, so an artifact of ours and one made elsewhere take the same path.
+`pack-quantized` stores int32 words: weight_packed, weight_scale, weight_shape, and where there are zero points
+weight_zero_point [N b / 32, G], packed along the rows. `int-quantized` stores int8: weight, weight_scale. The description names
+linears by class ("Linear") or by regular expression, and the ones to leave alone. The same description is what our runtime
+reads back, so an artifact of ours and one made elsewhere take the same path.
 """
 
 import re
@@ -15,12 +16,15 @@ from quantlab.checkpoint.header import TensorEntry
 from quantlab.errors import ArtifactError
 from quantlab.formats.layout import Linear, Method, Stored, StoredTensor, present
 from quantlab.formats.misfit import misfit, unreadable
-from quantlab.numerics.number_format import INT8, ROW, Activations, Element, NumberFormat, group
+from quantlab.numerics.number_format import INT4, INT8, ROW, Activations, Element, NumberFormat, group
 from quantlab.recipe.schemes import LayoutName
 
 _VERSION = "0.20.0"
 _GROUP_SIZES = (None, 32, 64, 128)
-_READABLE = "symmetric int4 and int8, one scale per row or per group of 32, 64 or 128; int8 per row with int8 activations per token"
+_READABLE = (
+    "symmetric int4 and int8 and asymmetric packed int4, one scale per row or per group of 32, 64 or 128; "
+    "int8 per row with int8 activations per token"
+)
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,13 @@ class PackQuantized:
 
     def can_express(self, number: NumberFormat) -> str | None:
         """Why the layout cannot store a format, None if it can."""
+        if not number.symmetric and number.element != INT4:
+            return "zero points are read beside int4 only"
         return _inexpressible(number)
 
     def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
         """See `Layout`."""
-        return None
+        return "experts with zero points" if experts and not number.symmetric else None
 
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
@@ -45,10 +51,12 @@ class PackQuantized:
         assert number is not None, "a quantized weight has a format"
         rows, columns = shape
         prefix = name.removesuffix("weight")
+        zeros = (-(-rows * number.bits // 32), number.groups(columns))
         return (
             (prefix + "weight_packed", "I32", (rows, columns * number.bits // 32)),
             (prefix + "weight_scale", dtype, number.scale_shape((rows, columns))),
             (prefix + "weight_shape", "I64", (2,)),
+            *(() if number.symmetric else ((prefix + "weight_zero_point", "I32", zeros),)),
         )
 
 
@@ -61,7 +69,7 @@ class IntQuantized:
 
     def can_express(self, number: NumberFormat) -> str | None:
         """Why the layout cannot store a format, None if it can."""
-        return _inexpressible(number)
+        return _inexpressible(number) if number.symmetric else "zero points are not read unpacked"
 
     def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
         """See `Layout`."""
@@ -80,8 +88,6 @@ def _inexpressible(number: NumberFormat) -> str | None:
     """What of a format compressed-tensors' layouts of integers, as quantlab reads them, have no place for."""
     if not number.is_integer or number.bits not in {4, 8}:
         return f"{number.element} is no 4- or 8-bit integer"
-    if not number.symmetric:
-        return "zero points are not read"
     if not number.by_row or number.group_size not in _GROUP_SIZES:
         return f"scales belong to rows, or to groups of {', '.join(str(size) for size in _GROUP_SIZES if size)} columns"
     if number.activations is not None and number != NumberFormat(INT8, ROW, activations=Activations(INT8)):

@@ -120,8 +120,11 @@ class NumberFormat:
 
     @property
     def shard(self) -> tuple[int, int]:
-        """What rows and columns of the part of a tensor-parallel rank must be a multiple of."""
-        return self.granularity.rows or 1, self.group_size or self.divisor
+        """What rows and columns of the part of a tensor-parallel rank must be a multiple of.
+
+        Zero points of consecutive rows share a word of 32 bits.
+        """
+        return self.granularity.rows or 1 if self.symmetric else 32 // self.bits, self.group_size or self.divisor
 
     def groups(self, columns: int) -> int:
         """Scales per row, or per row of blocks, of a matrix with `columns` columns."""

@@ -119,9 +119,11 @@ def quantize(source: Path, target: Path, scheme: Scheme, *, scale_dtype: torch.d
             grid=scheme.grid,
         )
         stored.update(encode(scheme.layout, name, matrix))
-        per_weight = matrix.scale.repeat_interleave(weight.shape[1] // matrix.scale.shape[1], dim=1)
+        width = weight.shape[1] // matrix.scale.shape[1]
+        per_weight = matrix.scale.repeat_interleave(width, dim=1)
+        steps = matrix.q if matrix.zero is None else matrix.q - matrix.zero.repeat_interleave(width, dim=1)
         # W8A8 multiplies the integers exactly; expanded weights are formed in the dtype of the scale
-        meant[name] = (matrix.q.to(torch.float32 if scheme.format.activations else scale_dtype) * per_weight).float()
+        meant[name] = (steps.to(torch.float32 if scheme.format.activations else scale_dtype) * per_weight).float()
     rewrite(target, stored)
     rewrite(dense, meant)
     edit_config(target, lambda fields: fields.update(quantization_config=quantization.to_json()))

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quantlab.formats.codecs.checks import asymmetric, check_order
 from quantlab.formats.misfit import misfit
-from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.integer import QuantizedMatrix, integer_range
 from quantlab.numerics.number_format import NumberFormat
 from quantlab.numerics.packing import pack_int32, unpack_int32
 
@@ -15,11 +16,16 @@ from quantlab.numerics.packing import pack_int32, unpack_int32
 def encode_packed(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
     """The tensors of `pack-quantized` for the weight `name`, in the order of its layout."""
     prefix = name.removesuffix("weight")
-    return {
+    stored = {
         prefix + "weight_packed": pack_int32(matrix.q, bits=matrix.bits),
         prefix + "weight_scale": matrix.scale,
         prefix + "weight_shape": torch.tensor(matrix.q.shape, dtype=torch.int64),
     }
+    if matrix.zero is not None:
+        lowest, padding = integer_range(matrix.bits)[0], -len(matrix.zero) % (32 // matrix.bits)
+        rows = functional.pad(matrix.zero.t(), (0, padding), value=lowest)  # the library pads words with zero bits
+        stored[prefix + "weight_zero_point"] = pack_int32(rows.contiguous(), bits=matrix.bits).t().contiguous()
+    return stored
 
 
 def encode_plain(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
@@ -33,7 +39,8 @@ def decode(name: str, stored: Mapping[str, Tensor], number: NumberFormat) -> Qua
     Args:
         name: the weight's name, ending in ".weight".
         stored: its parts by name. Integers are packed where there is a `weight_packed`, else int8; scales per row may lack
-            their second dimension; `weight_shape` may be missing; zero points have to be zero, `weight_g_idx` in order.
+            their second dimension; `weight_shape` may be missing; zero points of symmetric formats have to be zero,
+            `weight_g_idx` in order.
         number: its format.
 
     Raises:
@@ -52,9 +59,20 @@ def decode(name: str, stored: Mapping[str, Tensor], number: NumberFormat) -> Qua
     if (order := stored.get(prefix + "weight_g_idx")) is not None:
         check_order(name, order, columns=columns, groups=scale.shape[1])
     zeros = stored.get(prefix + "weight_zero_point")
+    if not number.symmetric:
+        return QuantizedMatrix(q, scale, number.bits, _unpacked_zeros(name, zeros, tuple(scale.shape), number.bits))
     if zeros is not None and bool((zeros != 0).any()):
         raise asymmetric(name)
     return QuantizedMatrix(q, scale, number.bits)
+
+
+def _unpacked_zeros(name: str, words: Tensor | None, shape: tuple[int, ...], bits: int) -> Tensor:
+    """[N, G] int8 of the words [N b / 32, G] int32."""
+    rows, groups = shape
+    if words is None or words.dtype != torch.int32 or tuple(words.shape) != (-(-rows * bits // 32), groups):
+        found = "missing" if words is None else f"{list(words.shape)} of {words.dtype}"
+        raise misfit(name, f"zero points {found} for scales {list(shape)}")
+    return unpack_int32(words.t().contiguous(), bits=bits, columns=rows).t().contiguous()
 
 
 def _unpacked(name: str, words: Tensor, shape: Tensor | None, bits: int) -> Tensor:
