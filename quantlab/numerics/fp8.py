@@ -64,7 +64,7 @@ def quantize_blocks(matrix: Tensor, *, block: tuple[int, int]) -> tuple[Tensor, 
     """
     rows, columns = matrix.shape
     grid = block_grid((rows, columns), block)
-    padded = torch.zeros(grid[0] * block[0], grid[1] * block[1], dtype=torch.float32)
+    padded = torch.zeros(grid[0] * block[0], grid[1] * block[1], dtype=torch.float32, device=matrix.device)
     padded[:rows, :columns] = matrix
     blocks = padded.view(grid[0], block[0], grid[1], block[1])
     scale_inv = blocks.abs().amax(dim=(1, 3)) / E4M3_MAX

@@ -27,7 +27,7 @@ from quantlab.evaluation.speed.rates import speeds_of
 from quantlab.evaluation.suite import load_suite
 from quantlab.formats.compressed_tensors import Group, QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES
-from tests.checkpoints import all_linears
+from tests.checkpoints import FP8, all_linears
 
 INT4 = all_linears(SCHEMES["int4_g128"], ("lm_head", "re:.*kv_b_proj$", "re:.*mlp\\.gate$"))
 
@@ -43,7 +43,7 @@ def write_config(directory: Path, **fields: object) -> Path:
     [
         ({"torch_dtype": "float16"}, FP16),
         ({"dtype": "bfloat16"}, Layout("bfloat16", None)),
-        ({"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}}, Layout("bfloat16", None)),
+        ({"torch_dtype": "bfloat16", "quantization_config": FP8}, Layout("bfloat16", None)),
         ({"dtype": "bfloat16", "quantization_config": INT4.to_json()}, Layout("bfloat16", INT4)),
     ],
 )
