@@ -6,19 +6,21 @@ last blocks may be ragged (see `quantlab.numerics.fp8`). Engines round activatio
 channels.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.errors import CheckpointError
-from quantlab.formats.layout import Method, Stored, StoredTensor, present
+from quantlab.formats.layout import Linear, Method, Stored, StoredTensor, present
 from quantlab.numerics.number_format import E4M3, Activations, NumberFormat, block
 from quantlab.recipe.schemes import LayoutName
 
 _SCALE: Final = "_scale_inv"
 """The scale of weight X is the tensor X_scale_inv."""
 _WEIGHT_DTYPE: Final = "F8_E4M3"
+_EXPERT: Final = re.compile(r"\.experts\.\d+\..*")
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,8 @@ class Fp8BlocksLayout:
 
     def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
         """See `Layout`."""
-        return (
-            "ragged FP8 blocks" if any(size % whole for size, whole in zip(shape, number.shard, strict=True)) else None
-        )
+        sizes = zip(shape, number.shard, strict=True)  # it derives the block from the shapes
+        return "ragged FP8 blocks" if any(size > whole and size % whole for size, whole in sizes) else None
 
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
@@ -60,9 +61,12 @@ class Fp8Blocks:
 
     Attributes:
         number: the format of its quantized linears.
+        unconverted: modules that stay as they are, for engines: in the tensors it is seen anyway. The experts of a layer are
+            one module.
     """
 
     number: NumberFormat
+    unconverted: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"FP8 in blocks of {self.number.granularity.rows}x{self.number.granularity.columns}"
@@ -95,14 +99,18 @@ class Fp8Blocks:
         return Stored(self.number, LAYOUT.name, weight, scale, parts, (weight.shape[0], weight.shape[1]))
 
     def to_json(self) -> dict[str, Any]:
-        """The `quantization_config` of config.json, as DeepSeek releases it."""
+        """The `quantization_config` of config.json, as DeepSeek releases it, with the modules that engines must not convert.
+
+        transformers takes the names as regular expressions from the start of a module's name, vLLM and SGLang as whole names.
+        """
         granularity = self.number.granularity
-        return {
+        described = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "quant_method": METHOD.word,
             "weight_block_size": [granularity.rows, granularity.columns],
         }
+        return described | ({"modules_to_not_convert": list(self.unconverted)} if self.unconverted else {})
 
 
 def _no_scale(name: str, weight: TensorEntry) -> CheckpointError:
@@ -132,10 +140,18 @@ def parse_config(described: Mapping[str, Any], where: str) -> Fp8Blocks:
     size = described.get("weight_block_size")
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(one, int) and one > 0 for one in size)):
         raise _no_block_size(f"{where}, quantization_config.weight_block_size", repr(size))
-    return Fp8Blocks(NumberFormat(E4M3, block(*size), scale="F32", activations=Activations(E4M3, size[1])))
+    number = NumberFormat(E4M3, block(*size), scale="F32", activations=Activations(E4M3, size[1]))
+    return Fp8Blocks(number, tuple(described.get("modules_to_not_convert") or ()))
 
 
-METHOD: Final = Method("fp8", (LAYOUT,), parse_config, is_source=True)
+def describe(linears: Sequence[Linear]) -> Fp8Blocks:
+    """The description of an artifact, for engines."""
+    number = next(linear.number for linear in linears if linear.number is not None)
+    left = (_EXPERT.sub(".experts", linear.module) for linear in linears if linear.number is None)
+    return Fp8Blocks(number, tuple(dict.fromkeys((*left, "lm_head"))))
+
+
+METHOD: Final = Method("fp8", (LAYOUT,), parse_config, describe, is_source=True)
 
 
 def scales_of(tensors: Mapping[str, TensorEntry], description: Fp8Blocks | None) -> Mapping[str, TensorEntry]:

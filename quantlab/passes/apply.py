@@ -14,7 +14,9 @@ from quantlab.algorithms.rtn import round_to_nearest
 from quantlab.algorithms.scales import GridOptions
 from quantlab.algorithms.sparsegpt import sparsegpt
 from quantlab.algorithms.wanda import wanda_mask
+from quantlab.numerics.fp8 import quantize_blocks
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.number_format import Granularity
 from quantlab.recipe.algorithms import Awq, Gptq, Magnitude, Reap, Rtn, SmoothQuant, SparseGpt, Wanda
 from quantlab.recipe.schema import Prune, Quantize
 from quantlab.recipe.schemes import SCHEMES
@@ -198,6 +200,7 @@ class _Work:
         first = next(iter(weights.values()))
         self.original = first if len(weights) == 1 else torch.cat(list(weights.values()))
         self._matrix: Tensor | QuantizedMatrix = self.original
+        self._blocks: list[QuantizedMatrix] = []
         self.mask: Tensor | None = None
         self._fallback = [""] * len(self._rows)
         self._rtn_errors: list[float] | None = None
@@ -242,7 +245,7 @@ class _Work:
         self._matrix = self._dense.masked_fill(self.mask, 0)
 
     def quantize(self, step: Quantize, dtype: torch.dtype) -> None:
-        """Put the matrix on an integer grid."""
+        """Round the matrix to the numbers of a scheme; blocks of rows begin with each weight."""
         algorithm = step.algorithm
         match algorithm:
             case Gptq():
@@ -250,6 +253,9 @@ class _Work:
             case Rtn(clip="activations") | Awq(clip="activations"):
                 squares = self._shrunk().mean_square
                 self._matrix = round_to_nearest(self._dense, grid_of(step, dtype), importance=squares)
+            case Rtn() if not SCHEMES[step.quantize].format.is_integer:
+                granularity = SCHEMES[step.quantize].format.granularity
+                self._blocks = [_in_blocks(part, granularity) for part in self._apart(self._dense)]
             case Rtn() | Awq() | SmoothQuant():
                 self._matrix = round_to_nearest(self._dense, grid_of(step, dtype))
             case _:
@@ -289,7 +295,9 @@ class _Work:
     def finish(self, dtype: torch.dtype) -> dict[str, Changed]:
         """The weights apart again, with their reports."""
         parts: list[Tensor | QuantizedMatrix]
-        if isinstance(self._matrix, QuantizedMatrix):
+        if self._blocks:
+            parts = [*self._blocks]
+        elif isinstance(self._matrix, QuantizedMatrix):
             ends = list(accumulate(self._rows))
             parts = [self._matrix.rows(slice(end - rows, end)) for rows, end in zip(self._rows, ends, strict=True)]
         else:
@@ -322,6 +330,14 @@ class _Work:
 
     def _unseen(self) -> str:
         return _UNSEEN if self._leans and self.known.prior is not None else _UNSEEN_ALONE
+
+
+def _in_blocks(W: Tensor, granularity: Granularity) -> QuantizedMatrix:
+    """A weight [N, K] as FP8 e4m3 with a float32 scale per block."""
+    rows, columns = granularity.rows, granularity.columns
+    assert rows is not None and columns is not None, "floating-point schemes have blocks"  # noqa: PT018
+    q, scale = quantize_blocks(W, block=(rows, columns))
+    return QuantizedMatrix(q, scale, 8, block=(rows, columns))
 
 
 def grid_of(step: Quantize, dtype: torch.dtype) -> GridOptions:

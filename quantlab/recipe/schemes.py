@@ -7,10 +7,10 @@ the checkpoint's own description.
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from quantlab.numerics.number_format import INT4, INT8, ROW, Activations, NumberFormat, group
+from quantlab.numerics.number_format import E4M3, INT4, INT8, ROW, Activations, NumberFormat, block, group
 
 FloatDtype = Literal["float16", "bfloat16"]
-SchemeName = Literal["int8", "int8_weight", "int4_g128", "int4_g64", "int4_g32", "int4_g128_asym"]
+SchemeName = Literal["int8", "int8_weight", "int4_g128", "int4_g64", "int4_g32", "int4_g128_asym", "fp8_block"]
 LayoutName = Literal["dense", "pack-quantized", "int-quantized", "gptq", "gptq_v2", "fp8-blocks"]
 """How the tensors of a weight lie on disk; `quantlab.formats.layouts` has an object for each."""
 DefaultGrid = Literal["absmax", "signed", "minmax"]
@@ -51,5 +51,8 @@ SCHEMES: Final[dict[SchemeName, Scheme]] = {
     "int4_g64": Scheme(NumberFormat(INT4, group(64)), "pack-quantized", "signed"),
     "int4_g32": Scheme(NumberFormat(INT4, group(32)), "pack-quantized", "signed"),
     "int4_g128_asym": Scheme(NumberFormat(INT4, group(128), symmetric=False), "pack-quantized", "minmax"),
+    "fp8_block": Scheme(
+        NumberFormat(E4M3, block(128, 128), scale="F32", activations=Activations(E4M3, 128)), "fp8-blocks", None
+    ),
 }
 assert set(SCHEMES) == set(get_args(SchemeName)), "every word has its scheme"

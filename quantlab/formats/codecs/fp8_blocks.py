@@ -1,4 +1,4 @@
-"""The tensors of DeepSeek's FP8 blocks, read back as matrices."""
+"""The tensors of DeepSeek's FP8 blocks, made from matrices and read back."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,11 @@ from torch import Tensor
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import NumberFormat
+
+
+def encode(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
+    """The tensors of the weight `name`, in the order of the layout."""
+    return {name: matrix.q, f"{name}_scale_inv": matrix.scale}
 
 
 def decode(name: str, stored: Mapping[str, Tensor], number: NumberFormat) -> QuantizedMatrix:

@@ -31,7 +31,7 @@ CODECS: Final[Mapping[LayoutName, Codec]] = {
     "int-quantized": Codec(compressed_tensors.encode_plain, compressed_tensors.decode),
     "gptq": Codec(partial(gptq.encode, zero_offset=1), partial(gptq.decode, zero_offset=1)),
     "gptq_v2": Codec(partial(gptq.encode, zero_offset=0), partial(gptq.decode, zero_offset=0)),
-    "fp8-blocks": Codec(None, fp8_blocks.decode),
+    "fp8-blocks": Codec(fp8_blocks.encode, fp8_blocks.decode),
 }
 
 
