@@ -1,107 +1,58 @@
 """The layouts of compressed-tensors, and how config.json describes them to vLLM, SGLang and transformers.
 
 `pack-quantized` stores int32 words: weight_packed, weight_scale, weight_shape, and where there are zero points
-weight_zero_point [N b / 32, G], packed along the rows. `int-quantized` stores int8: weight, weight_scale. The description names
-linears by class ("Linear") or by regular expression, and the ones to leave alone. The same description is what our runtime
-reads back, so an artifact of ours and one made elsewhere take the same path.
+weight_zero_point [N b / 32, G], packed along the rows. `int-quantized` stores int8: weight, weight_scale; `float-quantized` the
+same with FP8 e4m3, and is only read. The description names linears by class ("Linear") or by regular expression, and the ones to
+leave alone. The same description is what our runtime reads back, so an artifact of ours and one made elsewhere take the same path.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from quantlab.architectures.architecture import MODULE_PATTERNS, Role
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.errors import ArtifactError
-from quantlab.formats.layout import Linear, Method, Stored, StoredTensor, present
+from quantlab.formats.compressed_layouts import FLOAT, PACKED, PLAIN, FloatQuantized, IntQuantized, PackQuantized
+from quantlab.formats.layout import Linear, Method, Stored, present
 from quantlab.formats.misfit import misfit, unreadable
-from quantlab.numerics.number_format import INT4, INT8, ROW, Activations, Element, NumberFormat, group
+from quantlab.numerics.number_format import (
+    E4M3,
+    INT4,
+    INT8,
+    ROW,
+    TENSOR,
+    Activations,
+    Element,
+    Granularity,
+    NumberFormat,
+    block,
+    group,
+)
 from quantlab.recipe.schemes import LayoutName
 
 _VERSION = "0.20.0"
-_GROUP_SIZES = (None, 32, 64, 128)
 _READABLE = (
     "symmetric int4 and int8 and asymmetric packed int4, one scale per row or per group of 32, 64 or 128; "
-    "int8 per row with int8 activations per token"
+    "int8 per row with int8 activations per token; FP8 e4m3 per matrix, row or block, activations rounded at run time or not at all"
 )
 
 
-@dataclass(frozen=True)
-class PackQuantized:
-    """Integers packed into int32 words along each row."""
-
-    name: LayoutName = "pack-quantized"
-    parts: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-
-    def can_express(self, number: NumberFormat) -> str | None:
-        """Why the layout cannot store a format, None if it can."""
-        if not number.symmetric and number.element != INT4:
-            return "zero points are read beside int4 only"
-        return _inexpressible(number)
-
-    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
-        """See `Layout`."""
-        return "experts with zero points" if experts and not number.symmetric else None
-
-    def stored_tensors(
-        self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
-    ) -> tuple[StoredTensor, ...]:
-        """See `Layout`."""
-        assert number is not None, "a quantized weight has a format"
-        rows, columns = shape
-        prefix = name.removesuffix("weight")
-        zeros = (-(-rows * number.bits // 32), number.groups(columns))
-        return (
-            (prefix + "weight_packed", "I32", (rows, columns * number.bits // 32)),
-            (prefix + "weight_scale", dtype, number.scale_shape((rows, columns))),
-            (prefix + "weight_shape", "I64", (2,)),
-            *(() if number.symmetric else ((prefix + "weight_zero_point", "I32", zeros),)),
-        )
-
-
-@dataclass(frozen=True)
-class IntQuantized:
-    """Integers as int8, one a byte."""
-
-    name: LayoutName = "int-quantized"
-    parts: tuple[str, ...] = ("weight", "weight_scale", "weight_zero_point", "weight_g_idx")
-
-    def can_express(self, number: NumberFormat) -> str | None:
-        """Why the layout cannot store a format, None if it can."""
-        return _inexpressible(number) if number.symmetric else "zero points are not read unpacked"
-
-    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
-        """See `Layout`."""
-        return "int8 experts with quantized activations" if experts and number.activations else None
-
-    def stored_tensors(
-        self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
-    ) -> tuple[StoredTensor, ...]:
-        """See `Layout`."""
-        assert number is not None, "a quantized weight has a format"
-        prefix = name.removesuffix("weight")
-        return (name, "I8", shape), (prefix + "weight_scale", dtype, number.scale_shape((shape[0], shape[1])))
-
-
-def _inexpressible(number: NumberFormat) -> str | None:
-    """What of a format compressed-tensors' layouts of integers, as quantlab reads them, have no place for."""
-    if not number.is_integer or number.bits not in {4, 8}:
-        return f"{number.element} is no 4- or 8-bit integer"
-    if not number.by_row or number.group_size not in _GROUP_SIZES:
-        return f"scales belong to rows, or to groups of {', '.join(str(size) for size in _GROUP_SIZES if size)} columns"
-    if number.activations is not None and number != NumberFormat(INT8, ROW, activations=Activations(INT8)):
-        return "activations are rounded to int8 per token, with int8 weights per row"
-    return None
-
-
-PACKED: Final = PackQuantized()
-PLAIN: Final = IntQuantized()
-_LAYOUTS: Final[Mapping[str, PackQuantized | IntQuantized]] = {
+_LAYOUTS: Final[Mapping[str, PackQuantized | IntQuantized | FloatQuantized]] = {
     "pack-quantized": PACKED,
     "int-quantized": PLAIN,
+    "float-quantized": FLOAT,
     "naive-quantized": PLAIN,  # an old name
 }
+
+
+_STORED_AS: Final[Mapping[str, PackQuantized | IntQuantized | FloatQuantized]] = {
+    "I32": PACKED,
+    "I8": PLAIN,
+    "F8_E4M3": FLOAT,
+}
+"""The layout of a quantized weight by the dtype word of its numbers."""
 
 
 @dataclass(frozen=True)
@@ -143,16 +94,17 @@ class QuantizationConfig:
             ArtifactError: its tensors are integers, and config.json gives them no format.
         """
         prefix = name.removesuffix("weight")
-        layout = PACKED if prefix + "weight_packed" in tensors else PLAIN
-        parts = present(prefix, layout.parts, tensors)
-        if not parts or parts[0].dtype not in {"I8", "I32"}:
+        numbers = tensors.get(prefix + "weight_packed") or tensors.get(name)
+        layout = None if numbers is None else _STORED_AS.get(numbers.dtype)
+        if layout is None:
             return None
+        parts = present(prefix, layout.parts, tensors)
         scale = tensors.get(prefix + "weight_scale")
         if scale is None:
             raise misfit(name, f"no {prefix}weight_scale")
         number = self.format_of(prefix.removesuffix("."))
         if number is None:
-            raise misfit(name, "integers, which config.json gives no scheme")
+            raise misfit(name, f"{parts[0].dtype} numbers, which config.json gives no scheme")
         rows, columns = (*parts[0].shape, 0, 0)[:2]
         per_word = 32 // number.bits if parts[0].dtype == "I32" else 1
         return Stored(number, layout.name, parts[0], scale, parts, (rows, columns * per_word))
@@ -236,26 +188,53 @@ def _group(targets: tuple[str, ...], described: Mapping[str, Any], word: object,
     """A config group as read; layout and number format have to go together."""
     weights, activations = described["weights"], described.get("input_activations")
     layout = _LAYOUTS.get(word) if isinstance(word, str) else None
-    bits, strategy, kind = weights.get("num_bits"), weights.get("strategy"), weights.get("type", "int")
-    size = weights.get("group_size") if strategy == "group" else None
-    readable = isinstance(bits, int) and kind == "int" and (strategy == "channel" or isinstance(size, int))
-    if layout is not None and readable and (not activations or _per_token(activations)):
+    element = _ELEMENTS.get((weights.get("type", "int"), weights.get("num_bits")))
+    granularity = _granularity(weights)
+    rounding = _activations(activations)
+    if layout is not None and element is not None and granularity is not None and rounding is not False:
         number = NumberFormat(
-            Element("int", bits),
-            ROW if size is None else group(size),
+            element,
+            granularity,
             symmetric=bool(weights.get("symmetric", True)),
-            activations=Activations(INT8) if activations else None,
+            activations=rounding,
         )
-        reason = layout.can_express(number)
-        if reason is None:
+        if layout.can_express(number) is None:
             return Group(targets, number, layout.name)
     raise unreadable(where, f"{weights} with activations {activations} as {word}", _READABLE)
 
 
-def _per_token(activations: Mapping[str, Any]) -> bool:
-    """Whether activations become symmetric int8 with a scale per token found at run time."""
-    kind = activations.get("num_bits"), activations.get("strategy"), activations.get("type", "int")
-    return kind == (8, "token", "int") and bool(activations.get("dynamic")) and bool(activations.get("symmetric", True))
+_ELEMENTS: Final[Mapping[tuple[object, object], Element]] = {("int", 4): INT4, ("int", 8): INT8, ("float", 8): E4M3}
+
+
+def _granularity(weights: Mapping[str, Any]) -> Granularity | None:
+    """The weights that share a scale, None where the description is none that is known."""
+    size, structure = weights.get("group_size"), weights.get("block_structure")
+    match weights.get("strategy"):
+        case "channel":
+            return ROW
+        case "group" if isinstance(size, int):
+            return group(size)
+        case "tensor" if weights.get("type") == "float":
+            return TENSOR
+        case "block" if (
+            isinstance(structure, list) and len(structure) == 2 and all(isinstance(n, int) for n in structure)
+        ):
+            return block(*structure)
+    return None
+
+
+def _activations(described: Mapping[str, Any] | None) -> Activations | Literal[False] | None:
+    """How activations are rounded: symmetric, with a scale found at run time; False where it is another way."""
+    if not described:
+        return None
+    element = _ELEMENTS.get((described.get("type", "int"), described.get("num_bits")))
+    dynamic = described.get("dynamic") is True and described.get("symmetric", True)
+    size = described.get("group_size")
+    if element is None or not dynamic:
+        return False
+    if described.get("strategy") == "token":
+        return Activations(element)
+    return Activations(element, size) if described.get("strategy") == "group" and isinstance(size, int) else False
 
 
 def _group_json(one: Group) -> dict[str, Any]:
@@ -266,17 +245,31 @@ def _group_json(one: Group) -> dict[str, Any]:
         "symmetric": number.symmetric,
         "dynamic": False,
         "actorder": None,
-        "strategy": "group" if number.group_size else "channel",
-        "group_size": number.group_size,
+        **_strategy(number.granularity),
     }
-    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     return {
         "format": one.layout,
-        "input_activations": activations if number.activations else None,
+        "input_activations": None if number.activations is None else _activations_json(number.activations),
         "output_activations": None,
         "targets": list(one.targets),
         "weights": weights,
     }
+
+
+def _strategy(granularity: Granularity) -> dict[str, Any]:
+    rows, columns = granularity.rows, granularity.columns
+    if rows == 1:
+        return {"strategy": "group" if columns else "channel", "group_size": columns}
+    if rows is None:
+        return {"strategy": "tensor", "group_size": None}
+    return {"strategy": "block", "group_size": None, "block_structure": [rows, columns]}
+
+
+def _activations_json(activations: Activations) -> dict[str, Any]:
+    described = {"num_bits": activations.element.bits, "type": activations.element.kind, "symmetric": True}
+    if activations.group_size is None:
+        return {**described, "strategy": "token", "dynamic": True}
+    return {**described, "strategy": "group", "group_size": activations.group_size, "dynamic": True}
 
 
 def _matches(pattern: str, module: str) -> bool:
@@ -324,4 +317,4 @@ def _ignored(linears: Sequence[Linear], modules: Mapping[Role, Mapping[Any, list
     return ignore + [name for names in left for name in names]
 
 
-METHOD: Final = Method("compressed-tensors", (PACKED, PLAIN), parse_config, describe)
+METHOD: Final = Method("compressed-tensors", (PACKED, PLAIN, FLOAT), parse_config, describe)

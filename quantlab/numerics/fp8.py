@@ -44,6 +44,9 @@ def dequantize_blocks(weight: Tensor, scale_inv: Tensor, *, block: tuple[int, in
             f"scale grid {tuple(scale_inv.shape)} does not fit a {rows}x{columns} weight in blocks of "
             f"{block[0]}x{block[1]}; expected {block_grid((rows, columns), block)}"
         )
+    if block[0] == 1:  # rows at once
+        scales = scale_inv.to(torch.float32).repeat_interleave(block[1], dim=1)[:, :columns]
+        return (weight.to(torch.float32) * scales).to(dtype)
     result = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     for index, row_scales in enumerate(scale_inv.to(torch.float32)):
         band = slice(index * block[0], min((index + 1) * block[0], rows))

@@ -139,10 +139,21 @@ class NumberFormat:
         return not (self.by_row and self.group_size and shape[1] % self.group_size)
 
     @property
+    def bits_per_weight(self) -> float:
+        """Bits of a weight with its part of scales and zero points; what has one scale per row or matrix counts as none."""
+        rows, columns = self.granularity.rows, self.granularity.columns
+        if rows is None or columns is None:
+            return float(self.bits)
+        beside = (32 if self.scale == "F32" else 16) + (0 if self.symmetric else self.bits)
+        return self.bits + beside / (rows * columns)
+
+    @property
     def name(self) -> str:
         """One word for tables: a scheme of the recipe has this name too."""
         if not self.is_integer:
             rows, columns = self.granularity.rows, self.granularity.columns
+            if rows is None or columns is None:
+                return f"fp{self.bits}" + ("_tensor" if rows is None else "")
             return f"fp{self.bits}_block" if (rows, columns) == (128, 128) else f"fp{self.bits}_block_{rows}x{columns}"
         word = f"int{self.bits}" + ("_weight" if self.bits == 8 and self.activations is None else "")
         return word + (f"_g{self.group_size}" if self.group_size else "") + ("" if self.symmetric else "_asym")

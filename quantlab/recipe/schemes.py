@@ -11,7 +11,7 @@ from quantlab.numerics.number_format import E4M3, INT4, INT8, ROW, Activations, 
 
 FloatDtype = Literal["float16", "bfloat16"]
 SchemeName = Literal["int8", "int8_weight", "int4_g128", "int4_g64", "int4_g32", "int4_g128_asym", "fp8_block"]
-LayoutName = Literal["dense", "pack-quantized", "int-quantized", "gptq", "gptq_v2", "fp8-blocks"]
+LayoutName = Literal["dense", "pack-quantized", "int-quantized", "float-quantized", "gptq", "gptq_v2", "fp8-blocks"]
 """How the tensors of a weight lie on disk; `quantlab.formats.layouts` has an object for each."""
 DefaultGrid = Literal["absmax", "signed", "minmax"]
 

@@ -202,13 +202,21 @@ def _refused_by_transformers(step: Step) -> str | None:
 def _loading_section(variant: VariantPlan, plan: Plan) -> str:
     quantized = _quantized(variant)
     refused = [reason for step in quantized if (reason := _refused_by_transformers(step)) is not None]
+    packed = any(step.scheme is not None and step.scheme.format.is_integer for step in quantized)
     lines = ["## How to load it\n"]
     if refused:
         lines.append(f"- transformers: cannot load {refused[0]} (5.x); use vLLM, SGLang or quantlab's runtime.")
     else:
-        expands = " It expands packed weights to 16 bits: neither memory nor time is saved there." if quantized else ""
+        expands = ""
+        if packed:
+            expands = " It expands packed weights to 16 bits: neither memory nor time is saved there."
+        elif quantized:
+            expands = " It multiplies by FP8 on GPUs of compute capability 8.9 and later, and expands it to 16 bits elsewhere."
         lines.append(f"- transformers: `AutoModelForCausalLM.from_pretrained(DIR)`.{expands}")
-    lines.append("- quantlab, weights stay packed: `from quantlab.runtime.load import load; model = load(Path(DIR))`.")
+    held = (
+        "weights stay packed" if packed or not quantized else "FP8 is expanded to bfloat16, activations are not rounded"
+    )
+    lines.append(f"- quantlab, {held}: `from quantlab.runtime.load import load; model = load(Path(DIR))`.")
     sizes = ", ".join(map(str, variant.tensor_parallel))
     lines.append(
         f"- vLLM: `vllm serve DIR`; SGLang: `python -m sglang.launch_server --model-path DIR`. Tensor parallel sizes that divide its groups: {sizes}."

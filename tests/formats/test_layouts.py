@@ -79,6 +79,22 @@ def test_names_and_descriptions(number: NumberFormat, name: str, description: st
     assert number.description == description
 
 
+def test_the_readme_lists_every_scheme_with_its_bits() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    rows = [line.split(" | ") for line in readme.splitlines() if line.startswith("| `")]
+    listed = {
+        name.strip(" `"): (row[3].strip("`"), bits)
+        for row in rows
+        if len(row) == 5
+        for name, bits in zip(row[0].strip("| ").split(", "), row[4].rstrip(" |").split(", "), strict=True)
+    }
+    assert {name: bits for name, (_, bits) in listed.items()} == {
+        name: f"{round(scheme.format.bits_per_weight, 3):g}" for name, scheme in SCHEMES.items()
+    }
+    layouts = {name: layout for name, (layout, _) in listed.items() if name != "fp8_block"}
+    assert layouts == {name: scheme.layout for name, scheme in SCHEMES.items() if name != "fp8_block"}
+
+
 def test_shapes_of_scales_and_shards() -> None:
     assert NumberFormat(INT4, group(32)).scale_shape((7, 96)) == (7, 3)
     assert NumberFormat(INT8, ROW).scale_shape((7, 96)) == (7, 1)

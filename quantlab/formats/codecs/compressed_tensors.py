@@ -66,6 +66,26 @@ def decode(name: str, stored: Mapping[str, Tensor], number: NumberFormat) -> Qua
     return QuantizedMatrix(q, scale, number.bits)
 
 
+def decode_floats(name: str, stored: Mapping[str, Tensor], number: NumberFormat) -> QuantizedMatrix:
+    """The matrix of a weight of `float-quantized`.
+
+    Args:
+        name: the weight's name, ending in ".weight".
+        stored: `weight` [N, K] float8_e4m3fn and `weight_scale` by name; the scale of a matrix may be [1], of rows [N].
+        number: its format.
+
+    Raises:
+        ArtifactError: the scales do not fit the weight.
+    """
+    q, scale = stored[name], stored[f"{name}_scale"]
+    rows, columns = q.shape
+    grid = number.scale_shape((rows, columns))
+    if scale.numel() != grid[0] * grid[1] or (scale.dim() > 1 and tuple(scale.shape) != grid):
+        raise misfit(name, f"scales {list(scale.shape)} for a weight of {[rows, columns]} as {number.name}")
+    size = number.granularity.rows or rows, number.granularity.columns or columns
+    return QuantizedMatrix(q, scale.view(grid), number.bits, block=size)
+
+
 def _unpacked_zeros(name: str, words: Tensor | None, shape: tuple[int, ...], bits: int) -> Tensor:
     """[N, G] int8 of the words [N b / 32, G] int32."""
     rows, groups = shape

@@ -29,6 +29,7 @@ class Codec:
 CODECS: Final[Mapping[LayoutName, Codec]] = {
     "pack-quantized": Codec(compressed_tensors.encode_packed, compressed_tensors.decode),
     "int-quantized": Codec(compressed_tensors.encode_plain, compressed_tensors.decode),
+    "float-quantized": Codec(None, compressed_tensors.decode_floats),
     "gptq": Codec(partial(gptq.encode, zero_offset=1), partial(gptq.decode, zero_offset=1)),
     "gptq_v2": Codec(partial(gptq.encode, zero_offset=0), partial(gptq.decode, zero_offset=0)),
     "fp8-blocks": Codec(fp8_blocks.encode, fp8_blocks.decode),
