@@ -147,7 +147,14 @@ def parse_config(described: Mapping[str, Any], where: str) -> Fp8Blocks:
 def describe(linears: Sequence[Linear]) -> Fp8Blocks:
     """The description of an artifact, for engines."""
     number = next(linear.number for linear in linears if linear.number is not None)
-    left = (_EXPERT.sub(".experts", linear.module) for linear in linears if linear.number is None)
+    unconverted = [linear for linear in linears if linear.number is None]
+    left = [_EXPERT.sub(".experts", linear.module) for linear in unconverted]
+    # SGLang builds the multi-token-prediction layer under the name `decoder`
+    left += [
+        _EXPERT.sub(".experts", linear.module).replace(f"model.layers.{linear.layer}.", "model.decoder.")
+        for linear in unconverted
+        if linear.role == "mtp"
+    ]
     return Fp8Blocks(number, tuple(dict.fromkeys((*left, "lm_head"))))
 
 

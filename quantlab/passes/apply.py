@@ -142,7 +142,7 @@ def apply_passes(
         dtype: what the weights, or their scales, will be stored in.
 
     Returns:
-        Each weight in `dtype` or on its integer grid, and its report.
+        Each weight in `dtype` or quantized, and its report.
     """
     works = [_Work(group.weights, group.inputs) for group in groups]
     for step in passes:

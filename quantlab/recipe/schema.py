@@ -81,12 +81,12 @@ Sparsity = Annotated[float | NOfM, BeforeValidator(_sparsity)]
 
 
 class Quantize(_Targeted):
-    """Put linears on an integer grid."""
+    """Store linears as smaller numbers."""
 
     quantize: SchemeName
     """The scheme, for example `int4_g128`."""
     algorithm: QuantizeAlgorithm = Rtn(name="rtn")
-    """How the integers are chosen."""
+    """How the numbers are chosen."""
 
     @property
     def calibrated(self) -> bool:

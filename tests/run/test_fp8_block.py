@@ -131,6 +131,15 @@ def test_engines_are_told_of_experts_that_stay(checkpoints: dict[str, Path], tmp
     assert {name: should_convert_module(name, left) for name in converted} == converted
 
 
+def test_the_layer_of_mtp_is_named_for_every_engine(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    config = json.loads(
+        (made(checkpoints["deepseek_v3"], "[{quantize: fp8_block}]", tmp_path) / "config.json").read_text()
+    )
+    left = config["quantization_config"]["modules_to_not_convert"]
+    for layer in ("model.layers.3", "model.decoder"):
+        assert {f"{layer}.self_attn.q_a_proj", f"{layer}.mlp.experts"} <= set(left)
+
+
 def test_an_fp8_source_keeps_its_numbers(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """The codes are the source's byte for byte. The source is read as bfloat16, so a scale may move by half a step of that."""
     source = tensors(checkpoints["deepseek_v3"])

@@ -15,7 +15,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from quantlab.architectures.detect import of_model_type
 from quantlab.architectures.layer import RotaryLayout, Routing
 from quantlab.numerics.number_format import INT4, INT8, ROW, NumberFormat, group
-from quantlab.recipe.schemes import Scheme, SchemeName
+from quantlab.recipe.schemes import SCHEMES, Scheme, SchemeName
 from quantlab.runtime import step
 from quantlab.runtime.decode import Decoder
 from quantlab.runtime.experts import Experts
@@ -305,13 +305,13 @@ def test_fused_steps_equal_those_of_transformers(
     same_steps(directory, dtype, device, limit=limit)
 
 
-@pytest.mark.parametrize("scheme", FOREIGN, ids=lambda one: one.name)
+@pytest.mark.parametrize("scheme", [*FOREIGN, SCHEMES["int4_g128_asym"]], ids=lambda one: one.name)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.skipif(library() is None, reason=status())
 def test_steps_of_what_is_expanded_to_be_multiplied_keep_nothing(
     family: str, scheme: Scheme, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Formats that others write; which experts a token meets is read anew in every step."""
+    """Formats that native kernels do not take; which experts a token meets is read anew in every step."""
     model = same_steps(
         quantize(checkpoints[family], tmp_path / "artifact", scheme).directory, torch.float16, limit=0.02
     )
