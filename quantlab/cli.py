@@ -22,6 +22,7 @@ from quantlab.documents import nearest
 from quantlab.errors import QuantlabError, RecipeError
 from quantlab.evaluation.manifest import check_unchanged
 from quantlab.evaluation.suite import load_suite
+from quantlab.formats.layouts import description_of, method_of
 from quantlab.plan.compile import compile_plan
 from quantlab.plan.model import Plan
 from quantlab.plan.source import survey
@@ -118,8 +119,8 @@ def inspect(
     """Say what is in a checkpoint: family, roles, dtypes or schemes, parameters, bytes."""
     opened = open_checkpoint(checkpoint)
     architecture = detect(opened.config)
-    described = opened.config.get("quantization_config") or {"quant_method": "fp8"}
-    if described["quant_method"] != "fp8" or (checkpoint / "quantize_config.json").is_file():
+    method = method_of(opened)
+    if method is not None and not method.is_source:
         _inspect_quantized(opened, architecture, as_json=as_json)
         return
     weights = survey(opened, architecture)
@@ -136,8 +137,9 @@ def inspect(
         ]
         typer.echo(json.dumps({"architecture": architecture.class_name, "tensors": tensors}, indent=1))
         return
-    fp8 = f", FP8 in blocks of {opened.fp8_block[0]}x{opened.fp8_block[1]}" if opened.fp8_block else ""
-    _out.print(f"{architecture.class_name} in {len(opened.files)} files{fp8}", highlight=False, markup=False)
+    numbers = description_of(opened)
+    quantized = f", {numbers}" if numbers else ""
+    _out.print(f"{architecture.class_name} in {len(opened.files)} files{quantized}", highlight=False, markup=False)
     _out.print(show.checkpoint_table(weights))
 
 

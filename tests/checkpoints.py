@@ -11,6 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantlab.formats.compressed_tensors import Group, QuantizationConfig
+from quantlab.recipe.schemes import SCHEMES, Scheme, SchemeName
+
+INTEGERS: tuple[SchemeName, ...] = tuple(name for name, scheme in SCHEMES.items() if scheme.format.is_integer)
+"""The schemes of integers."""
+
 _COMMON = {
     "vocab_size": 384,
     "hidden_size": 128,
@@ -79,6 +85,11 @@ CONFIGS: dict[str, dict[str, object]] = {
     },
 }
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def all_linears(scheme: Scheme, ignore: tuple[str, ...] = ()) -> QuantizationConfig:
+    """Every linear but the ignored ones under one scheme."""
+    return QuantizationConfig((Group(("Linear",), scheme.format, scheme.layout),), ignore)
 
 
 def make_checkpoint(directory: Path, family: str, *, seed: int = 0) -> Path:

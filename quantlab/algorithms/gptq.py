@@ -19,7 +19,7 @@ Source: GPTQ (arXiv 2210.17323), section 3 and algorithm 1.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -33,10 +33,17 @@ from quantlab.algorithms.hessian import (
     with_damping,
 )
 from quantlab.algorithms.qronos import corrected_target
-from quantlab.algorithms.quantease import Problem, coordinate_descent, dequantized, refit_scales
+from quantlab.algorithms.quantease import (
+    Limits,
+    Problem,
+    coordinate_descent,
+    dequantized,
+    limits_of_column,
+    refit_scales,
+)
 from quantlab.algorithms.rtn import round_to_nearest
 from quantlab.algorithms.scales import GridOptions
-from quantlab.numerics.integer import QuantizedMatrix, integer_range
+from quantlab.numerics.integer import QuantizedMatrix
 
 _BLOCK: Final = 128
 _FIT_STEPS: Final = 20
@@ -70,6 +77,7 @@ class GptqResult:
     Attributes:
         q: [B, N, K] int8, in the order of W's columns.
         scale: [B, N, G] in its stored dtype.
+        zero: [B, N, G] int8 zero points, None for symmetric integers.
         bits: width of the integers.
         energy: [B, N] float32, ``w H wᵀ`` of every row, in units of the mean of diag H, as all errors are.
         rtn_error: [B, N] of rounding to nearest.
@@ -82,6 +90,7 @@ class GptqResult:
 
     q: Tensor
     scale: Tensor
+    zero: Tensor | None
     bits: int
     energy: Tensor
     rtn_error: Tensor
@@ -93,12 +102,13 @@ class GptqResult:
 
     def member(self, index: int) -> "GptqResult":
         """One matrix of a batch."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return GptqResult(**{name: value if name == "bits" else value[index] for name, value in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        one: dict[str, Any] = {n: value[index] if isinstance(value, Tensor) else value for n, value in values.items()}
+        return GptqResult(**one)
 
     def matrix(self, rows: slice = slice(None)) -> QuantizedMatrix:
         """Some rows of a single matrix: those that belong to one weight of a concatenation."""
-        return QuantizedMatrix(self.q[rows], self.scale[rows], self.bits)
+        return QuantizedMatrix(self.q, self.scale, self.bits, self.zero).rows(rows)
 
 
 def gptq(
@@ -172,15 +182,23 @@ def gptq_batch(
         target = _target(W, C / mean[:, None, None], factor.U, order, options.correction)
     problem = Problem(target.mT, with_damping(H, factor.damping), grid.bits, None if removed is None else removed.mT)
     start = target if removed is None else _on_support(target, problem.H, removed)
-    scale = (nearest if start is W else _round_all(start, grid, importance, removed))[1].mT.contiguous()
+    first = nearest if start is W else _round_all(start, grid, importance, removed)
+    scale = first.scale.mT.contiguous()
+    problem = replace(problem, zero=None if first.zero is None else first.zero.mT.contiguous())
     q = _column_pass(replace(problem, target=start.mT), factor.U, scale, order)
     judged = _Judge(W, target, H, factor.damping)
     q, scale = _refined(problem, q, scale, options.rounds)
-    rtn_error, error = judged.errors(nearest[0].mT, nearest[1].mT), judged.errors(q, scale)
+    rtn_error, error = judged.errors(nearest.steps.mT, nearest.scale.mT), judged.errors(q, scale)
     kept = ~(error <= rtn_error) | factor.failed[:, None]
+    chosen = _Rounded(
+        torch.where(kept[:, :, None], nearest.steps, q.mT),
+        torch.where(kept[:, :, None], nearest.scale, scale.mT),
+        None if nearest.zero is None or first.zero is None else torch.where(kept[:, :, None], nearest.zero, first.zero),
+    )
     return GptqResult(
-        q=torch.where(kept[:, :, None], nearest[0], q.mT),
-        scale=torch.where(kept[:, :, None], nearest[1], scale.mT),
+        q=chosen.integers(),
+        scale=chosen.scale,
+        zero=chosen.zero,
         bits=grid.bits,
         energy=row_errors(W, H),
         rtn_error=rtn_error,
@@ -198,11 +216,34 @@ def reordered(H: Tensor, order: Tensor) -> Tensor:
     return rows.gather(2, order[:, None, :].expand_as(H))
 
 
-def _round_all(W: Tensor, grid: GridOptions, importance: Tensor, removed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q [B, N, K] and scale [B, N, G] of rounding to nearest what is not removed."""
+@dataclass(frozen=True)
+class _Rounded:
+    """Matrices on their grids: steps ``q - z`` [B, N, K] int8, scale [B, N, G], and zero [B, N, G] int8 where there are zero points."""
+
+    steps: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def integers(self) -> Tensor:
+        """q [B, N, K] int8."""
+        return self.steps if self.zero is None else self.steps + _by_column(self.zero, self.steps.shape[2])
+
+
+def _by_column(zero: Tensor, columns: int) -> Tensor:
+    """Zero points of groups [B, N, G] for every column [B, N, K]."""
+    return zero.repeat_interleave(columns // zero.shape[2], dim=2)
+
+
+def _round_all(W: Tensor, grid: GridOptions, importance: Tensor, removed: Tensor | None) -> _Rounded:
+    """Round to nearest what is not removed, the rest to zero."""
     W = W if removed is None else W.masked_fill(removed, 0)
     each = [round_to_nearest(W[b], grid, importance=importance[b]) for b in range(W.shape[0])]
-    return torch.stack([one.q for one in each]), torch.stack([one.scale for one in each])
+    q, scale = torch.stack([one.q for one in each]), torch.stack([one.scale for one in each])
+    zeros = [one.zero for one in each if one.zero is not None]
+    if not zeros:
+        return _Rounded(q, scale, None)
+    zero = torch.stack(zeros)
+    return _Rounded(q - _by_column(zero, q.shape[2]), scale, zero)
 
 
 def _on_support(target: Tensor, H: Tensor, removed: Tensor) -> Tensor:
@@ -220,7 +261,7 @@ def _target(W: Tensor, C: Tensor, U: Tensor, order: Tensor | None, strength: flo
 
 
 def _column_pass(problem: Problem, U: Tensor, scale: Tensor, order: Tensor | None) -> Tensor:
-    """Algorithm 1 with U in the given order and scale [B, G, N]: q [B, K, N] int8 in the order of the target."""
+    """Algorithm 1 with U in the given order and scale [B, G, N]: steps [B, K, N] int8 in the order of the target."""
     target, removed = problem.target, problem.removed
     batch, columns, rows = target.shape
     width = columns // scale.shape[1]
@@ -233,24 +274,26 @@ def _column_pass(problem: Problem, U: Tensor, scale: Tensor, order: Tensor | Non
         part = slice(start, min(start + _BLOCK, columns))
         index = order[:, part, None].expand(-1, -1, rows)
         step = steps.gather(1, index // width)
-        zero = None if removed is None else removed.gather(1, index)
-        q, errors = _round_columns(V[:, part], step, U[:, part, part], zero, integer_range(problem.bits))
+        gone = None if removed is None else removed.gather(1, index)
+        q, errors = _round_columns(V[:, part], step, U[:, part, part], gone, problem.limits(index // width))
         V[:, part.stop :].baddbmm_(U[:, part, part.stop :].mT, errors, alpha=-1)
         result.scatter_(1, index, q)
     return result
 
 
-def _round_columns(
-    V: Tensor, step: Tensor, U: Tensor, removed: Tensor | None, limits: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """The columns of a block: integers [B, c, N] int8 and errors over the diagonal of U; V [B, c, N] is used up."""
-    if V.device.type == "cuda":
+def _round_columns(V: Tensor, step: Tensor, U: Tensor, removed: Tensor | None, limits: Limits) -> tuple[Tensor, Tensor]:
+    """The columns of a block: steps [B, c, N] int8 and errors over the diagonal of U; V [B, c, N] is used up.
+
+    The kernel for CUDA has one range for all columns; with zero points torch rounds the columns there too.
+    """
+    low, high = limits
+    if V.device.type == "cuda" and isinstance(low, int) and isinstance(high, int):
         from quantlab.algorithms.cuda.blocks import round_columns
 
-        return round_columns(V, step, U, removed, limits)
+        return round_columns(V, step, U, removed, (low, high))
     q, errors = torch.empty_like(step), torch.empty_like(step)
     for j in range(q.shape[1]):
-        q[:, j] = (V[:, j] / step[:, j]).round_().clamp_(*limits)
+        q[:, j] = (V[:, j] / step[:, j]).round_().clamp_(*limits_of_column(limits, j))
         if removed is not None:
             q[:, j].masked_fill_(removed[:, j], 0)
         errors[:, j] = (V[:, j] - q[:, j] * step[:, j]) / U[:, j, j, None]

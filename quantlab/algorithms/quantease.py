@@ -1,6 +1,7 @@
 """Improve integers and scales that are already good, in the metric of the layer's output.
 
-For one row with target w, integers q and scales s the error is ``(w - q s) H (w - q s)ᵀ``. Two moves never raise it:
+For one row with target w, integers q and scales s the error is ``(w - q s) H (w - q s)ᵀ``; where there are zero points, q stands
+for the steps from them throughout. Two moves never raise the error:
 
 - one integer at a time to the best value it can have, the others fixed. With the residual ``r = (w - q s) H`` the free
   optimum of weight k is ``q_k s + r_k / H_kk``; the nearest point of its grid is the best integer. Columns are visited in
@@ -32,19 +33,45 @@ _BLOCK: Final = 128
 
 @dataclass(frozen=True)
 class Problem:
-    """What rows of integers are to come close to.
+    """The target of rows of integers, and the metric of their distance to it.
 
     Attributes:
         target: w [B, K, N] float32.
         H: [B, K, K] float32, positive definite.
         bits: width of the integers.
         removed: [B, K, N] bool, weights that stay zero; None for none.
+        zero: [B, G, N] int8 zero points; None for symmetric integers.
     """
 
     target: Tensor
     H: Tensor
     bits: int
     removed: Tensor | None = None
+    zero: Tensor | None = None
+
+    def limits(self, groups: Tensor) -> "Limits":
+        """Smallest and largest step of columns.
+
+        Args:
+            groups: index of the group of each column, for `Tensor.gather` along G: [B, c, N].
+        """
+        low, high = integer_range(self.bits)
+        if self.zero is None:
+            return low, high
+        zero = self.zero.to(torch.float32).gather(1, groups)
+        return low - zero, high - zero
+
+
+Limits = tuple[int, int] | tuple[Tensor, Tensor]
+"""Smallest and largest integer: of all columns, or [B, c, N] float32 each."""
+
+
+def limits_of_column(limits: Limits, j: int) -> Limits:
+    """The limits of one column of a block, [B, N] where they differ."""
+    low, high = limits
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        return low[:, j], high[:, j]
+    return limits
 
 
 def dequantized(q: Tensor, scale: Tensor) -> Tensor:
@@ -75,7 +102,8 @@ def coordinate_descent(problem: Problem, q: Tensor, scale: Tensor, *, passes: in
             part = slice(start, min(start + _BLOCK, q.shape[1]))
             steps = scale.to(torch.float32)[:, torch.arange(part.start, part.stop, device=q.device) // width]
             mask = None if problem.removed is None else problem.removed[:, part]
-            limits = integer_range(problem.bits)
+            groups = torch.arange(part.start, part.stop, device=q.device)[None, :, None] // width
+            limits = problem.limits(groups.expand(q.shape[0], -1, q.shape[2]))
             q[:, part], moved = _descend_columns(
                 residual[:, part].clone(), steps, problem.H[:, part, part], mask, q[:, part], limits
             )
@@ -86,17 +114,21 @@ def coordinate_descent(problem: Problem, q: Tensor, scale: Tensor, *, passes: in
 
 
 def _descend_columns(
-    residual: Tensor, steps: Tensor, H: Tensor, removed: Tensor | None, q: Tensor, limits: tuple[int, int]
+    residual: Tensor, steps: Tensor, H: Tensor, removed: Tensor | None, q: Tensor, limits: Limits
 ) -> tuple[Tensor, Tensor]:
-    """Visit the columns of a block [B, c, N]: the new integers and the change of q s; the residual is used up."""
-    if residual.device.type == "cuda":
+    """Visit the columns of a block [B, c, N]: the new integers and the change of q s; the residual is used up.
+
+    The kernel for CUDA has one range for all columns; with zero points torch visits the columns there too.
+    """
+    low, high = limits
+    if residual.device.type == "cuda" and isinstance(low, int) and isinstance(high, int):
         from quantlab.algorithms.cuda.blocks import descend_columns
 
-        return descend_columns(residual, steps, H, removed, q, limits)
+        return descend_columns(residual, steps, H, removed, q, (low, high))
     chosen, moved = torch.empty_like(q), torch.empty_like(residual)
     for j in range(residual.shape[1]):
         old = q[:, j].to(torch.float32)
-        best = (old + residual[:, j] / H[:, j, j, None] / steps[:, j]).round_().clamp_(*limits)
+        best = (old + residual[:, j] / H[:, j, j, None] / steps[:, j]).round_().clamp_(*limits_of_column(limits, j))
         if removed is not None:
             best.masked_fill_(removed[:, j], 0)
         moved[:, j] = (best - old) * steps[:, j]

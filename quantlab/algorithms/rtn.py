@@ -1,7 +1,7 @@
 """Round to nearest (RTN): every weight goes to the closest point of a grid that is chosen per row or group.
 
-What is left to choose is the grid's scale: see `scales`. With the mean squares of the inputs as importance this is the
-best that can be done without looking at how inputs go together.
+The grid of each group, its scale and zero point, is chosen in `scales`. With the mean squares of the inputs as importance the
+result is the best one that ignores correlations between inputs.
 
 Source: as the baseline of GPTQ (arXiv 2210.17323, section 2) and of LLM.int8() (arXiv 2208.07339, section 2).
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantlab.algorithms.scales import Grid as Grid
-from quantlab.algorithms.scales import GridOptions, searched_scale
+from quantlab.algorithms.scales import GridOptions, searched_points
 from quantlab.numerics.integer import QuantizedMatrix, quantize_to_grid
 
 _BAND_WEIGHTS: Final = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -57,11 +57,17 @@ def round_to_nearest(W: Tensor, options: GridOptions, *, importance: Tensor | No
     groups = columns // (options.group_size or columns)
     q = torch.empty(rows, columns, dtype=torch.int8, device=W.device)
     scale = torch.empty(rows, groups, dtype=options.scale_dtype, device=W.device)
+    zero = torch.empty(rows, groups, dtype=torch.int8, device=W.device) if options.grid == "minmax" else None
     m = None if importance is None else importance.to(torch.float32).view(groups, -1)
     height = max(1, _BAND_WEIGHTS.get(W.device.type, 1 << 20) // columns)
     for start in range(0, rows, height):
         band = slice(start, start + height)
         grouped = W[band].to(torch.float32).view(-1, groups, columns // groups)
-        scale[band] = searched_scale(grouped, options, m)
-        q[band] = quantize_to_grid(grouped, scale[band], bits=options.bits).view(-1, columns).to(torch.int8)
-    return QuantizedMatrix(q, scale, options.bits)
+        points = searched_points(grouped, options, m)
+        scale[band] = points.scale
+        steps = quantize_to_grid(grouped, points.scale, bits=options.bits, zero=points.zero)
+        if zero is not None and points.zero is not None:
+            zero[band] = points.zero
+            steps += points.zero[:, :, None]
+        q[band] = steps.view(-1, columns).to(torch.int8)
+    return QuantizedMatrix(q, scale, options.bits, zero)

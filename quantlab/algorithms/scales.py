@@ -1,30 +1,47 @@
-"""Scales of symmetric integer grids: where a group's grid begins, and how far it is shrunk.
+"""Scales and zero points of integer grids: where a group's grid begins, and how far it is shrunk.
 
-Three conventions are in use for b bits and a group of weights w:
+Three conventions are in use for symmetric integers of b bits and a group of weights w:
 
 - `absmax`  ``s = max|w| / (2^(b-1) - 1)``: nothing is clipped, the point -2^(b-1) is never used.
 - `half`    ``s = 2 max|w| / (2^b - 1)``: the extreme lies half a step outside one end of the grid.
 - `signed`  ``s = -e / 2^(b-1)`` with e the weight of largest magnitude, sign kept: e itself lands on -2^(b-1) exactly and
   all 2^b points are used; half of the scales are negative. Of two extremes of equal magnitude the negative one counts.
 
-A search then changes the scale where that lowers the squared error ``Σ m (q s - w)²``: a few clipped outliers for finer
+One has zero points:
+
+- `minmax`  ``s = (max - min) / (2^b - 1)`` with 0 counted among the weights, so that zero is a point of the grid, and
+  ``z = clamp(round(-2^(b-1) - min / s))``: both extremes lie within half a step of the grid's ends.
+
+A search then changes the scale where that lowers the squared error ``Σ m ((q - z) s - w)²``: a few clipped outliers for finer
 steps elsewhere. The importance m of a column is 1, or the mean square of its input: with independent inputs the sum is
-then the error of the output. What the search found can be improved further by the closed form ``s = Σ m w q / Σ m q²`` for
-fixed integers, with the integers chosen again after it.
+then the error of the output. The found scale can be improved further by the closed form ``s = Σ m w p / Σ m p²`` for
+fixed steps ``p = q - z``, with the integers chosen again after it.
 
 Sources: scale conventions as in AWQ (arXiv 2306.00978), compressed-tensors and AutoRound (arXiv 2309.05516); clipping by
 mean squared error as in OMSE (arXiv 1902.06822), section 3.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantlab.numerics.integer import quantize_to_grid, usable_scale
+from quantlab.numerics.integer import integer_range, quantize_to_grid, usable_scale
 
-Grid = Literal["absmax", "half", "signed"]
+Grid = Literal["absmax", "half", "signed", "minmax"]
+
+
+class Points(NamedTuple):
+    """The grid of every group.
+
+    Attributes:
+        scale: [N, G] in its stored dtype.
+        zero: [N, G] int8 zero points, None for symmetric integers.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -32,10 +49,10 @@ class GridOptions:
     """An integer grid and how its scales are chosen.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 4 or 8; with zero points 4, so that steps from them fit into int8.
         group_size: columns per scale, dividing K; None for one scale per row.
         scale_dtype: dtype the scales are stored in.
-        grid: scale convention, see above.
+        grid: convention of the scales, see above; `minmax` has zero points.
         clip_steps: how many shrink factors to try below 1; 0 for no search.
         clip_floor: the smallest shrink factor.
         refits: alternations of the closed form with rounding, after the search; 0 for none.
@@ -60,10 +77,27 @@ def grid_scale(grouped: Tensor, *, bits: int, grid: Grid) -> Tensor:
         case "signed":
             largest, smallest = grouped.amax(dim=2), grouped.amin(dim=2)
             return torch.where(largest > -smallest, largest, smallest) / -(1 << (bits - 1))
+        case "minmax":
+            return (grouped.amax(dim=2).clamp_min(0) - grouped.amin(dim=2).clamp_max(0)) / ((1 << bits) - 1)
 
 
-def searched_scale(grouped: Tensor, options: GridOptions, importance: Tensor | None) -> Tensor:
-    """The stored scale of every group.
+def zero_points(smallest: Tensor, scale: Tensor, *, bits: int) -> Tensor:
+    """The zero points that bring the smallest weights to the lower end of the grid.
+
+    Args:
+        smallest: [N, G] float32, the smallest weight of each group, not positive.
+        scale: [N, G] in its stored dtype.
+        bits: width of the integers.
+
+    Returns:
+        [N, G] int8.
+    """
+    low, high = integer_range(bits)
+    return (low - smallest / scale.to(torch.float32)).round_().clamp_(low, high).to(torch.int8)
+
+
+def searched_points(grouped: Tensor, options: GridOptions, importance: Tensor | None) -> Points:
+    """The grid of every group.
 
     Args:
         grouped: [N, G, g] float32.
@@ -71,45 +105,54 @@ def searched_scale(grouped: Tensor, options: GridOptions, importance: Tensor | N
         importance: m [G, g] float32, not negative; None for 1 everywhere.
 
     Returns:
-        [N, G] in the scale's dtype: of least ``Σ m (q s - w)²`` among ``p * s`` for p = 1 ... clip_floor, then refitted;
-        never worse than the convention's own scale.
+        Of least ``Σ m ((q - z) s - w)²`` among the scales ``f * s`` for f = 1 ... clip_floor, then refitted; never worse
+        than the convention's own grid.
     """
     bits, dtype = options.bits, options.scale_dtype
     first = grid_scale(grouped, bits=bits, grid=options.grid)
-    best = usable_scale(first, dtype)
+    smallest = grouped.amin(dim=2).clamp_max(0) if options.grid == "minmax" else None
+
+    def shrunk(factor: float) -> Points:
+        scale = usable_scale(first * factor, dtype)
+        return Points(scale, None if smallest is None else zero_points(smallest * factor, scale, bits=bits))
+
+    best = shrunk(1.0)
     if options.clip_steps == 0 and options.refits == 0:
         return best
     best_error = _squared_error(grouped, best, importance, bits=bits)
     for step in range(1, options.clip_steps + 1):
-        factor = 1 - (1 - options.clip_floor) * step / options.clip_steps
-        candidate = usable_scale(first * factor, dtype)
+        candidate = shrunk(1 - (1 - options.clip_floor) * step / options.clip_steps)
         best, best_error = _better(grouped, candidate, importance, (best, best_error), bits=bits)
     for _ in range(options.refits):
-        candidate = usable_scale(_least_squares(grouped, best, importance, bits=bits), dtype)
+        candidate = Points(usable_scale(_least_squares(grouped, best, importance, bits=bits), dtype), best.zero)
         best, best_error = _better(grouped, candidate, importance, (best, best_error), bits=bits)
     return best
 
 
 def _better(
-    grouped: Tensor, candidate: Tensor, importance: Tensor | None, best: tuple[Tensor, Tensor], *, bits: int
-) -> tuple[Tensor, Tensor]:
-    """Scale and error of each group: the candidate's where it is better."""
+    grouped: Tensor, candidate: Points, importance: Tensor | None, best: tuple[Points, Tensor], *, bits: int
+) -> tuple[Points, Tensor]:
+    """Grid and error of each group: the candidate's where it is better."""
     error = _squared_error(grouped, candidate, importance, bits=bits)
-    better = error < best[1]
-    return torch.where(better, candidate, best[0]), torch.where(better, error, best[1])
+    points, least = best
+    better = error < least
+    zero = points.zero
+    if zero is not None and candidate.zero is not None:
+        zero = torch.where(better, candidate.zero, zero)
+    return Points(torch.where(better, candidate.scale, points.scale), zero), torch.where(better, error, least)
 
 
-def _squared_error(grouped: Tensor, scale: Tensor, importance: Tensor | None, *, bits: int) -> Tensor:
-    """``Σ m (q s - w)²`` per group [N, G] on the grid of `scale`."""
-    rounded = quantize_to_grid(grouped, scale, bits=bits)
-    squares = rounded.mul_(scale.to(torch.float32)[:, :, None]).sub_(grouped).square_()
+def _squared_error(grouped: Tensor, points: Points, importance: Tensor | None, *, bits: int) -> Tensor:
+    """``Σ m ((q - z) s - w)²`` per group [N, G] on a grid."""
+    steps = quantize_to_grid(grouped, points.scale, bits=bits, zero=points.zero)
+    squares = steps.mul_(points.scale.to(torch.float32)[:, :, None]).sub_(grouped).square_()
     return (squares if importance is None else squares.mul_(importance)).sum(dim=2)
 
 
-def _least_squares(grouped: Tensor, scale: Tensor, importance: Tensor | None, *, bits: int) -> Tensor:
-    """``Σ m w q / Σ m q²`` per group [N, G] float32 for the integers on the grid of `scale`; `scale` where q is zero."""
-    rounded = quantize_to_grid(grouped, scale, bits=bits)
-    weighted = rounded if importance is None else rounded * importance
-    norm = (weighted * rounded).sum(dim=2)
+def _least_squares(grouped: Tensor, points: Points, importance: Tensor | None, *, bits: int) -> Tensor:
+    """``Σ m w p / Σ m p²`` per group [N, G] float32 for the steps on a grid; its own scale where all of them are zero."""
+    steps = quantize_to_grid(grouped, points.scale, bits=bits, zero=points.zero)
+    weighted = steps if importance is None else steps * importance
+    norm = (weighted * steps).sum(dim=2)
     refitted = (weighted * grouped).sum(dim=2) / norm
-    return torch.where(norm > 0, refitted, scale.to(torch.float32))
+    return torch.where(norm > 0, refitted, points.scale.to(torch.float32))

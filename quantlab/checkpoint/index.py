@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from quantlab.files import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-FP8_SCALE_SUFFIX = "_scale_inv"
-"""The scale of FP8 weight X is the tensor X_scale_inv, in any shard."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -36,28 +33,6 @@ class Checkpoint:
     @property
     def files(self) -> tuple[Path, ...]:
         return tuple(sorted({entry.file for entry in self.tensors.values()}))
-
-    @cached_property
-    def fp8_block(self) -> tuple[int, int] | None:
-        """Rows and columns of the blocks of a DeepSeek FP8 checkpoint, None for any other.
-
-        Raises:
-            CheckpointError: the checkpoint says it is FP8 but not in which blocks.
-        """
-        quantization = self.config.get("quantization_config") or {}
-        if quantization.get("quant_method") != "fp8":
-            return None
-        block = quantization.get("weight_block_size")
-        if not (
-            isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
-        ):
-            raise CheckpointError(
-                "the FP8 checkpoint does not say its block size",
-                where=f"{self.directory / 'config.json'}, quantization_config.weight_block_size",
-                found=repr(block),
-                fix="use the config.json of the original release, which has [128, 128]",
-            )
-        return block[0], block[1]
 
     def fingerprint(self) -> str:
         """sha256 over config.json and every tensor's name, dtype, shape and place.

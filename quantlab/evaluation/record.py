@@ -236,6 +236,19 @@ class TaskResult(_Frozen):
         return self.name, self.metric, self.seed
 
 
+class Expanded(_Frozen):
+    """Quantized matrices that no kernel of the device multiplies by."""
+
+    format: str
+    """Name of their number format."""
+    count: int
+    """How many; matrices that the runtime holds as one, such as gate and up, count once."""
+    reasons: tuple[str, ...]
+    """Why each bank of the device declined."""
+    held: Literal["packed", "dense"]
+    """Whether they are stored small and expanded for every product, or expanded when loaded."""
+
+
 class Memory(_Frozen):
     """Bytes."""
 
@@ -256,6 +269,8 @@ class Memory(_Frozen):
     """What the runtime's cache grows by with each token of a sequence, all layers together, at the dtype it is served at."""
     kv_cache: str = ""
     """What that is made of: "latent of 128 + 32 bfloat16 values, 8 layers"."""
+    expanded: tuple[Expanded, ...] = ()
+    """The fallbacks of the runtime, by format and reason; empty where kernels multiply by every quantized matrix."""
 
 
 class Speed(_Frozen):

@@ -21,8 +21,10 @@ from quantlab.checkpoint.reader import DTYPE_NAMES, Reader
 from quantlab.checkpoint.writer import ShardWriter
 from quantlab.errors import ArtifactError
 from quantlab.files import read_json, write_atomically
+from quantlab.formats.layouts import LAYOUTS
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.number_format import INT8
 from quantlab.runtime.load import load
 
 _TOKENS = (2, 48)
@@ -81,7 +83,7 @@ def verify(artifact: Path) -> Iterator[Check]:
     with tempfile.TemporaryDirectory(prefix="quantlab-verify-") as directory:
         reference = Path(directory)
         _write_dequantized(stored, reference)
-        expected = _logits_of_transformers(reference, checkpoint, dequantize=False)
+        expected = _logits_of_transformers(reference, checkpoint, dtype=_dtype_of(stored))
         yield _check_transformers(stored, checkpoint, expected)
         yield _check_runtime(artifact, reference, checkpoint, stored)
 
@@ -155,15 +157,17 @@ def _tokens(checkpoint: Checkpoint) -> Tensor:
 
 
 def _logits_of_transformers(
-    directory: Path, checkpoint: Checkpoint, *, dequantize: bool, dtype: str | torch.dtype = "auto"
+    directory: Path, checkpoint: Checkpoint, *, dequantize: str | None = None, dtype: str | torch.dtype = "auto"
 ) -> Tensor:
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    """Logits of transformers' model; its weights are expanded when loaded where `dequantize` names their method."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     # the keyword is given only where it says something: None would hide the artifact's own quantization_config
-    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    classes = {"compressed-tensors": CompressedTensorsConfig, "fp8": FineGrainedFP8Config}
+    options = {"quantization_config": classes[dequantize](dequantize=True)} if dequantize else {}
     model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise RuntimeError(f"transformers found no weights for {sorted(info['missing_keys'])[:3]}")
@@ -172,18 +176,28 @@ def _logits_of_transformers(
     return logits
 
 
+def _dtype_of(stored: StoredWeights) -> torch.dtype | Literal["auto"]:
+    """What transformers loads: floating-point blocks are read as bfloat16 here, whatever dtype the rest has."""
+    formats = stored.description.formats if stored.description is not None else ()
+    return "auto" if all(number.is_integer for number in formats) else torch.bfloat16
+
+
 def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected: Tensor) -> Check:
     name = "transformers loads it, logits equal to the dequantized reference"
-    activations = any(
-        scheme is not None and scheme.quantized_activations for scheme in map(stored.scheme_of, stored.names())
-    )
-    if any(
-        ".mlp.experts." in tensor and (scheme := stored.scheme_of(tensor)) and scheme.quantized_activations
-        for tensor in stored.names()
-    ):
-        return Check(name, "not applicable", "transformers 5 cannot load int8 experts with quantized activations")
+    held = [one for one in map(stored.stored, stored.names()) if one is not None]
+    for one in held:
+        experts = ".mlp.experts." in one.numbers.name
+        reason = LAYOUTS[one.layout].transformers_refuses(one.number, one.shape, experts=experts)
+        if reason is not None:
+            return Check(name, "not applicable", f"transformers 5 cannot load {reason}")
+    expand = any(one.number.activations or not one.number.symmetric for one in held)
     try:
-        logits = _logits_of_transformers(checkpoint.directory, checkpoint, dequantize=activations)
+        logits = _logits_of_transformers(
+            checkpoint.directory,
+            checkpoint,
+            dequantize=stored.method if expand else None,
+            dtype=_dtype_of(stored),
+        )
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         return Check(name, "failed", next(iter(str(error).splitlines()), type(error).__name__))
     difference = (logits - expected).abs().max().item()
@@ -191,16 +205,22 @@ def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected:
     return Check(name, verdict, f"largest logit difference {difference:.3g}")
 
 
+def _with_int8_activations(stored: StoredWeights) -> list[str]:
+    """Names of the weights whose input is rounded to int8."""
+    formats = ((name, stored.format_of(name)) for name in stored.names())
+    return [name for name, number in formats if number and number.activations and number.activations.element == INT8]
+
+
 def _check_runtime(artifact: Path, reference: Path, checkpoint: Checkpoint, stored: StoredWeights) -> Check:
     """Both in float32, where only the order of sums differs; int8 activations round, so they are reported, not judged."""
     name = "quantlab's runtime agrees with the dequantized reference (float32)"
-    expected = _logits_of_transformers(reference, checkpoint, dequantize=False, dtype=torch.float32)
+    expected = _logits_of_transformers(reference, checkpoint, dtype=torch.float32)
     with torch.inference_mode():
         logits = load(artifact, dtype=torch.float32)(_tokens(checkpoint)).logits
     relative = ((logits - expected).norm() / expected.norm()).item()
     largest = (logits - expected).abs().max().item()
     detail = f"largest logit difference {largest:.3g}, relative {relative:.2g}"
-    if any(scheme is not None and scheme.quantized_activations for scheme in map(stored.scheme_of, stored.names())):
+    if _with_int8_activations(stored):
         bound, detail = (
             _INT8_ACTIVATIONS,
             detail + f" (its activations are int8, the reference's are not; bound {_INT8_ACTIVATIONS:g})",

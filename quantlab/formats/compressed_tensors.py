@@ -1,148 +1,144 @@
-"""The compressed-tensors layout: how integers lie on disk and how config.json describes them.
+"""The layouts of compressed-tensors, and how config.json describes them to vLLM, SGLang and transformers.
 
-Two layouts are written: `pack-quantized` (weight_packed int32 words, weight_scale, weight_shape) and `int-quantized`
-(weight int8, weight_scale). The description is the `quantization_config` that vLLM, SGLang and transformers read; it names
-linears by class ("Linear") or by regular expression, and the ones to leave alone. The same description is what our
-runtime reads back, so an artifact of ours and one made elsewhere take the same path.
+`pack-quantized` stores int32 words: weight_packed, weight_scale, weight_shape, and where there are zero points
+weight_zero_point [N b / 32, G], packed along the rows. `int-quantized` stores int8: weight, weight_scale; `float-quantized` the
+same with FP8 e4m3, and is only read. The description names linears by class ("Linear") or by regular expression, and the ones to
+leave alone. The same description is what our runtime reads back, so an artifact of ours and one made elsewhere take the same path.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal
 
-import torch
-from torch import Tensor
-
+from quantlab.architectures.architecture import MODULE_PATTERNS, Role
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.errors import ArtifactError
-from quantlab.formats.checks import asymmetric, check_order, misfit
-from quantlab.numerics.integer import QuantizedMatrix
-from quantlab.numerics.packing import pack_int32, unpack_int32
-from quantlab.recipe.schemes import READABLE, Scheme, find_scheme
+from quantlab.formats.compressed_layouts import FLOAT, PACKED, PLAIN, FloatQuantized, IntQuantized, PackQuantized
+from quantlab.formats.layout import Linear, Method, Stored, present
+from quantlab.formats.misfit import misfit, unreadable
+from quantlab.numerics.number_format import (
+    E4M3,
+    INT4,
+    INT8,
+    ROW,
+    TENSOR,
+    Activations,
+    Element,
+    Granularity,
+    NumberFormat,
+    block,
+    group,
+)
+from quantlab.recipe.schemes import LayoutName
 
-QUANT_METHOD = "compressed-tensors"
-PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 _VERSION = "0.20.0"
-_LAYOUTS = ("pack-quantized", "int-quantized", "naive-quantized")
-"""Layouts that are read; the last is an old name of the second."""
+_READABLE = (
+    "symmetric int4 and int8 and asymmetric packed int4, one scale per row or per group of 32, 64 or 128; "
+    "int8 per row with int8 activations per token; FP8 e4m3 per matrix, row or block, activations rounded at run time or not at all"
+)
 
 
-def encode(name: str, matrix: QuantizedMatrix, scheme: Scheme) -> dict[str, Tensor]:
-    """The stored tensors of the weight `name`, in the order of `scheme.stored_tensors`."""
-    prefix = name.removesuffix("weight")
-    if not scheme.packed:
-        return {name: matrix.q, prefix + "weight_scale": matrix.scale}
-    return {
-        prefix + "weight_packed": pack_int32(matrix.q, bits=scheme.bits),
-        prefix + "weight_scale": matrix.scale,
-        prefix + "weight_shape": torch.tensor(matrix.q.shape, dtype=torch.int64),
-    }
+_LAYOUTS: Final[Mapping[str, PackQuantized | IntQuantized | FloatQuantized]] = {
+    "pack-quantized": PACKED,
+    "int-quantized": PLAIN,
+    "float-quantized": FLOAT,
+    "naive-quantized": PLAIN,  # an old name
+}
 
 
-def decode(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> QuantizedMatrix:
-    """The inverse of `encode`, also for what llm-compressor writes.
+_STORED_AS: Final[Mapping[str, PackQuantized | IntQuantized | FloatQuantized]] = {
+    "I32": PACKED,
+    "I8": PLAIN,
+    "F8_E4M3": FLOAT,
+}
+"""The layout of a quantized weight by the dtype word of its numbers."""
 
-    Args:
-        name: the weight's name, ending in ".weight".
-        stored: its parts by name. Integers are packed where there is a `weight_packed`, else int8; scales per row may lack
-            their second dimension; `weight_shape` may be missing; zero points have to be zero, `weight_g_idx` in order.
-        scheme: as found by `QuantizationConfig.scheme_of`.
 
-    Raises:
-        ArtifactError: the parts do not fit the scheme or each other, or hold numbers quantlab does not read.
+@dataclass(frozen=True)
+class Group:
+    """Linears of one format.
+
+    Attributes:
+        targets: class names, names or "re:…" patterns.
+        number: their format.
+        layout: how they are stored.
     """
-    prefix = name.removesuffix("weight")
-    scale, words = stored[prefix + "weight_scale"], stored.get(prefix + "weight_packed")
-    if scale.dim() == 1:
-        scale = scale[:, None]
-    q = stored[name] if words is None else _unpacked(name, words, stored.get(prefix + "weight_shape"), scheme)
-    if q.dtype != torch.int8:
-        raise misfit(name, f"integers of {q.dtype}")
-    rows, columns = q.shape
-    if (scheme.group_size and columns % scheme.group_size) or tuple(scale.shape) != (rows, scheme.groups(columns)):
-        raise misfit(name, f"scales {list(scale.shape)} for a weight of {[rows, columns]} as {scheme.name}")
-    if (order := stored.get(prefix + "weight_g_idx")) is not None:
-        check_order(name, order, columns=columns, groups=scale.shape[1])
-    zeros = stored.get(prefix + "weight_zero_point")
-    if zeros is not None and bool((zeros != 0).any()):
-        raise asymmetric(name)
-    return QuantizedMatrix(q, scale, scheme.bits)
 
-
-def _unpacked(name: str, words: Tensor, shape: Tensor | None, scheme: Scheme) -> Tensor:
-    per_word = 32 // scheme.bits
-    columns = words.shape[1] * per_word if shape is None else int(shape.flatten()[-1])
-    if words.dtype != torch.int32 or words.shape[1] != -(-columns // per_word):
-        raise misfit(name, f"{list(words.shape)} words of {words.dtype} for {columns} columns of {scheme.bits} bits")
-    return unpack_int32(words, bits=scheme.bits, columns=columns)
+    targets: tuple[str, ...]
+    number: NumberFormat
+    layout: LayoutName
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Which linear of a model has which scheme.
+    """Which linear of a model has which format.
 
     Attributes:
-        groups: pairs of targets (class names or "re:…" patterns) and scheme.
+        groups: of linears.
         ignore: names or "re:…" patterns of linears that stay as they are.
     """
 
-    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
+    groups: tuple[Group, ...]
     ignore: tuple[str, ...]
 
-    def scheme_stored(self, name: str, tensors: Mapping[str, TensorEntry]) -> Scheme | None:
-        """The scheme of the weight `name`, None if its tensors are floating point.
+    @property
+    def formats(self) -> tuple[NumberFormat, ...]:
+        """The number formats that occur, in order."""
+        return tuple(dict.fromkeys(group.number for group in self.groups))
+
+    def stored(self, name: str, tensors: Mapping[str, TensorEntry]) -> Stored | None:
+        """How the weight `name` is stored, None if its tensors are floating point.
 
         Raises:
-            ArtifactError: its tensors are integers, and config.json gives them no scheme.
+            ArtifactError: its tensors are integers, and config.json gives them no format.
         """
         prefix = name.removesuffix("weight")
-        integers = tensors.get(prefix + "weight_packed") or tensors.get(name)
-        if integers is None or integers.dtype not in {"I8", "I32"}:
+        numbers = tensors.get(prefix + "weight_packed") or tensors.get(name)
+        layout = None if numbers is None else _STORED_AS.get(numbers.dtype)
+        if layout is None:
             return None
-        if prefix + "weight_scale" not in tensors:
+        parts = present(prefix, layout.parts, tensors)
+        scale = tensors.get(prefix + "weight_scale")
+        if scale is None:
             raise misfit(name, f"no {prefix}weight_scale")
-        scheme = self.scheme_of(prefix.removesuffix("."))
-        if scheme is None:
-            raise misfit(name, "integers, which config.json gives no scheme")
-        return scheme
+        number = self.format_of(prefix.removesuffix("."))
+        if number is None:
+            raise misfit(name, f"{parts[0].dtype} numbers, which config.json gives no scheme")
+        rows, columns = (*parts[0].shape, 0, 0)[:2]
+        per_word = 32 // number.bits if parts[0].dtype == "I32" else 1
+        return Stored(number, layout.name, parts[0], scale, parts, (rows, columns * per_word))
 
-    def decode(self, name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> QuantizedMatrix:
-        """See the function `decode`."""
-        return decode(name, stored, scheme)
-
-    def scheme_of(self, module: str) -> Scheme | None:
-        """The scheme of the linear `module` (its weight's name without ".weight"), None if it is not quantized."""
+    def format_of(self, module: str) -> NumberFormat | None:
+        """The format of the linear `module` (its weight's name without ".weight"), None if it is not quantized."""
         if any(_matches(pattern, module) for pattern in self.ignore):
             return None
         for by_name in (True, False):  # a group that names the module wins over one that takes every Linear
-            for targets, scheme in self.groups:
-                if any(_matches(target, module) if by_name else target == "Linear" for target in targets):
-                    return scheme
+            for one in self.groups:
+                if any(_matches(target, module) if by_name else target == "Linear" for target in one.targets):
+                    return one.number
         return None
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
-        formats = {scheme.format for _, scheme in self.groups}
+        layouts = {one.layout for one in self.groups}
         return {
-            "config_groups": {
-                f"group_{index}": _group_json(targets, scheme) for index, (targets, scheme) in enumerate(self.groups)
-            },
-            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "config_groups": {f"group_{index}": _group_json(one) for index, one in enumerate(self.groups)},
+            "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
             "global_compression_ratio": None,
             "ignore": list(self.ignore),
             "kv_cache_scheme": None,
-            "quant_method": QUANT_METHOD,
+            "quant_method": METHOD.word,
             "quantization_status": "compressed",
             "version": _VERSION,
         }
 
 
-def parse_config(quantization_config: Mapping[str, Any], *, where: str) -> QuantizationConfig:
+def parse_config(quantization_config: Mapping[str, Any], where: str) -> QuantizationConfig:
     """Read a `quantization_config` of method compressed-tensors.
 
     Raises:
-        ArtifactError: it describes numbers quantlab has no scheme for.
+        ArtifactError: it describes numbers quantlab does not read.
     """
     for key, plain in (("sparsity_config", {None, "dense"}), ("transform_config", {None})):
         described = quantization_config.get(key) or {}
@@ -157,13 +153,13 @@ def parse_config(quantization_config: Mapping[str, Any], *, where: str) -> Quant
     if not isinstance(described, Mapping):
         raise _malformed(f"{where}, config_groups", described)
     groups = []
-    for name, group in described.items():
-        if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping | None):
-            raise _malformed(f"{where}, {name}", group)
-        if group.get("weights") is not None:
-            targets = _patterns(group.get("targets"), where=f"{where}, {name}, targets")
-            layout = group.get("format") or quantization_config.get("format")
-            groups.append((targets, _scheme(group, layout, where=f"{where}, {name}")))
+    for name, one in described.items():
+        if not isinstance(one, Mapping) or not isinstance(one.get("weights"), Mapping | None):
+            raise _malformed(f"{where}, {name}", one)
+        if one.get("weights") is not None:
+            targets = _patterns(one.get("targets"), where=f"{where}, {name}, targets")
+            layout = one.get("format") or quantization_config.get("format")
+            groups.append(_group(targets, one, layout, where=f"{where}, {name}"))
     return QuantizationConfig(tuple(groups), _patterns(ignore, where=f"{where}, ignore"))
 
 
@@ -188,50 +184,137 @@ def _malformed(where: str, found: object) -> ArtifactError:
     )
 
 
-def _scheme(group: Mapping[str, Any], layout: str | None, *, where: str) -> Scheme:
-    weights, activations = group["weights"], group.get("input_activations")
-    regular = (
-        weights.get("type", "int") == "int"
-        and weights.get("symmetric", True)
-        and weights.get("strategy") in {"group", "channel"}
-        and layout in _LAYOUTS
-    )
-    group_size = weights.get("group_size") if weights.get("strategy") == "group" else None
-    scheme = find_scheme(weights.get("num_bits"), group_size, quantized_activations=bool(activations))
-    if regular and scheme is not None and (not activations or _per_token(activations)):
-        return scheme
-    raise ArtifactError(
-        "the artifact's numbers are of a kind quantlab does not read",
-        where=where,
-        found=f"{weights} with activations {activations} as {layout}",
-        fix="readable: symmetric integers as "
-        + "; ".join(f"{scheme.name} ({scheme.description})" for scheme in READABLE),
-    )
+def _group(targets: tuple[str, ...], described: Mapping[str, Any], word: object, *, where: str) -> Group:
+    """A config group as read; layout and number format have to go together."""
+    weights, activations = described["weights"], described.get("input_activations")
+    layout = _LAYOUTS.get(word) if isinstance(word, str) else None
+    element = _ELEMENTS.get((weights.get("type", "int"), weights.get("num_bits")))
+    granularity = _granularity(weights)
+    rounding = _activations(activations)
+    if layout is not None and element is not None and granularity is not None and rounding is not False:
+        number = NumberFormat(
+            element,
+            granularity,
+            symmetric=bool(weights.get("symmetric", True)),
+            activations=rounding,
+        )
+        if layout.can_express(number) is None:
+            return Group(targets, number, layout.name)
+    raise unreadable(where, f"{weights} with activations {activations} as {word}", _READABLE)
 
 
-def _per_token(activations: Mapping[str, Any]) -> bool:
-    """Whether activations become symmetric int8 with a scale per token found at run time."""
-    kind = activations.get("num_bits"), activations.get("strategy"), activations.get("type", "int")
-    return kind == (8, "token", "int") and bool(activations.get("dynamic")) and bool(activations.get("symmetric", True))
+_ELEMENTS: Final[Mapping[tuple[object, object], Element]] = {("int", 4): INT4, ("int", 8): INT8, ("float", 8): E4M3}
 
 
-def _group_json(targets: Sequence[str], scheme: Scheme) -> dict[str, Any]:
-    weights = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False, "actorder": None}
-    if scheme.group_size is None:
-        weights |= {"strategy": "channel", "group_size": None}
-    else:
-        weights |= {"strategy": "group", "group_size": scheme.group_size}
-    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+def _granularity(weights: Mapping[str, Any]) -> Granularity | None:
+    """The weights that share a scale, None where the description is none that is known."""
+    size, structure = weights.get("group_size"), weights.get("block_structure")
+    match weights.get("strategy"):
+        case "channel":
+            return ROW
+        case "group" if isinstance(size, int):
+            return group(size)
+        case "tensor" if weights.get("type") == "float":
+            return TENSOR
+        case "block" if (
+            isinstance(structure, list) and len(structure) == 2 and all(isinstance(n, int) for n in structure)
+        ):
+            return block(*structure)
+    return None
+
+
+def _activations(described: Mapping[str, Any] | None) -> Activations | Literal[False] | None:
+    """How activations are rounded: symmetric, with a scale found at run time; False where it is another way."""
+    if not described:
+        return None
+    element = _ELEMENTS.get((described.get("type", "int"), described.get("num_bits")))
+    dynamic = described.get("dynamic") is True and described.get("symmetric", True)
+    size = described.get("group_size")
+    if element is None or not dynamic:
+        return False
+    if described.get("strategy") == "token":
+        return Activations(element)
+    return Activations(element, size) if described.get("strategy") == "group" and isinstance(size, int) else False
+
+
+def _group_json(one: Group) -> dict[str, Any]:
+    number = one.number
+    weights = {
+        "num_bits": number.bits,
+        "type": number.element.kind,
+        "symmetric": number.symmetric,
+        "dynamic": False,
+        "actorder": None,
+        **_strategy(number.granularity),
+    }
     return {
-        "format": scheme.format,
-        "input_activations": activations if scheme.quantized_activations else None,
+        "format": one.layout,
+        "input_activations": None if number.activations is None else _activations_json(number.activations),
         "output_activations": None,
-        "targets": list(targets),
+        "targets": list(one.targets),
         "weights": weights,
     }
+
+
+def _strategy(granularity: Granularity) -> dict[str, Any]:
+    rows, columns = granularity.rows, granularity.columns
+    if rows == 1:
+        return {"strategy": "group" if columns else "channel", "group_size": columns}
+    if rows is None:
+        return {"strategy": "tensor", "group_size": None}
+    return {"strategy": "block", "group_size": None, "block_structure": [rows, columns]}
+
+
+def _activations_json(activations: Activations) -> dict[str, Any]:
+    described = {"num_bits": activations.element.bits, "type": activations.element.kind, "symmetric": True}
+    if activations.group_size is None:
+        return {**described, "strategy": "token", "dynamic": True}
+    return {**described, "strategy": "group", "group_size": activations.group_size, "dynamic": True}
 
 
 def _matches(pattern: str, module: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], module) is not None
     return module == pattern
+
+
+def describe(linears: Sequence[Linear]) -> QuantizationConfig:
+    """The description of an artifact, for engines.
+
+    With one format, every Linear is a target and the rest is ignored. With several, each names its roles, or its modules one
+    by one where a role has several; the routed experts' format stands first, because transformers takes the first group that
+    names experts for all of them. Linears that were left alone one by one are ignored by name.
+    """
+    modules: dict[Role, dict[tuple[NumberFormat, LayoutName] | None, list[str]]] = {}
+    for linear in linears:
+        key = None if linear.number is None else (linear.number, linear.layout)
+        modules.setdefault(linear.role, {}).setdefault(key, []).append(linear.module)
+    used = {key for keys in modules.values() for key in keys if key is not None}
+    groups: dict[tuple[NumberFormat, LayoutName], list[str]] = {}
+    for role in sorted(modules, key=lambda role: role != "routed_experts"):
+        named = {key: names for key, names in modules[role].items() if key is not None}
+        for key, names in named.items():
+            groups.setdefault(key, []).extend([MODULE_PATTERNS[role]] if len(named) == 1 else names)
+    described = [
+        Group(("Linear",) if len(used) == 1 else tuple(targets), number, layout)
+        for (number, layout), targets in groups.items()
+    ]
+    config = QuantizationConfig(tuple(described), tuple(dict.fromkeys(_ignored(linears, modules))))
+    for linear in linears:
+        found = config.format_of(linear.module)
+        assert found == linear.number, f"{linear.module} is described as {found}"
+    return config
+
+
+def _ignored(linears: Sequence[Linear], modules: Mapping[Role, Mapping[Any, list[str]]]) -> list[str]:
+    """Patterns of the linears that stay as they are, by role where a whole role does, else one by one."""
+    whole = {role for role, keys in modules.items() if set(keys) == {None}} | {"lm_head"}
+    ignore = [pattern for role, pattern in MODULE_PATTERNS.items() if role in whole]
+    for layer in sorted({linear.layer for linear in linears if linear.role == "mtp"}):
+        # SGLang builds the layer under the name `decoder`
+        ignore += [rf"re:model\.layers\.{layer}\..*", r"re:model\.decoder\..*"]
+    left = (names.get(None, []) for role, names in modules.items() if role not in whole and role != "mtp")
+    return ignore + [name for names in left for name in names]
+
+
+METHOD: Final = Method("compressed-tensors", (PACKED, PLAIN, FLOAT), parse_config, describe)

@@ -1,144 +1,160 @@
-"""The GPTQ layout: how AutoGPTQ and its successor GPTQModel store integers, and how config.json describes them.
+"""The GPTQ layouts: how AutoGPTQ and its successor GPTQModel store integers, and how config.json describes them.
 
 A linear [N, K] of b bits in G groups of columns is four tensors: `qweight` [K b / 32, N] int32, consecutive inputs in one
 word, lowest bits first, as unsigned numbers; `scales` [G, N]; `qzeros` [G, N b / 32] int32, consecutive outputs in one word;
-`g_idx` [K] int32, the group of every input. The transpose of `qweight` is the packing of compressed-tensors. The first format
-("gptq") stores zero points less one, the second ("gptq_v2") as they are. Only symmetric integers are read: every zero point
-is 2^(b - 1), and the weight is ``(unsigned - 2^(b - 1)) * scale``.
+`g_idx` [K] int32, the group of every input. The first layout ("gptq") stores zero points less one, the second ("gptq_v2") as
+they are. Only symmetric integers are read: every zero point is 2^(b - 1), and the weight is ``(unsigned - 2^(b - 1)) * scale``.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
-from torch import Tensor
-
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.errors import ArtifactError
-from quantlab.formats.checks import asymmetric, check_order, misfit
-from quantlab.numerics.integer import QuantizedMatrix
-from quantlab.numerics.packing import pack_int32, unpack_int32
-from quantlab.recipe.schemes import READABLE, Scheme, find_scheme
+from quantlab.formats.layout import Method, Stored, StoredTensor, present
+from quantlab.formats.misfit import misfit, unreadable
+from quantlab.numerics.number_format import ROW, Element, NumberFormat, group
+from quantlab.recipe.schemes import LayoutName
 
-QUANT_METHOD: Final = "gptq"
-CONFIG_NAME: Final = "quantize_config.json"
-"""Where the description lies if config.json has none."""
-PARTS: Final = ("qweight", "qzeros", "scales", "g_idx")
-_ZERO_OFFSETS: Final[Mapping[str, int]] = {"gptq": 1, "gptq_v2": 0}
-"""What each format takes off a zero point before storing it."""
+_BITS: Final = (4, 8)
+_GROUP_SIZES: Final = (None, 32, 64, 128)
+_READABLE: Final = "as GPTQ: symmetric int4 and int8, one scale per row or per group of 32, 64 or 128"
 
 
-def encode(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
-    """The stored tensors of the weight `name` [N, K] in the first format; N and K are multiples of 32 / bits."""
-    (rows, columns), groups = matrix.q.shape, matrix.scale.shape[1]
-    prefix = name.removesuffix("weight")
-    zeros = torch.full((groups, rows), -1, dtype=torch.int8)  # the middle of the grid less one
-    return {
-        prefix + "qweight": pack_int32(matrix.q, bits=matrix.bits).t().contiguous(),
-        prefix + "qzeros": pack_int32(zeros, bits=matrix.bits),
-        prefix + "scales": matrix.scale.t().contiguous(),
-        prefix + "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups),
-    }
+@dataclass(frozen=True)
+class Gptq:
+    """One of the two layouts.
+
+    Attributes:
+        name: also the word of `checkpoint_format`.
+        parts: names of the stored tensors.
+    """
+
+    name: LayoutName
+    parts: tuple[str, ...] = ("qweight", "scales", "qzeros", "g_idx")
+
+    def can_express(self, number: NumberFormat) -> str | None:
+        """Why the layout cannot store a format, None if it can."""
+        if not number.is_integer or number.bits not in _BITS:
+            return f"{number.element} is no 4- or 8-bit integer"
+        if not number.symmetric:
+            return "zero points off the middle are not read"
+        if number.activations is not None:
+            return "activations stay floating point"
+        if not number.by_row or number.group_size not in _GROUP_SIZES:
+            return f"scales belong to rows, or to groups of {', '.join(str(size) for size in _GROUP_SIZES if size)} columns"
+        return None
+
+    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
+        """See `Layout`."""
+        return "GPTQ without optimum and gptqmodel"
+
+    def stored_tensors(
+        self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
+    ) -> tuple[StoredTensor, ...]:
+        """See `Layout`; N and K are multiples of 32 / bits."""
+        assert number is not None, "a quantized weight has a format"
+        (rows, columns), prefix = shape, name.removesuffix("weight")
+        groups = number.groups(columns)
+        return (
+            (prefix + "qweight", "I32", (columns * number.bits // 32, rows)),
+            (prefix + "scales", dtype, (groups, rows)),
+            (prefix + "qzeros", "I32", (groups, rows * number.bits // 32)),
+            (prefix + "g_idx", "I32", (columns,)),
+        )
+
+
+FIRST: Final = Gptq("gptq")
+SECOND: Final = Gptq("gptq_v2")
+_LAYOUTS: Final[Mapping[str, Gptq]] = {layout.name: layout for layout in (FIRST, SECOND)}
 
 
 @dataclass(frozen=True)
 class GptqConfig:
-    """What a checkpoint of this layout says of itself.
+    """What a checkpoint of these layouts says of its weights.
 
     Attributes:
-        bits: width of the integers.
-        group_size: columns that share a scale; None for one scale per row.
+        number: the format of its linears.
+        layout: how they are stored.
         overridden: whether some linears have numbers of their own (GPTQModel's `dynamic`).
-        zero_offset: what was taken off the zero points.
-        where: the file and key it stands in.
+        where: the file and key the description stands in.
     """
 
-    bits: int
-    group_size: int | None
+    number: NumberFormat
+    layout: Gptq
     overridden: bool
-    zero_offset: int
     where: str
 
-    def scheme_stored(self, name: str, tensors: Mapping[str, TensorEntry]) -> Scheme | None:
-        """The scheme of the weight `name` as its tensors have it, None if it is stored as floating point.
+    @property
+    def formats(self) -> tuple[NumberFormat, ...]:
+        """The number formats that occur, as far as the description says."""
+        return (self.number,)
+
+    def stored(self, name: str, tensors: Mapping[str, TensorEntry]) -> Stored | None:
+        """How the weight `name` is stored, None if its tensors are floating point.
 
         Raises:
-            ArtifactError: they disagree with the description, or are of numbers quantlab does not read.
+            ArtifactError: its tensors disagree with the description, or are of numbers quantlab does not read.
         """
-        prefix = name.removesuffix("weight")
-        integers = tensors.get(prefix + "qweight")
+        parts = present(name.removesuffix("weight"), self.layout.parts, tensors)
+        named = {part.name.rpartition(".")[2]: part for part in parts}
+        integers, scales, order = (named.get(part) for part in ("qweight", "scales", "g_idx"))
         if integers is None:
             return None
-        scales, order = tensors.get(prefix + "scales"), tensors.get(prefix + "g_idx")
         if scales is None or len(scales.shape) != 2 or len(integers.shape) != 2:
             raise misfit(name, f"qweight {list(integers.shape)}, scales {list(scales.shape) if scales else 'missing'}")
-        bits = 32 * integers.shape[0] // order.elements if order is not None and order.elements else self.bits
+        given = order is not None and order.elements
+        bits = 32 * integers.shape[0] // order.elements if order is not None and given else self.number.bits
         columns, groups = 32 * integers.shape[0] // max(bits, 1), scales.shape[0]
-        expected = columns // (self.group_size or columns or 1)
-        if not self.overridden and (bits, groups) != (self.bits, expected):
-            raise misfit(name, f"{bits} bits in {groups} groups, {self.where} says {self.bits} bits in {expected}")
+        expected = columns // (self.number.group_size or columns or 1)
+        if not self.overridden and (bits, groups) != (self.number.bits, expected):
+            found = f"{bits} bits in {groups} groups"
+            raise misfit(name, f"{found}, {self.where} says {self.number.bits} bits in {expected}")
         per_row = groups == 1 and (bits == 8 or columns not in {32, 64, 128})
-        scheme = find_scheme(bits, None if per_row else columns // max(groups, 1))
-        if scheme is None:
-            raise _unreadable(name, f"{bits} bits in groups of {columns // max(groups, 1)}")
-        return scheme
+        number = _number(bits, None if per_row else columns // max(groups, 1))
+        if self.layout.can_express(number) is not None:
+            raise unreadable(name, f"{bits} bits in groups of {columns // max(groups, 1)}", _READABLE)
+        return Stored(number, self.layout.name, integers, scales, parts, (integers.shape[1], columns))
 
-    def decode(self, name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> QuantizedMatrix:
-        """The inverse of `encode`, for both formats.
-
-        Args:
-            name: the weight's name, ending in ".weight".
-            stored: its parts by name; `qzeros` and `g_idx` may be missing.
-            scheme: as found by `scheme_stored`.
-
-        Raises:
-            ArtifactError: zero points off the middle, columns out of order, or parts that do not fit.
-        """
-        prefix = name.removesuffix("weight")
-        words, scales = stored[prefix + "qweight"], stored[prefix + "scales"]
-        columns, (groups, rows) = words.shape[0] * 32 // scheme.bits, scales.shape
-        if words.shape[1] != rows or columns % groups:
-            raise misfit(name, f"qweight {list(words.shape)} with scales {list(scales.shape)}")
-        if (order := stored.get(prefix + "g_idx")) is not None:
-            check_order(name, order, columns=columns, groups=groups)
-        if (zeros := stored.get(prefix + "qzeros")) is not None:
-            if tuple(zeros.shape) != (groups, -(-rows * scheme.bits // 32)):
-                raise misfit(name, f"qzeros {list(zeros.shape)} with scales {list(scales.shape)}")
-            if not bool((unpack_int32(zeros, bits=scheme.bits, columns=rows) == -self.zero_offset).all()):
-                raise asymmetric(name)
-        q = unpack_int32(words.t().contiguous(), bits=scheme.bits, columns=columns)
-        return QuantizedMatrix(q, scales.t().contiguous(), scheme.bits)
+    def to_json(self) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+        return {
+            "quant_method": METHOD.word,
+            "bits": self.number.bits,
+            "group_size": self.number.group_size or -1,
+            "sym": True,
+            "desc_act": False,
+            "checkpoint_format": self.layout.name,
+        }
 
 
-def parse_config(described: Mapping[str, Any], *, where: str) -> GptqConfig:
+def _number(bits: int, group_size: int | None) -> NumberFormat:
+    return NumberFormat(Element("int", bits), ROW if group_size is None else group(group_size))
+
+
+def parse_config(described: Mapping[str, Any], where: str) -> GptqConfig:
     """Read a `quantization_config` of method gptq, or a quantize_config.json.
 
     Raises:
         ArtifactError: it describes a layout or numbers quantlab does not read.
     """
     bits, group_size = described.get("bits"), described.get("group_size", -1)
-    layout = described.get("checkpoint_format") or "gptq"
-    if not isinstance(layout, str) or layout not in _ZERO_OFFSETS or described.get("is_marlin_format"):
+    word = described.get("checkpoint_format") or FIRST.name
+    layout = _LAYOUTS.get(word) if isinstance(word, str) else None
+    if layout is None or described.get("is_marlin_format"):
         raise ArtifactError(
             "the checkpoint is in a layout of GPTQ quantlab does not read",
             where=f"{where}, checkpoint_format",
-            found="marlin" if described.get("is_marlin_format") else repr(layout),
-            fix="readable: " + ", ".join(_ZERO_OFFSETS),
+            found="marlin" if described.get("is_marlin_format") else repr(word),
+            fix="readable: " + ", ".join(_LAYOUTS),
         )
     if not isinstance(bits, int) or not isinstance(group_size, int | None) or group_size == 0:
-        raise _unreadable(where, f"bits {bits!r}, group_size {group_size!r}")
-    columns = None if group_size is None or group_size < 0 else group_size
-    if find_scheme(bits, columns) is None:
-        raise _unreadable(where, f"{bits} bits in groups of {group_size}")
-    return GptqConfig(bits, columns, bool(described.get("dynamic")), _ZERO_OFFSETS[layout], where)
+        raise unreadable(where, f"bits {bits!r}, group_size {group_size!r}", _READABLE)
+    number = _number(bits, None if group_size is None or group_size < 0 else group_size)
+    if layout.can_express(number) is not None:
+        raise unreadable(where, f"{bits} bits in groups of {group_size}", _READABLE)
+    return GptqConfig(number, layout, bool(described.get("dynamic")), where)
 
 
-def _unreadable(where: str, found: str) -> ArtifactError:
-    return ArtifactError(
-        "the checkpoint's numbers are of a kind quantlab does not read",
-        where=where,
-        found=found,
-        fix="readable as GPTQ: "
-        + "; ".join(scheme.description for scheme in READABLE if not scheme.quantized_activations),
-    )
+METHOD: Final = Method("gptq", (FIRST, SECOND), parse_config, file="quantize_config.json")

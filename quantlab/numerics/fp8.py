@@ -44,6 +44,9 @@ def dequantize_blocks(weight: Tensor, scale_inv: Tensor, *, block: tuple[int, in
             f"scale grid {tuple(scale_inv.shape)} does not fit a {rows}x{columns} weight in blocks of "
             f"{block[0]}x{block[1]}; expected {block_grid((rows, columns), block)}"
         )
+    if block[0] == 1:  # rows at once
+        scales = scale_inv.to(torch.float32).repeat_interleave(block[1], dim=1)[:, :columns]
+        return (weight.to(torch.float32) * scales).to(dtype)
     result = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     for index, row_scales in enumerate(scale_inv.to(torch.float32)):
         band = slice(index * block[0], min((index + 1) * block[0], rows))
@@ -64,7 +67,7 @@ def quantize_blocks(matrix: Tensor, *, block: tuple[int, int]) -> tuple[Tensor, 
     """
     rows, columns = matrix.shape
     grid = block_grid((rows, columns), block)
-    padded = torch.zeros(grid[0] * block[0], grid[1] * block[1], dtype=torch.float32)
+    padded = torch.zeros(grid[0] * block[0], grid[1] * block[1], dtype=torch.float32, device=matrix.device)
     padded[:rows, :columns] = matrix
     blocks = padded.view(grid[0], block[0], grid[1], block[1])
     scale_inv = blocks.abs().amax(dim=(1, 3)) / E4M3_MAX

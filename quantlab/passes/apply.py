@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Final, assert_never
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 from quantlab.algorithms.gptq import GptqOptions, GptqResult, gptq_batch
 from quantlab.algorithms.magnitude import magnitude_mask
 from quantlab.algorithms.rtn import round_to_nearest
-from quantlab.algorithms.scales import Grid, GridOptions
+from quantlab.algorithms.scales import GridOptions
 from quantlab.algorithms.sparsegpt import sparsegpt
 from quantlab.algorithms.wanda import wanda_mask
+from quantlab.numerics.fp8 import quantize_blocks
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.number_format import Granularity
 from quantlab.numerics.statistics import Need, SiteStatistics
 from quantlab.recipe.algorithms import Awq, ExpertRemoval, Gptq, Magnitude, Rtn, SmoothQuant, SparseGpt, Wanda
 from quantlab.recipe.schema import Prune, Quantize
@@ -24,7 +27,6 @@ _CLIP_FLOORS: Final = {"mse": 0.6, "activations": 0.4}
 _REFITS: Final = {"mse": 0, "activations": 2}
 _PRIOR_STRENGTH: Final = 1.0
 """What all experts' tokens weigh beside an expert's own, in tokens per channel, where the recipe does not say."""
-_DEFAULT_GRID: Final[Mapping[int, Grid]] = {4: "signed", 8: "absmax"}
 
 _UNSEEN: Final = "no calibration token reached it: changed by the statistics of all tokens"
 _UNSEEN_ALONE: Final = "no calibration token reached it: changed as if all its inputs mattered alike"
@@ -140,7 +142,7 @@ def apply_passes(
         dtype: what the weights, or their scales, will be stored in.
 
     Returns:
-        Each weight in `dtype` or on its integer grid, and its report.
+        Each weight in `dtype` or quantized, and its report.
     """
     works = [_Work(group.weights, group.inputs) for group in groups]
     for step in passes:
@@ -198,6 +200,7 @@ class _Work:
         first = next(iter(weights.values()))
         self.original = first if len(weights) == 1 else torch.cat(list(weights.values()))
         self._matrix: Tensor | QuantizedMatrix = self.original
+        self._blocks: list[QuantizedMatrix] = []
         self.mask: Tensor | None = None
         self._fallback = [""] * len(self._rows)
         self._rtn_errors: list[float] | None = None
@@ -242,7 +245,7 @@ class _Work:
         self._matrix = self._dense.masked_fill(self.mask, 0)
 
     def quantize(self, step: Quantize, dtype: torch.dtype) -> None:
-        """Put the matrix on an integer grid."""
+        """Round the matrix to the numbers of a scheme; blocks of rows begin with each weight."""
         algorithm = step.algorithm
         match algorithm:
             case Gptq():
@@ -250,6 +253,9 @@ class _Work:
             case Rtn(clip="activations") | Awq(clip="activations"):
                 squares = self._shrunk().mean_square
                 self._matrix = round_to_nearest(self._dense, grid_of(step, dtype), importance=squares)
+            case Rtn() if not SCHEMES[step.quantize].format.is_integer:
+                granularity = SCHEMES[step.quantize].format.granularity
+                self._blocks = [_in_blocks(part, granularity) for part in self._apart(self._dense)]
             case Rtn() | Awq() | SmoothQuant():
                 self._matrix = round_to_nearest(self._dense, grid_of(step, dtype))
             case _:
@@ -289,10 +295,11 @@ class _Work:
     def finish(self, dtype: torch.dtype) -> dict[str, Changed]:
         """The weights apart again, with their reports."""
         parts: list[Tensor | QuantizedMatrix]
-        if isinstance(self._matrix, QuantizedMatrix):
-            integers, scales = self._apart(self._matrix.q), self._apart(self._matrix.scale)
-            bits = self._matrix.bits
-            parts = [QuantizedMatrix(q, scale, bits) for q, scale in zip(integers, scales, strict=True)]
+        if self._blocks:
+            parts = [*self._blocks]
+        elif isinstance(self._matrix, QuantizedMatrix):
+            ends = list(accumulate(self._rows))
+            parts = [self._matrix.rows(slice(end - rows, end)) for rows, end in zip(self._rows, ends, strict=True)]
         else:
             parts = [part.to(dtype) for part in self._apart(self._matrix)]
         return {
@@ -327,15 +334,25 @@ class _Work:
         return _UNSEEN if self._leans and self.known.prior is not None else _UNSEEN_ALONE
 
 
+def _in_blocks(W: Tensor, granularity: Granularity) -> QuantizedMatrix:
+    """A weight [N, K] as FP8 e4m3 with a float32 scale per block."""
+    rows, columns = granularity.rows, granularity.columns
+    assert rows is not None and columns is not None, "floating-point schemes have blocks"  # noqa: PT018
+    q, scale = quantize_blocks(W, block=(rows, columns))
+    return QuantizedMatrix(q, scale, 8, block=(rows, columns))
+
+
 def grid_of(step: Quantize, dtype: torch.dtype) -> GridOptions:
     """The integer grid of a pass, its scales of `dtype`."""
     scheme = SCHEMES[step.quantize]
+    grid = step.algorithm.grid or scheme.grid
+    assert grid is not None, "the recipe allows integer formats only to algorithms that choose integers"
     clip = "none" if isinstance(step.algorithm, SmoothQuant) else step.algorithm.clip
     return GridOptions(
-        bits=scheme.bits,
-        group_size=scheme.group_size,
+        bits=scheme.format.bits,
+        group_size=scheme.format.group_size,
         scale_dtype=dtype,
-        grid=step.algorithm.grid or _DEFAULT_GRID[scheme.bits],
+        grid=grid,
         clip_steps=0 if clip == "none" else _CLIP_STEPS,
         clip_floor=_CLIP_FLOORS.get(clip, 1.0),
         refits=_REFITS.get(clip, 0),

@@ -11,10 +11,11 @@ from quantlab.architectures.config import Config, size_of
 from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.errors import PlanError
+from quantlab.formats.layouts import LAYOUTS
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
 from quantlab.plan.folds import fold_notes, mark_folds
 from quantlab.plan.memory import calibrated_peak_memory, peak_memory
-from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, StoredTensor, VariantPlan
+from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, VariantPlan
 from quantlab.plan.serving import check_serving_rules, serving_notes, tensor_parallel_sizes
 from quantlab.plan.source import FLOATING, SourceWeight, survey
 from quantlab.recipe.algorithms import ExpertRemoval, Rtn
@@ -134,9 +135,8 @@ def _native_dtype(weights: Sequence[SourceWeight]) -> str:
     """The dtype most of the source's floating-point bytes have; FP8 counts as bfloat16, which it is dequantized to."""
     bytes_of = dict.fromkeys(("F16", "BF16", "F32", "F64"), 0)
     for weight in weights:
-        word = "BF16" if weight.entry.dtype == "F8_E4M3" else weight.entry.dtype
-        if word in bytes_of:
-            bytes_of[word] += weight.entry.nbytes
+        if weight.dtype in bytes_of:
+            bytes_of[weight.dtype] += weight.entry.nbytes
     return {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}[
         max(bytes_of, key=lambda word: bytes_of[word])
     ]
@@ -168,14 +168,12 @@ def _applied(passes: Sequence[Prune | Quantize], weight: SourceWeight, *, varian
 def _plan_step(weight: SourceWeight, passes: tuple[Prune | Quantize, ...], cast: FloatDtype | None) -> Step:
     entry, claim = weight.entry, weight.claim
     exact = claim.rule is not None and claim.rule.exact
-    native = "BF16" if entry.dtype == "F8_E4M3" else entry.dtype
-    dtype = DTYPE_WORDS[cast] if cast and entry.dtype in FLOATING and not exact else native
+    dtype = DTYPE_WORDS[cast] if cast and entry.dtype in FLOATING and not exact else weight.dtype
     quantize = next((step for step in passes if isinstance(step, Quantize)), None)
-    outputs: tuple[StoredTensor, ...] = ((claim.name, dtype, entry.shape),)
+    scheme = SCHEMES[quantize.quantize] if quantize is not None else None
     outcome: Outcome
-    if quantize is not None:
+    if scheme is not None:
         dtype = "BF16" if dtype in _WIDE else dtype
-        outputs = SCHEMES[quantize.quantize].stored_tensors(claim.name, (entry.shape[0], entry.shape[1]), dtype)
         outcome, reason = "quantized", describe(passes)
     elif passes:
         outcome, reason = "pruned", describe(passes)
@@ -183,6 +181,8 @@ def _plan_step(weight: SourceWeight, passes: tuple[Prune | Quantize, ...], cast:
         outcome, reason = "cast", f"{entry.dtype} to {dtype}" + (" by its block scales" if weight.scale else "")
     else:
         outcome, reason = "kept", "no rule of the architecture knows it" if claim.rule is None else "no pass targets it"
+    layout, number = (LAYOUTS[scheme.layout], scheme.format) if scheme else (LAYOUTS["dense"], None)
+    outputs = layout.stored_tensors(claim.name, entry.shape, number, dtype)
     return Step(claim, entry, weight.scale, passes, dtype, outcome, reason, outputs)
 
 

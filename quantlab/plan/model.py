@@ -7,12 +7,12 @@ from typing import Literal
 from quantlab.architectures.architecture import Architecture, Claim
 from quantlab.checkpoint.header import DTYPE_BITS, TensorEntry
 from quantlab.checkpoint.index import Checkpoint
+from quantlab.formats.layout import StoredTensor
 from quantlab.recipe.algorithms import ExpertRemoval, Gptq
 from quantlab.recipe.schema import Calibration, Prune, Quantize
+from quantlab.recipe.schemes import SCHEMES, LayoutName, Scheme
 
 Outcome = Literal["cast", "quantized", "pruned", "folded", "kept", "dropped"]
-StoredTensor = tuple[str, str, tuple[int, ...]]
-"""Name, dtype word and shape of a tensor on disk."""
 
 
 def stored_bytes(tensor: StoredTensor) -> int:
@@ -68,8 +68,18 @@ class Step:
 
     @property
     def quantize(self) -> Quantize | None:
-        """The pass that puts it on an integer grid, if one does."""
+        """The pass that quantizes it, if one does."""
         return next((step for step in self.passes if isinstance(step, Quantize)), None)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """What it is quantized to, None where it is not."""
+        return SCHEMES[self.quantize.quantize] if self.quantize else None
+
+    @property
+    def layout(self) -> LayoutName:
+        """How its outputs are stored."""
+        return self.scheme.layout if self.scheme else "dense"
 
     @property
     def corrects(self) -> bool:
@@ -161,6 +171,11 @@ class VariantPlan:
         return self.calibration is not None and (
             self.calibration.propagate == "original" or any(step.corrects for step in self.steps)
         )
+
+    @property
+    def layouts(self) -> tuple[LayoutName, ...]:
+        """The layouts of its quantized weights, sorted."""
+        return tuple(sorted({step.layout for step in self.steps if step.scheme is not None and step.outputs}))
 
     @property
     def artifact_bytes(self) -> int:

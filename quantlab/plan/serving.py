@@ -5,8 +5,10 @@ Each rule is one that vLLM or SGLang enforces at load time, hours after the arti
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from quantlab.errors import PlanError
+from quantlab.formats.layouts import method_of_layout
 from quantlab.plan.model import Step
 from quantlab.recipe.schema import Prune
 from quantlab.recipe.schemes import SCHEMES, Scheme
@@ -21,8 +23,8 @@ def check_serving_rules(steps: Sequence[Step], *, variant: str) -> None:
         PlanError: a group or an n:m pattern that does not divide, or matrices that engines fuse and that have different schemes.
     """
     for step in steps:
-        scheme = _scheme(step)
-        if scheme is not None and step.source.shape[1] % scheme.divisor:
+        scheme = step.scheme
+        if scheme is not None and step.source.shape[1] % scheme.format.divisor:
             raise _indivisible(step, scheme, variant)
         for change in step.passes:
             pattern = change.pattern if isinstance(change, Prune) else None
@@ -33,6 +35,7 @@ def check_serving_rules(steps: Sequence[Step], *, variant: str) -> None:
                     found=f"{step.source.shape[1]} columns in {pattern.of}s ({pattern})",
                     fix=f"leave it alone with `ignore: [{step.claim.name.removesuffix('.weight')}]`, or prune a share",
                 )
+    _check_methods(steps, variant=variant)
     _check_fused(steps, variant=variant)
     _check_experts(steps, variant=variant)
 
@@ -41,12 +44,11 @@ def tensor_parallel_sizes(steps: Iterable[Step], *, heads: int) -> tuple[int, ..
     """Sizes of tensor parallelism that divide the attention heads and, in every quantized linear, leave whole groups."""
     sizes = [size for size in _TENSOR_PARALLEL_SIZES if heads % size == 0]
     for step in steps:
-        scheme, rule = _scheme(step), step.claim.rule
+        scheme, rule = step.scheme, step.claim.rule
         if scheme is None or rule is None:
             continue
-        length, whole = (
-            (step.source.shape[1], scheme.divisor) if rule.splits == "columns" else (step.source.shape[0], 1)
-        )
+        axis = 1 if rule.splits == "columns" else 0
+        length, whole = step.source.shape[axis], scheme.format.shard[axis]
         sizes = [size for size in sizes if length % (size * whole) == 0]
     return tuple(sizes)
 
@@ -54,10 +56,10 @@ def tensor_parallel_sizes(steps: Iterable[Step], *, heads: int) -> tuple[int, ..
 def serving_notes(steps: Sequence[Step]) -> tuple[str, ...]:
     """What is allowed but should be known."""
     notes = []
-    if any(step.claim.role == "kv_b" and (scheme := _scheme(step)) is not None and scheme.packed for step in steps):
+    if any(step.claim.role == "kv_b" and step.layout == "pack-quantized" for step in steps):
         notes.append("kv_b is packed: SGLang reads kv_b_proj only unquantized, vLLM loads it")
     schemes = {
-        role: {_scheme(step) for step in steps if step.claim.role == role}
+        role: {step.scheme for step in steps if step.claim.role == role}
         for role in ("routed_experts", "shared_experts")
     }
     if (
@@ -78,26 +80,35 @@ def serving_notes(steps: Sequence[Step]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _scheme(step: Step) -> Scheme | None:
-    quantize = step.quantize
-    return SCHEMES[quantize.quantize] if quantize is not None else None
-
-
 def _indivisible(step: Step, scheme: Scheme, variant: str) -> PlanError:
     columns = step.source.shape[1]
     smaller = [
         other.name
         for other in SCHEMES.values()
-        if other.bits == scheme.bits and other.group_size and columns % other.group_size == 0
+        if replace(other.format, granularity=scheme.format.granularity) == scheme.format
+        and other.format.group_size
+        and columns % other.format.group_size == 0
     ]
     module = step.claim.name.removesuffix(".weight")
     use = f"use {smaller[0]}, or " if smaller else ""
     return PlanError(
         "the group does not divide a matrix",
         where=f"variant {variant}, {step.claim.name}",
-        found=f"{columns} columns in groups of {scheme.divisor} ({scheme.name})",
+        found=f"{columns} columns in groups of {scheme.format.divisor} ({scheme.name})",
         fix=f"{use}leave it alone with `ignore: [{module}]`",
     )
+
+
+def _check_methods(steps: Sequence[Step], *, variant: str) -> None:
+    """config.json has room for one description."""
+    methods = {method_of_layout(step.layout).word: step.scheme.name for step in steps if step.scheme is not None}
+    if len(methods) > 1:
+        raise PlanError(
+            "the schemes of a variant are stored by different methods, and config.json describes one",
+            where=f"variant {variant}",
+            found=", ".join(f"{scheme} ({method})" for method, scheme in methods.items()),
+            fix="make a variant of each",
+        )
 
 
 def _check_fused(steps: Sequence[Step], *, variant: str) -> None:
@@ -123,8 +134,8 @@ def _check_experts(steps: Sequence[Step], *, variant: str) -> None:
 def _check_one_scheme(members: Sequence[Step], *, what: str, variant: str) -> None:
     first = members[0]
     for other in members[1:]:
-        if _scheme(first) != _scheme(other):
-            names = [scheme.name if (scheme := _scheme(step)) else "no scheme" for step in (first, other)]
+        if first.scheme != other.scheme:
+            names = [step.scheme.name if step.scheme else "no scheme" for step in (first, other)]
             raise PlanError(
                 f"{what}, but their schemes differ",
                 where=f"variant {variant}",

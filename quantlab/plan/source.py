@@ -1,16 +1,16 @@
-"""What the source checkpoint is made of: every tensor claimed, checked against its config, FP8 scales paired."""
+"""The tensors of the source checkpoint: each claimed by a role, checked against config.json, FP8 weights paired with scales."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantlab.architectures.architecture import Architecture, Claim, Dimensions
 from quantlab.architectures.config import size_of
 from quantlab.checkpoint.header import TensorEntry
-from quantlab.checkpoint.index import FP8_SCALE_SUFFIX, Checkpoint
+from quantlab.checkpoint.index import Checkpoint
 from quantlab.errors import CheckpointError
+from quantlab.formats.fp8_blocks import Fp8Blocks, scales_of
+from quantlab.formats.layouts import METHODS, description_of
 
 FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3"}
-_READABLE_METHODS = {None, "fp8"}
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,11 @@ class SourceWeight:
     entry: TensorEntry
     scale: TensorEntry | None
 
+    @property
+    def dtype(self) -> str:
+        """Dtype word of its values as they are read: FP8 is expanded to bfloat16."""
+        return "BF16" if self.scale else self.entry.dtype
+
 
 def survey(checkpoint: Checkpoint, architecture: Architecture) -> tuple[SourceWeight, ...]:
     """Claim every tensor, in the order of blocks and of the bytes within a block.
@@ -30,21 +35,20 @@ def survey(checkpoint: Checkpoint, architecture: Architecture) -> tuple[SourceWe
             no scale or a scale no weight.
     """
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method not in _READABLE_METHODS:
+    if method not in {None, *(known.word for known in METHODS if known.is_source)}:
         raise CheckpointError(
             "the source is quantized already",
             where=str(checkpoint.directory / "config.json"),
             found=f"quant_method {method}",
             fix="start from the original BF16, FP16 or FP8 checkpoint",
         )
+    description = description_of(checkpoint)
+    assert description is None or isinstance(description, Fp8Blocks), "the one layout a recipe may start from"
+    scales = scales_of(checkpoint.tensors, description)
+    paired = {scale.name for scale in scales.values()}
     layers = size_of(checkpoint.config, "num_hidden_layers")
-    claims = {
-        name: architecture.claim(name, hidden_layers=layers)
-        for name in checkpoint.tensors
-        if not name.endswith(FP8_SCALE_SUFFIX)
-    }
+    claims = {name: architecture.claim(name, hidden_layers=layers) for name in checkpoint.tensors if name not in paired}
     _check_complete(checkpoint, architecture, has_mtp=any(claim.role == "mtp" for claim in claims.values()))
-    scales = _pair_scales(checkpoint)
     for name, claim in claims.items():
         _check_place(checkpoint.tensors[name], claim, architecture.dimensions(checkpoint.config))
     weights = [SourceWeight(claim, checkpoint.tensors[name], scales.get(name)) for name, claim in claims.items()]
@@ -97,41 +101,4 @@ def _check_place(entry: TensorEntry, claim: Claim, sizes: Dimensions) -> None:
             where=f"{entry.file}, {entry.name}",
             found=entry.dtype,
             fix="readable: " + ", ".join(sorted(FLOATING)),
-        )
-
-
-def _pair_scales(checkpoint: Checkpoint) -> Mapping[str, TensorEntry]:
-    """FP8 weight -> its scale; both directions are checked."""
-    tensors = checkpoint.tensors
-    scales = {
-        name.removesuffix(FP8_SCALE_SUFFIX): entry for name, entry in tensors.items() if name.endswith(FP8_SCALE_SUFFIX)
-    }
-    fp8 = {name for name, entry in tensors.items() if entry.dtype == "F8_E4M3"}
-    for name in sorted(fp8 - set(scales)):
-        raise CheckpointError(
-            "an FP8 weight has no scale",
-            where=str(tensors[name].file),
-            found=f"no {name}{FP8_SCALE_SUFFIX}",
-            fix="download the complete checkpoint",
-        )
-    for name in sorted(set(scales) - fp8):
-        raise CheckpointError(
-            "a scale belongs to no FP8 weight",
-            where=str(scales[name].file),
-            found=scales[name].name,
-            fix="download the index and the shards of one release",
-        )
-    for name in fp8:
-        _check_grid(tensors[name], scales[name], checkpoint.fp8_block)
-    return scales
-
-
-def _check_grid(weight: TensorEntry, scale: TensorEntry, block: tuple[int, int] | None) -> None:
-    grid = tuple(-(-size // step) for size, step in zip(weight.shape, block or (), strict=False))
-    if scale.shape != grid:
-        raise CheckpointError(
-            "a scale does not fit its weight",
-            where=f"{scale.file}, {scale.name}",
-            found=f"{list(scale.shape)} for a weight of {list(weight.shape)} in blocks of {block}",
-            fix="download the shard again, and the config.json of the same release",
         )

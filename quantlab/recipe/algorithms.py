@@ -23,7 +23,8 @@ class Rtn(Strict):
 
     name: Literal["rtn"]
     grid: Grid | None = None
-    """How the scale of a group follows from its weights; by default `signed` for int4 and `absmax` for int8."""
+    """How the scale of a group follows from its weights; by default `signed` for int4 and `absmax` for int8. Formats with zero points
+    have a convention of their own."""
     clip: Clip = "none"
     """`mse`: search, per group, the shrunken scale with the least squared error; `activations`: the same with each error
     weighted by the mean square of its input, which needs calibration."""

@@ -90,12 +90,12 @@ Sparsity = Annotated[float | NOfM, BeforeValidator(_sparsity)]
 
 
 class Quantize(_Targeted):
-    """Put linears on an integer grid."""
+    """Store linears as smaller numbers."""
 
     quantize: SchemeName
     """The scheme, for example `int4_g128`."""
     algorithm: QuantizeAlgorithm = Rtn(name="rtn")
-    """How the integers are chosen."""
+    """How the numbers are chosen."""
 
     @property
     def calibrated(self) -> bool:
@@ -104,7 +104,16 @@ class Quantize(_Targeted):
 
     @model_validator(mode="after")
     def _check_algorithm(self) -> "Quantize":
-        if isinstance(self.algorithm, SmoothQuant) and not SCHEMES[self.quantize].quantized_activations:
+        number = SCHEMES[self.quantize].format
+        if not number.is_integer and self.algorithm != Rtn(name="rtn"):
+            raise ValueError(
+                f"{self.algorithm.name} chooses integers, which {self.quantize} has not; use {{name: rtn}} without options"
+            )
+        if self.algorithm.grid is not None and not number.symmetric:
+            raise ValueError(
+                f"grid {self.algorithm.grid} is for symmetric integers, and {self.quantize} has zero points; leave `grid` out"
+            )
+        if isinstance(self.algorithm, SmoothQuant) and number.activations is None:
             raise ValueError(
                 f"smoothquant is for quantized activations, which {self.quantize} has not; use int8, or awq with {self.quantize}"
             )

@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantlab.architectures.architecture import MODULE_PATTERNS, Role
 from quantlab.checkpoint.index import INDEX_NAME
 from quantlab.errors import ArtifactError
 from quantlab.files import read_json, write_atomically
-from quantlab.formats.compressed_tensors import QuantizationConfig
+from quantlab.formats.layout import Description, Linear
+from quantlab.formats.layouts import method_of_layout
 from quantlab.hardware import processor, version_of
 from quantlab.plan.model import LedgerEntry, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
-from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.run.identity import Identity
 from quantlab.run.journal import FileRecord, FinishedBlock
 from quantlab.run.model_card import CARD_NAME, model_card
@@ -121,55 +120,27 @@ def patched_config(plan: Plan, variant: VariantPlan) -> dict[str, Any]:
     return config
 
 
-def quantization_config(variant: VariantPlan) -> QuantizationConfig | None:
-    """How engines are told what is quantized; None if nothing is.
-
-    With one scheme, every Linear is a target and the rest is ignored. With several, each scheme names its roles, or its
-    modules one by one where a role has several; the routed experts' scheme stands first, because transformers takes the
-    first group that names experts for all of them. Linears that were left alone one by one are ignored by name.
-    """
+def quantization_config(variant: VariantPlan) -> Description | None:
+    """How engines are told what is quantized; None if nothing is."""
     linears = [
-        step
+        Linear(
+            step.claim.name.removesuffix(".weight"),
+            step.claim.role,
+            step.claim.layer or 0,
+            step.scheme.format if step.scheme else None,
+            step.layout,
+        )
         for step in variant.steps
         if step.outputs
         and step.claim.name.endswith(".weight")
         and step.claim.rule is not None
         and (step.claim.rule.linear or step.claim.role == "router")
     ]
-    modules: dict[Role, dict[SchemeName | None, list[str]]] = {}
-    for step in linears:
-        scheme = step.quantize.quantize if step.quantize else None
-        modules.setdefault(step.claim.role, {}).setdefault(scheme, []).append(step.claim.name.removesuffix(".weight"))
-    used = {scheme for schemes in modules.values() for scheme in schemes if scheme is not None}
-    if not used:
+    if not variant.layouts:
         return None
-    whole = {role for role, schemes in modules.items() if set(schemes) == {None}} | {"lm_head"}
-    ignore = [pattern for role, pattern in MODULE_PATTERNS.items() if role in whole]
-    for layer in sorted({step.claim.layer or 0 for step in linears if step.claim.role == "mtp"}):
-        # SGLang builds the layer under the name `decoder`
-        ignore += [rf"re:model\.layers\.{layer}\..*", r"re:model\.decoder\..*"]
-    ignore += [
-        name
-        for role, schemes in modules.items()
-        if role not in whole and role != "mtp"
-        for name in schemes.get(None, [])
-    ]
-    roles = sorted(modules, key=lambda role: role != "routed_experts")
-    groups: dict[SchemeName, list[str]] = {}
-    for role in roles:
-        named = {scheme: names for scheme, names in modules[role].items() if scheme is not None}
-        for scheme, names in named.items():
-            groups.setdefault(scheme, []).extend([MODULE_PATTERNS[role]] if len(named) == 1 else names)
-    described = [
-        (("Linear",) if len(used) == 1 else tuple(targets), SCHEMES[scheme]) for scheme, targets in groups.items()
-    ]
-    config = QuantizationConfig(tuple(described), tuple(dict.fromkeys(ignore)))
-    for step in linears:
-        found = config.scheme_of(step.claim.name.removesuffix(".weight"))
-        assert found == (SCHEMES[step.quantize.quantize] if step.quantize else None), (
-            f"{step.claim.name} is described as {found}"
-        )
-    return config
+    method = method_of_layout(variant.layouts[0])
+    assert method.describe is not None, f"{method.word} is only read"
+    return method.describe(linears)
 
 
 def _index(variant: VariantPlan) -> dict[str, Any]:

@@ -25,13 +25,11 @@ from torch import Tensor
 from quantlab.calibration.corpus import sample_tokens
 from quantlab.checkpoint.reader import Reader
 from quantlab.checkpoint.writer import ShardWriter
-from quantlab.formats.compressed_tensors import encode
+from quantlab.formats.codecs.table import encode
 from quantlab.formats.stored import StoredWeights
-from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.passes.apply import WeightReport
-from quantlab.plan.model import Block, Plan, Step, VariantPlan
+from quantlab.plan.model import Block, Plan, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
-from quantlab.recipe.schemes import SCHEMES
 from quantlab.run.artifact import Making, finish_artifact
 from quantlab.run.directory import RunDirectory, make_directory
 from quantlab.run.identity import identify
@@ -137,15 +135,8 @@ def write_block(block: Block, weights: BlockWeights, directory: Path, progress: 
                 result, report = weights.take(step.claim.name)
                 if report is not None:
                     reports[step.claim.name] = report
-                for name, tensor in _encode(step, result).items():
+                for name, tensor in encode(step.layout, step.claim.name, result).items():
                     writer.write(name, tensor)
                 progress(step.source_bytes)
         files.append(FileRecord(shard.file, writer.sha256, writer.nbytes))
     return FinishedBlock(block.name, tuple(files), reports)
-
-
-def _encode(step: Step, changed: Tensor | QuantizedMatrix) -> dict[str, Tensor]:
-    if isinstance(changed, Tensor):
-        return {step.claim.name: changed}
-    assert step.quantize is not None, "integers come from a quantize pass"
-    return encode(step.claim.name, changed, SCHEMES[step.quantize.quantize])

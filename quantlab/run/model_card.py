@@ -4,11 +4,11 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 
+from quantlab.formats.layouts import LAYOUTS
 from quantlab.passes.apply import WeightReport
 from quantlab.plan.model import Plan, Step, VariantPlan
 from quantlab.recipe.algorithms import Awq, Gptq, PruneAlgorithm, QuantizeAlgorithm, Rtn, SparseGpt, Wanda
 from quantlab.recipe.load import LoadedRecipe
-from quantlab.recipe.schemes import SCHEMES
 
 CARD_NAME = "README.md"
 MEASURED_START, MEASURED_END = "<!-- measured by quantlab -->", "<!-- end of what was measured -->"
@@ -192,21 +192,31 @@ def _repairs(reports: Collection[WeightReport]) -> list[str]:
     return lines
 
 
+def _refused_by_transformers(step: Step) -> str | None:
+    assert step.scheme is not None, "a quantized weight has a scheme"
+    rows, columns = step.source.shape
+    experts = step.claim.role == "routed_experts"
+    return LAYOUTS[step.layout].transformers_refuses(step.scheme.format, (rows, columns), experts=experts)
+
+
 def _loading_section(variant: VariantPlan, plan: Plan) -> str:
     quantized = _quantized(variant)
-    schemes = {SCHEMES[step.quantize.quantize] for step in quantized if step.quantize}
-    int8_experts = any(scheme.quantized_activations for scheme in schemes) and any(
-        step.claim.role == "routed_experts" for step in quantized
-    )
+    refused = [reason for step in quantized if (reason := _refused_by_transformers(step)) is not None]
+    packed = any(step.scheme is not None and step.scheme.format.is_integer for step in quantized)
     lines = ["## How to load it\n"]
-    if int8_experts:
-        lines.append(
-            "- transformers: cannot load int8 experts with quantized activations (5.x); use vLLM, SGLang or quantlab's runtime."
-        )
+    if refused:
+        lines.append(f"- transformers: cannot load {refused[0]} (5.x); use vLLM, SGLang or quantlab's runtime.")
     else:
-        expands = " It expands packed weights to 16 bits: neither memory nor time is saved there." if quantized else ""
+        expands = ""
+        if packed:
+            expands = " It expands packed weights to 16 bits: neither memory nor time is saved there."
+        elif quantized:
+            expands = " It multiplies by FP8 on GPUs of compute capability 8.9 and later, and expands it to 16 bits elsewhere."
         lines.append(f"- transformers: `AutoModelForCausalLM.from_pretrained(DIR)`.{expands}")
-    lines.append("- quantlab, weights stay packed: `from quantlab.runtime.load import load; model = load(Path(DIR))`.")
+    held = (
+        "weights stay packed" if packed or not quantized else "FP8 is expanded to bfloat16, activations are not rounded"
+    )
+    lines.append(f"- quantlab, {held}: `from quantlab.runtime.load import load; model = load(Path(DIR))`.")
     sizes = ", ".join(map(str, variant.tensor_parallel))
     lines.append(
         f"- vLLM: `vllm serve DIR`; SGLang: `python -m sglang.launch_server --model-path DIR`. Tensor parallel sizes that divide its groups: {sizes}."

@@ -160,8 +160,13 @@ def check_range(step: Step, weight: Tensor, changed: Tensor | QuantizedMatrix) -
 
 def lost_groups(weight: Tensor, matrix: QuantizedMatrix) -> int:
     """Number of groups that became zero because their scale is too small to store; pruned groups do not count."""
+    if matrix.block is not None:
+        return 0  # float32 scales hold every 16-bit weight
     rows, groups = matrix.scale.shape
     finfo = torch.finfo(matrix.scale.dtype)
     largest = weight.view(rows, groups, -1).abs().amax(dim=2).to(torch.float32)
     too_small = (largest > 0) & (largest <= finfo.smallest_normal * finfo.eps * (1 << matrix.bits))
-    return int((too_small & ~matrix.q.view(rows, groups, -1).any(dim=2)).sum())
+    steps = matrix.q.view(rows, groups, -1)
+    if matrix.zero is not None:
+        steps = steps - matrix.zero[:, :, None]
+    return int((too_small & ~steps.any(dim=2)).sum())

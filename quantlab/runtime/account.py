@@ -1,10 +1,17 @@
-"""How many bytes a loaded model holds for its weights."""
+"""Bytes that a loaded model holds for its weights, and the quantized weights that no kernel multiplies by."""
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import Final, Literal
 
+import torch
 from torch import Tensor, nn
 
-from quantlab.runtime.matrices import QuantizedMatrices
+from quantlab.numerics.number_format import NumberFormat
+from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, QuantizedMatrices, choose_bank
+
+_MARK: Final = "quantlab_unpacked"
+"""Attribute of a module whose weight is quantized where it is stored and floating point here: format and reasons."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +55,40 @@ def _stored(module: nn.Module) -> list[Tensor]:
     computed = module._non_persistent_buffers_set
     buffers = [buffer for name, buffer in module.named_buffers(recurse=False) if name not in computed]
     return [*module.parameters(recurse=False), *buffers]
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """Quantized matrices that no kernel of the device multiplies by.
+
+    Attributes:
+        format: name of their number format.
+        count: how many; matrices that are held as one, such as gate and up, count once.
+        reasons: why each bank of the device declined.
+        held: "packed" where integers are stored small and expanded for every product, else "dense": expanded when loaded.
+    """
+
+    format: str
+    count: int
+    reasons: tuple[str, ...]
+    held: Literal["packed", "dense"]
+
+
+def expanded(model: nn.Module) -> tuple[Expanded, ...]:
+    """The quantized matrices of a model of `runtime.load` or `runtime.random_twin` that are expanded, by format and reasons."""
+    found: Counter[tuple[str, tuple[str, ...], Literal["packed", "dense"]]] = Counter()
+    for module in model.modules():
+        if isinstance(module, ExpandedMatrices):
+            found[module.number.name, module.reasons, "packed"] += module.shape[0]
+        elif (mark := getattr(module, _MARK, None)) is not None:
+            found[*mark, "dense"] += module.shape[0] if isinstance(module, DenseMatrices) else 1
+    return tuple(Expanded(name, count, reasons, held) for (name, reasons, held), count in sorted(found.items()))
+
+
+def mark_unpacked(module: nn.Module, number: NumberFormat, device_type: str) -> None:
+    """Note on a module that its weight, of a quantized format, is held in floating point, and why."""
+    bank, reasons = choose_bank(number, (0, 0), torch.float32, device_type)
+    assert bank is None, "a bank would hold it"
+    if number.activations is not None:
+        reasons += ("activations are not rounded",)
+    setattr(module, _MARK, (number.name, reasons))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.number_format import INT4, NumberFormat
 from quantlab.runtime.products import BAND_ROWS, Groups, band_rows, centred, compute_dtype, joined, split
 
 _PACKED_ROWS: Final = 48
@@ -18,49 +19,72 @@ _pack: Final[Callable[[Tensor, int], Tensor]] = torch.ops.aten._convert_weight_t
 
 
 class Int4Matrices(nn.Module):
-    """int4 matrices with a scale per group of columns.
+    """int4 matrices with a scale, and perhaps a zero point, per group of columns.
 
-    The operator wants bfloat16 scales. float16 scales have three bits more, which must not be rounded away: they are
-    held as a sum of two bfloat16 numbers, and a product costs two passes over the integers.
+    The operator computes ``(nibble - 8) * scale + offset`` with bfloat16 pairs (scale, offset); the offset is ``-z * scale``. float16
+    scales and offsets have more bits than bfloat16, which must not be rounded away: they are held as a sum of two bfloat16
+    numbers, and a product costs two passes over the integers.
 
-    Buffers: packed [E, N, K/2] uint8; scale [E, G, N, 2] bfloat16, pairs (scale, 0) because the operator computes
-    ``(nibble - 8) * scale + zero``; remainder, as scale, for float16 scales only.
+    Buffers: packed [E, N, K/2] uint8; scale [E, G, N, 2] bfloat16, the pairs; remainder, as scale, None for bfloat16 scales
+    without zero points; zero [E, G, N] int8, None without zero points.
     """
 
     packed: Tensor
     scale: Tensor
     remainder: Tensor | None
+    zero: Tensor | None
 
-    def __init__(self, count: int, rows: int, columns: int, *, group_size: int, scale_dtype: torch.dtype) -> None:
+    def __init__(self, number: NumberFormat, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype) -> None:
         super().__init__()
+        group_size = number.group_size
+        assert group_size is not None, "can_hold was asked"
+        self.number = number
         self.shape = (count, rows, columns)
         self.group_size, self.scale_dtype = group_size, scale_dtype
         pairs = (count, columns // group_size, rows, 2)
         self.register_buffer("packed", torch.empty(count, rows, columns // 2, dtype=torch.uint8))
         self.register_buffer("scale", torch.zeros(pairs, dtype=torch.bfloat16))
-        exact = scale_dtype == torch.bfloat16
+        exact = scale_dtype == torch.bfloat16 and number.symmetric
         self.register_buffer("remainder", None if exact else torch.zeros(pairs, dtype=torch.bfloat16))
+        self.register_buffer("zero", None if number.symmetric else torch.zeros(pairs[:-1], dtype=torch.int8))
         self._each = self.packed.unbind(0)
         self._scales = self.scale.unbind(0)
         self._remainders = None if self.remainder is None else self.remainder.unbind(0)
 
     @staticmethod
-    def fits(rows: int, columns: int, *, group_size: int | None, scale_dtype: torch.dtype) -> bool:
-        """Whether torch's operator takes the shape, and its scales hold `scale_dtype` exactly."""
-        return (
-            int4_block() is not None
-            and rows % BAND_ROWS == 0
-            and group_size in {32, 64, 128}
-            and columns % group_size == 0
-            and scale_dtype in {torch.bfloat16, torch.float16}
-        )
+    def can_hold(number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype) -> str | None:
+        """Why torch's operator cannot multiply by matrices [N, K] of a format exactly; None if it can."""
+        if number.element != INT4 or number.activations is not None:
+            return "torch's int4 operator: int4 weights with floating-point activations only"
+        if int4_block() is None:
+            return "torch's int4 operator: its layout on this CPU is unknown"
+        if shape[0] % BAND_ROWS:
+            return f"torch's int4 operator: rows are no multiple of {BAND_ROWS}"
+        if not number.by_row or number.group_size not in {32, 64, 128} or not number.fits(shape):
+            return "torch's int4 operator: groups of 32, 64 or 128 columns only"
+        if scale_dtype not in {torch.bfloat16, torch.float16}:
+            return "torch's int4 operator: float32 scales would be rounded"
+        return None
 
     def fill(self, index: int, matrix: QuantizedMatrix) -> None:
         """Set matrix `index`."""
         self._each[index].copy_(_pack(matrix.q.to(torch.int32) + 8, 1))
-        self.scale[index, :, :, 0] = matrix.scale.t()
+        scale = matrix.scale.t().to(torch.float32)
+        pairs = torch.stack((scale, torch.zeros_like(scale)), dim=-1)
+        if self.zero is not None and matrix.zero is not None:
+            self.zero[index] = matrix.zero.t()
+            pairs[:, :, 1] = self.zero[index] * -scale
+        self.scale[index] = pairs
         if self.remainder is not None:
-            self.remainder[index, :, :, 0] = (matrix.scale - self.scale[index, :, :, 0].t().to(matrix.scale.dtype)).t()
+            self.remainder[index] = pairs - self.scale[index].to(torch.float32)
+
+    def integers(self, index: int) -> Tensor:
+        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        return self.packed[index]
+
+    def set_scales(self, index: int, scale: float) -> None:
+        """Give every group of matrix `index` one scale."""
+        self.scale[index, :, :, 0] = scale
 
     def products(self, x: Tensor, groups: Groups) -> Tensor:
         """[T, K] -> [T, N], row by row with the matrix of its group."""
@@ -98,17 +122,25 @@ class Int4Matrices(nn.Module):
         Sorting the few columns of the product afterwards is cheaper than sorting the rows of the matrix here.
         """
         _, rows, columns = self.shape
-        scale = self._scales[index][:, band.start * block : band.stop * block, 0].to(self.scale_dtype)
+        some = slice(band.start * block, band.stop * block)
+        scale = self._scales[index][:, some, 0].to(self.scale_dtype)
         if self._remainders is not None:
-            scale = scale + self._remainders[index][:, band.start * block : band.stop * block, 0].to(self.scale_dtype)
-        halves = scale.view(scale.shape[0], 1, -1, 2, block // 2).transpose(2, 3).flatten(3)
+            scale = scale + self._remainders[index][:, some, 0].to(self.scale_dtype)
+        halves = _halves(scale, block)
+        zeros = None if self.zero is None else _halves(self.zero[index][:, some], block)
         # moved as eight bytes at a time: blocks beside, not below, each other
         words = self._each[index].view(torch.int64).view(rows // block, columns, block // 16)[band]
         pairs = words.transpose(0, 1).contiguous().view(torch.uint8).view(scale.shape[0], self.group_size, -1)
         expanded = torch.empty(scale.shape[0], self.group_size, 2, pairs.shape[2], dtype=self.scale_dtype)
         for half, nibbles in enumerate((pairs & 15, pairs >> 4)):
-            torch.mul(centred(nibbles).to(self.scale_dtype), halves[:, :, half], out=expanded[:, :, half])
+            steps = centred(nibbles) if zeros is None else centred(nibbles) - zeros[:, :, half]
+            torch.mul(steps.to(self.scale_dtype), halves[:, :, half], out=expanded[:, :, half])
         return expanded.view(columns, -1)
+
+
+def _halves(values: Tensor, block: int) -> Tensor:
+    """Numbers of rows [G, n] in the order of the nibbles of their blocks: [G, 1, 2, n / 2]."""
+    return values.reshape(values.shape[0], 1, -1, 2, block // 2).transpose(2, 3).flatten(3)
 
 
 @cache

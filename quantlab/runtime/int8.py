@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.number_format import INT8, ROW, Activations, NumberFormat
 from quantlab.runtime.integer_products import integer_product
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
@@ -34,17 +35,21 @@ class Int8WeightMatrices(nn.Module):
     q: Tensor
     scale: Tensor
 
-    def __init__(self, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype) -> None:
+    def __init__(self, number: NumberFormat, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype) -> None:
         super().__init__()
+        self.number = number
         self.shape = (count, rows, columns)
         self.register_buffer("q", torch.empty(count, rows, columns, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(count, rows, dtype=scale_dtype))
         self._each, self._scales = self.q.unbind(0), self.scale.unbind(0)
 
     @staticmethod
-    def fits(columns: int) -> bool:
-        """Whether torch's operator takes the shape: it reads past the end of a row whose length is no multiple of 16."""
-        return columns % 32 == 0
+    def can_hold(number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype) -> str | None:
+        """Why the kernels cannot multiply by matrices [N, K] of a format; None if they can."""
+        if number != NumberFormat(INT8, ROW):
+            return "the int8 kernels for 16-bit activations: symmetric int8 with one scale per row only"
+        # torch's operator reads past the end of a row whose length is no multiple of 16
+        return "the int8 kernels for 16-bit activations: columns are no multiple of 32" if shape[1] % 32 else None
 
     def fill(self, index: int, matrix: QuantizedMatrix) -> None:
         """Set matrix `index`."""
@@ -56,6 +61,14 @@ class Int8WeightMatrices(nn.Module):
         return QuantizedMatrix(self._each[index][start:stop], self._scales[index][start:stop, None], 8).dequantize(
             dtype
         )
+
+    def integers(self, index: int) -> Tensor:
+        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        return self.q[index]
+
+    def set_scales(self, index: int, scale: float) -> None:
+        """Give every row of matrix `index` one scale."""
+        self.scale[index] = scale
 
     def products(self, x: Tensor, groups: Groups) -> Tensor:
         """[T, K] -> [T, N], row by row with the matrix of its group."""
@@ -101,17 +114,33 @@ class Int8Matrices(nn.Module):
     q: Tensor
     scale: Tensor
 
-    def __init__(self, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype) -> None:
+    def __init__(self, number: NumberFormat, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype) -> None:
         super().__init__()
+        self.number = number
         self.shape = (count, rows, columns)
         self.register_buffer("q", torch.empty(count, rows, columns, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(count, rows, dtype=scale_dtype))
         self._each = self.q.unbind(0)
 
+    @staticmethod
+    def can_hold(number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype) -> str | None:
+        """Why the kernels cannot multiply by matrices [N, K] of a format; None if they can."""
+        if number != NumberFormat(INT8, ROW, activations=Activations(INT8)):
+            return "the int8 kernels: symmetric int8 with one scale per row, and int8 activations per token, only"
+        return None
+
     def fill(self, index: int, matrix: QuantizedMatrix) -> None:
         """Set matrix `index`."""
         self.q[index].copy_(matrix.q)
         self.scale[index].copy_(matrix.scale[:, 0])
+
+    def integers(self, index: int) -> Tensor:
+        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        return self.q[index]
+
+    def set_scales(self, index: int, scale: float) -> None:
+        """Give every row of matrix `index` one scale."""
+        self.scale[index] = scale
 
     def products(self, x: Tensor, groups: Groups) -> Tensor:
         """[T, K] -> [T, N], row by row with the matrix of its group."""

@@ -23,12 +23,12 @@ from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError
 from quantlab.formats.fused import unfused
 from quantlab.formats.stored import StoredWeights
-from quantlab.numerics.integer import QuantizedMatrix
-from quantlab.recipe.schemes import Scheme
+from quantlab.numerics.integer import QuantizedMatrix, concatenated
+from quantlab.numerics.number_format import NumberFormat
 from quantlab.runtime.attention import LATENT_SDPA
 from quantlab.runtime.device import check_room, find_device, free_bytes, out_of_memory, ran_out
 from quantlab.runtime.matrices import DenseMatrices, Matrices
-from quantlab.runtime.skeleton import DTYPES, Weights, build, config_of, held_as
+from quantlab.runtime.skeleton import DTYPES, Weights, build, config_of
 
 Progress = Callable[[int, int], None]
 
@@ -142,8 +142,8 @@ class _Artifact:
         sizes = [self._stored.held_bytes(name, dtype) for name in self._left]
         return sum(size for size, _ in sizes) + _WORK_BYTES * max((elements for _, elements in sizes), default=0)
 
-    def scheme_of(self, name: str) -> Scheme | None:
-        return self._stored.scheme_of(name)
+    def format_of(self, name: str) -> NumberFormat | None:
+        return self._stored.format_of(name)
 
     def scale_dtype_of(self, name: str) -> torch.dtype:
         return self._stored.scale_dtype_of(name)
@@ -170,17 +170,14 @@ class _Artifact:
         parts = []
         for name, size in zip(names, sizes, strict=True):
             matrix = self._take(name)
-            assert isinstance(matrix, QuantizedMatrix), f"{name} has a scheme"
+            assert isinstance(matrix, QuantizedMatrix), f"{name} is quantized"
             self._check_shape(name, matrix.q.shape, (size, columns))
             parts.append(matrix)
-        q, scale = (
-            torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-            for tensors in ([m.q for m in parts], [m.scale for m in parts])
-        )
-        scheme = self.scheme_of(names[0])
-        assert scheme is not None, f"{names[0]} has a scheme"
-        copies = held_as(scheme, columns).groups(columns) // scale.shape[1]
-        matrices.fill(index, QuantizedMatrix(q, scale.repeat_interleave(copies, dim=1), parts[0].bits))
+        matrix = concatenated(parts)
+        copies = matrices.number.groups(columns) // matrix.scale.shape[1]
+        zero = None if matrix.zero is None else matrix.zero.repeat_interleave(copies, dim=1)
+        scale = matrix.scale.repeat_interleave(copies, dim=1)
+        matrices.fill(index, QuantizedMatrix(matrix.q, scale, matrix.bits, zero))
 
     def _take(self, name: str) -> Tensor | QuantizedMatrix:
         if name not in self._left:

@@ -1,12 +1,13 @@
-"""The banks there are, and which of them holds a weight."""
+"""The banks of matrices, and which of them holds a weight."""
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
-from quantlab.recipe.schemes import Scheme
+from quantlab.numerics.number_format import INT4, INT8, Element, NumberFormat
 from quantlab.runtime.cuda.banks import COUNTERS, CudaMatrices
 from quantlab.runtime.int4 import Int4Matrices
 from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices
@@ -61,41 +62,66 @@ class DenseMatrices(nn.Module):
 
 
 class ExpandedMatrices(nn.Module):
-    """Integers of a shape or with scales no packed operator takes: stored small, expanded band by band for every product.
+    """Integers that no kernel takes: stored small, expanded band by band for every product.
 
     Slow at few rows, and exact. int4 is stored two to a byte, so K is even.
 
-    Buffers: q [E, N, K] int8 or [E, N, K/2] uint8; scale [E, N, G] in its stored dtype.
+    Buffers: q [E, N, K] int8 or [E, N, K/2] uint8; scale [E, N, G] in its stored dtype; zero [E, N, G] int8, None without
+    zero points.
+
+    Attributes:
+        reasons: why each bank of the device declined.
     """
 
     q: Tensor
     scale: Tensor
+    zero: Tensor | None
 
     def __init__(
-        self, count: int, rows: int, columns: int, *, bits: int, groups: int, scale_dtype: torch.dtype
+        self,
+        number: NumberFormat,
+        count: int,
+        rows: int,
+        columns: int,
+        *,
+        scale_dtype: torch.dtype,
+        reasons: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
+        self.number, self.reasons = number, reasons
         self.shape = (count, rows, columns)
-        self.bits = bits
-        integers = (columns // 2, torch.uint8) if bits == 4 else (columns, torch.int8)
+        integers = (columns // 2, torch.uint8) if number.bits == 4 else (columns, torch.int8)
+        scales = (count, *number.scale_shape((rows, columns)))
         self.register_buffer("q", torch.empty(count, rows, integers[0], dtype=integers[1]))
-        self.register_buffer("scale", torch.empty(count, rows, groups, dtype=scale_dtype))
+        self.register_buffer("scale", torch.empty(scales, dtype=scale_dtype))
+        self.register_buffer("zero", None if number.symmetric else torch.zeros(scales, dtype=torch.int8))
 
     def fill(self, index: int, matrix: QuantizedMatrix) -> None:
         """Set matrix `index`."""
         q = matrix.q
-        if self.bits == 4:
+        if self.number.bits == 4:
             nibbles = (q + 8).view(torch.uint8)
             q = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
         self.q[index].copy_(q)
         self.scale[index].copy_(matrix.scale)
+        if self.zero is not None and matrix.zero is not None:
+            self.zero[index].copy_(matrix.zero)
+
+    def integers(self, index: int) -> Tensor:
+        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        return self.q[index]
+
+    def set_scales(self, index: int, scale: float) -> None:
+        """Give every group of matrix `index` one scale."""
+        self.scale[index] = scale
 
     def dense(self, index: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows start to stop of matrix `index`, expanded: [stop - start, K] of `dtype`."""
         q = self.q[index, start:stop]
-        if self.bits == 4:
+        if self.number.bits == 4:
             q = centred(torch.stack((q & 15, q >> 4), dim=-1).flatten(1))
-        return QuantizedMatrix(q, self.scale[index, start:stop], self.bits).dequantize(dtype)
+        zero = None if self.zero is None else self.zero[index, start:stop]
+        return QuantizedMatrix(q, self.scale[index, start:stop], self.number.bits, zero).dequantize(dtype)
 
     def products(self, x: Tensor, groups: Groups) -> Tensor:
         """[T, K] -> [T, N], row by row with the matrix of its group."""
@@ -107,33 +133,46 @@ class ExpandedMatrices(nn.Module):
         return in_bands(x, self.shape[1], lambda start, stop: self.dense(index, start, stop, x.dtype), dtype=x.dtype)
 
 
-QuantizedMatrices = (
-    NativeInt4Matrices | Int4Matrices | Int8WeightMatrices | Int8Matrices | CudaMatrices | ExpandedMatrices
-)
+KernelMatrices = NativeInt4Matrices | Int4Matrices | Int8WeightMatrices | Int8Matrices | CudaMatrices
+QuantizedMatrices = KernelMatrices | ExpandedMatrices
 Matrices = DenseMatrices | QuantizedMatrices
+
+_BANKS: Final[Mapping[tuple[str, Element], tuple[type[KernelMatrices], ...]]] = {
+    ("cpu", INT4): (NativeInt4Matrices, Int4Matrices),
+    ("cpu", INT8): (Int8Matrices, Int8WeightMatrices),
+    ("cuda", INT4): (CudaMatrices,),
+    ("cuda", INT8): (CudaMatrices,),
+}
+"""The banks with kernels for an element type on a device, best first."""
+
+
+def choose_bank(
+    number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype, device_type: str
+) -> tuple[type[KernelMatrices] | None, tuple[str, ...]]:
+    """The best bank that holds matrices [N, K] of a format on a device, None if there is none; and why the others decline."""
+    banks = _BANKS.get((device_type, number.element), ())
+    reasons = [] if banks else [f"no kernel for {number.element} on {device_type}"]
+    for bank in banks:
+        reason = bank.can_hold(number, shape, scale_dtype)
+        if reason is None:
+            return bank, tuple(reasons)
+        reasons.append(reason)
+    return None, tuple(reasons)
 
 
 def quantized_matrices(
-    scheme: Scheme, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype, device: torch.device | None = None
+    number: NumberFormat,
+    count: int,
+    rows: int,
+    columns: int,
+    *,
+    scale_dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> QuantizedMatrices:
-    """An unfilled bank on `device` (the CPU if None) of the kind that computes `scheme` best at this shape.
-
-    Every device has its own layouts; this is the one place that chooses among them.
-    """
-    if device is not None and device.type != "cpu":
-        with device:
-            if CudaMatrices.fits(scheme, columns, scale_dtype=scale_dtype):
-                return CudaMatrices(scheme, count, rows, columns, scale_dtype=scale_dtype)
-            return ExpandedMatrices(
-                count, rows, columns, bits=scheme.bits, groups=scheme.groups(columns), scale_dtype=scale_dtype
-            )
-    if scheme.quantized_activations:
-        return Int8Matrices(count, rows, columns, scale_dtype=scale_dtype)
-    for bank in (NativeInt4Matrices, Int4Matrices) if scheme.bits == 4 else ():
-        if bank.fits(rows, columns, group_size=scheme.group_size, scale_dtype=scale_dtype):
-            return bank(count, rows, columns, group_size=cast("int", scheme.group_size), scale_dtype=scale_dtype)
-    if scheme.bits == 8 and scheme.group_size is None and Int8WeightMatrices.fits(columns):
-        return Int8WeightMatrices(count, rows, columns, scale_dtype=scale_dtype)
-    return ExpandedMatrices(
-        count, rows, columns, bits=scheme.bits, groups=scheme.groups(columns), scale_dtype=scale_dtype
-    )
+    """An unfilled bank of integers on `device` (the CPU if None): the best there is for the format at this shape."""
+    device = torch.device("cpu") if device is None else device
+    bank, reasons = choose_bank(number, (rows, columns), scale_dtype, device.type)
+    with device:
+        if bank is not None:
+            return bank(number, count, rows, columns, scale_dtype=scale_dtype)
+        return ExpandedMatrices(number, count, rows, columns, scale_dtype=scale_dtype, reasons=reasons)

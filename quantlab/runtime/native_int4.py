@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.number_format import INT4, NumberFormat
 from quantlab.runtime.native import kernels
-from quantlab.runtime.native.library import library
+from quantlab.runtime.native.library import library, status
 from quantlab.runtime.products import Groups, band_rows, by_count, compute_dtype, joined, split
 
 _ROWS: Final = 128
@@ -29,8 +30,11 @@ class NativeInt4Matrices(nn.Module):
     q: Tensor
     scale: Tensor
 
-    def __init__(self, count: int, rows: int, columns: int, *, group_size: int, scale_dtype: torch.dtype) -> None:
+    def __init__(self, number: NumberFormat, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype) -> None:
         super().__init__()
+        group_size = number.group_size
+        assert group_size is not None, "can_hold was asked"
+        self.number = number
         self.shape = (count, rows, columns)
         self.group_size = group_size
         lanes = -(-rows // _LANES)
@@ -38,15 +42,17 @@ class NativeInt4Matrices(nn.Module):
         self.register_buffer("scale", torch.zeros(count, lanes, columns // group_size, _LANES, dtype=scale_dtype))
 
     @staticmethod
-    def fits(rows: int, columns: int, *, group_size: int | None, scale_dtype: torch.dtype) -> bool:
-        """Whether the kernel is to be had and takes the shape and the scales."""
-        return (
-            rows > 0
-            and group_size in {32, 64, 128}
-            and columns % group_size == 0
-            and scale_dtype in {torch.bfloat16, torch.float16}
-            and library() is not None
-        )
+    def can_hold(number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype) -> str | None:
+        """Why the kernel cannot multiply by matrices [N, K] of a format; None if it can."""
+        if number.element != INT4 or number.activations is not None:
+            return "the native int4 kernel: int4 weights with floating-point activations only"
+        if not number.symmetric:
+            return "the native int4 kernel: no zero points"
+        if not number.by_row or number.group_size not in {32, 64, 128} or not number.fits(shape) or not shape[0]:
+            return "the native int4 kernel: groups of 32, 64 or 128 columns only"
+        if scale_dtype not in {torch.bfloat16, torch.float16}:
+            return "the native int4 kernel: 16-bit scales only"
+        return None if library() is not None else f"the native int4 kernel: {status()}"
 
     def fill(self, index: int, matrix: QuantizedMatrix) -> None:
         """Set matrix `index`."""
@@ -60,6 +66,14 @@ class NativeInt4Matrices(nn.Module):
         self.q[index, whole:] = lanes[whole:].transpose(0, 1).reshape(-1, columns // 2)
         scale = functional.pad(matrix.scale, (0, 0, 0, above)).view(-1, _LANES, matrix.scale.shape[1])
         self.scale[index] = scale.transpose(1, 2)
+
+    def integers(self, index: int) -> Tensor:
+        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        return self.q[index]
+
+    def set_scales(self, index: int, scale: float) -> None:
+        """Give every group of matrix `index` one scale."""
+        self.scale[index] = scale
 
     def products(self, x: Tensor, groups: Groups) -> Tensor:
         """[T, K] -> [T, N], row by row with the matrix of its group."""

@@ -6,7 +6,8 @@ by the same code: what is measured on the second is what runs in the first.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, Protocol
+from dataclasses import replace
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -16,7 +17,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from quantlab.architectures.detect import ARCHITECTURES, of_model_type
 from quantlab.architectures.layer import GATED_MLP, LatentAttention
 from quantlab.errors import ArtifactError
-from quantlab.recipe.schemes import SCHEMES, Scheme, SchemeName
+from quantlab.numerics.number_format import INT4, NumberFormat, group
+from quantlab.runtime.account import mark_unpacked
 from quantlab.runtime.attention import LATENT_SDPA, keep_latents, register
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, PartOfStack, StackedLinear, dense_linear
@@ -41,14 +43,14 @@ _MALFORMED: Final = (
 """What transformers raises for a config it cannot make a model of."""
 _FUSED_EXPERTS: Final = "gate_up_proj"
 """The parameter [E, 2I, H] in which transformers holds the gates and ups of all experts of a layer, of whatever family."""
-_INT4_GROUPS: Final[Sequence[tuple[SchemeName, int]]] = (("int4_g128", 128), ("int4_g64", 64), ("int4_g32", 32))
+_INT4_GROUPS: Final = (128, 64, 32)
 
 
 class Weights(Protocol):
     """Where a model's weights come from, by their names in the checkpoint (``….weight``)."""
 
-    def scheme_of(self, name: str) -> Scheme | None:
-        """The scheme of the weight `name`, None if it is floating point."""
+    def format_of(self, name: str) -> NumberFormat | None:
+        """The number format of the weight `name`, None if it is not quantized."""
 
     def scale_dtype_of(self, name: str) -> torch.dtype:
         """The dtype of the scales of the quantized weight `name`."""
@@ -199,7 +201,7 @@ def _stacked(
         weights.device.type != "cuda"
         or len(linears) != len(names)
         or len({linear.bias is None for linear in linears}) != 1
-        or weights.scheme_of(of_names[0]) is None
+        or _packed_format(of_names[0], weights) is None
         or not _one_kind(of_names, weights)
     ):
         return {}
@@ -211,7 +213,7 @@ def _stacked(
         for name, linear in zip(names, linears, strict=True)
         if linear.bias is not None
     ]
-    assert isinstance(bank, QuantizedMatrices), "the weights have a scheme"
+    assert isinstance(bank, QuantizedMatrices), "the weights are integers"
     stack = StackedLinear(PackedLinear(bank, torch.cat(biases) if biases else None), sizes)
     return {name: PartOfStack(stack, index) for index, name in enumerate(names)}
 
@@ -222,44 +224,63 @@ def _plain_linear(module: nn.Module, name: str) -> bool:
 
 
 def _one_kind(names: Sequence[str], weights: Weights) -> bool:
-    """Whether the weights can lie in one bank: all of one scheme with scales of one dtype, or all floating point."""
-    schemes = {weights.scheme_of(name) for name in names}
-    return schemes == {None} or (len(schemes) == 1 and len({weights.scale_dtype_of(name) for name in names}) == 1)
+    """Whether the weights can lie in one bank: all of one integer format with scales of one dtype, or all floating point."""
+    formats = {_packed_format(name, weights) for name in names}
+    return formats == {None} or (len(formats) == 1 and len({weights.scale_dtype_of(name) for name in names}) == 1)
+
+
+def _packed_format(name: str, weights: Weights) -> NumberFormat | None:
+    """The format of a weight that is held as integers, None for one that is held in floating point."""
+    number = weights.format_of(name)
+    return number if number is not None and number.is_integer else None
 
 
 def _bank(name: str, shape: tuple[int, int, int], weights: Weights, *, dtype: torch.dtype) -> Matrices:
     """An unfilled bank of the kind the weight `name` needs."""
-    scheme = weights.scheme_of(name)
-    if scheme is None:
+    number = _packed_format(name, weights)
+    if number is None:
         with weights.device:
-            return DenseMatrices(*shape, dtype=dtype)
-    held = held_as(scheme, shape[2])
+            return _marked(DenseMatrices(*shape, dtype=dtype), name, weights)
+    held = held_as(number, shape[2])
     return quantized_matrices(held, *shape, scale_dtype=weights.scale_dtype_of(name), device=weights.device)
 
 
-def held_as(scheme: Scheme, columns: int) -> Scheme:
-    """The scheme a matrix is held in: int4 with one scale per row as int4 in groups that share it, which kernels take.
+M = TypeVar("M", bound=nn.Module)
 
-    The numbers are the same, and no other scheme is changed; groups of 128 cost 3 % of the bytes.
+
+def _marked(module: M, name: str, weights: Weights) -> M:
+    """The module of a weight held in floating point, with the reason where the weight is quantized."""
+    number = weights.format_of(name)
+    if number is not None:
+        mark_unpacked(module, number, weights.device.type)
+    return module
+
+
+def held_as(number: NumberFormat, columns: int) -> NumberFormat:
+    """The format a matrix is held in: int4 with one scale per row as int4 in groups that share it, which kernels take.
+
+    The numbers are the same, and no other format is changed; groups of 128 cost 3 % of the bytes.
     """
-    if scheme.bits != 4 or scheme.group_size is not None:
-        return scheme
-    return next((SCHEMES[name] for name, size in _INT4_GROUPS if columns % size == 0), scheme)
+    if number.element != INT4 or not number.by_row or number.group_size is not None:
+        return number
+    size = next((size for size in _INT4_GROUPS if columns % size == 0), None)
+    return number if size is None else replace(number, granularity=group(size))
 
 
 def _linear(module: nn.Linear, path: str, weights: Weights, *, dtype: torch.dtype) -> nn.Module:
     shape = (module.out_features, module.in_features)
     bias = None if module.bias is None else weights.tensor(f"{path}.bias", module.bias.shape, dtype)
     name = f"{path}.weight"
-    matrices = None if weights.scheme_of(name) is None else _bank(name, (1, *shape), weights, dtype=dtype)
+    matrices = None if _packed_format(name, weights) is None else _bank(name, (1, *shape), weights, dtype=dtype)
     if not isinstance(matrices, QuantizedMatrices):
         weight = weights.tensor(name, shape, dtype)
         # attention multiplies by parts of this matrix, which therefore stays in rows
-        return (
+        linear = (
             DenseLinear(nn.Parameter(weight, requires_grad=False), bias)
             if path.endswith(LatentAttention.LATENT_UP)
             else dense_linear(weight, bias)
         )
+        return _marked(linear, name, weights)
     weights.fill(matrices, 0, [name])
     return PackedLinear(matrices, bias)
 
@@ -284,7 +305,7 @@ def _experts(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dty
             where=path,
             found=", ".join(
                 sorted(
-                    {str(getattr(weights.scheme_of(name), "name", None)) for kind in names.values() for name in kind}
+                    {str(getattr(weights.format_of(name), "name", None)) for kind in names.values() for name in kind}
                 )
             ),
             fix="give all experts of a layer one scheme, as serving engines ask too",

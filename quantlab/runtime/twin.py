@@ -18,12 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantlab.formats.compressed_tensors import QuantizationConfig
-from quantlab.recipe.schemes import Scheme
+from quantlab.numerics.number_format import NumberFormat
 from quantlab.runtime.attention import LATENT_SDPA
-from quantlab.runtime.cuda.banks import CudaMatrices
 from quantlab.runtime.device import find_device
-from quantlab.runtime.int4 import Int4Matrices
-from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, Matrices
+from quantlab.runtime.matrices import DenseMatrices, Matrices
 from quantlab.runtime.skeleton import build, config_of
 
 
@@ -60,6 +58,10 @@ _EMBEDDING: Final = 256.0
 """Size of the embeddings, where layers add numbers of about 1."""
 
 
+_ROOT_MEAN_SQUARES: Final = {4: 4.6, 8: 74.0}
+"""Of all integers of so many bits."""
+
+
 class _Float(NamedTuple):
     """Bits of a floating-point format."""
 
@@ -82,8 +84,8 @@ class _RandomWeights:
         self._generator = generator
         self._seed = seed
 
-    def scheme_of(self, name: str) -> Scheme | None:
-        return None if self._quantization is None else self._quantization.scheme_of(name.removesuffix(".weight"))
+    def format_of(self, name: str) -> NumberFormat | None:
+        return None if self._quantization is None else self._quantization.format_of(name.removesuffix(".weight"))
 
     def scale_dtype_of(self, name: str) -> torch.dtype:
         return torch.bfloat16
@@ -103,17 +105,8 @@ class _RandomWeights:
         if isinstance(matrices, DenseMatrices):
             self._randomize(matrices.weight[index], size=columns**-0.5)
             return
-        if isinstance(matrices, Int4Matrices):
-            self._random_bits(matrices.packed[index])
-            matrices.scale[index, :, :, 0] = columns**-0.5 / 4.6  # 4.6: root mean square of -8 … 7
-            return
-        self._random_bits(matrices.q[index])
-        int4 = (
-            matrices.bits == 4
-            if isinstance(matrices, CudaMatrices | ExpandedMatrices)
-            else matrices.q.dtype != torch.int8
-        )
-        matrices.scale[index] = columns**-0.5 / (4.6 if int4 else 74)
+        self._random_bits(matrices.integers(index))
+        matrices.set_scales(index, columns**-0.5 / _ROOT_MEAN_SQUARES[matrices.number.bits])
 
     def _begin(self, name: str) -> None:
         """Draw for this tensor from here on."""

@@ -61,8 +61,8 @@ def sides(rows: int, columns: int) -> dict[str, Side]:
 
 def quantized(scheme: SchemeName, name: str, rows: int, columns: int) -> dict[str, Side]:
     """torch's operator and the bank a loaded model uses, on random integers."""
-    count = max(HELD * 8 // (SCHEMES[scheme].bits * rows * columns), 2)
-    bank = quantized_matrices(SCHEMES[scheme], count, rows, columns, scale_dtype=torch.bfloat16)
+    count = max(HELD * 8 // (SCHEMES[scheme].format.bits * rows * columns), 2)
+    bank = quantized_matrices(SCHEMES[scheme].format, count, rows, columns, scale_dtype=torch.bfloat16)
     for tensor in bank.buffers():
         if tensor.is_floating_point():
             tensor.fill_(0.01)
@@ -83,8 +83,9 @@ def quantized(scheme: SchemeName, name: str, rows: int, columns: int) -> dict[st
         return {
             f"{name}, torch": Side(lambda x, i: operator(x, bank.q[i], bank.scale[i]), count, nbytes, torch.bfloat16)
         } | found
-    if Int4Matrices.fits(rows, columns, group_size=128, scale_dtype=torch.bfloat16):
-        packed = Int4Matrices(count, rows, columns, group_size=128, scale_dtype=torch.bfloat16)
+    number = SCHEMES[scheme].format
+    if Int4Matrices.can_hold(number, (rows, columns), torch.bfloat16) is None:
+        packed = Int4Matrices(number, count, rows, columns, scale_dtype=torch.bfloat16)
         packed.packed.random_(0, 256)
         held = (packed.packed.nbytes + packed.scale.nbytes) // count
         return {f"{name}, torch": Side(packed._packed_product, count, held, torch.bfloat16)} | found

@@ -37,7 +37,7 @@ def dense(experts: int, rows: int, columns: int) -> DenseMatrices:
 
 def packed(scheme: SchemeName, experts: int, rows: int, columns: int) -> nn.Module:
     bank = quantized_matrices(
-        SCHEMES[scheme], experts, rows, columns, scale_dtype=torch.bfloat16, device=torch.device("cuda")
+        SCHEMES[scheme].format, experts, rows, columns, scale_dtype=torch.bfloat16, device=torch.device("cuda")
     )
     bank.q.random_(*((-32768, 32768) if bank.q.dtype == torch.int16 else (-128, 128)))
     bank.scale.fill_(columns**-0.5 / (4.6 if scheme.startswith("int4") else 74))

@@ -31,7 +31,7 @@ def banks(scheme: SchemeName, rows: int, columns: int) -> list[CudaMatrices]:
     made = []
     while not made or sum(bank.q.nbytes for bank in made) < ROTATED_BYTES or len(made) < 3:
         bank = quantized_matrices(
-            SCHEMES[scheme], 1, rows, columns, scale_dtype=torch.bfloat16, device=torch.device("cuda")
+            SCHEMES[scheme].format, 1, rows, columns, scale_dtype=torch.bfloat16, device=torch.device("cuda")
         )
         assert isinstance(bank, CudaMatrices)
         low, high = (-32768, 32768) if bank.q.dtype == torch.int16 else (-128, 128)

@@ -28,6 +28,7 @@ from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.decode import Decoder
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.twin import random_twin
+from tests.checkpoints import all_linears
 
 COMMON: Mapping[str, Any] = {
     "max_position_embeddings": 4096,
@@ -107,7 +108,7 @@ ROUNDS = 9
 
 def quantization(scheme: SchemeName) -> QuantizationConfig:
     """Every linear except the head, the router and kv_b under one scheme."""
-    return QuantizationConfig(((("Linear",), SCHEMES[scheme]),), IGNORE)
+    return all_linears(SCHEMES[scheme], IGNORE)
 
 
 def twin(name: str, scheme: SchemeName | None) -> torch.nn.Module:

@@ -28,6 +28,7 @@ from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.decode import Decoder
 from quantlab.runtime.native.library import status
 from quantlab.runtime.twin import random_twin
+from tests.checkpoints import all_linears
 
 V2_LITE: Mapping[str, Any] = {
     "model_type": "deepseek_v2",
@@ -95,7 +96,7 @@ KEYS = tuple(name.split()[0].rstrip(",") for name in LAYOUTS)
 
 def quantization(scheme: SchemeName | None) -> QuantizationConfig | None:
     """Every linear except the head, the router and kv_b under one scheme."""
-    return None if scheme is None else QuantizationConfig(((("Linear",), SCHEMES[scheme]),), IGNORE)
+    return None if scheme is None else all_linears(SCHEMES[scheme], IGNORE)
 
 
 def decoder(model: PreTrainedModel, *, batch: int, prompt: int) -> Callable[[], float]:

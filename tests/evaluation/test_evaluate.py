@@ -399,6 +399,15 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
         yield worker
 
 
+def test_fallbacks_of_the_runtime_are_recorded(
+    worker: Worker, suite: Path, model: Path, checkpoints: dict[str, Path]
+) -> None:
+    for directory, formats in ((model, []), (checkpoints["deepseek_v3"], ["fp8_block"])):
+        memory = worker.run("memory", MemoryRequest(directory=directory, suite=suite), Memory, progress=lambda *_: None)
+        assert [fallback.format for fallback in memory.expanded] == formats
+        assert all(fallback.count and fallback.reasons for fallback in memory.expanded)
+
+
 def test_a_killed_cell_costs_one_cell(worker: Worker, suite: Path, model: Path) -> None:
     request = MemoryRequest(directory=model, suite=suite)
 

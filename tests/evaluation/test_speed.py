@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantlab.errors import EvaluationError
+from quantlab.errors import CheckpointError, EvaluationError
 from quantlab.evaluation.machine import energy
 from quantlab.evaluation.processes.messages import SpeedRequest, SpeedResult, TwinTimings
 from quantlab.evaluation.speed.measure import (
@@ -25,10 +25,11 @@ from quantlab.evaluation.speed.measure import (
 )
 from quantlab.evaluation.speed.rates import speeds_of
 from quantlab.evaluation.suite import load_suite
-from quantlab.formats.compressed_tensors import QuantizationConfig
+from quantlab.formats.compressed_tensors import Group, QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES
+from tests.checkpoints import FP8, all_linears
 
-INT4 = QuantizationConfig(((("Linear",), SCHEMES["int4_g128"]),), ("lm_head", "re:.*kv_b_proj$", "re:.*mlp\\.gate$"))
+INT4 = all_linears(SCHEMES["int4_g128"], ("lm_head", "re:.*kv_b_proj$", "re:.*mlp\\.gate$"))
 
 
 def write_config(directory: Path, **fields: object) -> Path:
@@ -42,7 +43,7 @@ def write_config(directory: Path, **fields: object) -> Path:
     [
         ({"torch_dtype": "float16"}, FP16),
         ({"dtype": "bfloat16"}, Layout("bfloat16", None)),
-        ({"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}}, Layout("bfloat16", None)),
+        ({"torch_dtype": "bfloat16", "quantization_config": FP8}, Layout("bfloat16", None)),
         ({"dtype": "bfloat16", "quantization_config": INT4.to_json()}, Layout("bfloat16", INT4)),
     ],
 )
@@ -51,14 +52,22 @@ def test_the_layout_follows_from_the_config(tmp_path: Path, fields: dict[str, ob
 
 
 def test_a_layout_nobody_computes_with_is_an_error(tmp_path: Path) -> None:
-    directory = write_config(tmp_path / "artifact", quantization_config={"quant_method": "awq"})
-    with pytest.raises(EvaluationError, match="cannot be measured"):
+    directory = write_config(tmp_path / "awq", quantization_config={"quant_method": "awq"})
+    with pytest.raises(CheckpointError, match=r"does not read[^$]*awq"):
+        layout_of(directory)
+    directory = write_config(tmp_path / "gptq", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(EvaluationError, match=r"cannot be measured[^$]*gptq"):
         layout_of(directory)
 
 
 def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path: Path, suite: Path) -> None:
+    int8, weight = SCHEMES["int8"], SCHEMES["int8_weight"]
     odd = QuantizationConfig(
-        ((("re:.*experts.*",), SCHEMES["int8_weight"]), (("re:.*experts\\.0\\..*",), SCHEMES["int8"])), ()
+        (
+            Group(("re:.*experts.*",), weight.format, weight.layout),
+            Group(("re:.*experts\\.0\\..*",), int8.format, int8.layout),
+        ),
+        (),
     )
     mixed = odd.to_json()
     mixed["config_groups"]["group_0"]["targets"] = ["re:.*experts\\.[1-9]\\..*"]

@@ -8,23 +8,30 @@ from compressed_tensors.quantization import QuantizationScheme
 
 from quantlab.algorithms.rtn import rtn
 from quantlab.errors import ArtifactError
-from quantlab.formats.compressed_tensors import QuantizationConfig, decode, encode, parse_config
+from quantlab.formats.codecs.table import CODECS, encode
+from quantlab.formats.compressed_tensors import Group, QuantizationConfig, parse_config
+from quantlab.formats.layouts import LAYOUTS
 from quantlab.recipe.schemes import DTYPE_WORDS, SCHEMES
+from tests.checkpoints import INTEGERS, all_linears
 
 
 def _theirs(name: str) -> QuantizationScheme:
-    config = QuantizationConfig(((("Linear",), SCHEMES[name]),), ()).to_json()
+    config = all_linears(SCHEMES[name], ()).to_json()
     return TheirConfig.model_validate(config).config_groups["group_0"]
 
 
-@pytest.mark.parametrize("grid", ["absmax", "signed"])
-@pytest.mark.parametrize("name", sorted(SCHEMES))
-def test_their_decompressor_reads_what_we_write(name: str, grid: str) -> None:
+@pytest.mark.parametrize("rows", [48, 45])
+@pytest.mark.parametrize("grid", ["absmax", "signed", "minmax"])
+@pytest.mark.parametrize("name", sorted(INTEGERS))
+def test_their_decompressor_reads_what_we_write(name: str, grid: str, rows: int) -> None:
     torch.manual_seed(0)
     scheme = SCHEMES[name]
-    W = torch.randn(48, 256) * 0.02
-    matrix = rtn(W, bits=scheme.bits, group_size=scheme.group_size, scale_dtype=torch.bfloat16, grid=grid)
-    stored = encode("m.weight", matrix, scheme)
+    number = scheme.format
+    if number.symmetric == (grid == "minmax"):
+        pytest.skip("the grid with zero points is that of asymmetric formats")
+    W = torch.randn(rows, 256) * 0.02 + 0.01 * torch.randn(rows, 1)
+    matrix = rtn(W, bits=number.bits, group_size=number.group_size, scale_dtype=torch.bfloat16, grid=grid)
+    stored = encode(scheme.layout, "m.weight", matrix)
     layout = [
         (
             key,
@@ -33,18 +40,54 @@ def test_their_decompressor_reads_what_we_write(name: str, grid: str) -> None:
         )
         for key, t in stored.items()
     ]
-    assert tuple(layout) == scheme.stored_tensors("m.weight", (48, 256), DTYPE_WORDS["bfloat16"])
-    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    planned = LAYOUTS[scheme.layout].stored_tensors("m.weight", (rows, 256), number, DTYPE_WORDS["bfloat16"])
+    assert tuple(layout) == planned
+    compressor = BaseCompressor.get_value_from_registry(scheme.layout)
     theirs = compressor.decompress({key.removeprefix("m."): t.clone() for key, t in stored.items()}, _theirs(name))
     assert torch.equal(theirs["weight"], matrix.dequantize(torch.bfloat16))
-    again = decode("m.weight", stored, scheme)
+    again = CODECS[scheme.layout].decode("m.weight", stored, number)
     assert torch.equal(again.q, matrix.q)
     assert torch.equal(again.scale, matrix.scale)
+    assert (again.zero is None) == number.symmetric
+    assert matrix.zero is None or torch.equal(again.zero, matrix.zero)
+
+
+@pytest.mark.parametrize("rows", [64, 45])
+def test_zero_points_are_the_words_their_compressor_writes(rows: int) -> None:
+    torch.manual_seed(0)
+    scheme = SCHEMES["int4_g128_asym"]
+    W = torch.randn(rows, 256) * 0.02 + 0.02 * torch.randn(rows, 1)
+    matrix = rtn(W, bits=4, group_size=128, scale_dtype=torch.bfloat16, grid="minmax")
+    assert matrix.zero is not None
+    assert len(matrix.zero.unique()) > 4
+    compressor = BaseCompressor.get_value_from_registry(scheme.layout)
+    parts = {"weight": W, "weight_scale": matrix.scale, "weight_zero_point": matrix.zero}
+    theirs = compressor.compress(parts, _theirs("int4_g128_asym"))
+    ours = {key.removeprefix("m."): tensor for key, tensor in encode(scheme.layout, "m.weight", matrix).items()}
+    assert torch.equal(ours["weight_zero_point"], theirs["weight_zero_point"])
+    assert set(ours) == set(theirs)
+
+
+def test_missing_and_misshapen_zero_points_are_refused() -> None:
+    scheme = SCHEMES["int4_g128_asym"]
+    matrix = rtn(torch.randn(48, 256), bits=4, group_size=128, scale_dtype=torch.bfloat16, grid="minmax")
+    stored = encode(scheme.layout, "m.weight", matrix)
+    decode = CODECS[scheme.layout].decode
+    for change in (stored["m.weight_zero_point"][:-1], stored["m.weight_zero_point"].to(torch.int8)):
+        with pytest.raises(ArtifactError, match="zero points"):
+            decode("m.weight", stored | {"m.weight_zero_point": change}, scheme.format)
+    del stored["m.weight_zero_point"]
+    with pytest.raises(ArtifactError, match="zero points missing"):
+        decode("m.weight", stored, scheme.format)
 
 
 def test_description_survives_a_round_trip() -> None:
+    int4, int8 = SCHEMES["int4_g128"], SCHEMES["int8"]
     config = QuantizationConfig(
-        (((r"re:.*mlp\.experts.*",), SCHEMES["int4_g128"]), ((r"re:.*self_attn\.(?!kv_b_proj).*",), SCHEMES["int8"])),
+        (
+            Group((r"re:.*mlp\.experts.*",), int4.format, int4.layout),
+            Group((r"re:.*self_attn\.(?!kv_b_proj).*",), int8.format, int8.layout),
+        ),
         ("lm_head", r"re:.*mlp\.gate$"),
     )
     assert parse_config(config.to_json(), where="here") == config
@@ -57,7 +100,7 @@ def test_description_survives_a_round_trip() -> None:
         "lm_head": None,
     }
     for module, scheme in expected.items():
-        found = config.scheme_of(module)
+        found = config.format_of(module)
         assert (found.name if found else None) == scheme
 
 
@@ -72,7 +115,7 @@ def test_description_survives_a_round_trip() -> None:
     ],
 )
 def test_numbers_we_do_not_read_are_refused(change: dict) -> None:
-    config = QuantizationConfig(((("Linear",), SCHEMES["int8_weight"]),), ()).to_json()
+    config = all_linears(SCHEMES["int8_weight"], ()).to_json()
     config["config_groups"]["group_0"]["weights"].update(change)
     with pytest.raises(ArtifactError, match="of a kind quantlab does not read"):
         parse_config(config, where="config.json")
@@ -90,14 +133,14 @@ def test_numbers_we_do_not_read_are_refused(change: dict) -> None:
     ],
 )
 def test_malformed_descriptions_are_refused(change: dict, where: str) -> None:
-    config = QuantizationConfig(((("Linear",), SCHEMES["int8_weight"]),), ()).to_json()
+    config = all_linears(SCHEMES["int8_weight"], ()).to_json()
     with pytest.raises(ArtifactError, match=rf"where: config\.json, {where}"):
         parse_config(config | change, where="config.json")
 
 
 @pytest.mark.parametrize("targets", [None, "Linear", ["re:("]])
 def test_malformed_targets_are_refused(targets: object) -> None:
-    config = QuantizationConfig(((("Linear",), SCHEMES["int8_weight"]),), ()).to_json()
+    config = all_linears(SCHEMES["int8_weight"], ()).to_json()
     config["config_groups"]["group_0"]["targets"] = targets
     with pytest.raises(ArtifactError, match="group_0, targets"):
         parse_config(config, where="config.json")
@@ -107,7 +150,7 @@ def test_malformed_targets_are_refused(targets: object) -> None:
     "change", [{"symmetric": False}, {"strategy": "tensor"}, {"dynamic": False}, {"num_bits": 4}, {"type": "float"}]
 )
 def test_activations_we_do_not_compute_with_are_refused(change: dict) -> None:
-    config = QuantizationConfig(((("Linear",), SCHEMES["int8"]),), ()).to_json()
+    config = all_linears(SCHEMES["int8"], ()).to_json()
     config["config_groups"]["group_0"]["input_activations"].update(change)
     with pytest.raises(ArtifactError, match="of a kind quantlab does not read"):
         parse_config(config, where="config.json")

@@ -10,7 +10,8 @@ from quantlab.algorithms.rtn import rtn
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.checkpoint.reader import DTYPE_NAMES
 from quantlab.errors import ArtifactError
-from quantlab.formats.gptq import GptqConfig, encode, parse_config
+from quantlab.formats.codecs.table import CODECS
+from quantlab.formats.gptq import GptqConfig, parse_config
 from quantlab.numerics.integer import QuantizedMatrix
 from tests.benchmarks.peers.dense import GPTQ_PARTS, decode_gptq
 
@@ -32,9 +33,16 @@ def matrix(bits: int, group: int | None) -> QuantizedMatrix:
 
 
 def decoded(stored: dict[str, Tensor], config: GptqConfig, tmp_path: Any) -> QuantizedMatrix:
-    scheme = config.scheme_stored("m.weight", entries(stored, tmp_path))
-    assert scheme is not None
-    return config.decode("m.weight", stored, scheme)
+    found = config.stored("m.weight", entries(stored, tmp_path))
+    assert found is not None
+    return CODECS[found.layout].decode("m.weight", stored, found.number)
+
+
+def encode(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
+    """In the first layout."""
+    codec = CODECS["gptq"]
+    assert codec.encode is not None
+    return codec.encode(name, matrix)
 
 
 @pytest.mark.parametrize(("bits", "group"), NUMBERS)
@@ -58,10 +66,11 @@ def test_round_trip_of_both_formats(bits: int, group: int | None, layout: str | 
     if layout == "gptq_v2":  # every zero point is one more: one in every field of the words
         stored["m.qzeros"] += 0x11111111 if bits == 4 else 0x01010101
     config = parse_config(described(bits=bits, group_size=group or -1, checkpoint_format=layout), where="config.json")
-    scheme = config.scheme_stored("m.weight", entries(stored, tmp_path))
-    assert scheme is not None
-    assert (scheme.bits, scheme.group_size, scheme.quantized_activations) == (bits, group, False)
-    found = config.decode("m.weight", stored, scheme)
+    described_as = config.stored("m.weight", entries(stored, tmp_path))
+    assert described_as is not None
+    number = described_as.number
+    assert (number.bits, number.group_size, number.activations, number.symmetric) == (bits, group, None, True)
+    found = CODECS[described_as.layout].decode("m.weight", stored, number)
     assert torch.equal(found.q, wanted.q)
     assert torch.equal(found.scale, wanted.scale)
 

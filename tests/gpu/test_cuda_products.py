@@ -26,7 +26,7 @@ GPU = torch.device("cuda")
 
 
 def made(scheme: SchemeName, rows: int, columns: int, dtype: torch.dtype) -> QuantizedMatrix:
-    chosen = SCHEMES[scheme]
+    chosen = SCHEMES[scheme].format
     half = 1 << chosen.bits - 1
     q = torch.randint(-half, half, (rows, columns), dtype=torch.int8, device=GPU)
     scale = torch.randn(rows, chosen.groups(columns), device=GPU).mul(0.16 / half).to(dtype)
@@ -36,7 +36,7 @@ def made(scheme: SchemeName, rows: int, columns: int, dtype: torch.dtype) -> Qua
 def bank_of(scheme: SchemeName, matrices: list[QuantizedMatrix]) -> CudaMatrices:
     rows, columns = matrices[0].q.shape
     bank = quantized_matrices(
-        SCHEMES[scheme], len(matrices), rows, columns, scale_dtype=matrices[0].scale.dtype, device=GPU
+        SCHEMES[scheme].format, len(matrices), rows, columns, scale_dtype=matrices[0].scale.dtype, device=GPU
     )
     assert isinstance(bank, CudaMatrices)
     for index, matrix in enumerate(matrices):
@@ -70,7 +70,7 @@ def gate(both: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", [(256, 512), (80, 128), (1, 384), (576, 1408), (130, 96), (130, 3712), (256, 3712)])
 @pytest.mark.parametrize("scheme", ALL)
 def test_linears(scheme: SchemeName, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    if shape[1] % (SCHEMES[scheme].group_size or 1):
+    if shape[1] % (SCHEMES[scheme].format.group_size or 1):
         pytest.skip("the group does not divide the columns")
     matrix = made(scheme, *shape, dtype)
     bank = bank_of(scheme, [matrix])
@@ -115,7 +115,7 @@ def test_every_way_to_deal_out_many_rows(
 ) -> None:
     from quantlab.runtime.cuda import launch
 
-    if shape[1] % (SCHEMES[scheme].group_size or 1):
+    if shape[1] % (SCHEMES[scheme].format.group_size or 1):
         pytest.skip("the group does not divide the columns")
     matrix = made(scheme, *shape, dtype)
     bank = bank_of(scheme, [matrix])
@@ -223,7 +223,7 @@ def experts_of(
 ) -> tuple[Experts, Tensor, Tensor]:
     """Experts with the float64 weights they stand for, skipped where the group does not divide their width."""
     experts, hidden, width, _ = shape
-    if scheme is not None and width % (SCHEMES[scheme].group_size or 1):
+    if scheme is not None and width % (SCHEMES[scheme].format.group_size or 1):
         pytest.skip("the group does not divide the columns")
     banks = []
     for rows, columns in ((2 * width, hidden), (hidden, width)):
@@ -344,8 +344,11 @@ def test_there_is_never_an_expanded_copy(scheme: SchemeName, tokens: int) -> Non
     bank.products(x, single(tokens))
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
-    scales = 2 * rows * SCHEMES[scheme].groups(columns)
-    assert sum(buffer.nbytes for buffer in bank.buffers()) <= rows * columns * SCHEMES[scheme].bits / 8 + scales + 65536
+    scales = 2 * rows * SCHEMES[scheme].format.groups(columns)
+    assert (
+        sum(buffer.nbytes for buffer in bank.buffers())
+        <= rows * columns * SCHEMES[scheme].format.bits / 8 + scales + 65536
+    )
     torch.cuda.reset_peak_memory_stats()
     bank.products(x, single(tokens))
     assert torch.cuda.max_memory_allocated() - held < 2 * tokens * rows + x.nbytes + 0.25 * 2 * rows * columns

@@ -7,7 +7,7 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
-from quantlab.evaluation.record import Measured, Record
+from quantlab.evaluation.record import Expanded, Measured, Record
 from quantlab.report.matrix.cells import PRUNED_NOTE, human_bytes, notes, number
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.html import to_html
@@ -105,6 +105,29 @@ def test_rows_whose_steps_were_not_fused_are_named(recipe: list[Record]) -> None
 
 def test_the_note_on_pruning_needs_a_pruned_row(recipe: list[Record]) -> None:
     assert PRUNED_NOTE not in to_markdown(build_matrix(recipe[:6]), with_plot=True)
+
+
+def test_matrices_that_no_kernel_takes_are_told(recipe: list[Record]) -> None:
+    plain = to_markdown(build_matrix(recipe), with_plot=True)
+    assert "are expanded" not in plain
+    memory = recipe[2].memory
+    assert memory is not None
+    fallbacks = (
+        Expanded(format="int4_g128_asym", count=1042, reasons=("the CUDA kernels: no zero points",), held="packed"),
+        Expanded(format="fp8_block", count=3, reasons=("no kernel", "activations are not rounded"), held="dense"),
+    )
+    recipe[2] = recipe[2].model_copy(update={"memory": memory.model_copy(update={"expanded": fallbacks})})
+    assert Record.model_validate_json(recipe[2].model_dump_json()) == recipe[2]
+    text = to_markdown(build_matrix(recipe), with_plot=True).replace("\\", "")
+    name = recipe[2].variant
+    assert (
+        f"{name}: 1,042 int4_g128_asym matrices are expanded for every product: the CUDA kernels: no zero points."
+        in text
+    )
+    assert (
+        f"{name}: 3 fp8_block matrices are expanded to 16 bits when they are loaded: no kernel; activations are not rounded."
+        in text
+    )
 
 
 def test_different_versions_are_told(recipe: list[Record]) -> None:

@@ -120,7 +120,7 @@ def test_pruned_zeros_survive_quantization(
     pruned = tensors_of(runs[family].artifact("pruned"))
     stored = StoredWeights(Reader(open_checkpoint(runs[family].artifact("pruned-w4a16"))))
     for name in stored.names():
-        if stored.scheme_of(name) is None:
+        if stored.format_of(name) is None:
             continue
         zeros = (pruned[name] == 0).float().mean().item()
         assert zeros == pytest.approx(0.08, abs=0.003)

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from quantlab.errors import DeviceError
-from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES
 from quantlab.runtime import attention
 from quantlab.runtime.linear import PackedLinear
 from quantlab.runtime.load import load
 from quantlab.runtime.twin import random_twin
+from tests.checkpoints import all_linears
 from tests.runtime.tiny import FAMILIES, dense_reference, relative_error, tokens
 
 LATENT = ("deepseek_v2", "deepseek_v3")
@@ -111,7 +111,7 @@ def test_absorbed_attention_equals_its_formula(shape: tuple[int, ...], kind: str
 
 def test_a_quantized_kv_b_expands_as_in_transformers(expansions: list[int]) -> None:
     config = {"model_type": "deepseek_v3", **FAMILIES["deepseek_v3"]}
-    everything = QuantizationConfig(((("Linear",), SCHEMES["int8"]),), ("lm_head", r"re:.*mlp\.gate$"))
+    everything = all_linears(SCHEMES["int8"], ("lm_head", r"re:.*mlp\.gate$"))
     model = random_twin(config, everything, dtype=torch.bfloat16, seed=0)
     assert isinstance(model.model.layers[0].self_attn.kv_b_proj, PackedLinear)
     assert all(torch.isfinite(found).all() for found in steps(model, (7, 1, 1), batch=2, padding=0))

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.recipe.schemes import SchemeName
 from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.decode import Decoder
 from quantlab.runtime.load import load
 from quantlab.runtime.twin import random_twin
+from tests.checkpoints import INTEGERS
 from tests.runtime.test_twin import WIDE, quantization
 from tests.runtime.tiny import FAMILIES, Artifact, dense_reference, relative_error, tokens
 
@@ -39,7 +40,7 @@ def test_float32_logits_equal_the_dense_model(family: str, scheme: SchemeName, a
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+@pytest.mark.parametrize("scheme", [None, *INTEGERS])
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "llama"])
 def test_sixteen_bits_compute_what_the_dense_model_does(
     family: str,

@@ -229,9 +229,9 @@ def test_what_cannot_be_captured_is_not_captured() -> None:
     """Float32, other activation functions and layouts without kernels make the host wait for the routing."""
 
     def model(dtype: torch.dtype, *, columns: int = 128, act_fn: nn.Module | None = None) -> nn.Module:
-        int4 = SCHEMES["int4_g128"]
+        int4 = SCHEMES["int4_g128"].format
         first, second = (CudaMatrices(int4, 4, n, k, scale_dtype=dtype) for n, k in ((256, 128), (128, 128)))
-        other = ExpandedMatrices(4, 128, columns, bits=4, groups=1, scale_dtype=dtype)
+        other = ExpandedMatrices(int4, 4, 128, columns, scale_dtype=dtype)
         found = nn.Sequential(Experts(first, second if columns == 128 else other, act_fn or nn.SiLU()))
         found.dtype = dtype
         return found

@@ -32,7 +32,7 @@ def build(scheme: SchemeName | None, dtype: torch.dtype) -> tuple[Experts, Tenso
             banks.append(dense)
             meant.append(weight.double())
             continue
-        chosen = SCHEMES[scheme]
+        chosen = SCHEMES[scheme].format
         q = torch.randint(-7, 8, (COUNT, rows, columns), generator=generator, dtype=torch.int8)
         scale = torch.rand(COUNT, rows, chosen.groups(columns), generator=generator).mul(0.02).bfloat16()
         bank = quantized_matrices(chosen, COUNT, rows, columns, scale_dtype=torch.bfloat16)

@@ -14,7 +14,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 from quantlab.architectures.detect import of_model_type
 from quantlab.architectures.layer import RotaryLayout, Routing
-from quantlab.recipe.schemes import READABLE, SCHEMES, Scheme, SchemeName
+from quantlab.numerics.number_format import INT4, INT8, ROW, NumberFormat, group
+from quantlab.recipe.schemes import SCHEMES, Scheme, SchemeName
 from quantlab.runtime import step
 from quantlab.runtime.decode import Decoder
 from quantlab.runtime.experts import Experts
@@ -26,6 +27,11 @@ from quantlab.runtime.step_parts import ModelParts, parts_of
 from tests.runtime.tiny import FAMILIES, Artifact, quantize, tokens, write_checkpoint
 
 Maker = Callable[[str, SchemeName], Artifact]
+FOREIGN = (
+    Scheme(NumberFormat(INT4, ROW), "pack-quantized", "signed"),
+    *(Scheme(NumberFormat(INT8, group(size)), "pack-quantized", "absmax") for size in (128, 64, 32)),
+)
+"""Formats that are read, and that no recipe names."""
 DTYPES = (torch.bfloat16, torch.float16)
 DEVICES = (
     pytest.param("cpu", marks=pytest.mark.skipif(library() is None, reason=status())),
@@ -299,13 +305,13 @@ def test_fused_steps_equal_those_of_transformers(
     same_steps(directory, dtype, device, limit=limit)
 
 
-@pytest.mark.parametrize("scheme", [one for one in READABLE if one not in SCHEMES.values()], ids=lambda one: one.name)
+@pytest.mark.parametrize("scheme", [*FOREIGN, SCHEMES["int4_g128_asym"]], ids=lambda one: one.name)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.skipif(library() is None, reason=status())
 def test_steps_of_what_is_expanded_to_be_multiplied_keep_nothing(
     family: str, scheme: Scheme, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Schemes others write; which experts a token meets is read anew in every step."""
+    """Formats that native kernels do not take; which experts a token meets is read anew in every step."""
     model = same_steps(
         quantize(checkpoints[family], tmp_path / "artifact", scheme).directory, torch.float16, limit=0.02
     )
@@ -324,7 +330,7 @@ def test_a_step_that_turns_out_not_to_repeat_is_not_recorded(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python reads there which experts one token meets, and goes on without a record, from the step it was in."""
-    scheme = next(one for one in READABLE if one.name == "int8_weight_g128")
+    scheme = next(one for one in FOREIGN if one.name == "int8_weight_g128")
     model = load(quantize(checkpoints["deepseek_v2"], tmp_path / "artifact", scheme).directory, dtype=torch.float16)
     monkeypatch.setattr(step, "_repeats", lambda *_: True)
     ids = tokens(1, 20)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.recipe.schemes import SCHEMES
 from quantlab.runtime.int8 import Int8WeightMatrices
 from quantlab.runtime.native.library import library, status
 from quantlab.runtime.products import Groups
@@ -22,7 +23,7 @@ def integers(rows: int, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_products_of_many_rows(rows: int, columns: int, scale_dtype: torch.dtype) -> None:
     q, scale = integers(rows, columns), torch.rand(rows, 1).to(scale_dtype)
-    bank = Int8WeightMatrices(2, rows, columns, scale_dtype=scale_dtype)
+    bank = Int8WeightMatrices(SCHEMES["int8_weight"].format, 2, rows, columns, scale_dtype=scale_dtype)
     bank.fill(1, QuantizedMatrix(q, scale, 8))
     for tokens in (3, 7, 12, 130, 300, 515):
         x = torch.randn(tokens, columns).to(torch.bfloat16)
@@ -33,7 +34,7 @@ def test_products_of_many_rows(rows: int, columns: int, scale_dtype: torch.dtype
 
 @needed
 def test_groups_larger_than_a_portion_are_cut() -> None:
-    bank = Int8WeightMatrices(3, 40, 64, scale_dtype=torch.float32)
+    bank = Int8WeightMatrices(SCHEMES["int8_weight"].format, 3, 40, 64, scale_dtype=torch.float32)
     for index in range(3):
         bank.fill(index, QuantizedMatrix(integers(40, 64) - index, torch.rand(40, 1), 8))
     counts = (300, 1, 600)

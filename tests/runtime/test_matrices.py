@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.number_format import NumberFormat
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.runtime.blocks import reorders_bfloat16
 from quantlab.runtime.int4 import Int4Matrices, int4_block
@@ -27,31 +29,38 @@ from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, Quantized
 from quantlab.runtime.native.library import library
 from quantlab.runtime.native_int4 import NativeInt4Matrices
 from quantlab.runtime.products import Groups, dense_product
+from tests.checkpoints import INTEGERS
 
 ROWS = (1, 2, 7, 16, 64, 257)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-WEIGHT_ONLY: tuple[SchemeName, ...] = ("int4_g128", "int4_g64", "int4_g32", "int8_weight")
+WEIGHT_ONLY: tuple[SchemeName, ...] = ("int4_g128", "int4_g64", "int4_g32", "int8_weight", "int4_g128_asym")
 
 
 def random_matrix(
-    rows: int, columns: int, *, bits: int, groups: int, scale_dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    rows: int, columns: int, number: NumberFormat, *, scale_dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> QuantizedMatrix:
-    """Integers over the whole grid, scales of both signs."""
+    """Integers and zero points over the whole grid, scales of both signs."""
+    bits, groups = number.bits, number.groups(columns)
     generator = torch.Generator().manual_seed(seed)
     q = torch.randint(-(1 << bits - 1), 1 << bits - 1, (rows, columns), generator=generator, dtype=torch.int8)
     scale = torch.randn(rows, groups, generator=generator).mul(0.02).to(scale_dtype)
-    return QuantizedMatrix(q, scale, bits)
+    if number.symmetric:
+        return QuantizedMatrix(q, scale, bits)
+    zero = torch.randint(-(1 << bits - 1), 1 << bits - 1, (rows, groups), generator=generator, dtype=torch.int8)
+    return QuantizedMatrix(q, scale, bits, zero)
 
 
 def exact(matrix: QuantizedMatrix) -> Tensor:
     """[N, K] float64, the product formed in the dtype of the scale as the format defines it."""
-    per_weight = matrix.scale.repeat_interleave(matrix.q.shape[1] // matrix.scale.shape[1], dim=1)
-    return (matrix.q.to(matrix.scale.dtype) * per_weight).double()
+    width = matrix.q.shape[1] // matrix.scale.shape[1]
+    per_weight = matrix.scale.repeat_interleave(width, dim=1)
+    steps = matrix.q if matrix.zero is None else matrix.q - matrix.zero.repeat_interleave(width, dim=1)
+    return (steps.to(matrix.scale.dtype) * per_weight).double()
 
 
 def bank_of(scheme: SchemeName, matrices: list[QuantizedMatrix]) -> QuantizedMatrices:
     rows, columns = matrices[0].q.shape
-    bank = quantized_matrices(SCHEMES[scheme], len(matrices), rows, columns, scale_dtype=matrices[0].scale.dtype)
+    bank = quantized_matrices(SCHEMES[scheme].format, len(matrices), rows, columns, scale_dtype=matrices[0].scale.dtype)
     for index, matrix in enumerate(matrices):
         bank.fill(index, matrix)
     return bank
@@ -60,10 +69,7 @@ def bank_of(scheme: SchemeName, matrices: list[QuantizedMatrix]) -> QuantizedMat
 def made(
     scheme: SchemeName, rows: int, columns: int, *, scale_dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> QuantizedMatrix:
-    chosen = SCHEMES[scheme]
-    return random_matrix(
-        rows, columns, bits=chosen.bits, groups=chosen.groups(columns), scale_dtype=scale_dtype, seed=seed
-    )
+    return random_matrix(rows, columns, SCHEMES[scheme].format, scale_dtype=scale_dtype, seed=seed)
 
 
 def within(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -86,16 +92,13 @@ def test_weight_only_products_equal_the_dequantized_product(
     within(result, x.double() @ exact(matrix).T, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("scheme", ["int4_g64", "int8_weight", "int4_g32"])
+@pytest.mark.parametrize("scheme", ["int4_g64", "int8_weight", "int4_g32", "int4_g128_asym"])
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("count", [1, 64])
 def test_scales_finer_than_bfloat16_are_not_rounded(scheme: SchemeName, scale_dtype: torch.dtype, count: int) -> None:
     """The scale lies 0.34 % above the next bfloat16 number: rounded, it would shift the mean of all outputs by as much."""
-    fine = QuantizedMatrix(
-        made(scheme, 256, 128).q,
-        torch.full((256, SCHEMES[scheme].groups(128)), 2.0**-6 * (1 + 7 / 2048), dtype=scale_dtype),
-        SCHEMES[scheme].bits,
-    )
+    scale = torch.full((256, SCHEMES[scheme].format.groups(128)), 2.0**-6 * (1 + 7 / 2048), dtype=scale_dtype)
+    fine = replace(made(scheme, 256, 128), scale=scale)
     assert (fine.scale.bfloat16().double() / fine.scale.double() - 1).abs().max() > 0.003
     x = torch.randn(count, 128, generator=torch.Generator().manual_seed(3)).bfloat16().half()  # exact in both
     linear = PackedLinear(bank_of(scheme, [fine]), None)
@@ -106,8 +109,11 @@ def test_scales_finer_than_bfloat16_are_not_rounded(scheme: SchemeName, scale_dt
 
 def test_kernels_are_chosen_by_shape_and_scale() -> None:
     def kind(scheme: SchemeName, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> type:
-        return type(quantized_matrices(SCHEMES[scheme], 1, rows, columns, scale_dtype=dtype))
+        return type(quantized_matrices(SCHEMES[scheme].format, 1, rows, columns, scale_dtype=dtype))
 
+    if int4_block() is not None:
+        assert kind("int4_g128_asym", 576, 2048) is Int4Matrices, "the native kernel has no zero points"
+    assert kind("int4_g128_asym", 80, 2048) is ExpandedMatrices, "and torch's layout no ragged blocks of rows"
     if library() is not None:
         assert kind("int4_g128", 576, 2048) is NativeInt4Matrices
         assert kind("int4_g128", 5, 128) is NativeInt4Matrices
@@ -165,7 +171,7 @@ def test_tokens_of_zeros_and_of_infinities() -> None:
     assert not torch.isfinite(scale[1:3]).any(), "a lost number must not look like one"
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", INTEGERS)
 @pytest.mark.parametrize("leading", [(2, 3), (2, 1, 5), (0,)])
 def test_leading_dimensions_and_bias(scheme: SchemeName, leading: tuple[int, ...]) -> None:
     bias = torch.randn(192)
@@ -178,7 +184,7 @@ def test_leading_dimensions_and_bias(scheme: SchemeName, leading: tuple[int, ...
     assert torch.allclose(linear(x), unbiased(x) + bias)
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", INTEGERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_meet_the_matrix_of_their_group(scheme: SchemeName, dtype: torch.dtype) -> None:
     matrices = [made(scheme, 64, 128, seed=seed) for seed in range(4)]

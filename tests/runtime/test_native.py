@@ -50,7 +50,7 @@ def test_weight_only_products(
     matrix = made(scheme, *shape, scale_dtype=scale_dtype)
     integers = matrix.q.double()
     meant = integers * matrix.scale.double().repeat_interleave(shape[1] // matrix.scale.shape[1], dim=1)
-    bank = quantized_matrices(SCHEMES[scheme], 1, *shape, scale_dtype=scale_dtype)
+    bank = quantized_matrices(SCHEMES[scheme].format, 1, *shape, scale_dtype=scale_dtype)
     bank.fill(0, matrix)
     for count in range(1, 10):
         x = numbers(count, shape[1], dtype=torch.bfloat16).to(dtype)  # nothing left to round
@@ -65,7 +65,7 @@ def test_weight_only_products(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int4_is_expanded_exactly(scheme: SchemeName, shape: tuple[int, int], scale_dtype: torch.dtype) -> None:
     matrix = made(scheme, *shape, scale_dtype=scale_dtype)
-    bank = quantized_matrices(SCHEMES[scheme], 1, *shape, scale_dtype=scale_dtype)
+    bank = quantized_matrices(SCHEMES[scheme].format, 1, *shape, scale_dtype=scale_dtype)
     assert isinstance(bank, NativeInt4Matrices)
     bank.fill(0, matrix)
     assert torch.equal(bank.dense(0, 0, shape[0]).t().double(), exact(matrix))
@@ -79,7 +79,7 @@ def test_int4_is_as_accurate_as_the_operator_of_torch(group_size: int) -> None:
     scheme: SchemeName = {32: "int4_g32", 64: "int4_g64", 128: "int4_g128"}[group_size]
     matrix = made(scheme, 256, 2048)
     banks = [
-        kind(1, 256, 2048, group_size=group_size, scale_dtype=torch.bfloat16)
+        kind(SCHEMES[scheme].format, 1, 256, 2048, scale_dtype=torch.bfloat16)
         for kind in (NativeInt4Matrices, Int4Matrices)
     ]
     x = numbers(4, 2048, dtype=torch.bfloat16)
@@ -96,7 +96,7 @@ def test_int4_is_as_accurate_as_the_operator_of_torch(group_size: int) -> None:
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [*SHAPES, (5, 7), (130, 100), (3, 65)])
 def test_w8a8_gives_the_numbers_of_torch(shape: tuple[int, int], scale_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    bank = Int8Matrices(3, *shape, scale_dtype=scale_dtype)
+    bank = Int8Matrices(SCHEMES["int8"].format, 3, *shape, scale_dtype=scale_dtype)
     for index in range(3):
         bank.fill(index, made("int8", *shape, scale_dtype=scale_dtype, seed=index))
     for count in range(1, 10):
@@ -108,7 +108,7 @@ def test_w8a8_gives_the_numbers_of_torch(shape: tuple[int, int], scale_dtype: to
 
 @needed
 def test_w8a8_lets_no_lost_number_look_like_one() -> None:
-    bank = Int8Matrices(1, 5, 7, scale_dtype=torch.bfloat16)
+    bank = Int8Matrices(SCHEMES["int8"].format, 1, 5, 7, scale_dtype=torch.bfloat16)
     bank.fill(0, made("int8", 5, 7))
     x = numbers(4, 7, dtype=torch.float16)
     x[1, 3], x[2, 6] = torch.inf, torch.nan
@@ -169,7 +169,7 @@ def test_groups_of_few_and_of_many_rows(scheme: SchemeName | None, counts: tuple
         for index, matrix in enumerate(matrices):
             bank.fill(index, exact(matrix))
     else:
-        bank = quantized_matrices(SCHEMES[scheme], 4, 80, 192, scale_dtype=torch.bfloat16)
+        bank = quantized_matrices(SCHEMES[scheme].format, 4, 80, 192, scale_dtype=torch.bfloat16)
         for index, matrix in enumerate(matrices):
             bank.fill(index, matrix)
     x = numbers(sum(counts), 192, dtype=dtype)
@@ -186,7 +186,7 @@ def test_one_row_for_all_groups_and_no_row(scheme: SchemeName | None) -> None:
         bank = DenseMatrices(3, 48, 64, torch.float16)
         bank.weight.normal_()
     else:
-        bank = quantized_matrices(SCHEMES[scheme], 3, 48, 64, scale_dtype=torch.bfloat16)
+        bank = quantized_matrices(SCHEMES[scheme].format, 3, 48, 64, scale_dtype=torch.bfloat16)
         for index in range(3):
             bank.fill(index, made(scheme, 48, 64, seed=index))
     x, groups = numbers(1, 64, dtype=torch.float16), Groups((2, 0), (1, 1), torch.tensor([2, 0]))

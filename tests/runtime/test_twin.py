@@ -13,6 +13,7 @@ from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.load import load
 from quantlab.runtime.twin import random_twin
+from tests.checkpoints import INTEGERS, all_linears
 from tests.runtime.tiny import FAMILIES, IGNORE, Artifact, tokens
 
 # wide enough that scales, not norms and biases, decide the ratio
@@ -24,15 +25,22 @@ WIDE = {
     "qk_rope_head_dim": 64,
     "num_attention_heads": 16,
 }
-LIMITS: dict[SchemeName, float] = {"int8": 52, "int8_weight": 52, "int4_g128": 27, "int4_g64": 28.2, "int4_g32": 31.3}
+LIMITS: dict[SchemeName, float] = {
+    "int8": 52,
+    "int8_weight": 52,
+    "int4_g128": 27,
+    "int4_g64": 28.2,
+    "int4_g32": 31.3,
+    "int4_g128_asym": 29.5,
+}
 
 
 def quantization(scheme: SchemeName | None) -> QuantizationConfig | None:
-    return None if scheme is None else QuantizationConfig(((("Linear",), SCHEMES[scheme]),), IGNORE)
+    return None if scheme is None else all_linears(SCHEMES[scheme], IGNORE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+@pytest.mark.parametrize("scheme", [None, *INTEGERS])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_twins_compute_finite_numbers_that_vary(family: str, scheme: SchemeName | None, dtype: torch.dtype) -> None:
     model = random_twin({"model_type": family, **FAMILIES[family]}, quantization(scheme), dtype=dtype, seed=3)
@@ -59,7 +67,7 @@ def test_twins_of_all_formats_send_tokens_to_the_same_experts(family: str) -> No
     """Else one would read more experts than another, and a ratio of their times would say so."""
     config = {"model_type": family, **FAMILIES[family], "num_hidden_layers": 6}
     chosen: dict[SchemeName | None, list[torch.Tensor]] = {}
-    for scheme in (None, *SCHEMES):
+    for scheme in (None, *INTEGERS):
         dtype = torch.bfloat16 if scheme else torch.float16
         model = random_twin(config, quantization(scheme), dtype=dtype, seed=0)
         seen = chosen.setdefault(scheme, [])
@@ -68,7 +76,7 @@ def test_twins_of_all_formats_send_tokens_to_the_same_experts(family: str) -> No
                 module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[1].sort().values))
         with torch.inference_mode():
             model(input_ids=torch.arange(64)[None])
-    for scheme in SCHEMES:
+    for scheme in INTEGERS:
         alike = torch.cat([(a == b).flatten() for a, b in zip(chosen[scheme], chosen[None], strict=True)])
         assert alike.float().mean() > 0.9, scheme
     assert len(torch.cat(chosen[None]).unique()) == config["n_routed_experts"], "and to all of them"

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from quantlab.algorithms.rtn import rtn
-from quantlab.formats.compressed_tensors import QuantizationConfig, encode
+from quantlab.formats.codecs.table import encode
 from quantlab.recipe.schemes import Scheme
+from tests.checkpoints import all_linears
 
 COMMON: Mapping[str, Any] = {
     "vocab_size": 96,
@@ -100,27 +101,29 @@ def edit_config(directory: Path, edit: Callable[[dict[str, Any]], None]) -> None
 
 def quantize(source: Path, target: Path, scheme: Scheme, *, scale_dtype: torch.dtype = torch.bfloat16) -> Artifact:
     """Quantize every linear except the ignored ones by rounding to nearest."""
-    quantization = QuantizationConfig(((("Linear",), scheme),), IGNORE)
+    quantization = all_linears(scheme, IGNORE)
     shutil.copytree(source, target)
     dense = target.with_name(target.name + "-dense")
     shutil.copytree(source, dense)
     stored: dict[str, Tensor] = {}
     meant: dict[str, Tensor] = {}
     for name, weight in load_file(source / "model.safetensors").items():
-        if not name.endswith(LINEAR) or quantization.scheme_of(name.removesuffix(".weight")) is None:
+        if not name.endswith(LINEAR) or quantization.format_of(name.removesuffix(".weight")) is None:
             stored[name], meant[name] = weight, weight.float()
             continue
         matrix = rtn(
             weight,
-            bits=scheme.bits,
-            group_size=scheme.group_size,
+            bits=scheme.format.bits,
+            group_size=scheme.format.group_size,
             scale_dtype=scale_dtype,
-            grid="signed" if scheme.bits == 4 else "absmax",
+            grid=scheme.grid,
         )
-        stored.update(encode(name, matrix, scheme))
-        per_weight = matrix.scale.repeat_interleave(weight.shape[1] // matrix.scale.shape[1], dim=1)
+        stored.update(encode(scheme.layout, name, matrix))
+        width = weight.shape[1] // matrix.scale.shape[1]
+        per_weight = matrix.scale.repeat_interleave(width, dim=1)
+        steps = matrix.q if matrix.zero is None else matrix.q - matrix.zero.repeat_interleave(width, dim=1)
         # W8A8 multiplies the integers exactly; expanded weights are formed in the dtype of the scale
-        meant[name] = (matrix.q.to(torch.float32 if scheme.quantized_activations else scale_dtype) * per_weight).float()
+        meant[name] = (steps.to(torch.float32 if scheme.format.activations else scale_dtype) * per_weight).float()
     rewrite(target, stored)
     rewrite(dense, meant)
     edit_config(target, lambda fields: fields.update(quantization_config=quantization.to_json()))

@@ -1,6 +1,7 @@
 """Memory: what an artifact takes on disk, what its weights take once loaded, and the peak of using it."""
 
 import gc
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ from quantlab.architectures.layer import LatentAttention
 from quantlab.checkpoint.index import INDEX_NAME, open_checkpoint
 from quantlab.evaluation.machine.gauges import forget_peak, now, peak_bytes
 from quantlab.evaluation.processes.messages import MemoryRequest, Progress
-from quantlab.evaluation.record import Memory
+from quantlab.evaluation.record import Expanded, Memory
 from quantlab.evaluation.statistics import median
 from quantlab.evaluation.suite import load_suite
-from quantlab.runtime.account import weight_bytes
+from quantlab.runtime.account import expanded, weight_bytes
 from quantlab.runtime.cache import cached
 from quantlab.runtime.device import find_device
 from quantlab.runtime.load import load
@@ -46,7 +47,7 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
     start = now(device)
     model = load(request.directory, device=device, progress=loading)
     seconds = [now(device) - start]
-    counted = weight_bytes(model)
+    counted, fallbacks = weight_bytes(model), expanded(model)
     ids = torch.arange(suite.text.length, device=device)[None] % model.config.vocab_size
     with torch.inference_mode():
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
@@ -70,6 +71,7 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
         load_seconds=median(np.array(seconds)),
         kv_cache_bytes_per_token=growth,
         kv_cache=kind,
+        expanded=tuple(Expanded(**asdict(fallback)) for fallback in fallbacks),
     )
 
 

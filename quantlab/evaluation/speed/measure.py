@@ -26,7 +26,8 @@ from quantlab.evaluation.machine.gauges import now, watched
 from quantlab.evaluation.processes.messages import Progress, SpeedRequest, SpeedResult, TwinTimings
 from quantlab.evaluation.suite import SpeedSuite, load_suite
 from quantlab.files import read_json
-from quantlab.formats.compressed_tensors import QUANT_METHOD, QuantizationConfig, parse_config
+from quantlab.formats.compressed_tensors import QuantizationConfig
+from quantlab.formats.layouts import description_in
 from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.cache import cached
 from quantlab.runtime.decode import Decoder
@@ -120,23 +121,19 @@ def layout_of(directory: Path) -> Layout:
         EvaluationError: the checkpoint is of a layout the runtime does not compute with.
     """
     config = read_json(directory / "config.json")
-    described = config.get("quantization_config")
-    if described is None or described.get("quant_method") == "fp8":
-        dtype = "bfloat16" if described else str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        quantization = None
-    elif described.get("quant_method") == QUANT_METHOD:
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-        quantization = parse_config(described, where=str(directory / "config.json"))
-    else:
-        dtype, quantization = str(described.get("quant_method")), None
-    if dtype not in DTYPES:
-        raise EvaluationError(
-            "the speed of this layout cannot be measured",
-            where=str(directory / "config.json"),
-            found=dtype,
-            fix=f"use one of {', '.join(DTYPES)}, fp8 or {QUANT_METHOD}",
-        )
-    return Layout(dtype, quantization)
+    description = description_in(config, where=str(directory / "config.json"))
+    expanded = description is None or not any(number.is_integer for number in description.formats)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or ("float32" if description is None else "bfloat16"))
+    if dtype in DTYPES and expanded:
+        return Layout(dtype, None)
+    if dtype in DTYPES and isinstance(description, QuantizationConfig):
+        return Layout(dtype, description)
+    raise EvaluationError(
+        "the speed of this layout cannot be measured",
+        where=str(directory / "config.json"),
+        found=dtype if dtype not in DTYPES else str(config["quantization_config"]["quant_method"]),
+        fix=f"use one of {', '.join(DTYPES)}, fp8 or compressed-tensors",
+    )
 
 
 def build(layout: Layout, suite: SpeedSuite, *, device: str = "cpu") -> Twin:
@@ -172,7 +169,7 @@ def layout_name(layout: Layout, model: PreTrainedModel) -> str:
         return layout.dtype
     counted = weight_bytes(model)
     share = 100 * counted.quantized_fp16 / counted.fp16
-    schemes = " and ".join(dict.fromkeys(scheme.name for _, scheme in layout.quantization.groups))
+    schemes = " and ".join(number.name for number in layout.quantization.formats)
     return f"{schemes} on {share:.0f} % of the weights, the rest {layout.dtype}"
 
 

@@ -8,7 +8,7 @@ reason, or not measured.
 from dataclasses import dataclass
 from typing import Literal
 
-from quantlab.evaluation.record import Measured, Significance, Verdict
+from quantlab.evaluation.record import Expanded, Measured, Significance, Verdict
 from quantlab.report.matrix.column import Column, Unit
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import Row, noise_of, task_of
@@ -207,7 +207,15 @@ def notes(matrix: Matrix) -> tuple[str, ...]:
         found.append(
             "The rows were measured with different versions of the software; see the versions of each row in matrix.json."
         )
+    found += [_expanded(row, fallback) for row in matrix.rows for fallback in row.expanded if row.variant != "source"]
     return tuple(found)
+
+
+def _expanded(row: Row, fallback: Expanded) -> str:
+    """A fallback of the runtime; the source is by definition expanded."""
+    when = "for every product" if fallback.held == "packed" else "to 16 bits when they are loaded"
+    count = f"{fallback.count:,} {fallback.format} matrices"
+    return f"{row.variant}: {count} are expanded {when}: {'; '.join(fallback.reasons)}."
 
 
 def _signed(text: str) -> str:

@@ -18,6 +18,7 @@ from quantlab.evaluation.record import (
     Divergence,
     Documents,
     Domain,
+    Expanded,
     Failure,
     MatrixErrors,
     Measured,
@@ -86,6 +87,8 @@ class Row(Frozen):
     """Which memory that is: the resident size of a process, or what torch's allocator held on the GPU."""
     kv_cache_bytes_per_token: int | None = None
     kv_cache: str = ""
+    expanded: tuple[Expanded, ...] = Field(default=(), exclude=True)
+    """Quantized matrices that no kernel multiplies by; in records only."""
     load_seconds: float | None
     load_seconds_interval: Measured | None
     decode_tokens_per_second: dict[str, Measured | None]
@@ -260,6 +263,7 @@ def _memory_fields(memory: Memory | None) -> dict[str, Any]:
     fields["load_seconds"] = memory.load_seconds.value if memory else None
     fields["load_seconds_interval"] = memory.load_seconds if memory else None
     fields["kv_cache"] = memory.kv_cache if memory else ""
+    fields["expanded"] = memory.expanded if memory else ()
     return fields
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
-from quantlab.recipe.schemes import Scheme
+from quantlab.numerics.number_format import INT4, INT8, ROW, Activations, NumberFormat
 from quantlab.runtime.cuda import layout
 from quantlab.runtime.cuda.shares import WIDE_TOKENS, turns
 from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, FEW_TOKENS, Kind, band_rows, linear_tiles
@@ -30,12 +30,12 @@ class CudaMatrices(nn.Module):
     scale: Tensor
     arrived: Tensor
 
-    def __init__(self, scheme: Scheme, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype) -> None:
+    def __init__(self, number: NumberFormat, count: int, rows: int, columns: int, *, scale_dtype: torch.dtype) -> None:
         super().__init__()
+        self.number = number
         self.shape = (count, rows, columns)
-        self.bits = scheme.bits
-        self.group_size = scheme.group_size or layout.BLOCK
-        self.kind = Kind.INT8_TOKENS if scheme.quantized_activations else Kind.INT4 if scheme.bits == 4 else Kind.INT8
+        self.group_size = number.group_size or layout.BLOCK
+        self.kind = Kind.INT8_TOKENS if number.activations else Kind.INT4 if number.element == INT4 else Kind.INT8
         depth, height = layout.blocks(columns), layout.slabs(rows)
         sizes = {
             Kind.INT4: ((count, depth, height, 2048), torch.int16),
@@ -43,23 +43,25 @@ class CudaMatrices(nn.Module):
             Kind.INT8_TOKENS: ((count, depth, rows, layout.BLOCK), torch.int8),
         }
         shape, dtype = sizes[self.kind]
-        scales = (count, depth * layout.BLOCK // self.group_size, rows) if scheme.bits == 4 else (count, rows)
+        by_group = self.kind == Kind.INT4
+        scales = (count, depth * layout.BLOCK // self.group_size, rows) if by_group else (count, rows)
         self.register_buffer("q", torch.zeros(shape, dtype=dtype))
         self.register_buffer("scale", torch.zeros(scales, dtype=scale_dtype))
         self.register_buffer("arrived", torch.zeros(COUNTERS, dtype=torch.int32), persistent=False)
 
     @staticmethod
-    def fits(scheme: Scheme, columns: int, *, scale_dtype: torch.dtype) -> bool:
-        """Whether the kernels take the scheme at this width, with scales of this dtype."""
+    def can_hold(number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype) -> str | None:
+        """Why the kernels cannot multiply by matrices [N, K] of a format; None if they can."""
         if scale_dtype not in {torch.bfloat16, torch.float16, torch.float32}:
-            return False
-        if scheme.bits == 4:
-            return (
-                not scheme.quantized_activations
-                and scheme.group_size in {32, 64, 128}
-                and columns % scheme.group_size == 0
-            )
-        return scheme.bits == 8 and scheme.group_size is None
+            return f"the CUDA kernels: no scales of {scale_dtype}"
+        if not number.symmetric:
+            return "the CUDA kernels: no zero points"
+        if number.element == INT4 and number.activations is None and number.by_row:
+            grouped = number.group_size in {32, 64, 128} and number.fits(shape)
+            return None if grouped else "the CUDA kernels: int4 in groups of 32, 64 or 128 columns only"
+        if number in {NumberFormat(INT8, ROW), NumberFormat(INT8, ROW, activations=Activations(INT8))}:
+            return None
+        return "the CUDA kernels: int4 by groups and int8 by rows only"
 
     def fill(self, index: int, matrix: QuantizedMatrix) -> None:
         """Set matrix `index`."""
@@ -73,6 +75,14 @@ class CudaMatrices(nn.Module):
             self.scale[index, : scale.shape[1]].copy_(scale.t())
         else:
             self.scale[index].copy_(scale[:, 0])
+
+    def integers(self, index: int) -> Tensor:
+        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        return self.q[index]
+
+    def set_scales(self, index: int, scale: float) -> None:
+        """Give every scale of matrix `index` one scale."""
+        self.scale[index] = scale
 
     def products(self, x: Tensor, groups: Groups) -> Tensor:
         """[T, K] -> [T, N], row by row with the matrix of its group."""

@@ -1,19 +1,9 @@
-"""What every layout of integers has to keep: scales that fit, columns in their own order, zero points in the middle."""
+"""Checks of stored integers: columns in their own order, zero points in the middle of the grid."""
 
 import torch
 from torch import Tensor
 
 from quantlab.errors import ArtifactError
-
-
-def misfit(name: str, found: str) -> ArtifactError:
-    """The error of a weight whose parts contradict each other or config.json."""
-    return ArtifactError(
-        "the parts of a quantized weight disagree with each other or with config.json",
-        where=name,
-        found=found,
-        fix="use the config.json and the shards of one release",
-    )
 
 
 def check_order(name: str, group_of: Tensor, *, columns: int, groups: int) -> None:
@@ -41,7 +31,7 @@ def check_order(name: str, group_of: Tensor, *, columns: int, groups: int) -> No
 
 
 def asymmetric(name: str) -> ArtifactError:
-    """The error of zero points anywhere but in the middle of the grid."""
+    """The error of zero points off the middle of the grid in a format that is described as symmetric."""
     return ArtifactError(
         "a weight is quantized asymmetrically",
         where=name,

@@ -1,0 +1,161 @@
+"""What a layout is: the tensors that stand for one weight on disk, and the description of them in config.json.
+
+A layout has two halves. The half in this folder needs no torch: names, dtypes and shapes of the stored tensors, what can be
+expressed, and its part of config.json; the plan works with it. The half in `quantlab.formats.codecs` turns matrices into those
+tensors and back. `quantlab.formats.layouts` and `quantlab.formats.codecs.table` list the layouts there are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from quantlab.architectures.architecture import Role
+from quantlab.checkpoint.header import TensorEntry
+from quantlab.numerics.number_format import NumberFormat
+from quantlab.recipe.schemes import LayoutName
+
+StoredTensor = tuple[str, str, tuple[int, ...]]
+"""Name, dtype word and shape of a tensor on disk."""
+
+
+class Layout(Protocol):
+    """How one weight is stored."""
+
+    @property
+    def name(self) -> LayoutName:
+        """Its name."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What follows the module's name and a dot in the names of the stored tensors; the numbers themselves come first."""
+
+    def can_express(self, number: NumberFormat) -> str | None:
+        """Why the layout cannot store a format, None if it can."""
+
+    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
+        """Why transformers 5 cannot load such a weight [N, K], of a routed expert or not; None if it can."""
+
+    def stored_tensors(
+        self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
+    ) -> tuple[StoredTensor, ...]:
+        """The tensors of a weight, in the order they are written.
+
+        Args:
+            name: the weight's name, ending in ".weight" where it is quantized.
+            shape: of the weight.
+            number: its format; None where it is not quantized.
+            dtype: dtype word of the artifact, for scales or for the weight itself.
+        """
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a checkpoint stores one quantized weight.
+
+    Attributes:
+        number: its format.
+        layout: its layout.
+        numbers: the tensor with the numbers themselves.
+        scale: the tensor with their scales.
+        parts: every tensor that belongs to it, `numbers` first.
+        shape: rows N and columns K of the weight; of packed integers whose columns do not fill words, K rounded up to whole words.
+    """
+
+    number: NumberFormat
+    layout: LayoutName
+    numbers: TensorEntry
+    scale: TensorEntry
+    parts: tuple[TensorEntry, ...]
+
+    shape: tuple[int, int]
+
+    @property
+    def elements(self) -> int:
+        """Weights it stands for."""
+        return self.shape[0] * self.shape[1]
+
+
+class Description(Protocol):
+    """What a checkpoint says of its quantized weights."""
+
+    @property
+    def formats(self) -> tuple[NumberFormat, ...]:
+        """The number formats that occur, in the order of the description."""
+
+    def stored(self, name: str, tensors: Mapping[str, TensorEntry]) -> Stored | None:
+        """How the weight `name` is stored, None if its tensors are not quantized.
+
+        Raises:
+            ArtifactError, CheckpointError: tensors and description disagree, or the numbers are of a kind quantlab does not read.
+        """
+
+    def to_json(self) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of an artifact, quantized or not.
+
+    Attributes:
+        module: its name: the weight's without ".weight".
+        role: what it is for.
+        layer: index of its decoder layer, 0 outside them.
+        number: its format; None where it is not quantized.
+        layout: how it is stored.
+    """
+
+    module: str
+    role: Role
+    layer: int
+    number: NumberFormat | None
+    layout: LayoutName
+
+
+@dataclass(frozen=True)
+class Method:
+    """Layouts that share one kind of `quantization_config`.
+
+    Attributes:
+        word: its `quant_method`.
+        layouts: those it describes.
+        parse: reads a `quantization_config`; the second argument says where it stands.
+        describe: makes one for an artifact whose linears are these, at least one of them quantized; None where none is written.
+        is_source: whether recipes may start from such a checkpoint: its numbers are floating point, and are expanded when read.
+        file: a file of the checkpoint that holds the description if config.json has none; empty if there is no such file.
+    """
+
+    word: str
+    layouts: tuple[Layout, ...]
+    parse: Callable[[Mapping[str, Any], str], Description]
+    describe: Callable[[Sequence[Linear]], Description] | None = None
+    is_source: bool = False
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Floating point as it is: one tensor."""
+
+    name: LayoutName = "dense"
+    parts: tuple[str, ...] = ("weight",)
+
+    def can_express(self, number: NumberFormat) -> str | None:
+        """Why the layout cannot store a format, None if it can."""
+        return f"{number.name} has scales, which a plain tensor has no place for"
+
+    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
+        """See `Layout`."""
+        return None
+
+    def stored_tensors(
+        self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
+    ) -> tuple[StoredTensor, ...]:
+        """See `Layout`."""
+        assert number is None, "a quantized weight has another layout"
+        return ((name, dtype, shape),)
+
+
+def present(prefix: str, parts: Sequence[str], tensors: Mapping[str, TensorEntry]) -> tuple[TensorEntry, ...]:
+    """The tensors of a weight that there are: `prefix` is its module's name with a dot."""
+    return tuple(tensors[prefix + part] for part in parts if prefix + part in tensors)

@@ -1,0 +1,92 @@
+"""The layouts there are, and which of them a checkpoint is described by. Headers and config.json alone: no torch."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from quantlab.checkpoint.index import Checkpoint
+from quantlab.errors import CheckpointError
+from quantlab.files import read_json
+from quantlab.formats import compressed_tensors, fp8_blocks, gptq
+from quantlab.formats.layout import Dense, Description, Layout, Method
+from quantlab.recipe.schemes import LayoutName
+
+METHODS: Final[tuple[Method, ...]] = (compressed_tensors.METHOD, gptq.METHOD, fp8_blocks.METHOD)
+LAYOUTS: Final[Mapping[LayoutName, Layout]] = {
+    layout.name: layout for layout in (Dense(), *(layout for method in METHODS for layout in method.layouts))
+}
+NUMBERS: Final[tuple[str, ...]] = tuple(dict.fromkeys(layout.parts[0] for layout in LAYOUTS.values()))
+"""The parts that hold the numbers of a weight, one of them for every weight."""
+OTHER_PARTS: Final[tuple[str, ...]] = tuple(
+    f".{part}" for layout in LAYOUTS.values() for part in layout.parts if part not in NUMBERS
+)
+
+
+def method_of_layout(name: LayoutName) -> Method:
+    """The method whose description covers a quantized layout."""
+    return next(method for method in METHODS if any(layout.name == name for layout in method.layouts))
+
+
+def method_of(checkpoint: Checkpoint) -> Method | None:
+    """The method a checkpoint is quantized by, None if it is not quantized.
+
+    Raises:
+        CheckpointError: it is quantized in a way quantlab does not read.
+    """
+    return _found(checkpoint)[0]
+
+
+def description_of(checkpoint: Checkpoint) -> Description | None:
+    """What a checkpoint says of its quantized weights, None if it is not quantized.
+
+    Raises:
+        ArtifactError: its numbers are of a kind quantlab does not read.
+        CheckpointError: it is quantized in a way quantlab does not read.
+    """
+    method, described, where = _found(checkpoint)
+    if method is not None:
+        return method.parse(described, where)
+    packed = next((name for name in checkpoint.tensors if name.endswith((".weight_packed", ".qweight"))), None)
+    if packed is not None:
+        raise CheckpointError(
+            "the checkpoint holds packed integers and does not say of what kind",
+            where=where,
+            found=f"no quantization_config, and {packed}",
+            fix="use the config.json (or quantize_config.json) of the same release",
+        )
+    return None
+
+
+def description_in(config: Mapping[str, Any], *, where: str) -> Description | None:
+    """What config.json says of quantized weights, None if it says nothing.
+
+    Raises:
+        ArtifactError, CheckpointError: as `description_of`.
+    """
+    described = config.get("quantization_config")
+    return _method_called(described, where).parse(described, where) if described else None
+
+
+def _found(checkpoint: Checkpoint) -> tuple[Method | None, Mapping[str, Any], str]:
+    """Method, description and where it stands."""
+    where = checkpoint.directory / "config.json"
+    described = checkpoint.config.get("quantization_config") or {}
+    if not described:
+        for method in METHODS:
+            if method.file and (checkpoint.directory / method.file).is_file():
+                where = checkpoint.directory / method.file
+                return method, read_json(where), str(where)
+        return None, {}, str(where)
+    return _method_called(described, str(where)), described, str(where)
+
+
+def _method_called(described: Mapping[str, Any], where: str) -> Method:
+    word = described.get("quant_method")
+    found = next((method for method in METHODS if method.word == word), None)
+    if found is None:
+        raise CheckpointError(
+            "the checkpoint is quantized in a way quantlab does not read",
+            where=where,
+            found=str(word),
+            fix="use the original checkpoint; readable are plain, " + ", ".join(method.word for method in METHODS),
+        )
+    return found
