@@ -17,7 +17,6 @@ from quantlab.algorithms.awq import balanced
 from quantlab.errors import CalibrationError
 
 _LEAST: Final = 1e-5
-_LEVELS: Final = 127
 
 
 def smoothing_scales(max_abs: Tensor, weights: Sequence[Tensor], *, alpha: float) -> Tensor:

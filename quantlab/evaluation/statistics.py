@@ -36,7 +36,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from quantlab.evaluation.record import FEWEST_DEGREES, Measured, Significance, verdict
+from quantlab.evaluation.measured import FEWEST_DEGREES, Measured, Significance, verdict
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000

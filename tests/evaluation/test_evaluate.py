@@ -17,6 +17,7 @@ import pytest
 from quantlab.errors import EvaluationError
 from quantlab.evaluation import hardware, measuring
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.memory.metrics import Memory
 from quantlab.evaluation.processes.cells import Bench, SpeedTurns
 from quantlab.evaluation.processes.messages import (
     CellRequest,
@@ -28,7 +29,7 @@ from quantlab.evaluation.processes.messages import (
     TasksResult,
 )
 from quantlab.evaluation.processes.workers import CellError, Worker
-from quantlab.evaluation.record import Memory, Record, read_record
+from quantlab.evaluation.record import Record, read_record
 from quantlab.evaluation.suite import load_suite
 from tests.evaluation.conftest import write_tokenizer
 

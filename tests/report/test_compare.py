@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from quantlab.errors import ArtifactError
-from quantlab.evaluation.record import Measured, Record, TaskResult
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.record import Record, TaskResult
 from quantlab.report.comparison.compare import UNPAIRED, Comparison, Number, Pair, compare
 from quantlab.report.comparison.difference import subtract
 from quantlab.report.comparison.terminal import print_comparison

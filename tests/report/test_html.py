@@ -10,7 +10,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from quantlab.evaluation.record import Failure, Measured, Record
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.record import Failure, Record
 from quantlab.report.claims.check import load_claims
 from quantlab.report.matrix.html import to_html, to_svg
 from quantlab.report.matrix.matrix import build_matrix

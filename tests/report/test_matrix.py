@@ -5,7 +5,8 @@ import json
 import pytest
 
 from quantlab.errors import ArtifactError
-from quantlab.evaluation.record import Measured, Record
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.record import Record
 from quantlab.report.matrix.matrix import Matrix, build_matrix
 
 TOP = {"schema", "recipe", "recipe_sha256", "baseline", "hardware", "rows"}

@@ -6,7 +6,9 @@ from statistics import mean, stdev
 
 import pytest
 
-from quantlab.evaluation.record import Documents, Measured, Record
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.quality.metrics import Documents
+from quantlab.evaluation.record import Record
 from quantlab.report.comparison.compare import UNPAIRED, Number, compare
 from quantlab.report.comparison.paired import paired
 from quantlab.report.leaderboard.leaderboard import build_leaderboard

@@ -7,7 +7,8 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
-from quantlab.evaluation.record import Measured, Record
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.record import Record
 from quantlab.report.matrix.cells import PRUNED_NOTE, human_bytes, notes, number
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.html import to_html

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from quantlab.evaluation.record import Measured, Record, Significance, verdict
+from quantlab.evaluation.measured import Measured, Significance, verdict
+from quantlab.evaluation.record import Record
 from quantlab.report.files import write_report
 from quantlab.report.matrix.matrix import build_matrix
 from quantlab.report.matrix.model_cards import END, START

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from quantlab.checkpoint.files import write_atomically
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.record import Measured, Significance, TaskResult, verdict
+from quantlab.evaluation.measured import Measured, Significance, verdict
+from quantlab.evaluation.record import TaskResult
 from quantlab.evaluation.statistics import Floats, Resampled, mcnemar, resample
 
 _FEWEST_UNITS = 5  # fewer stand for nothing; statistics.py says how many an interval takes

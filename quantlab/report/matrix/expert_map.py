@@ -49,7 +49,7 @@ class HeatMap:
 
 def heat_maps(matrix: Matrix) -> tuple[HeatMap, ...]:
     """One for every variant whose experts were watched."""
-    return tuple(_draw(row, row.tokens_per_expert) for row in matrix.rows if row.tokens_per_expert)
+    return tuple(_draw(row, row.record.tokens_per_expert) for row in matrix.rows if row.record.tokens_per_expert)
 
 
 def _draw(row: Row, layers: dict[str, tuple[int, ...]]) -> HeatMap:

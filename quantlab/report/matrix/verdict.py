@@ -2,8 +2,15 @@
 
 from collections.abc import Iterator
 
-from quantlab.evaluation.record import Measured, Significance, Verdict, verdict
+from quantlab.evaluation.measured import Measured, Significance, Verdict, verdict
+from quantlab.evaluation.metric import metrics_of
+from quantlab.evaluation.quality.metrics import Quality
 from quantlab.report.matrix.rows import Row, task_labels
+
+
+def significance_of(row: Row, name: str) -> Significance | None:
+    """The test of a metric's change against the baseline; None where there was none."""
+    return row.quality.significance.get(name) if row.quality else None
 
 
 def judge(measured: Measured | None, significance: Significance | None) -> Verdict | None:
@@ -22,8 +29,9 @@ def verdicts(row: Row) -> dict[str, Verdict]:
 
 
 def _verdicts(row: Row) -> Iterator[tuple[str, Verdict | None]]:
-    yield "accuracy", judge(row.accuracy_loss_percent, row.significance.get("accuracy_loss_percent"))
-    yield "perplexity", judge(row.perplexity_change_percent, row.significance.get("perplexity_change_percent"))
+    for name, declared in metrics_of(Quality).items():
+        if declared.metric.loss is not None:
+            yield declared.metric.loss.name, judge(row.measured(name), significance_of(row, name))
     labels = task_labels(row.tasks)
     for task in row.tasks:
         yield f"task {labels[task.key]}", judge(task.loss, task.significance)
@@ -43,4 +51,4 @@ def summary(row: Row) -> str | None:
 
 def tested(row: Row) -> bool:
     """Whether the verdicts rest on p values adjusted over the rows."""
-    return any(found.holm_p is not None for found in row.significance.values())
+    return row.quality is not None and any(found.holm_p is not None for found in row.quality.significance.values())
