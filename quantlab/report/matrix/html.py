@@ -11,7 +11,7 @@ from quantlab.report.matrix.expert_map import SHARE_MARKS, SHARE_NAMES, heat_map
 from quantlab.report.matrix.html_tables import Sheet, make_sheet
 from quantlab.report.matrix.layer_maps import LETTER_WIDTH, TILE_HEIGHT, TILE_WIDTH, group_maps, layer_maps, matrix_maps
 from quantlab.report.matrix.matrix import Matrix
-from quantlab.report.matrix.recommend import RULES, Recommendation, recommend
+from quantlab.report.matrix.recommend import RULES, Recommendation, at_least, recommend
 from quantlab.report.matrix.rows import noise_of
 from quantlab.report.matrix.scatter_plot import SPEED_NAMES, Plot, lay_out
 from quantlab.report.matrix.speed_bars import lay_out_bars
@@ -120,6 +120,8 @@ def _facts(matrix: Matrix, found: Recommendation, every: tuple[Column, ...]) -> 
     if memory is not None:
         facts.append(f"{number(memory, 'percent')} % memory")
     if speed is not None:
-        noisy = " (noisy)" if noise_of(row, "speed_over_fp16") else ""
-        facts.append(f"{number(speed.value, 'ratio')}× speed{noisy}")
+        noisy = noise_of(row, "speed_over_fp16") is not None
+        facts.append(
+            f"at least {at_least(speed)}× speed (noisy)" if noisy else f"{number(speed.value, 'ratio')}× speed"
+        )
     return tuple(facts)

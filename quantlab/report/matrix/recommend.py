@@ -199,8 +199,12 @@ class _Timed:
         speed, ends = self.speed, interval(self.speed, "ratio")
         if self.noise is None:
             return f"decodes {number(speed.value, 'ratio')}× as fast as FP16 ({ends}) at batch size 1"
-        least = math.floor(10 * speed.low) / 10
-        return f"decodes at least {least:.1f}× as fast as FP16 ({ends}, noisy: {self.noise}) at batch size 1"
+        return f"decodes at least {at_least(speed)}× as fast as FP16 ({ends}, noisy: {self.noise}) at batch size 1"
+
+
+def at_least(speed: Measured) -> str:
+    """The lower end of an interval, rounded down to one digit."""
+    return f"{math.floor(10 * speed.low) / 10:.1f}"
 
 
 def _for_speed(judged: Sequence[_Judged]) -> Recommendation:
