@@ -15,7 +15,8 @@ from typing import NoReturn, cast
 import pytest
 
 from quantlab.errors import EvaluationError
-from quantlab.evaluation import hardware, measuring
+from quantlab.evaluation.machine import hardware
+from quantlab.evaluation.processes import cells as measuring
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
 from quantlab.evaluation.memory.metrics import Memory
 from quantlab.evaluation.processes.cells import Bench, SpeedTurns
