@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from quantlab import cli
 from quantlab.errors import DeviceError
 from quantlab.evaluation import evaluate as evaluation
-from quantlab.evaluation.machine import gauges, hardware
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.machine import gauges, hardware
 from quantlab.evaluation.processes.messages import CellRequest, MemoryRequest
 from quantlab.evaluation.processes.workers import CellError, Worker
 

@@ -88,3 +88,16 @@ def test_every_batch_size_that_was_measured_is_shown(rich: list[Record]) -> None
     assert [head.count(f"decode {batch} ") for batch in (1, 8, 32)] == [1, 1, 1]
     one = [record.model_copy(update={"speed": None}) for record in rich]
     assert "decode" not in printed(one, 300).splitlines()[1]
+
+
+def test_tasks_stand_in_the_same_table_where_it_is_wide_enough(rich: list[Record]) -> None:
+    wide, narrow = printed(rich, 300), printed(rich, 120)
+    first, second, *_ = wide.splitlines()[1:]
+    assert [f"{name} " in first + " " for name in ("continuation", "last-word", "retrieval")] == [True] * 3
+    assert second.count("loss, pts") == 3
+    assert "points lost" not in wide
+    (row,) = [line for line in wide.splitlines() if line.startswith("w4a16 ")]
+    assert len(row.split(" ±")) >= 6, "losses of text and tasks with their margins"
+    assert "points lost" in narrow
+    assert "loss, pts" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 120
