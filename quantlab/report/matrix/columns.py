@@ -73,8 +73,8 @@ class Column:
 
     @property
     def noise_key(self) -> str:
-        """What `rows.noise_of` knows the number by."""
-        return self.key.partition("@")[0] if self.machine else self.key
+        """The key that `rows.noise_of` takes: name and batch size, whatever the machine."""
+        return ".".join(self.path[1:])
 
     @property
     def needs(self) -> tuple[Need, ...]:

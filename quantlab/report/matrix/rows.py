@@ -103,7 +103,8 @@ class Row:
 
     def by_batch(self, name: str) -> Mapping[str, Measured]:
         """The numbers of a metric by batch size, smallest first."""
-        found = getattr(self.speed, name, None) or {}
+        part, _ = METRICS[name]
+        found = getattr(getattr(self.record, part), name, None) or {}
         return {batch: found[batch] for batch in in_size(found)}
 
 

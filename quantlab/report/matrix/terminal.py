@@ -1,6 +1,7 @@
 """The matrix in a terminal: as many columns as fit, the four that decide first."""
 
 import textwrap
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -57,7 +58,7 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
 def tables_that_fit(matrix: Matrix, console: Console) -> list[Table]:
     """The matrix with as many details as the console is wide; the columns that decide stand always.
 
-    The losses in tasks follow in the same table where they fit, else in a second one.
+    The losses in tasks follow in the same table where all of them fit, else in tables of their own.
     """
     every = columns(matrix)
     fitting = [column for column in every if column.is_headline]
@@ -69,7 +70,12 @@ def tables_that_fit(matrix: Matrix, console: Console) -> list[Table]:
     joined = _table(matrix, [*fitting, *tasks], console)
     if not tasks or _fits(joined, console):
         return [joined]
-    return [_table(matrix, fitting, console), _tasks(matrix, tasks, console)]
+    apart: list[list[Column]] = [[]]
+    for task in tasks:
+        if apart[-1] and not _fits(_table(matrix, [*apart[-1], task], console), console):
+            apart.append([])
+        apart[-1].append(task)
+    return [_table(matrix, shown, console) for shown in (fitting, *apart)]
 
 
 def _fits(table: Table, console: Console) -> bool:
@@ -77,7 +83,7 @@ def _fits(table: Table, console: Console) -> bool:
     return Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width
 
 
-def _table(matrix: Matrix, shown: list[Column], console: Console) -> Table:
+def _table(matrix: Matrix, shown: Sequence[Column], console: Console) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
     table.add_column("\nvariant", overflow="fold", style="bold", ratio=None)
     for column in shown:
@@ -90,18 +96,6 @@ def _table(matrix: Matrix, shown: list[Column], console: Console) -> Table:
     for row in matrix.rows:
         cells = [_text(cell(matrix, row, column), column, console) for column in shown]
         table.add_row(Text(row.variant, style="italic" if row.variant == matrix.baseline else ""), *cells)
-    return table
-
-
-def _tasks(matrix: Matrix, tasks: list[Column], console: Console) -> Table:
-    """What every variant lost in every task, in percentage points."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
-    table.add_column("points lost\nin tasks", overflow="fold", style="bold")
-    for column in tasks:
-        table.add_column(column.metric.head.partition("\n")[0], justify="right")
-    for row in matrix.rows:
-        if row.variant != matrix.baseline:
-            table.add_row(row.variant, *(_text(cell(matrix, row, column), column, console) for column in tasks))
     return table
 
 

@@ -1,4 +1,4 @@
-"""What a row says of its losses, in words. The verdicts are the records' own (`evaluation.verdicts`); nothing is judged here twice."""
+"""The verdicts on the losses of a row, in words. They are the records' own (`evaluation.verdicts`); nothing is judged twice."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ def significance_of(row: Row, name: str) -> Significance | None:
 
 
 def judge(measured: Measured | None, significance: Significance | None) -> Verdict | None:
-    """What one loss says, positive being worse; None where it was not measured, or too little of it for an interval.
+    """The verdict on one loss, positive being worse; None where it was not measured, or too little of it for an interval.
 
     A record without tests has intervals alone.
     """
@@ -25,13 +25,16 @@ def judge(measured: Measured | None, significance: Significance | None) -> Verdi
 
 def verdicts(row: Row) -> dict[str, Verdict]:
     """The verdict on every measured loss of a row, by what was lost: "accuracy", "perplexity", "task retrieval"."""
-    return {name: said for name, said in _verdicts(row) if said is not None}
+    return {name: said for name, said in (*_of_text(row), *_of_tasks(row)) if said is not None}
 
 
-def _verdicts(row: Row) -> Iterator[tuple[str, Verdict | None]]:
+def _of_text(row: Row) -> Iterator[tuple[str, Verdict | None]]:
     for name, declared in metrics_of(Quality).items():
         if declared.metric.loss is not None:
             yield declared.metric.loss.name, judge(row.measured(name), significance_of(row, name))
+
+
+def _of_tasks(row: Row) -> Iterator[tuple[str, Verdict | None]]:
     labels = task_labels(row.tasks)
     for task in row.tasks:
         yield f"task {labels[task.key]}", judge(task.loss, task.significance)
@@ -39,11 +42,10 @@ def _verdicts(row: Row) -> Iterator[tuple[str, Verdict | None]]:
 
 def summary(row: Row) -> str | None:
     """All verdicts of a row in a few words: "loss: perplexity, 2 of 5 tasks"; None where no loss was measured."""
-    found = verdicts(row)
-    if not found:
+    if not verdicts(row):
         return None
-    lost = [name for name, said in found.items() if said == "loss" and not name.startswith("task ")]
-    tasks = sum(said == "loss" and name.startswith("task ") for name, said in found.items())
+    lost = [name for name, said in _of_text(row) if said == "loss"]
+    tasks = sum(said == "loss" for _, said in _of_tasks(row))
     if tasks:
         lost.append(f"{tasks} of {len(row.tasks)} tasks")
     return f"loss: {', '.join(lost)}" if lost else "no measurable loss"
