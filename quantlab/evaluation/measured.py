@@ -26,7 +26,7 @@ class Measured(Frozen):
     interval: Literal["95 %", "range"] = "95 %"
     """Meaning of `low` and `high`: a 95 % interval, or the smallest and largest value found where there were too few for one."""
     reason: str = ""
-    """Why it is a range, and of what: "3 repetitions", "5 documents"; empty for a 95 % interval."""
+    """Where it is a range: the values it spans, "3 repetitions", "5 documents"; empty for a 95 % interval."""
 
     @model_serializer(mode="wrap")
     def _plain(self, inner: SerializerFunctionWrapHandler) -> dict[str, object]:

@@ -36,7 +36,7 @@ class Loss:
     """How a change against the baseline is tested and named.
 
     Attributes:
-        name: what is lost, in verdicts: "perplexity".
+        name: the lost quantity as verdicts name it: "perplexity".
         tested: the field whose interval and p decide; positive is worse.
     """
 

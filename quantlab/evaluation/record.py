@@ -1,7 +1,7 @@
 """A record: everything measured of one artifact, as the file that tables are built from.
 
-A record stands alone: what was measured, on what, with which versions and how uncertain each number is. `report` reads
-records and nothing else. Later versions may add fields; they do not rename these. Its numbers and their declarations stand in
+A record stands alone: it names the artifact, the suite, the hardware and the versions, and holds every number with its
+interval. `report` reads records and nothing else. Later versions may add fields; they do not rename these. Its numbers and their declarations stand in
 `quality.metrics`, `memory.metrics` and `speed.metrics`.
 """
 
@@ -21,7 +21,7 @@ from quantlab.evaluation.speed.metrics import Speed
 
 
 class MatrixErrors(Frozen):
-    """What the making of the artifact did to the matrices of one kind in one layer, as the artifact's manifest says."""
+    """Errors of the matrices of one kind in one layer, measured while the artifact was made and read from its manifest."""
 
     layer: str
     """Block as the manifest names it: "layer 3"."""
@@ -38,22 +38,22 @@ class MatrixErrors(Frozen):
     worst: str = ""
     """The matrix with the largest output error (relative error where there is none)."""
     fallbacks: dict[str, int] = {}
-    """What was done in place of what the recipe asks for, and for how many matrices."""
+    """Substitutes for the recipe's algorithm, with the number of matrices each was used for."""
 
 
 PARTS: Final[Mapping[str, type[Frozen]]] = {"quality": Quality, "memory": Memory, "speed": Speed}
 """The parts of a record whose metrics have columns, by their fields of `Record`."""
 TaskKey = tuple[str, str, int]
-"""Name, metric and seed: what tells the results of one record apart."""
+"""Name, metric and seed, which identify a result within a record."""
 
 
 class TaskResult(Frozen):
-    """One task: a score, and what of it was lost against the baseline on the same items."""
+    """One task: its score, and the loss against the baseline on the same items."""
 
     name: str
     """As the suite names it: "continuation", "arc_challenge"."""
     version: str
-    """Of the task's data and construction; scores of different versions cannot be compared."""
+    """Version of the task's data and construction; scores of different versions cannot be compared."""
     source: Literal["quantlab", "lm-eval"] = "quantlab"
     """Who defines the task."""
     metric: str
@@ -82,7 +82,7 @@ class TaskResult(Frozen):
     shots: int = 0
     """Solved examples before each item."""
     seed: int = 0
-    """Of what is drawn: order of items, examples."""
+    """Seed of the order of items and of the examples."""
     data_sha256: str = ""
     """Hash of the task's definition and items; empty for tasks whose data the harness fetches."""
     document_items: tuple[int, ...] = ()
@@ -108,23 +108,23 @@ class AttentionCell(Frozen):
     decode_peak_bytes: int | None = None
     """The same while a token is decoded after it; also None where a process cannot tell its latest peak from an earlier one."""
     cache_bytes: int | None = None
-    """What the cache holds of the context."""
+    """Size of the cache after the context."""
     prefill_tokens_per_second: Measured | None = None
     decode_tokens_per_second: Measured | None = None
     """Step by step, with a cache that grows."""
     quartiles: dict[str, tuple[float, float]] = {}
     """First and third quartile over repeats, by "prefill_tokens_per_second" and "decode_tokens_per_second"; empty without repeats."""
     noise: dict[str, str] = {}
-    """Why a rate cannot be taken for a fact, by the same names."""
+    """Reasons why the measurement of a rate was disturbed, by the same names."""
     reason: str | None = None
-    """Why it was not measured: "not tried: about 211.5 GB needed, 16.0 GB free"."""
+    """Reason where it was not measured: "not tried: about 211.5 GB needed, 16.0 GB free"."""
 
 
 class Attention(Frozen):
-    """What a long context takes beyond the weights, and how fast it is, by implementation of attention."""
+    """Memory beyond the weights and speed of long contexts, by implementation of attention."""
 
     twin: str
-    """What was measured: width and layers of the twin."""
+    """The model that was measured: width and layers of the twin."""
     layout: str
     """Its weights; empty where nothing could be measured."""
     memory: Literal["process", "cuda"]
@@ -207,7 +207,7 @@ class Record(Frozen):
     seeds: dict[str, int] = {}
     """Every seed a number depends on, by what it draws: "bootstrap", "speed twin", "task continuation"."""
     command: str = ""
-    """What was run: "quantlab run recipes/quickstart.yaml"."""
+    """The command line: "quantlab run recipes/quickstart.yaml"."""
     hardware: str
     versions: dict[str, str]
     made: Made | None = None
@@ -225,9 +225,9 @@ class Record(Frozen):
     tasks: tuple[TaskResult, ...] = ()
     """In the order of the suite."""
     attention: Attention | None = None
-    """Of the suite's contexts; in the record of the baseline only, None where the suite asks for none."""
+    """Results for the suite's contexts; in the record of the baseline only, None where the suite asks for none."""
     matrix_errors: tuple[MatrixErrors, ...] = ()
-    """Of the matrices that were changed, by layer and kind; empty where nothing was, or the manifest does not say."""
+    """Errors of the matrices that were changed, by layer and kind; empty where none was, or the manifest does not say."""
 
 
 def read_record(path: Path) -> Record:

@@ -1,4 +1,4 @@
-"""What a record says only beside the others: p values adjusted for the number of rows, and the verdicts that follow from them.
+"""Verdicts on losses: p values adjusted for the number of rows, once all records of a matrix are known.
 
 With many rows, one in twenty of those that lost nothing would be called a loss by its own 95 % interval. So a loss is called
 one only where its interval leaves out zero and p stays below the level after correction. Every table repeats these verdicts.

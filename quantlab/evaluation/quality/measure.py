@@ -1,4 +1,4 @@
-"""Quality: what an artifact predicts on held-out text, and how far it is from the baseline on the same tokens."""
+"""Quality: predictions of an artifact on held-out text, and their distance from the baseline's on the same tokens."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -168,7 +168,7 @@ def _divergence(held_out: HeldOut, scores: TokenScores, sums: Resampled) -> Dive
 
 
 def _significance(sums: Resampled) -> dict[str, Significance]:
-    """Of every metric that declares a loss: the test of the field that it is tested as."""
+    """The test of every metric that declares a loss, by its name."""
     metrics, found = metrics_of(Quality), {}
     for name, declared in metrics.items():
         if declared.metric.loss is not None:
@@ -182,11 +182,11 @@ def _significance(sums: Resampled) -> dict[str, Significance]:
 def with_layers(
     quality: Quality, held_out: HeldOut, agreement: Mapping[str, NDArray[np.bool_]], errors: LayerErrors | None
 ) -> Quality:
-    """The quality with what each layer does.
+    """The quality with agreement of routers and error by layer.
 
     Args:
         quality: compared with a baseline.
-        held_out: what was scored.
+        held_out: the scored text.
         agreement: layer -> whether the tokens go to the baseline's experts [T].
         errors: of each layer alone, None where they were not measured.
     """
@@ -207,7 +207,7 @@ def with_layers(
 
 
 def _relative(errors: LayerErrors) -> dict[str, Measured]:
-    """Norm of the difference over norm of what the layer adds, with intervals over documents; of layers where both are numbers."""
+    """Norm of the difference over norm of the layer's contribution, with intervals over documents; for layers where both are finite."""
     faults = errors.faults()
     sound = [at for at, name in enumerate(errors.layers) if name not in faults]
     if not sound:

@@ -317,6 +317,6 @@ class Quality(Frozen):
     domains: dict[str, Domain]
     divergence: Divergence | None = None
     significance: dict[str, Significance] = {}
-    """Of the metrics that declare a `loss`, by their names; empty for the baseline."""
+    """Tests of the metrics that declare a `loss`, by their names; empty for the baseline."""
     documents: Documents | None = None
-    """What all of this is computed from; None in records of earlier versions."""
+    """The sums that all of this is computed from; None in records of earlier versions."""

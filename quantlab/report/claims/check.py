@@ -16,8 +16,8 @@ from quantlab.documents import load_document
 from quantlab.errors import RecipeError
 from quantlab.evaluation.measured import Frozen, Measured
 from quantlab.evaluation.record import Attention
-from quantlab.report.comparison.difference import exact, subtract
 from quantlab.report.comparison.paired import paired
+from quantlab.report.comparison.unpaired import exact, subtract
 from quantlab.report.matrix.rows import METRICS, Row, metric, noise_of
 
 KEPT, SAVED = "accuracy_kept_percent", "attention_memory_saved_percent"
@@ -38,16 +38,16 @@ _VAGUE = 0.3
 
 
 class Claim(Frozen):
-    """One claim: about a metric of the matrix, or beside a number measured elsewhere; with neither it is told, not checked."""
+    """One claim: about a metric of the matrix, or about a number measured elsewhere; without either it is printed and not checked."""
 
     text: str = Field(min_length=1)
     """As it is printed, in one line."""
     variant: str | None = None
     metric: MetricName | None = None
     attention: str | None = None
-    """Of `attention_memory_saved_percent`: the implementation that is held against `eager`, in place of a variant."""
+    """For `attention_memory_saved_percent`, in place of a variant: the implementation that is compared with `eager`."""
     context: int | None = None
-    """Tokens of the context that it is held against it at."""
+    """Length of the context at which they are compared, in tokens."""
     measured: float | None = None
     """A number that no record holds, from `source`."""
     source: str | None = None
@@ -59,7 +59,7 @@ class Claim(Frozen):
     better_than: str | None = None
     """Another variant."""
     tolerance: float = Field(default=0.0, ge=0)
-    """What the claim leaves open, in its own unit: half a unit of the last digit that is printed."""
+    """Rounding of the claimed number, in its own unit: half a unit of the last digit printed."""
     note: str = ""
 
     @model_validator(mode="after")
@@ -128,7 +128,7 @@ def load_claims(path: Path) -> tuple[Claims, str]:
 def check_claims(
     claims: Claims, rows: Sequence[Row], *, baseline: str, attention: Attention | None = None
 ) -> CheckedClaims:
-    """Hold every claim against the rows of a matrix.
+    """Check every claim against the rows of a matrix.
 
     Args:
         claims: of a file.

@@ -1,4 +1,4 @@
-"""Two records side by side: what differs about them, every number with its interval, and which differences can be measured."""
+"""Comparison of two records: their differing properties, every number with its interval, and the differences that can be measured."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from quantlab.errors import ArtifactError
 from quantlab.evaluation.measured import Frozen, Measured
 from quantlab.evaluation.metric import Unit
 from quantlab.evaluation.record import Record, TaskKey, TaskResult
-from quantlab.report.comparison.difference import exact, subtract
 from quantlab.report.comparison.paired import paired, paired_tasks
+from quantlab.report.comparison.unpaired import exact, subtract
 from quantlab.report.matrix.columns import Column, Need, columns_of
 from quantlab.report.matrix.rows import Row, build_row, noise_of, task_labels
 
@@ -42,7 +42,7 @@ class Number(Frozen):
     """The interval is of the same items on both sides; else of two independent measurements."""
     verdict: Verdict
     reason: str = ""
-    """Why it is not comparable or not judged."""
+    """Reason where it is not comparable or not judged."""
 
 
 class Pair(Frozen):
@@ -75,7 +75,7 @@ def compare(
 
     Args:
         a, b: records with their files; a side with one record is compared with the same variant of a side with several.
-        names: what the two sides are called.
+        names: names of the two sides.
 
     Raises:
         ArtifactError: the sides have no variant in common, or are the same.
@@ -130,8 +130,8 @@ class _Barrier:
 
     Attributes:
         reason: in a few words: "other suite".
-        details: what each has.
-        consequence: what is not compared.
+        details: the value in each record.
+        consequence: the numbers that are not compared.
     """
 
     reason: str
@@ -249,7 +249,7 @@ def _verdict(difference: Measured, column: Column) -> Verdict:
 
 
 def _differences(a: Record, b: Record) -> Iterator[Difference]:
-    """Everything about the two records, numbers aside, that is not the same."""
+    """Properties of the two records that differ, numbers aside."""
     for (what, ours), (_, theirs) in zip(_identity(a), _identity(b), strict=True):
         if ours != theirs:
             yield Difference(what=what, a=ours or "–", b=theirs or "–")

@@ -32,7 +32,7 @@ class Place:
         best, worst: the ranks its interval allows: it is surely behind `best` - 1 others and surely ahead of all after `worst`.
         run: the run's directory as it was given.
         recipe: of the run.
-        verdict: what it lost, in a few words.
+        verdict: its losses in a few words.
         row: its numbers.
     """
 
@@ -136,7 +136,7 @@ def _order(row: Row) -> tuple[float, float, str]:
 
 
 def _ranks(rows: Sequence[Row]) -> list[tuple[int, int]]:
-    """Of rows in order, the places that intervals leave open: behind whoever is surely better, ahead of whoever is surely worse."""
+    """The best and worst rank that intervals allow each of the ordered rows: behind all that are surely better, ahead of all surely worse."""
     better, worse = [0] * len(rows), [0] * len(rows)
     for near, far in itertools.combinations(range(len(rows)), 2):
         if _is_surely_nearer(rows[near], rows[far]):

@@ -1,4 +1,4 @@
-"""What the tables show: every cell as text, and the notes a reader needs.
+"""Cells of the tables as text, and the notes that explain the numbers.
 
 Terminal, Markdown and HTML differ in how much room they have, not in what a number looks like; that is decided here
 once. A cell is in one of four states: a value, the baseline (there is nothing to compare it with), a failure with its
@@ -36,16 +36,16 @@ class Cell:
     margin: str | None = None
     """`±` the wider side of the interval, or `range low to high`."""
     reason: str | None = None
-    """Why it failed."""
+    """Reason of a failure."""
     number: float | None = None
     low: float | None = None
     high: float | None = None
     n: int | None = None
     verdict: Verdict | None = None
-    """Of a loss: what its interval says."""
+    """Verdict on a loss."""
     significance: Significance | None = None
     noise: str | None = None
-    """Why the number cannot be taken for a fact."""
+    """Reason why the measurement was disturbed."""
 
 
 def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
@@ -78,13 +78,13 @@ def _significance(row: Row, column: Column) -> Significance | None:
 
 
 def counts(matrix: Matrix, column: Column) -> str:
-    """What the numbers of a column rest on: n, or the least and the most of it; empty for what was not drawn."""
+    """The n of a column, or its smallest and largest; empty for numbers without an interval."""
     found = {n for row in matrix.rows if (n := cell(matrix, row, column).n)}
     return " to ".join(f"{n:,}" for n in sorted({min(found), max(found)})) if found else ""
 
 
 def details(row: Row, column: Column, found: Cell) -> str:
-    """All that is known of one number, in one line."""
+    """One number with interval, n, verdict, p and origin, in one line."""
     parts = [f"{row.variant}, {column.heading}: {found.text}"]
     if found.interval:
         parts[0] += f" ({found.interval})"
@@ -183,7 +183,7 @@ def tokens_of(matrix: Matrix) -> list[int]:
 
 
 def notes(matrix: Matrix) -> tuple[str, ...]:
-    """What a reader must know to read the numbers rightly."""
+    """Explanations that a reader of the tables needs."""
     found = [INTERVALS]
     if any(tested(row) for row in matrix.rows):
         found.append(HOLM_NOTE)

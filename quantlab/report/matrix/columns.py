@@ -78,7 +78,7 @@ class Column:
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """What two records must share for their numbers to be comparable."""
+        """Properties that two records must share for their numbers to be comparable."""
         needs: list[Need] = [] if self.group == "memory" else ["suite"]
         if self.relative:
             needs.append("baseline")

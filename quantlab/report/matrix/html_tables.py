@@ -18,7 +18,7 @@ class Drawn:
 
     cell: Cell
     tip: str = ""
-    """All that is known of the number."""
+    """Hover text: the number with interval, n, verdict, p and origin."""
     href: str | None = None
     """The record it comes from."""
     bar: float | None = None
@@ -47,7 +47,7 @@ class Line:
     """Its verdicts in a few words."""
     lost: bool
     filters: dict[str, str]
-    """What the page's filter looks at; on the main table only."""
+    """Values that the page's filter reads; in the main table only."""
     cells: tuple[Drawn, ...]
 
 
@@ -79,10 +79,10 @@ def make_sheet(
     Args:
         matrix: the rows.
         name: an identifier; "main" is the table that is filtered by.
-        caption: what it shows.
+        caption: its caption.
         shown: its columns.
         picked: the goals that a variant is recommended for.
-        ranks: what stands before a variant's name.
+        ranks: the rank of each variant, shown before its name.
     """
     by_column = [_drawn_column(matrix, column) for column in shown]
     lines = []
@@ -113,7 +113,7 @@ def make_sheet(
 
 
 def _filters(matrix: Matrix, row: Row) -> dict[str, str]:
-    """What the filter reads off a row; empty where it was not measured."""
+    """Values of a row for the filter; empty where a number was not measured."""
     changes = [row.measured(name) for name, (_, declared) in METRICS.items() if declared.metric.loss]
     losses = [found.high for found in changes if found is not None]
     is_baseline = row.variant == matrix.baseline

@@ -16,7 +16,7 @@ from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import Row, link_to, same_changes, same_layout, task_labels, task_of
 
 TILE_WIDTH, TILE_HEIGHT, LETTER_WIDTH = 58, 24, 7
-"""Of the map as a drawing, in pixels."""
+"""Sizes in the drawn map, in pixels."""
 LEVELS: Final = 6
 """Classes of the background."""
 _STANDS_OUT: Final = 3.0
@@ -49,13 +49,13 @@ class TileMap:
 
     Attributes:
         name: an identifier.
-        caption: what is shown.
+        caption: its caption.
         meaning: how to read it.
-        corner: what the rows are.
-        unit: what the columns are.
+        corner: the kind of its rows.
+        unit: the kind of its columns.
         heads: of the columns.
         lines: name of each row, with its tiles.
-        sentences: what stands out, in words.
+        sentences: the values that stand out, in words.
     """
 
     name: str
@@ -70,14 +70,15 @@ class TileMap:
 
 @dataclass(frozen=True)
 class LayerMeasure:
-    """What a record holds of each layer.
+    """A number that records hold for each layer.
 
     Attributes:
         field: of the record's `quality.divergence`.
         name, caption, meaning: of its map; `{baseline}` stands for the baseline's name.
-        subject: begins the sentence on what stands out.
+        subject: beginning of the sentence on a layer that stands out.
         badness: of a value, 0 where nothing is wrong.
-        by_peers: a layer is also held against the same layer of similar rows.
+        by_peers: a layer is also compared with the same layer of similar rows.
+        csv_name: beginning of its names in matrix.csv.
     """
 
     field: Literal["layer_errors", "router_agreement"]

@@ -102,7 +102,7 @@ def _attention(matrix: Matrix) -> list[str]:
 
 
 def _layers(matrix: Matrix) -> list[str]:
-    """What stands out by layer, and the numbers where they fit on a page."""
+    """The layers that stand out, and the numbers where they fit on a page."""
     blocks = []
     for found in layer_maps(matrix):
         blocks += [

@@ -42,7 +42,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to pick for one goal."""
+    """The variant to pick for one goal."""
 
     goal: Literal["quality", "memory", "speed"]
     variant: str | None
@@ -68,7 +68,7 @@ class _Judged:
 
     @property
     def worst(self) -> float:
-        """Upper end of the perplexity change: what the measurement cannot rule out."""
+        """Upper end of the perplexity change: the largest that the measurement does not rule out."""
         return self.rise.high
 
     @property
@@ -284,7 +284,7 @@ def _differs(a: _Judged, b: _Judged) -> bool:
 
 
 def _difference(a: _Judged, b: _Judged) -> Measured | None:
-    """Of their perplexity changes, on the same documents."""
+    """Difference of their perplexity changes on the same documents."""
     return paired(a.row.documents, b.row.documents, metric(_RISE))
 
 

@@ -78,7 +78,7 @@ class Row:
 
     @property
     def noise(self) -> Mapping[str, str]:
-        """Why a cell of speed was disturbed, by cell."""
+        """Reasons why cells of speed were disturbed, by cell."""
         return self.speed.noise if self.speed else {}
 
     def value(self, key: str) -> Value:
@@ -215,7 +215,7 @@ def task_of(row: Row, key: TaskKey) -> TaskResult | None:
 
 
 def task_labels(tasks: Iterable[TaskResult]) -> dict[TaskKey, str]:
-    """What each task of a table is called: its name, with metric and seed where the table has several of them."""
+    """Label of each task of a table: its name, with metric and seed where the table has several of them."""
     keys = dict.fromkeys(task.key for task in tasks)
     metrics = Counter(name for name, _ in {(name, metric) for name, metric, _ in keys})
     seeds = Counter(name for name, _ in {(name, seed) for name, _, seed in keys})
@@ -228,7 +228,7 @@ def task_labels(tasks: Iterable[TaskResult]) -> dict[TaskKey, str]:
 
 
 def noise_of(row: Row, key: str) -> str | None:
-    """Why the number under `key` was disturbed; a ratio is as noisy as the rate it is computed from."""
+    """Reason why the measurement of `key` was disturbed, or None; a ratio is as noisy as the rate it is computed from."""
     name, _, batch = key.partition(".")
     if name not in METRICS:
         return None

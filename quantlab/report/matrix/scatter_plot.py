@@ -65,9 +65,9 @@ class Mark:
     is_baseline: bool
     on_frontier: bool
     noise: str | None
-    """Why its speed is no fact."""
+    """Reason why the measurement of its speed was disturbed."""
     details: str
-    """Everything about the point in one line."""
+    """All numbers of the point in one line."""
 
     def covers(self, other: "Mark") -> float:
         """How much the two hide of each other: dots may touch, bars must stay apart."""
@@ -244,7 +244,7 @@ def _details(point: _Point) -> str:
 
 
 def _steps(marks: Sequence[Mark]) -> str:
-    """A staircase through the frontier: what is reachable lies above and to the right of it."""
+    """A staircase through the frontier; the variants lie on it, above it or to its right."""
     ordered = sorted(marks, key=lambda mark: mark.true_x)
     path = f"M{ordered[0].true_x:g} {ordered[0].y:g}" if len(ordered) > 1 else ""
     return path + "".join(f"H{mark.true_x:g}V{mark.y:g}" for mark in ordered[1:])

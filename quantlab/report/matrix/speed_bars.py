@@ -27,8 +27,8 @@ class Bar:
         length: pixels from the axis.
         low, high: x of the ends of the interval.
         text: beside the bar.
-        noise: why it is no fact.
-        details: everything about it in one line.
+        noise: reason why the measurement was disturbed.
+        details: all its numbers in one line.
         href: where the number stands in its record.
     """
 
