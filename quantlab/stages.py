@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -13,8 +14,11 @@ from rich.console import Console
 from quantlab import console as show
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
 from quantlab.evaluation.manifest import weights_sha256
+from quantlab.evaluation.record import Pass
 from quantlab.plan.model import Plan, VariantPlan
+from quantlab.recipe.algorithms import Reap
 from quantlab.recipe.load import LoadedRecipe
+from quantlab.recipe.schema import Cast, Prune, Quantize
 from quantlab.report.files import write_report
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.run.artifact import MANIFEST_NAME
@@ -98,7 +102,8 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
     for variant in plan.variants:
         artifact = directory.artifact(variant.name)
         digest = hashlib.sha256((artifact / MANIFEST_NAME).read_bytes()).hexdigest()
-        cells.append(Cell(variant.name, variant.description, artifact, f"artifacts/{variant.name}", digest))
+        passes = tuple(_as_recorded(step) for step in recipe.recipe.variants[variant.name])
+        cells.append(Cell(variant.name, variant.description, artifact, f"artifacts/{variant.name}", digest, passes))
     weights = weights_sha256(source.files, directory.path / SOURCE_HASHES)
     digest = hashlib.sha256(f"{source.fingerprint()} {weights}".encode()).hexdigest()
     as_it_is = Cell("source", "the checkpoint as it is", source.directory, recipe.recipe.model, digest)
@@ -115,3 +120,13 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
         device=str(how.device),
         gpu=name_of(how.device),
     )
+
+
+def _as_recorded(step: Cast | Quantize | Prune) -> Pass:
+    """A pass of the recipe as records keep it."""
+    if isinstance(step, Cast):
+        return Pass(operation="cast", setting=step.cast)
+    if isinstance(step, Quantize):
+        return Pass(operation="quantize", setting=step.quantize, algorithm=step.algorithm.name)
+    operation: Literal["prune", "remove experts"] = "remove experts" if isinstance(step.algorithm, Reap) else "prune"
+    return Pass(operation=operation, setting=f"{step.prune}", algorithm=step.algorithm.name)

@@ -18,7 +18,7 @@ from quantlab.evaluation.manifest import check_unchanged, made_by, matrix_errors
 from quantlab.evaluation.processes.cells import Bench, Found, SpeedTurns, measure_row, sound_parts
 from quantlab.evaluation.processes.messages import Progress, predictions_complete
 from quantlab.evaluation.processes.workers import Worker
-from quantlab.evaluation.record import Failure, Record, read_record
+from quantlab.evaluation.record import Failure, Pass, Record, read_record
 from quantlab.evaluation.suite import LoadedSuite, load_suite
 from quantlab.evaluation.tasks.scores import kept_scores, twin
 from quantlab.evaluation.verdicts import adjusted
@@ -28,7 +28,14 @@ from quantlab.fingerprint import code_fingerprint
 RECORDS = "records"
 _WORK = ".work"
 _BASELINE = ".baseline"
-_WORDS = {"recipe", "recipe_sha256", "description", "artifact", "command"}  # these change without changing a number
+_WORDS = {
+    "recipe",
+    "recipe_sha256",
+    "description",
+    "passes",
+    "artifact",
+    "command",
+}  # these change without changing a number
 _CELLS = {
     "quality": ("quantlab.evaluation.quality.measure",),
     "tasks": ("quantlab.evaluation.tasks.measure",),
@@ -49,6 +56,7 @@ class Cell:
         directory: the artifact, or the source checkpoint.
         artifact: the same directory as records name it, relative to the run's directory.
         artifact_sha256: hash of its manifest; of the checkpoint's configuration and weights for `source`.
+        passes: the passes as data; none for a checkpoint as it is.
     """
 
     variant: str
@@ -56,6 +64,7 @@ class Cell:
     directory: Path
     artifact: str
     artifact_sha256: str
+    passes: tuple[Pass, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -275,6 +284,7 @@ def _record(evaluation: _Evaluation, cell: Cell, found: Found) -> Record:
         recipe_sha256=request.recipe_sha256,
         variant=cell.variant,
         description=cell.description,
+        passes=cell.passes,
         artifact=cell.artifact,
         artifact_sha256=cell.artifact_sha256,
         baseline=request.baseline,

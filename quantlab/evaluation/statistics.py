@@ -1,13 +1,14 @@
-"""Error bars: by resampling documents, and of timings by order statistics.
+"""Intervals: of numbers over text by resampling documents, of timings by order statistics.
 
 **Text.** Tokens of one document are alike, so the unit that is drawn is the document: 2,000 times, as many documents as
 there are, with replacement, domain by domain (the domains' shares are the suite's choice, not chance). Every number of
 the quality table is a function of sums over documents, so a draw is a vector of counts, all draws are one matrix product
-and a difference to the baseline is paired by construction: both sides are summed over the same drawn documents.
+and a difference is paired by construction: both sides are summed over the same drawn documents. Losses against the baseline,
+comparisons of two records, ranks and claims all take their intervals from here.
 
 **Percentiles** of tokens (the median KL, its 99th) are taken of the tokens of each draw, again document by document.
 
-**Is it chance?** p inverts the interval beside it: the largest level at which the interval still covers zero. Items that are
+**Significance.** p inverts the interval beside it: the largest level at which the interval still covers zero. Items that are
 right or wrong have an exact test of their own, McNemar's. Several rows are held against one baseline, so p is corrected
 for their number as in S. Holm, "A simple sequentially rejective multiple test procedure" (1979).
 
@@ -16,8 +17,8 @@ statistics, which no assumption about the noise enters: T. P. Hettmansperger and
 interpolated order statistics" (Statistics & Probability Letters 4, 1986). Of fewer than six repetitions even the range covers
 the median with less than 95 %, so the range is given, under that name.
 
-**Speed** differs from process to process (where memory comes to lie, at which clock) by more than its turns do within one. A cell is
-timed in few processes, so what they differ by is pooled over the twins, and the interval is that of another evaluation's number.
+**Speed** differs between processes (addresses of memory, clock) by more than between the turns of one process. A cell is timed in
+few processes, so the variance between them is pooled over the twins, and the interval is that of another evaluation's number.
 
 **Too few units** have no interval at all: below ten degrees of freedom the simulated coverage of a 95 % interval sinks under
 93 %. The range over single documents is given instead, under that name, and nothing is concluded from it.
@@ -36,7 +37,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from quantlab.evaluation.record import FEWEST_DEGREES, Measured, Significance, verdict
+from quantlab.evaluation.measured import FEWEST_DEGREES, Measured, Significance, verdict
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
@@ -44,9 +45,9 @@ _SEED = 0
 _NORMAL = NormalDist()
 _CANDIDATES = 4000
 _FEWEST_POOLED = 3
-"""Degrees of freedom, for an interval of a number that processes differ about."""
+"""Degrees of freedom that an interval from pooled processes takes."""
 FEWEST_REPETITIONS = 6
-"""For an interval of a median: the range of five covers it with 93.75 %."""
+"""Repetitions that an interval of a median takes: the range of five covers it with 93.75 %."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ class Resampled:
     """Sums over documents, and the same sums over many draws of documents.
 
     Attributes:
-        table: what each document adds to each sum [D, C].
+        table: the contribution of each document to each sum [D, C].
         draws: sums over each draw [R, C].
         units: how many documents there are.
-        degrees: that less the number of strata: every stratum spends one on its mean.
+        degrees: degrees of freedom: the documents less the strata, because every stratum spends one on its mean.
     """
 
     table: Floats
@@ -88,7 +89,7 @@ class Resampled:
     def compare(self, statistic: Callable[[Floats], Floats], *, n: int) -> tuple[Measured, Significance | None]:
         """A difference to the baseline that is a function of sums, positive where the artifact is worse.
 
-        What it signifies is None where there are too few documents to tell.
+        The significance is None where there are too few documents for an interval.
         """
         measured = self.measure(statistic, n=n)
         if measured.interval != "95 %":
@@ -101,7 +102,7 @@ def resample(table: Floats, strata: NDArray[np.int64]) -> Resampled:
     """Draw rows of `table` with replacement, as many of each stratum as there are.
 
     Args:
-        table: what each document adds to each sum [D, C].
+        table: the contribution of each document to each sum [D, C].
         strata: the stratum (domain) of each document [D].
     """
     present = np.unique(strata)
@@ -112,7 +113,7 @@ def resample(table: Floats, strata: NDArray[np.int64]) -> Resampled:
 
 @functools.lru_cache(maxsize=64)
 def _counts(units: int, stratum: int) -> Floats:
-    """How often each of `units` units comes in each draw [R, units]; the same for every artifact."""
+    """Multiplicity of each of `units` units in each draw [R, units]; the same for every artifact."""
     generator = np.random.default_rng((_SEED, stratum))
     return generator.multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(np.float64)
 
@@ -152,7 +153,7 @@ def percentile(values: Floats, documents: NDArray[np.int64], strata: NDArray[np.
 
 
 def _drawn_documents(strata: NDArray[np.int64], seen: NDArray[np.bool_]) -> tuple[Floats, int]:
-    """How often each document comes in each draw of `resample` [R, D], and the degrees of freedom."""
+    """Multiplicity of each document in each draw of `resample` [R, D], and the degrees of freedom."""
     counts = np.zeros((RESAMPLES, len(strata)))
     present = np.unique(strata[seen])
     for index, stratum in enumerate(present):
@@ -162,7 +163,7 @@ def _drawn_documents(strata: NDArray[np.int64], seen: NDArray[np.bool_]) -> tupl
 
 
 def mcnemar(to_wrong: int, to_right: int) -> float:
-    """Two-sided exact p of McNemar's test: would a coin part the items that changed sides so unevenly?"""
+    """Two-sided exact p of McNemar's test: the probability that a fair coin splits the changed items at least as unevenly."""
     flips, fewer = to_wrong + to_right, min(to_wrong, to_right)
     logs = [math.lgamma(flips + 1) - math.lgamma(k + 1) - math.lgamma(flips - k + 1) for k in range(fewer + 1)]
     tail = math.fsum(math.exp(log - flips * math.log(2)) for log in logs)
@@ -199,7 +200,7 @@ def median(values: Floats) -> Measured:
 
 @dataclass(frozen=True)
 class Between:
-    """How far the median of a timing lies apart in two processes.
+    """Variation of the median of a timing between processes.
 
     Attributes:
         deviation: standard deviation of its logarithm.
@@ -211,7 +212,7 @@ class Between:
 
 
 def between(medians: Floats, *, independent: float) -> Between:
-    """What processes differ by, pooled over the twins of one cell: with three processes none alone could tell.
+    """Variance between processes, pooled over the twins of one cell: three processes of one twin are too few to estimate it.
 
     Args:
         medians: of every twin and process [T, P], P at least 2.
@@ -226,7 +227,7 @@ def repeated(processes: Sequence[Floats], spread: Between) -> Measured:
 
     Args:
         processes: its values in each process [P][n]; the number is the geometric mean of their medians.
-        spread: what processes differ by.
+        spread: the variation between processes.
     """
     medians = np.array([float(np.median(values)) for values in processes])
     value = float(np.exp(np.log(medians).mean()))
@@ -239,7 +240,7 @@ def repeated(processes: Sequence[Floats], spread: Between) -> Measured:
 
 
 def _range(value: float, found: Floats, *, n: int, reason: str) -> Measured:
-    """A number with the range of what was found of it, where that was too little for an interval."""
+    """A number with the range of its values, where there are too few for an interval."""
     finite = found[np.isfinite(found)]
     ends = [value, *finite.tolist()]
     return Measured(value=value, low=min(ends), high=max(ends), n=n, interval="range", reason=reason)

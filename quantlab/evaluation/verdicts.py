@@ -1,4 +1,4 @@
-"""What a record says only beside the others: p values adjusted for the number of rows, and the verdicts that follow from them.
+"""Verdicts on losses: p values adjusted for the number of rows, once all records of a matrix are known.
 
 With many rows, one in twenty of those that lost nothing would be called a loss by its own 95 % interval. So a loss is called
 one only where its interval leaves out zero and p stays below the level after correction. Every table repeats these verdicts.
@@ -6,7 +6,10 @@ one only where its interval leaves out zero and p stays below the level after co
 
 from collections.abc import Callable, Sequence
 
-from quantlab.evaluation.record import Measured, Record, Significance, TaskKey, verdict
+from quantlab.evaluation.measured import Measured, Significance, verdict
+from quantlab.evaluation.metric import metrics_of
+from quantlab.evaluation.quality.metrics import Quality
+from quantlab.evaluation.record import Record, TaskKey
 from quantlab.evaluation.statistics import holm
 
 Tested = tuple[Measured, Significance]
@@ -37,11 +40,10 @@ def _with_holm(
 
 
 def _measure(record: Record, name: str) -> Tested | None:
-    quality = record.quality
-    if quality is None or name not in quality.significance:
+    quality, declared = record.quality, metrics_of(Quality)[name].metric.loss
+    if quality is None or declared is None or name not in quality.significance:
         return None
-    # of accuracy the difference of shares is what was tested
-    loss = quality.perplexity_change_percent if name == "perplexity_change_percent" else quality.accuracy_loss
+    loss: Measured | None = getattr(quality, declared.tested)
     return (loss, quality.significance[name]) if loss is not None else None
 
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from quantlab import cli
 from quantlab.errors import DeviceError
 from quantlab.evaluation import evaluate as evaluation
-from quantlab.evaluation import gauges, hardware
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.machine import gauges, hardware
 from quantlab.evaluation.processes.messages import CellRequest, MemoryRequest
 from quantlab.evaluation.processes.workers import CellError, Worker
 
@@ -74,7 +74,7 @@ def told(*_, **__):
     raise SystemExit("CUDA was touched")
 for name in ("is_available", "device_count", "init", "_lazy_init", "current_device", "get_device_capability"):
     setattr(torch.cuda, name, told)
-from quantlab.evaluation import worker
+from quantlab.evaluation.processes import worker
 worker.main()
 """
     done = subprocess.run(

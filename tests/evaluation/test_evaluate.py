@@ -15,8 +15,10 @@ from typing import NoReturn, cast
 import pytest
 
 from quantlab.errors import EvaluationError
-from quantlab.evaluation import hardware, measuring
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.machine import hardware
+from quantlab.evaluation.memory.metrics import Memory
+from quantlab.evaluation.processes import cells as measuring
 from quantlab.evaluation.processes.cells import Bench, SpeedTurns
 from quantlab.evaluation.processes.messages import (
     CellRequest,
@@ -28,7 +30,7 @@ from quantlab.evaluation.processes.messages import (
     TasksResult,
 )
 from quantlab.evaluation.processes.workers import CellError, Worker
-from quantlab.evaluation.record import Memory, Record, read_record
+from quantlab.evaluation.record import Record, read_record
 from quantlab.evaluation.suite import load_suite
 from tests.evaluation.conftest import write_tokenizer
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.quality.layers import LayerErrors
 from quantlab.evaluation.quality.measure import with_layers
+from quantlab.evaluation.quality.metrics import Divergence, Domain, Quality
 from quantlab.evaluation.quality.windows import HeldOut, Window
-from quantlab.evaluation.record import Divergence, Domain, Measured, Quality
 
 NOTHING: Mapping[str, NDArray[np.bool_]] = {}
 

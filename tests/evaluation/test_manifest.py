@@ -20,7 +20,9 @@ from quantlab.evaluation.manifest import (
     tokens_per_expert,
     weights_sha256,
 )
-from quantlab.evaluation.record import Measured, Memory, Record, read_record
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.memory.metrics import Memory
+from quantlab.evaluation.record import Record, read_record
 from tests.evaluation.test_verify import make
 
 LEDGER = [

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
-from quantlab.evaluation.record import Record
+from quantlab.evaluation.metric import metrics_of
+from quantlab.evaluation.record import Pass, Record
 from quantlab.report.comparison.compare import compare
-from quantlab.report.comparison.paired import STATISTICS
 from quantlab.report.leaderboard.leaderboard import build_leaderboard
 from quantlab.report.matrix.layer_maps import layer_maps
 from quantlab.report.matrix.matrix import build_matrix
@@ -55,7 +55,10 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     shuffle_scales(shuffled)
     (root / "suite.yaml").write_text(SUITE)
     directories = {"source": REFERENCE, "sound": sound, "same": same, "shuffled": shuffled}
-    cells = tuple(Cell(name, name, path, name, name) for name, path in directories.items())
+    made = (Pass(operation="quantize", setting="int4_g128", algorithm="rtn"),)
+    cells = tuple(
+        Cell(name, name, path, name, name, () if name == "source" else made) for name, path in directories.items()
+    )
     request = EvaluationRequest(
         directory=root / "run", recipe="r", recipe_sha256="r", suite=root / "suite.yaml", baseline="source", cells=cells
     )
@@ -123,13 +126,13 @@ def test_the_sums_by_document_make_the_numbers_of_the_record(records: dict[str, 
     for record in records.values():
         assert record.quality is not None
         assert record.quality.documents is not None
-        for key, statistic in STATISTICS.items():
-            name = key.removeprefix("divergence.")
-            found = getattr(record.quality.divergence if "." in key else record.quality, name, None)
-            if found is not None:
-                names = type(record.quality.documents).model_fields.keys() - {"tokens_sha256", "domain"}
-                sums = {each: sum(getattr(record.quality.documents, each)) for each in names}
-                assert statistic(sums) == pytest.approx(found.value, rel=1e-9), key
+        sums = {name: values.sum() for name, values in record.quality.documents.sums().items()}
+        for part in (record.quality, record.quality.divergence):
+            for name, declared in metrics_of(type(part)).items() if part is not None else ():
+                found, statistic = getattr(part, name), declared.metric.statistic
+                if found is not None and statistic is not None:
+                    assert statistic(sums) == pytest.approx(found.value, rel=1e-9), name
+                    assert found.n == sums[declared.metric.count]
         grammar = record.tasks[-1]
         assert sum(grammar.document_items) == grammar.n
         assert sum(grammar.document_scores) / grammar.n == pytest.approx(grammar.score.value)

@@ -7,7 +7,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from quantlab.evaluation.record import Measured
+from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.statistics import (
     RESAMPLES,
     between,

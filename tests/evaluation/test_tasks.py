@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantlab.errors import EvaluationError, QuantlabError, RecipeError
-from quantlab.evaluation.record import FEWEST_DEGREES
+from quantlab.evaluation.measured import FEWEST_DEGREES
 from quantlab.evaluation.suite import load_suite
 from quantlab.evaluation.tasks.likelihood import Likelihood
 from quantlab.evaluation.tasks.measure import score_item

@@ -4,20 +4,12 @@ from collections.abc import Callable
 
 import pytest
 
-from quantlab.evaluation.record import (
-    Divergence,
-    Domain,
-    Failure,
-    MatrixErrors,
-    Measured,
-    Memory,
-    Quality,
-    Record,
-    Significance,
-    Speed,
-    TaskResult,
-    verdict,
-)
+from quantlab.evaluation.measured import Measured, Significance, verdict
+from quantlab.evaluation.memory.metrics import Memory
+from quantlab.evaluation.old_records import passes_of
+from quantlab.evaluation.quality.metrics import Divergence, Domain, Quality
+from quantlab.evaluation.record import Failure, MatrixErrors, Pass, Record, TaskResult
+from quantlab.evaluation.speed.metrics import Speed
 
 FP16_BYTES = 31_457_280
 TOKENS = 65_536
@@ -88,6 +80,7 @@ def make_record(
         recipe_sha256="5f0c2b7f7c1d49a1f0a9e1d2c3b4a5968778695a4b3c2d1e0f9a8b7c6d5e4f30",
         variant=variant,
         description=description or variant,
+        passes=tuple(Pass.model_validate(found) for found in passes_of(description or variant)),
         artifact=f"artifacts/{variant}",
         artifact_sha256="ab" * 32,
         baseline="source",
@@ -117,8 +110,8 @@ def make_recipe() -> list[Record]:
         make_record("int8_weight", description="int8_weight (rtn)", quality=quality(0.05, 0.14, 0.03, 0.06, kl=0.0011, agreement=0.9861), memory=make_memory(56.3, quantized=50.3), speed=make_speed(1.62, at_8=1.31)),
         make_record("w4a16", description="int4_g128 (gptq)", quality=quality(0.92, 0.31, 1.83, 0.22, kl=0.0187, agreement=0.9331), memory=make_memory(34.9, quantized=25.8), speed=make_speed(2.61, at_8=1.58)),
         make_record("w4a16-experts", description="int4_g128 of routed_experts (gptq)", quality=quality(0.64, 0.29, 1.21, 0.19, kl=0.0122, agreement=0.9449), memory=make_memory(44.1, quantized=25.8), speed=make_speed(1.93, at_8=1.33)),
-        make_record("pruned-8", description="prune 8 % (wanda)", quality=quality(0.31, 0.24, 0.48, 0.14, kl=0.0061, agreement=0.9633), memory=make_memory(100.0), speed=make_speed(1.0, half=0.02, at_8=1.0)),
-        make_record("pruned-8-w4a16", description="prune 8 % (sparsegpt), int4_g128 (gptq)", quality=quality(1.33, 0.34, 2.61, 0.26, kl=0.0254, agreement=0.9218), memory=make_memory(34.9, quantized=25.8), speed=make_speed(2.58, at_8=1.57)),
+        make_record("pruned-8", description="prune 0.08 (wanda)", quality=quality(0.31, 0.24, 0.48, 0.14, kl=0.0061, agreement=0.9633), memory=make_memory(100.0), speed=make_speed(1.0, half=0.02, at_8=1.0)),
+        make_record("pruned-8-w4a16", description="prune 0.08 (sparsegpt) → int4_g128 (gptq)", quality=quality(1.33, 0.34, 2.61, 0.26, kl=0.0254, agreement=0.9218), memory=make_memory(34.9, quantized=25.8), speed=make_speed(2.58, at_8=1.57)),
     ]  # fmt: skip
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from quantlab.errors import RecipeError
-from quantlab.evaluation.record import Measured, Record
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.record import Record
 from quantlab.report.claims.check import CheckedClaim, Claim, Claims, load_claims
 from quantlab.report.files import CLAIMS_NAME, write_report
 from quantlab.report.matrix.html import to_html

@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from quantlab.errors import ArtifactError
-from quantlab.evaluation.record import Measured, Record, TaskResult
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.record import Record, TaskResult
 from quantlab.report.comparison.compare import UNPAIRED, Comparison, Number, Pair, compare
-from quantlab.report.comparison.difference import subtract
 from quantlab.report.comparison.terminal import print_comparison
+from quantlab.report.comparison.unpaired import subtract
 from quantlab.report.files import find_records
 from quantlab.report.matrix.cells import interval
 from tests.report.conftest import measured

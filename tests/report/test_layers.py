@@ -1,14 +1,21 @@
 """Heat maps by layer, and bars by batch size: a damaged layer is named, an even model is not accused, nothing is lost."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from quantlab.evaluation.record import MatrixErrors, Record
+from quantlab.report.files import read_records
 from quantlab.report.leaderboard.leaderboard import build_leaderboard
 from quantlab.report.matrix.html import to_html
 from quantlab.report.matrix.layer_maps import LEVELS, _levels, group_maps, layer_maps, matrix_maps
 from quantlab.report.matrix.matrix import build_matrix
+from quantlab.report.matrix.rows import same_changes, same_layout
 from quantlab.report.matrix.speed_bars import WIDTH, lay_out_bars
 from tests.report.conftest import enrich, make_recipe
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_damaged_layer_is_named_and_its_variant_ranks_last(rich: list[Record]) -> None:
@@ -113,3 +120,19 @@ def test_a_layer_is_held_against_the_same_layer_of_similar_rows(rich: list[Recor
     other = memory.model_copy(update={"weights_bytes": memory.weights_bytes + 1})
     alone = build_matrix([*sound, rich[-1].model_copy(update={"memory": other})])
     assert "same layout" not in " ".join(layer_maps(alone)[0].sentences)
+
+
+def test_layers_are_compared_among_variants_of_the_same_passes_only() -> None:
+    """A cast has errors of rounding, a millionth of those of pruning: in the same layout either would accuse the other."""
+    records = read_records(ROOT / "eval" / "results" / "quickstart" / "records")
+    by_name = {row.variant: row for row in build_matrix(records).rows}
+    assert same_layout(by_name["fp16"], by_name["pruned-8"])
+    assert same_layout(by_name["w4a16"], by_name["pruned-8-w4a16"])
+    assert not same_changes(by_name["fp16"], by_name["pruned-8"])
+    assert not same_changes(by_name["w4a16"], by_name["pruned-8-w4a16"])
+    assert not same_changes(by_name["source"], by_name["source"]), "nothing was changed"
+    assert not same_changes(by_name["fp16"], by_name["fp16"]), "the dtype alone was changed"
+    rounded = by_name["w4a16"].record.passes[0].model_copy(update={"algorithm": "rtn"})
+    other = replace(by_name["w4a16"], record=by_name["w4a16"].record.model_copy(update={"passes": (rounded,)}))
+    assert same_changes(by_name["w4a16"], other), "by another algorithm"
+    assert [found.sentences for found in layer_maps(build_matrix(records))] == [(), ()]

@@ -111,7 +111,10 @@ def test_files_hold_every_record_and_links_that_resolve(recipe: list[Record], tm
     assert sorted(path.name for path in out.iterdir()) == [
         f"leaderboard.{end}" for end in ("csv", "html", "json", "md")
     ]
-    assert Leaderboard.model_validate(json.loads((out / "leaderboard.json").read_text())) == board
+    kept = json.loads((out / "leaderboard.json").read_text())
+    assert kept.keys() >= {"schema", "suite", "suite_sha256", "baseline", "baseline_sha256", "hardware"}
+    assert [place["row"]["variant"] for place in kept["places"]] == [place.row.variant for place in board.places]
+    assert [(place["best"], place["worst"], place["run"]) for place in kept["unranked"]] == [(0, 0, str(a))]
     lines = list(csv.DictReader(io.StringIO((out / "leaderboard.csv").read_text())))
     assert len(lines) == 2 * len(recipe) - 1
     for line in lines:

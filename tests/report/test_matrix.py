@@ -5,8 +5,9 @@ import json
 import pytest
 
 from quantlab.errors import ArtifactError
-from quantlab.evaluation.record import Measured, Record
-from quantlab.report.matrix.matrix import Matrix, build_matrix
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.record import Record
+from quantlab.report.matrix.matrix import build_matrix
 
 TOP = {"schema", "recipe", "recipe_sha256", "baseline", "hardware", "rows"}
 MEASURED = {
@@ -25,6 +26,15 @@ PLAIN = {
     "peak_memory_bytes",
     "load_seconds",
 }
+KEYS = {
+    "variant", "description", "artifact", "artifact_sha256", "record", "hardware", "accuracy_loss_percent", "memory_percent_of_fp16",
+    "speed_over_fp16", "perplexity", "perplexity_change_percent", "kl_to_baseline", "top1_agreement", "bits_per_byte",
+    "next_token_accuracy", "divergence", "significance", "tasks", "compute_dtype", "domains", "weights_bytes", "fp16_weights_bytes",
+    "quantized_weights_percent_of_fp16", "artifact_bytes", "peak_memory_bytes", "peak_memory_of", "kv_cache_bytes_per_token", "kv_cache",
+    "load_seconds", "load_seconds_interval", "decode_tokens_per_second", "prefill_tokens_per_second", "decode_over_fp16",
+    "prefill_over_fp16", "time_to_first_token_seconds", "energy_joules_per_token", "quartiles", "noise", "tokens_per_expert",
+    "matrix_errors", "twin_memory_percent_of_fp16", "twin", "layout", "failures", "versions",
+}  # fmt: skip
 BY_BATCH = {"decode_tokens_per_second", "prefill_tokens_per_second"}
 
 
@@ -48,9 +58,13 @@ def test_numbers_come_from_the_records(recipe: list[Record]) -> None:
     row, record = build_matrix(recipe).rows[4], recipe[4]
     assert record.memory is not None
     assert record.speed is not None
-    assert row.memory_percent_of_fp16 == 100 * record.memory.weights_bytes / record.memory.fp16_weights_bytes
-    assert row.speed_over_fp16 == record.speed.decode_over_fp16["1"]
-    assert row.load_seconds == record.memory.load_seconds.value
+    held = json.loads(build_matrix(recipe).to_json())["rows"][4]
+    percent = 100 * record.memory.weights_bytes / record.memory.fp16_weights_bytes
+    assert row.number("memory_percent_of_fp16") == held["memory_percent_of_fp16"] == percent
+    assert row.measured("speed_over_fp16") == record.speed.decode_over_fp16["1"]
+    assert held["speed_over_fp16"] == record.speed.decode_over_fp16["1"].model_dump()
+    assert held["load_seconds"] == record.memory.load_seconds.value
+    assert held["load_seconds_interval"] == record.memory.load_seconds.model_dump()
 
 
 def test_missing_cells_are_null_under_their_usual_keys(damaged: list[Record]) -> None:
@@ -64,9 +78,11 @@ def test_missing_cells_are_null_under_their_usual_keys(damaged: list[Record]) ->
     assert [failure["cell"] for failure in pruned["failures"]] == ["quality", "speed"]
 
 
-def test_json_reads_back(damaged: list[Record]) -> None:
-    matrix = build_matrix(damaged)
-    assert Matrix.model_validate_json(matrix.to_json()) == matrix
+def test_every_row_has_every_key_of_earlier_versions(rich: list[Record]) -> None:
+    """Other programs read matrix.json by these names; later versions may only add."""
+    for row in json.loads(build_matrix(rich).to_json())["rows"]:
+        assert row.keys() >= KEYS
+    assert not {"documents", "document_items"} & KEYS
 
 
 def test_every_measured_batch_size_becomes_a_key(recipe: list[Record]) -> None:
@@ -80,10 +96,10 @@ def test_every_measured_batch_size_becomes_a_key(recipe: list[Record]) -> None:
             )
         }
     )
-    rows = build_matrix(recipe).rows
-    assert list(rows[0].decode_tokens_per_second) == ["1", "8", "32"]
-    assert rows[0].decode_tokens_per_second["32"] is None
-    assert rows[1].decode_tokens_per_second["32"] == at_32
+    first, second, *_ = json.loads(build_matrix(recipe).to_json())["rows"]
+    assert list(first["decode_tokens_per_second"]) == ["1", "8", "32"]
+    assert first["decode_tokens_per_second"]["32"] is None
+    assert second["decode_tokens_per_second"]["32"] == at_32.model_dump()
 
 
 @pytest.mark.parametrize("infinite", [float("inf"), float("nan")])
@@ -93,10 +109,10 @@ def test_numbers_that_are_none_become_failures(recipe: list[Record], infinite: f
     broken = quality.model_copy(update={"perplexity": Measured(value=infinite, low=infinite, high=infinite, n=10)})
     recipe[4] = recipe[4].model_copy(update={"quality": broken})
     row = build_matrix(recipe).rows[4]
-    assert row.perplexity is None
-    assert row.accuracy_loss_percent is None
+    assert row.measured("perplexity") is None
+    assert row.measured("accuracy_loss_percent") is None
     assert row.failures[-1].reason == "no finite number: perplexity"
-    assert row.speed_over_fp16 is not None
+    assert row.measured("speed_over_fp16") is not None
 
 
 def test_no_records_is_an_error() -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from quantlab.evaluation.record import Record
 from quantlab.report.matrix.matrix import build_matrix
 from quantlab.report.matrix.terminal import print_matrix
+from tests.report.conftest import make_task
 
 
 def printed(records: list[Record], width: int, *, encoding: str = "utf-8", color: bool = False) -> str:
@@ -88,3 +89,30 @@ def test_every_batch_size_that_was_measured_is_shown(rich: list[Record]) -> None
     assert [head.count(f"decode {batch} ") for batch in (1, 8, 32)] == [1, 1, 1]
     one = [record.model_copy(update={"speed": None}) for record in rich]
     assert "decode" not in printed(one, 300).splitlines()[1]
+
+
+def test_tasks_stand_in_the_same_table_where_it_is_wide_enough(rich: list[Record]) -> None:
+    wide, narrow = printed(rich, 300), printed(rich, 120)
+    first, second, *_ = wide.splitlines()[1:]
+    assert [f"{name} " in first + " " for name in ("continuation", "last-word", "retrieval")] == [True] * 3
+    assert second.count("loss, pts") == 3
+    assert wide.count("\nvariant ") == 1
+    (row,) = [line for line in wide.splitlines() if line.startswith("w4a16 ")]
+    assert len(row.split(" ±")) >= 6, "losses of text and tasks with their margins"
+    assert narrow.count("\nvariant ") == 2
+    assert "loss, pts" not in narrow.splitlines()[2]
+    assert max(map(len, narrow.splitlines())) <= 120
+
+
+def test_more_tasks_than_fit_stand_in_several_tables(rich: list[Record]) -> None:
+    many = [
+        record.model_copy(
+            update={"tasks": tuple(make_task(f"task-{index}", 0.7, 0.012) for index in range(9)) if number else ()}
+        )
+        for number, record in enumerate(rich)
+    ]
+    text = printed(many, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("\nvariant ") >= 3
+    heads = [word for word in text.split() if word.startswith("task-")]
+    assert heads[:9] == [f"task-{index}" for index in range(9)]

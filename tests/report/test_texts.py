@@ -7,7 +7,9 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
-from quantlab.evaluation.record import Expanded, Measured, Record
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.memory.metrics import Expanded
+from quantlab.evaluation.record import Record
 from quantlab.report.matrix.cells import PRUNED_NOTE, human_bytes, notes, number
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.html import to_html
@@ -56,14 +58,15 @@ def test_markdown_tables_hold_the_numbers(recipe: list[Record]) -> None:
     assert [line[0] for line in first[1:-1]] == ["source (baseline)", *(row.variant for row in matrix.rows[1:])]
     assert first[1][1] == "baseline"
     for line, row in zip(first[2:-1], matrix.rows[1:], strict=True):
-        assert row.accuracy_loss_percent is not None
-        assert row.speed_over_fp16 is not None
-        assert plain(line[1]) == pytest.approx(row.accuracy_loss_percent.value, abs=0.005)
-        assert plain(line[2]) == pytest.approx(row.memory_percent_of_fp16, abs=0.05)
-        assert plain(line[3]) == pytest.approx(row.speed_over_fp16.value, abs=0.005)
+        loss, speed = row.measured("accuracy_loss_percent"), row.measured("speed_over_fp16")
+        assert loss is not None
+        assert speed is not None
+        assert plain(line[1]) == pytest.approx(loss.value, abs=0.005)
+        assert plain(line[2]) == pytest.approx(row.number("memory_percent_of_fp16"), abs=0.05)
+        assert plain(line[3]) == pytest.approx(speed.value, abs=0.005)
         low, high = re.findall(r"[−\d.]+", line[1].split("(")[1])
-        assert plain(low) == pytest.approx(row.accuracy_loss_percent.low, abs=0.005)
-        assert plain(high) == pytest.approx(row.accuracy_loss_percent.high, abs=0.005)
+        assert plain(low) == pytest.approx(loss.low, abs=0.005)
+        assert plain(high) == pytest.approx(loss.high, abs=0.005)
 
 
 def test_markdown_tells_failures_and_escapes_them(damaged: list[Record]) -> None:
@@ -140,18 +143,17 @@ def test_csv_holds_the_numbers_in_full(damaged: list[Record]) -> None:
     lines = list(csv.DictReader(io.StringIO(to_csv(matrix))))
     assert [line["variant"] for line in lines] == [row.variant for row in matrix.rows]
     for line, row in zip(lines, matrix.rows, strict=True):
-        assert line["memory_percent_of_fp16"] == (
-            "" if row.memory_percent_of_fp16 is None else repr(row.memory_percent_of_fp16)
-        )
+        memory = row.number("memory_percent_of_fp16")
+        assert line["memory_percent_of_fp16"] == ("" if memory is None else repr(memory))
         for name in ("accuracy_loss_percent", "speed_over_fp16", "perplexity", "kl_to_baseline", "top1_agreement"):
-            measured = getattr(row, name)
+            measured = row.measured(name)
             parts = (line[name], line[f"{name}_low"], line[f"{name}_high"], line[f"{name}_n"])
             assert parts == (
                 ("",) * 4
                 if measured is None
                 else tuple(map(repr, (measured.value, measured.low, measured.high, measured.n)))
             )
-        at_8 = row.decode_tokens_per_second["8"]
+        at_8 = row.measured("decode_tokens_per_second.8")
         assert line["decode_tokens_per_second_8"] == ("" if at_8 is None else repr(at_8.value))
     assert "quality: no kernel for int8" in next(line for line in lines if line["variant"] == "int8")["failures"]
 

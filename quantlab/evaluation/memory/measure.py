@@ -12,8 +12,8 @@ from quantlab.architectures.detect import of_model_type
 from quantlab.architectures.layer import LatentAttention
 from quantlab.checkpoint.index import INDEX_NAME, open_checkpoint
 from quantlab.evaluation.machine.gauges import forget_peak, now, peak_bytes
+from quantlab.evaluation.memory.metrics import Expanded, Memory
 from quantlab.evaluation.processes.messages import MemoryRequest, Progress
-from quantlab.evaluation.record import Expanded, Memory
 from quantlab.evaluation.statistics import median
 from quantlab.evaluation.suite import load_suite
 from quantlab.runtime.account import expanded, weight_bytes

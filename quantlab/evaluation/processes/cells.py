@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from quantlab.evaluation.memory.metrics import Memory
 from quantlab.evaluation.processes.attention_cells import measure_contexts
 from quantlab.evaluation.processes.messages import (
     MemoryRequest,
@@ -26,7 +27,9 @@ from quantlab.evaluation.processes.messages import (
     TasksResult,
 )
 from quantlab.evaluation.processes.workers import CellError, Worker, wrong_answer
-from quantlab.evaluation.record import Attention, Failure, Memory, Quality, Record, Speed, TaskResult
+from quantlab.evaluation.quality.metrics import Quality
+from quantlab.evaluation.record import Attention, Failure, Record, TaskResult
+from quantlab.evaluation.speed.metrics import Speed
 from quantlab.evaluation.speed.rates import speeds_of
 from quantlab.evaluation.suite import LoadedSuite, SpeedSuite, TaskRun
 

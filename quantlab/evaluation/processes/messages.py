@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quantlab.evaluation.record import AttentionCell, Quality, TaskResult
+from quantlab.evaluation.quality.metrics import Quality
+from quantlab.evaluation.record import AttentionCell, TaskResult
 
 Progress = Callable[[str, int, int], None]
 """Told of a stage, how much of it is done and how much there is (0 when that is not known)."""

@@ -1,4 +1,4 @@
-"""What the baseline predicted, kept so that every other row can be compared with it exactly.
+"""Predictions of the baseline, kept so that every other row can be compared with them exactly.
 
 KL needs the baseline's whole distribution at every token. Stored as logits that is tokens x vocabulary numbers (29 GB for
 56,000 tokens of a vocabulary of 129,280); stored as the best k probabilities it is no longer the KL. But the logits are
@@ -28,7 +28,7 @@ from quantlab.files import write_atomically
 
 _HIDDEN, _HEAD, _TOKENS = "hidden.npy", "head.npy", "tokens.npz"
 MOST_BYTES: Final = 4 << 30
-"""Of hidden states, by default."""
+"""Default limit for the hidden states that are kept."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class BaselineWriter:
 
         Args:
             directory: takes the predictions; emptied.
-            key: names the baseline and all that its predictions depend on.
+            key: identifies the baseline and everything its predictions depend on.
             tokens_sha256: hash of the windows about to be scored.
             most_bytes: that hidden states may take; as many tokens are kept, evenly spaced.
         """

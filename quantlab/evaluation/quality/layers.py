@@ -1,10 +1,10 @@
-"""Where in a model an artifact departs from its baseline: the experts its routers choose, and the error of each layer alone.
+"""Where in the model an artifact departs from its baseline: choices of the routers, and the error of each layer alone.
 
 **Routers** are watched while the held-out text is scored. Errors of all layers before it reach a router, as they do in use.
 
 **Layers** are judged one by one. The baseline's hidden states between its layers are kept for a few short windows. The
-artifact reads the same windows, but each of its layers is handed the baseline's hidden states in place of the layer before
-it, so that what comes out differs by that layer's own error and a single damaged layer stands out.
+artifact reads the same windows, but each of its layers receives the baseline's hidden states in place of those of the layer
+before it, so that its output differs by its own error alone and a single damaged layer stands out.
 
 Legend: T tokens, L layers, H hidden size, k experts per token.
 """
@@ -107,7 +107,7 @@ class LayerErrors:
     Attributes:
         layers: their names.
         difference: squared norm of the difference of outputs [W, L].
-        added: squared norm of what the baseline's layer adds to its input [W, L].
+        added: squared norm of the contribution of the baseline's layer to the residual stream [W, L].
         documents: the document of each window [W].
         tokens: tokens of all windows.
     """

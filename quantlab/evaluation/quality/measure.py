@@ -1,7 +1,8 @@
-"""Quality: what an artifact predicts on held-out text, and how far it is from the baseline on the same tokens."""
+"""Quality: predictions of an artifact on held-out text, and their distance from the baseline's on the same tokens."""
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.manifest import kept_experts, read_manifest
+from quantlab.evaluation.measured import Frozen, Measured, Significance
+from quantlab.evaluation.metric import Metric, metrics_of
 from quantlab.evaluation.processes.messages import Progress, QualityRequest, QualityResult
 from quantlab.evaluation.quality.baseline import Baseline, BaselineWriter, TokenScores
 from quantlab.evaluation.quality.layers import (
@@ -22,18 +25,16 @@ from quantlab.evaluation.quality.layers import (
     layer_errors,
     sample,
 )
+from quantlab.evaluation.quality.metrics import SUMS, Divergence, Documents, Domain, Quality
 from quantlab.evaluation.quality.predictions import score
 from quantlab.evaluation.quality.windows import HeldOut, cut, read_corpus
-from quantlab.evaluation.record import Divergence, Documents, Domain, Measured, Quality, Significance
 from quantlab.evaluation.statistics import Floats, Resampled, percentile, resample
 from quantlab.evaluation.suite import load_suite
 from quantlab.runtime.load import load
 from quantlab.runtime.operators import cpu_operators
 
-# the sums over documents that every number of the table is made of
-_TOKENS, _BYTES, _NLL, _CORRECT, _KL, _AGREEING, _BASELINE_NLL, _BASELINE_CORRECT, _TO_WRONG, _TO_RIGHT = range(10)
-_KL_TOKENS = 10  # those whose KL is known
-_COLUMNS = 11
+_AT: Final = {name: column for column, name in enumerate(SUMS)}
+"""Columns of the tables of sums."""
 
 
 def measure_quality(request: QualityRequest, progress: Progress) -> QualityResult:
@@ -93,96 +94,100 @@ def summarise(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | No
         EvaluationError: the perplexity is larger than a number can be.
     """
     table = document_sums(held_out, scores, baseline)
-    seen = table[:, _TOKENS] > 0
+    seen = table[:, _AT["tokens"]] > 0
+    compared = baseline is not None
     everything = resample(table[seen], held_out.strata[seen])
-    n = int(everything.totals[_TOKENS])
     domains = {}
     for stratum, name in enumerate(held_out.domains):
         rows = seen & (held_out.strata == stratum)
-        one = resample(table[rows], held_out.strata[rows])
-        tokens = int(one.totals[_TOKENS])
-        domains[name] = Domain(perplexity=_perplexity(one), bits_per_byte=one.measure(_bits_per_byte, n=tokens))
-        if baseline is not None:
-            change = one.measure(_perplexity_change, n=tokens), _mean_kl(one)
-            domains[name] = domains[name].model_copy(
-                update={"perplexity_change_percent": change[0], "kl_to_baseline": change[1]}
-            )
-    compared = everything if baseline is not None else None
+        domains[name] = Domain.model_validate(
+            _numbers(Domain, resample(table[rows], held_out.strata[rows]), compared=compared)
+        )
     return Quality(
         compute_dtype=compute_dtype,
-        perplexity=_perplexity(everything),
-        bits_per_byte=everything.measure(_bits_per_byte, n=n),
-        next_token_accuracy=everything.measure(_mean_of(_CORRECT), n=n),
         domains=domains,
-        perplexity_change_percent=compared and compared.measure(_perplexity_change, n=n),
-        accuracy_loss_percent=compared and _accuracy_loss(compared, n),
-        accuracy_loss=compared and compared.measure(_accuracy_difference, n=n),
-        kl_to_baseline=compared and _mean_kl(compared),
-        top1_agreement=compared and compared.measure(_mean_of(_AGREEING), n=n),
-        divergence=_divergence(held_out, scores, baseline, everything) if baseline is not None else None,
-        significance=_significance(compared, n) if compared is not None else {},
-        documents=_documents(held_out, table, compared=baseline is not None),
+        divergence=_divergence(held_out, scores, everything) if compared else None,
+        significance=_significance(everything) if compared else {},
+        documents=_documents(held_out, table, compared=compared),
+        **_numbers(Quality, everything, compared=compared),
     )
+
+
+def _numbers(model: type[Frozen], sums: Resampled, *, compared: bool) -> dict[str, Any]:
+    """Every number of a part of the record that is a function of sums; None without a baseline where it needs one."""
+    _refuse_infinite_perplexity(sums)
+    return {
+        name: _measure(sums, declared.metric) if compared or not declared.metric.relative else None
+        for name, declared in metrics_of(model).items()
+        if declared.metric.statistic is not None
+    }
+
+
+def _measure(sums: Resampled, metric: Metric) -> Measured | None:
+    """One number with its interval; None where a draw of documents divides by zero, as where the baseline is never right."""
+    statistic = _of_columns(metric)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if np.isfinite(sums.draws).all() and not np.isfinite(statistic(sums.draws)).all():
+            return None
+    return sums.measure(statistic, n=int(sums.totals[_AT[metric.count]]))
+
+
+def _of_columns(metric: Metric) -> Callable[[Floats], Floats]:
+    """The metric's function of named sums as one of a table's columns [..., C]."""
+    statistic = metric.statistic
+    assert statistic is not None, "asked only of functions of sums"
+    return lambda row: statistic({name: row[..., at] for name, at in _AT.items()})
 
 
 def _documents(held_out: HeldOut, table: Floats, *, compared: bool) -> Documents:
     """The sums as a record keeps them: of the documents that were scored."""
-    seen = table[:, _TOKENS] > 0
-
-    def counts(column: int) -> tuple[int, ...]:
-        return tuple(int(value) for value in table[seen, column])
-
-    def sums(column: int) -> tuple[float, ...]:
-        return tuple(float(value) for value in table[seen, column])
-
-    return Documents(
-        tokens_sha256=held_out.sha256,
-        domain=tuple(held_out.domains[stratum] for stratum in held_out.strata[seen]),
-        tokens=counts(_TOKENS),
-        nll=sums(_NLL),
-        correct=counts(_CORRECT),
-        kl=sums(_KL) if compared else (),
-        agreeing=counts(_AGREEING) if compared else (),
-        to_wrong=counts(_TO_WRONG) if compared else (),
-        to_right=counts(_TO_RIGHT) if compared else (),
-        baseline_nll=sums(_BASELINE_NLL) if compared else (),
-        baseline_correct=counts(_BASELINE_CORRECT) if compared else (),
+    seen = table[:, _AT["tokens"]] > 0
+    kept = SUMS if compared else ("tokens", "bytes", "nll", "correct")
+    # counts are written as integers: pydantic takes whole floats for them
+    return Documents.model_validate(
+        {
+            "tokens_sha256": held_out.sha256,
+            "domain": tuple(held_out.domains[stratum] for stratum in held_out.strata[seen]),
+            **{name: table[seen, _AT[name]].tolist() for name in kept},
+        }
     )
 
 
-def _divergence(held_out: HeldOut, scores: TokenScores, baseline: TokenScores, sums: Resampled) -> Divergence:
+def _divergence(held_out: HeldOut, scores: TokenScores, sums: Resampled) -> Divergence:
     assert scores.kl is not None, "scored against a baseline"
     kl, n = scores.kl.double().numpy(), held_out.tokens
     document = held_out.documents()[:: scores.stride]
-    sample = f"all {n:,} tokens" if scores.stride == 1 else f"one in {scores.stride} of {n:,} tokens"
+    of_quality = _numbers(Quality, sums, compared=True)
     return Divergence(
-        kl_sample=sample,
-        kl_mean=_mean_kl(sums),
+        kl_sample=f"all {n:,} tokens" if scores.stride == 1 else f"one in {scores.stride} of {n:,} tokens",
+        kl_mean=of_quality["kl_to_baseline"],
         kl_median=percentile(kl, document, held_out.strata, share=0.5),
         kl_p99=percentile(kl, document, held_out.strata, share=0.99),
-        top1_agreement=sums.measure(_mean_of(_AGREEING), n=n),
-        flips_to_wrong=sums.measure(_mean_of(_TO_WRONG), n=n),
-        flips_to_right=sums.measure(_mean_of(_TO_RIGHT), n=n),
+        top1_agreement=of_quality["top1_agreement"],
+        **_numbers(Divergence, sums, compared=True),
     )
 
 
-def _significance(sums: Resampled, n: int) -> dict[str, Significance]:
-    """Accuracy is tested as a difference of shares: it is zero exactly when the loss in percent is."""
-    found = {
-        "perplexity_change_percent": sums.compare(_perplexity_change, n=n)[1],
-        "accuracy_loss_percent": sums.compare(_accuracy_difference, n=n)[1],
-    }
-    return {name: significance for name, significance in found.items() if significance is not None}
+def _significance(sums: Resampled) -> dict[str, Significance]:
+    """The test of every metric that declares a loss, by its name."""
+    metrics, found = metrics_of(Quality), {}
+    for name, declared in metrics.items():
+        if declared.metric.loss is not None:
+            tested = metrics[declared.metric.loss.tested].metric
+            _, significance = sums.compare(_of_columns(tested), n=int(sums.totals[_AT[tested.count]]))
+            if significance is not None:
+                found[name] = significance
+    return found
 
 
 def with_layers(
     quality: Quality, held_out: HeldOut, agreement: Mapping[str, NDArray[np.bool_]], errors: LayerErrors | None
 ) -> Quality:
-    """The quality with what each layer does.
+    """The quality with agreement of routers and error by layer.
 
     Args:
         quality: compared with a baseline.
-        held_out: what was scored.
+        held_out: the scored text.
         agreement: layer -> whether the tokens go to the baseline's experts [T].
         errors: of each layer alone, None where they were not measured.
     """
@@ -203,7 +208,7 @@ def with_layers(
 
 
 def _relative(errors: LayerErrors) -> dict[str, Measured]:
-    """Norm of the difference over norm of what the layer adds, with intervals over documents; of layers where both are numbers."""
+    """Norm of the difference over norm of the layer's contribution, with intervals over documents; for layers where both are finite."""
     faults = errors.faults()
     sound = [at for at, name in enumerate(errors.layers) if name not in faults]
     if not sound:
@@ -221,7 +226,7 @@ def _relative(errors: LayerErrors) -> dict[str, Measured]:
 
 
 def document_sums(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | None) -> Floats:
-    """What each document adds to each column [D, C]; the columns that need a baseline are zero without one."""
+    """Sums of each document, in the order of `SUMS` [D, C]; those that need a baseline are zero without one."""
     document = held_out.documents()
     documents = len(held_out.strata)
 
@@ -230,63 +235,31 @@ def document_sums(held_out: HeldOut, scores: TokenScores, baseline: TokenScores 
         sums: Floats = np.bincount(document, weights=weights, minlength=documents).astype(np.float64)
         return sums
 
-    table = np.zeros((documents, _COLUMNS))
-    table[:, _TOKENS] = np.bincount(document, minlength=documents)
+    table = np.zeros((documents, len(SUMS)))
+    table[:, _AT["tokens"]] = np.bincount(document, minlength=documents)
     windows = [window.document for window in held_out.windows]
-    table[:, _BYTES] = np.bincount(windows, weights=[window.nbytes for window in held_out.windows], minlength=documents)
-    table[:, _NLL] = by_document(scores.nll)
-    table[:, _CORRECT] = by_document(scores.correct)
+    table[:, _AT["bytes"]] = np.bincount(
+        windows, weights=[window.nbytes for window in held_out.windows], minlength=documents
+    )
+    table[:, _AT["nll"]] = by_document(scores.nll)
+    table[:, _AT["correct"]] = by_document(scores.correct)
     if baseline is not None and scores.kl is not None:
         kept = document[:: scores.stride]
-        table[:, _KL] = np.bincount(kept, weights=scores.kl.double().numpy(), minlength=documents)
-        table[:, _KL_TOKENS] = np.bincount(kept, minlength=documents)
-        table[:, _AGREEING] = by_document(scores.top1 == baseline.top1)
-        table[:, _BASELINE_NLL] = by_document(baseline.nll)
-        table[:, _BASELINE_CORRECT] = by_document(baseline.correct)
-        table[:, _TO_WRONG] = by_document(baseline.correct & ~scores.correct)
-        table[:, _TO_RIGHT] = by_document(scores.correct & ~baseline.correct)
+        table[:, _AT["kl"]] = np.bincount(kept, weights=scores.kl.double().numpy(), minlength=documents)
+        table[:, _AT["kl_tokens"]] = np.bincount(kept, minlength=documents)
+        table[:, _AT["agreeing"]] = by_document(scores.top1 == baseline.top1)
+        table[:, _AT["baseline_nll"]] = by_document(baseline.nll)
+        table[:, _AT["baseline_correct"]] = by_document(baseline.correct)
+        table[:, _AT["to_wrong"]] = by_document(baseline.correct & ~scores.correct)
+        table[:, _AT["to_right"]] = by_document(scores.correct & ~baseline.correct)
     return table
 
 
-def _perplexity(sums: Resampled) -> Measured:
-    """exp(mean negative log-likelihood per token)."""
-    if sums.draws[:, _NLL].max() / sums.draws[:, _TOKENS].min() > math.log(np.finfo(np.float64).max):
+def _refuse_infinite_perplexity(sums: Resampled) -> None:
+    if sums.draws[:, _AT["nll"]].max() / sums.draws[:, _AT["tokens"]].min() > math.log(np.finfo(np.float64).max):
         raise EvaluationError(
             "the artifact predicts nothing: its perplexity is larger than a number can be",
             where="held-out text",
-            found=f"{sums.totals[_NLL] / sums.totals[_TOKENS]:.0f} nats per token",
+            found=f"{sums.totals[_AT['nll']] / sums.totals[_AT['tokens']]:.0f} nats per token",
             fix="check the artifact with `quantlab verify`, then its variant in the recipe",
         )
-    return sums.measure(lambda row: np.exp(row[..., _NLL] / row[..., _TOKENS]), n=int(sums.totals[_TOKENS]))
-
-
-def _mean_kl(sums: Resampled) -> Measured:
-    """Over the tokens it is known of."""
-    return sums.measure(lambda row: row[..., _KL] / row[..., _KL_TOKENS], n=int(sums.totals[_KL_TOKENS]))
-
-
-def _mean_of(column: int) -> Callable[[Floats], Floats]:
-    return lambda sums: sums[..., column] / sums[..., _TOKENS]
-
-
-def _accuracy_difference(sums: Floats) -> Floats:
-    return (sums[..., _BASELINE_CORRECT] - sums[..., _CORRECT]) / sums[..., _TOKENS]
-
-
-def _bits_per_byte(sums: Floats) -> Floats:
-    return sums[..., _NLL] / math.log(2) / sums[..., _BYTES]
-
-
-def _perplexity_change(sums: Floats) -> Floats:
-    return 100 * np.expm1((sums[..., _NLL] - sums[..., _BASELINE_NLL]) / sums[..., _TOKENS])
-
-
-def _accuracy_loss(sums: Resampled, n: int) -> Measured | None:
-    """100 (correct of baseline - correct) / correct of baseline; None where the baseline is never right."""
-    if sums.draws[:, _BASELINE_CORRECT].min() == 0:
-        return None
-
-    def loss(row: Floats) -> Floats:
-        return 100 * (row[..., _BASELINE_CORRECT] - row[..., _CORRECT]) / row[..., _BASELINE_CORRECT]
-
-    return sums.measure(loss, n=n)

@@ -1,4 +1,4 @@
-"""What a model predicts at every token of held-out text, next to what the baseline predicted there.
+"""Predictions of a model at every token of held-out text, beside the baseline's.
 
 The model's last hidden states are computed a batch of windows at a time; logits exist only for a few hundred tokens at a
 time, small enough to stay in the cache while they are used: for every token their logsumexp (once; the token's
@@ -44,7 +44,7 @@ def score(
         held_out: the windows.
         baseline: predictions to compare with.
         keep: takes this model's predictions, as those of the baseline.
-        progress: told how many of all tokens are done.
+        progress: called with the number of tokens done and of all.
         routes: takes the experts of every scored token.
         batch_tokens: tokens computed at once, padding included.
 

@@ -55,7 +55,7 @@ class Window:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """All that is scored.
+    """The text that is scored.
 
     Attributes:
         domains: their names, sorted.

@@ -10,8 +10,9 @@ from typing import Final
 import numpy as np
 
 from quantlab.evaluation.machine.contention import spread
+from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.processes.messages import SpeedResult, TwinTimings
-from quantlab.evaluation.record import Measured, Speed
+from quantlab.evaluation.speed.metrics import Speed
 from quantlab.evaluation.statistics import Between, Floats, between, repeated
 from quantlab.evaluation.suite import SpeedSuite
 
@@ -94,7 +95,6 @@ def _speed(
 ) -> Speed:
     others = next((result.others for result in results if result.others), None)
     of_energy = next((result.others_of_energy for result in results if result.others_of_energy), None)
-    sharing = [other for other in twin.variants if other != variant]
     together = {name: np.concatenate(values) for name, values in cells.items()}
     noise = {
         name: reason
@@ -107,7 +107,8 @@ def _speed(
 
     return Speed(
         twin=f"{suite.description}, {suite.prompt} tokens in the cache, {results[0].computed_by}",
-        layout=twin.layout + (f", timed once with {', '.join(sharing)}" if sharing else ""),
+        layout=twin.layout,
+        timed_with=tuple(other for other in twin.variants if other != variant),
         twin_memory_percent_of_fp16=twin.memory_percent_of_fp16,
         processes=len(results),
         decode_tokens_per_second=by_batch("decode_tokens_per_second"),

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.record import Measured, Significance, TaskResult, verdict
+from quantlab.evaluation.measured import Measured, Significance, verdict
+from quantlab.evaluation.record import TaskResult
 from quantlab.evaluation.statistics import Floats, Resampled, mcnemar, resample
 from quantlab.files import write_atomically
 

@@ -5,59 +5,49 @@ lies wholly on the better or worse side of it, the claim is too modest or does n
 interval keeps it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from quantlab.documents import load_document
 from quantlab.errors import RecipeError
-from quantlab.evaluation.record import Attention, Measured
-from quantlab.report.comparison.difference import exact, subtract
+from quantlab.evaluation.measured import Frozen, Measured
+from quantlab.evaluation.record import Attention
 from quantlab.report.comparison.paired import paired
-from quantlab.report.matrix.rows import Frozen, Row, noise_of
+from quantlab.report.comparison.unpaired import exact, subtract
+from quantlab.report.matrix.rows import METRICS, Row, metric, noise_of
 
-Metric = Literal[
-    "accuracy_loss_percent",
-    "accuracy_kept_percent",
-    "perplexity_change_percent",
-    "memory_percent_of_fp16",
-    "quantized_weights_percent_of_fp16",
-    "twin_memory_percent_of_fp16",
-    "speed_over_fp16",
-    "attention_memory_saved_percent",
-]
+KEPT, SAVED = "accuracy_kept_percent", "attention_memory_saved_percent"
+NAMES: Final[Mapping[str, str]] = {
+    **{name: declared.metric.claim for name, (_, declared) in METRICS.items() if declared.metric.claim},
+    KEPT: "next-token accuracy kept, %",
+    SAVED: "peak above the weights while a context is read, saved against eager attention, %",
+}
+"""Numbers that claims can be made about: metrics that declare it, and two that are computed here."""
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[tuple(NAMES)]
 Verdict = Literal["holds", "better", "does not hold", "not decided", "not measured here"]
 
-NAMES: dict[Metric, str] = {
-    "accuracy_loss_percent": "next-token accuracy lost, %",
-    "accuracy_kept_percent": "next-token accuracy kept, %",
-    "perplexity_change_percent": "perplexity change, %",
-    "memory_percent_of_fp16": "weights in memory, % of FP16",
-    "quantized_weights_percent_of_fp16": "quantized weights in memory, % of FP16",
-    "twin_memory_percent_of_fp16": "weights of the twin in memory, % of FP16",
-    "speed_over_fp16": "decode speed of the twin, × FP16",
-    "attention_memory_saved_percent": "peak above the weights while a context is read, saved against eager attention, %",
-}
 _VAGUE = 0.3
 """An interval wider than this share of the claimed number contains too much to confirm it."""
-_OF_TEXT = {"accuracy_loss_percent", "accuracy_kept_percent", "perplexity_change_percent"}
-_HIGHER_IS_BETTER = {"accuracy_kept_percent", "speed_over_fp16", "attention_memory_saved_percent"}
 
 
 class Claim(Frozen):
-    """One claim: about a metric of the matrix, or beside a number measured elsewhere; with neither it is told, not checked."""
+    """One claim: about a metric of the matrix, or about a number measured elsewhere; without either it is printed and not checked."""
 
     text: str = Field(min_length=1)
     """As it is printed, in one line."""
     variant: str | None = None
-    metric: Metric | None = None
+    metric: MetricName | None = None
     attention: str | None = None
-    """Of `attention_memory_saved_percent`: the implementation that is held against `eager`, in place of a variant."""
+    """For `attention_memory_saved_percent`, in place of a variant: the implementation that is compared with `eager`."""
     context: int | None = None
-    """Tokens of the context that it is held against it at."""
+    """Length of the context at which they are compared, in tokens."""
     measured: float | None = None
     """A number that no record holds, from `source`."""
     source: str | None = None
@@ -69,13 +59,13 @@ class Claim(Frozen):
     better_than: str | None = None
     """Another variant."""
     tolerance: float = Field(default=0.0, ge=0)
-    """What the claim leaves open, in its own unit: half a unit of the last digit that is printed."""
+    """Rounding of the claimed number, in its own unit: half a unit of the last digit printed."""
     note: str = ""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
         said = [each for each in (self.equals, self.at_most, self.at_least, self.better_than) if each is not None]
-        of_attention = self.metric == "attention_memory_saved_percent"
+        of_attention = self.metric == SAVED
         if not (self.attention is not None) == (self.context is not None) == of_attention:
             raise ValueError(
                 "`attention` and `context` belong to `metric: attention_memory_saved_percent`, and it to them"
@@ -110,7 +100,7 @@ class CheckedClaim(Frozen):
 
     text: str
     variant: str | None
-    metric: Metric | None
+    metric: MetricName | None
     claimed: str
     value: Measured | float | None
     """The measured number; for `better_than` the difference to the other variant."""
@@ -138,7 +128,7 @@ def load_claims(path: Path) -> tuple[Claims, str]:
 def check_claims(
     claims: Claims, rows: Sequence[Row], *, baseline: str, attention: Attention | None = None
 ) -> CheckedClaims:
-    """Hold every claim against the rows of a matrix.
+    """Check every claim against the rows of a matrix.
 
     Args:
         claims: of a file.
@@ -209,7 +199,7 @@ def _check(claim: Claim, rows: dict[str, Row], *, baseline: str) -> CheckedClaim
     noise = noise_of(row, claim.metric)
     if noise:
         return said("not decided", found, f"noisy: {noise}")
-    sign = -1.0 if claim.metric in _HIGHER_IS_BETTER else 1.0
+    sign = -1.0 if _is_better_high(claim.metric) else 1.0
     if claim.better_than is not None:
         other = _value(rows[claim.better_than], claim.metric, baseline=baseline)
         if other is None:
@@ -218,7 +208,7 @@ def _check(claim: Claim, rows: dict[str, Row], *, baseline: str) -> CheckedClaim
         difference = same_items or subtract(exact(found), exact(other))
         more = f"difference to {claim.better_than}"
         of_baseline = baseline in (claim.variant, claim.better_than)  # losses are paired with it already
-        if claim.metric in _OF_TEXT and same_items is None and not of_baseline:
+        if _lost(claim.metric) and same_items is None and not of_baseline:
             return said("not decided", difference, f"{more}, unpaired")
         return said(_at_most(_times(difference, sign), 0.0), difference, more)
     measured = _times(exact(found), sign)
@@ -227,12 +217,23 @@ def _check(claim: Claim, rows: dict[str, Row], *, baseline: str) -> CheckedClaim
     return said(_bounded(claim, exact(found)), found)
 
 
-def _paired(row: Row, other: Row, metric: Metric) -> Measured | None:
+def _lost(name: str) -> str:
+    """The loss against the baseline that a claim is about; empty for other metrics."""
+    name = "accuracy_loss_percent" if name == KEPT else name
+    return name if name in METRICS and metric(name).loss else ""
+
+
+def _is_better_high(name: str) -> bool:
+    return name in (KEPT, SAVED) or metric(name).better == "high"
+
+
+def _paired(row: Row, other: Row, name: str) -> Measured | None:
     """How much more the row has than the other on the same documents, where both have them."""
-    if metric == "accuracy_kept_percent":
-        lost = paired(other.documents, row.documents, "accuracy_loss_percent")
-        return _times(lost, -1.0) if lost else None
-    return paired(other.documents, row.documents, metric)
+    lost = _lost(name)
+    if not lost:
+        return None
+    found = paired(other.documents, row.documents, metric(lost))
+    return _times(found, -1.0) if found and name == KEPT else found
 
 
 def _claimed(claim: Claim) -> str:
@@ -267,20 +268,12 @@ def _at_most(measured: Measured, bound: float) -> Verdict:
     return "does not hold" if measured.low > bound else "not decided"
 
 
-def _value(row: Row, metric: Metric, *, baseline: str) -> Measured | float | None:
-    is_baseline = row.variant == baseline and row.perplexity is not None
-    loss = 0.0 if is_baseline else row.accuracy_loss_percent
-    readers: dict[Metric, Callable[[], Measured | float | None]] = {
-        "accuracy_loss_percent": lambda: loss,
-        "accuracy_kept_percent": lambda: None if loss is None else subtract(exact(100.0), exact(loss)),
-        "perplexity_change_percent": lambda: 0.0 if is_baseline else row.perplexity_change_percent,
-        "memory_percent_of_fp16": lambda: row.memory_percent_of_fp16,
-        "quantized_weights_percent_of_fp16": lambda: row.quantized_weights_percent_of_fp16,
-        "twin_memory_percent_of_fp16": lambda: row.twin_memory_percent_of_fp16,
-        "speed_over_fp16": lambda: row.speed_over_fp16,
-        "attention_memory_saved_percent": lambda: None,  # of no row
-    }
-    return readers[metric]()
+def _value(row: Row, name: str, *, baseline: str) -> Measured | float | None:
+    """The number that a claim is about; a baseline has lost nothing against itself, exactly."""
+    lost = _lost(name)
+    is_baseline = row.variant == baseline and row.quality is not None
+    found = 0.0 if lost and is_baseline else row.value(lost or name)
+    return found if found is None or name != KEPT else subtract(exact(100.0), exact(found))
 
 
 def _times(measured: Measured, sign: float) -> Measured:

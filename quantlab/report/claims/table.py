@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from quantlab.evaluation.record import Measured
-from quantlab.report.claims.check import NAMES, CheckedClaim, Verdict
+from quantlab.evaluation.measured import Measured
+from quantlab.report.claims.check import KEPT, NAMES, SAVED, CheckedClaim, Verdict
 from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.columns import columns
 from quantlab.report.matrix.matrix import Matrix
@@ -59,12 +59,9 @@ def _link(claim: CheckedClaim, matrix: Matrix) -> str | None:
     """To the variant's record; long contexts stand in the baseline's."""
     if claim.value is None or claim.metric is None:
         return None
-    of_attention = claim.metric == "attention_memory_saved_percent"
-    name = matrix.baseline if of_attention else claim.variant
-    key = "accuracy_loss_percent" if claim.metric == "accuracy_kept_percent" else claim.metric
-    fields = {column.key: column.field for column in columns(matrix)} | {
-        "attention_memory_saved_percent": "attention.cells"
-    }
+    name = matrix.baseline if claim.metric == SAVED else claim.variant
+    key = "accuracy_loss_percent" if claim.metric == KEPT else claim.metric
+    fields = {column.key: column.field for column in columns(matrix)} | {SAVED: "attention.cells"}
     return next((link_to(row, fields.get(key, "")) for row in matrix.rows if row.variant == name), None)
 
 

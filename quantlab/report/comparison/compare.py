@@ -1,16 +1,18 @@
-"""Two records side by side: what differs about them, every number with its interval, and which differences can be measured."""
+"""Comparison of two records: their differing properties, every number with its interval, and the differences that can be measured."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from quantlab.errors import ArtifactError
-from quantlab.evaluation.record import Measured, Record, TaskKey
-from quantlab.report.comparison.difference import exact, subtract
+from quantlab.evaluation.measured import Frozen, Measured
+from quantlab.evaluation.metric import Unit
+from quantlab.evaluation.record import Record, TaskKey, TaskResult
 from quantlab.report.comparison.paired import paired, paired_tasks
-from quantlab.report.matrix.column import Column, Need, Unit
-from quantlab.report.matrix.columns import columns_of
-from quantlab.report.matrix.rows import Frozen, Row, build_row, keys_of, noise_of, task_labels
+from quantlab.report.comparison.unpaired import exact, subtract
+from quantlab.report.matrix.columns import Column, Need, columns_of
+from quantlab.report.matrix.rows import Row, build_row, noise_of, task_labels
 
 Verdict = Literal["A is better", "B is better", "no measurable difference", "equal", "not comparable", "not judged"]
 UNPAIRED = "unpaired: the records do not hold the scores of the same documents"
@@ -40,7 +42,7 @@ class Number(Frozen):
     """The interval is of the same items on both sides; else of two independent measurements."""
     verdict: Verdict
     reason: str = ""
-    """Why it is not comparable or not judged."""
+    """Reason where it is not comparable or not judged."""
 
 
 class Pair(Frozen):
@@ -73,7 +75,7 @@ def compare(
 
     Args:
         a, b: records with their files; a side with one record is compared with the same variant of a side with several.
-        names: what the two sides are called.
+        names: names of the two sides.
 
     Raises:
         ArtifactError: the sides have no variant in common, or are the same.
@@ -107,34 +109,55 @@ def compare(
 
 def _pair(a: tuple[Path, Record], b: tuple[Path, Record]) -> Pair:
     first, second = a[1], b[1]
-    keys = keys_of([first, second])
-    rows = (build_row(first, keys), build_row(second, keys))
+    rows = (build_row(first), build_row(second))
     barriers = _barriers(first, second)
     # machines stand in separate columns in a table, but here they share a row, with the reason why they cannot be compared
-    shown = columns_of([row.model_copy(update={"hardware": ""}) for row in rows])
-    numbers = [_number(column, rows, (first, second), barriers) for column in shown]
+    numbers = [_number(column, rows, barriers) for column in columns_of(rows)]
     return Pair(
         a=str(a[0]),
         b=str(b[0]),
         variant_a=first.variant,
         variant_b=second.variant,
         differences=tuple(_differences(first, second)),
-        warnings=tuple(barriers.values()),
+        warnings=tuple(barrier.sentence for barrier in barriers.values()),
         numbers=tuple(number for number in numbers if number.a is not None or number.b is not None),
     )
 
 
-def _barriers(a: Record, b: Record) -> dict[Need, str]:
-    """What makes numbers incomparable, with the sentence that says so."""
-    found: dict[Need, str] = {}
+@dataclass(frozen=True)
+class _Barrier:
+    """Something that two records do not share, so that some of their numbers cannot be compared.
+
+    Attributes:
+        reason: in a few words: "other suite".
+        details: the value in each record.
+        consequence: the numbers that are not compared.
+    """
+
+    reason: str
+    details: str
+    consequence: str
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.reason} ({self.details}): {self.consequence}"
+
+
+def _barriers(a: Record, b: Record) -> dict[Need, _Barrier]:
+    found: dict[Need, _Barrier] = {}
     if a.suite_sha256 != b.suite_sha256:
-        what = f"{a.suite} and {b.suite}" if a.suite != b.suite else f"two contents of {a.suite}"
-        found["suite"] = f"other suite ({what}): quality and speed were measured differently and are not compared"
+        details = f"{a.suite} and {b.suite}" if a.suite != b.suite else f"two contents of {a.suite}"
+        found["suite"] = _Barrier(
+            "other suite", details, "quality and speed were measured differently and are not compared"
+        )
     if (a.baseline_sha256 or a.baseline) != (b.baseline_sha256 or b.baseline):
-        found["baseline"] = f"other baseline ({_baseline(a)} and {_baseline(b)}): losses against it are not compared"
+        details = f"{_baseline(a)} and {_baseline(b)}"
+        found["baseline"] = _Barrier("other baseline", details, "losses against it are not compared")
     if a.hardware != b.hardware:
-        found["hardware"] = (
-            f"other hardware ({a.hardware} and {b.hardware}): speed, load time and peak memory are not compared"
+        found["hardware"] = _Barrier(
+            "other hardware",
+            f"{a.hardware} and {b.hardware}",
+            "speed, load time and peak memory are not compared",
         )
     return found
 
@@ -143,8 +166,8 @@ def _baseline(record: Record) -> str:
     return f"{record.baseline} {record.baseline_sha256[:12]}".strip()
 
 
-def _number(column: Column, rows: tuple[Row, Row], records: tuple[Record, Record], barriers: dict[Need, str]) -> Number:
-    a, b = (_value(column, row, record) for row, record in zip(rows, records, strict=True))
+def _number(column: Column, rows: tuple[Row, Row], barriers: Mapping[Need, _Barrier]) -> Number:
+    a, b = (_value(column, row) for row in rows)
 
     def judged(
         verdict: Verdict, reason: str = "", difference: Measured | None = None, *, is_paired: bool = False
@@ -163,15 +186,17 @@ def _number(column: Column, rows: tuple[Row, Row], records: tuple[Record, Record
 
     if a is None or b is None:
         return judged("not judged", f"not measured in {'A' if a is None else 'B'}")
-    reason = _why_not(column, records, barriers)
+    reason = _why_not(column, rows, barriers)
     if reason:
         return judged("not comparable", reason)
     noise = [
-        f"noisy in {side}: {why}" for side, row in zip("AB", rows, strict=True) if (why := noise_of(row, column.key))
+        f"noisy in {side}: {why}"
+        for side, row in zip("AB", rows, strict=True)
+        if (why := noise_of(row, column.noise_key))
     ]
-    same_items = _paired(column, rows, records)
+    same_items = _paired(column, rows)
     difference = same_items or subtract(exact(b), exact(a))
-    if column.of_machine and difference.low == difference.high != 0:
+    if column.metric.of_machine and difference.low == difference.high != 0:
         return judged("not judged", "measured once, so without an interval", difference)
     if noise:
         return judged("not judged", "; ".join(noise), difference)
@@ -184,32 +209,34 @@ def _number(column: Column, rows: tuple[Row, Row], records: tuple[Record, Record
     return judged(verdict, "", difference, is_paired=is_paired)
 
 
-def _paired(column: Column, rows: tuple[Row, Row], records: tuple[Record, Record]) -> Measured | None:
+def _paired(column: Column, rows: tuple[Row, Row]) -> Measured | None:
     """The difference on the same documents, where both records hold them."""
     if column.task is not None:
-        a, b = (next(task for task in record.tasks if task.key == column.task) for record in records)
-        return paired_tasks(a, b, column)
-    return paired(rows[0].documents, rows[1].documents, column.key)
+        return paired_tasks(*_tasks_of(column, rows), of_loss=column.relative)
+    return paired(rows[0].documents, rows[1].documents, column.metric, domain=column.domain)
 
 
-def _value(column: Column, row: Row, record: Record) -> Measured | float | None:
-    """The number; the baseline's change against itself is nothing, exactly."""
+def _tasks_of(column: Column, rows: tuple[Row, Row]) -> tuple[TaskResult, TaskResult]:
+    a, b = (next(task for task in row.tasks if task.key == column.task) for row in rows)
+    return a, b
+
+
+def _value(column: Column, row: Row) -> Measured | float | None:
+    """The number; a baseline has lost nothing against itself, exactly."""
     found = column.read(row)
-    is_baseline = record.variant == record.baseline and row.perplexity is not None
-    if found is None and is_baseline and column.key in ("accuracy_loss_percent", "perplexity_change_percent"):
-        return 0.0
-    return found
+    is_baseline = row.variant == row.record.baseline and row.quality is not None
+    return 0.0 if found is None and is_baseline and column.metric.loss and column.task is None else found
 
 
-def _why_not(column: Column, records: tuple[Record, Record], barriers: dict[Need, str]) -> str:
-    if column.group == "tasks":
-        tasks = [next(task for task in record.tasks if task.key == column.task) for record in records]
+def _why_not(column: Column, rows: tuple[Row, Row], barriers: Mapping[Need, _Barrier]) -> str:
+    if column.task is not None:
+        tasks = _tasks_of(column, rows)
         versions = [(task.version, task.data_sha256, task.shots, task.decoding) for task in tasks]
         if versions[0] != versions[1]:
             return f"other version of the task ({tasks[0].version} and {tasks[1].version})"
     for need in column.needs:
-        if need in barriers and not (need == "suite" and column.group == "tasks"):
-            return barriers[need].partition(" (")[0]
+        if need in barriers and not (need == "suite" and column.task is not None):
+            return barriers[need].reason
     return ""
 
 
@@ -222,7 +249,7 @@ def _verdict(difference: Measured, column: Column) -> Verdict:
 
 
 def _differences(a: Record, b: Record) -> Iterator[Difference]:
-    """Everything about the two records, numbers aside, that is not the same."""
+    """Properties of the two records that differ, numbers aside."""
     for (what, ours), (_, theirs) in zip(_identity(a), _identity(b), strict=True):
         if ours != theirs:
             yield Difference(what=what, a=ours or "–", b=theirs or "–")

@@ -1,122 +1,63 @@
-"""The difference of two records that scored the same documents: what both err alike on drops out.
+"""The difference of two records that scored the same documents: the errors that both share cancel.
 
-Records hold sums over each document. A number of the table is a function of such sums, and so is a difference; its interval
-comes from the jackknife: leave out one document after the other, domain by domain, and see how the difference moves (B. Efron
-and C. Stein, "The jackknife estimate of variance", Annals of Statistics 1981), with Student's quantile. Of too few documents
-nothing is concluded, as in `quantlab.evaluation.statistics`.
-
-Legend: T, N, C … sums over documents by the names of `Documents`.
+Records hold sums over each document. A number of the table is a function of such sums, and so is a difference; its interval is
+that of the matrix: documents are drawn, both sides are summed over the same drawn documents (`quantlab.evaluation.statistics`).
+Of too few documents nothing is concluded.
 """
 
-import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
+import numpy as np
 
-from quantlab.evaluation.record import FEWEST_DEGREES, Documents, Measured, TaskResult
-from quantlab.report.matrix.column import Column
-
-Sums = Mapping[str, float]
-Statistic = Callable[[Sums], float]
-_SUMS = ("tokens", "nll", "correct", "kl", "agreeing", "to_wrong", "to_right", "baseline_nll", "baseline_correct")
+from quantlab.evaluation.measured import FEWEST_DEGREES, Measured
+from quantlab.evaluation.metric import Metric
+from quantlab.evaluation.quality.metrics import Documents
+from quantlab.evaluation.record import TaskResult
+from quantlab.evaluation.statistics import Floats, resample
 
 
-def _per_token(name: str) -> Statistic:
-    return lambda sums: sums[name] / sums["tokens"]
-
-
-STATISTICS: dict[str, Statistic] = {
-    "perplexity": lambda sums: math.exp(sums["nll"] / sums["tokens"]),
-    "perplexity_change_percent": lambda sums: 100 * math.expm1((sums["nll"] - sums["baseline_nll"]) / sums["tokens"]),
-    "accuracy_loss_percent": lambda sums: 100 * (1 - sums["correct"] / sums["baseline_correct"]),
-    "next_token_accuracy": _per_token("correct"),
-    "kl_to_baseline": _per_token("kl"),
-    "top1_agreement": _per_token("agreeing"),
-    "divergence.flips_to_wrong": _per_token("to_wrong"),
-    "divergence.flips_to_right": _per_token("to_right"),
-}
-"""Numbers of a record as functions of its sums, by the keys of their columns."""
-
-
-def paired(a: Documents | None, b: Documents | None, key: str) -> Measured | None:
+def paired(a: Documents | None, b: Documents | None, metric: Metric, *, domain: str = "") -> Measured | None:
     """b - a on the same documents, with its 95 % interval.
 
     Args:
         a, b: sums of two records.
-        key: of a column: one of `STATISTICS`, or one of them on a kind of text ("kl_to_baseline_on.prose").
+        metric: the number.
+        domain: the kind of text; empty for all.
 
     Returns:
         None where the records hold no sums or too few of them, scored other tokens, or the number is no function of sums.
     """
-    name, _, domain = key.partition("_on.")
-    statistic = STATISTICS.get(name)
+    statistic = metric.statistic
     if a is None or b is None or statistic is None or (a.tokens_sha256, a.tokens) != (b.tokens_sha256, b.tokens):
         return None
-    rows = [index for index, found in enumerate(a.domain) if found == domain or not domain]
-    strata = [a.domain[index] for index in rows]
+    _, strata = np.unique(a.domain, return_inverse=True)
+    rows = np.array([found == domain or not domain for found in a.domain])
+    if rows.sum() - len(np.unique(strata[rows])) < FEWEST_DEGREES:
+        return None
+    sides = [a.sums(), b.sums()]
+    names = [list(side) for side in sides]
+    table = np.stack([values[rows] for side in sides for values in side.values()], axis=1)
+    split = len(names[0])
+
+    def difference(row: Floats) -> Floats:
+        first = statistic({name: row[..., at] for at, name in enumerate(names[0])})
+        second = statistic({name: row[..., split + at] for at, name in enumerate(names[1])})
+        return second - first
+
+    drawn = resample(table, strata[rows])
     try:
-        return _jackknife(
-            [[_of_document(side, index) for index in rows] for side in (a, b)],
-            strata,
-            statistic,
-            n=sum(a.tokens[index] for index in rows),
-        )
-    except (KeyError, ZeroDivisionError, OverflowError):  # a baseline has no sums against itself, or is never right
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            if not np.isfinite(difference(drawn.draws)).all():  # the baseline is never right
+                return None
+    except KeyError:  # a baseline has no sums against itself
         return None
+    return drawn.measure(difference, n=int(sides[0][metric.count][rows].sum()))
 
 
-def paired_tasks(a: TaskResult, b: TaskResult, column: Column) -> Measured | None:
-    """The same of the score or loss of one task."""
-    if not a.document_items or a.document_items != b.document_items:
+def paired_tasks(a: TaskResult, b: TaskResult, *, of_loss: bool) -> Measured | None:
+    """The same of the score of one task, or of its loss."""
+    items = np.array(a.document_items, dtype=np.float64)
+    if len(items) <= FEWEST_DEGREES or a.document_items != b.document_items:
         return None
-    sides = [
-        [
-            {"items": items, "score": score}
-            for items, score in zip(task.document_items, task.document_scores, strict=True)
-        ]
-        for task in (a, b)
-    ]
-    sign = -1.0 if column.relative and a.higher_is_better else 1.0
-    return _jackknife(sides, [""] * len(a.document_items), lambda sums: sign * sums["score"] / sums["items"], n=a.n)
-
-
-def _of_document(found: Documents, index: int) -> dict[str, float]:
-    return {name: values[index] for name in _SUMS if (values := getattr(found, name))}
-
-
-def _jackknife(
-    sides: Sequence[Sequence[Sums]], strata: Sequence[str], statistic: Statistic, *, n: int
-) -> Measured | None:
-    """The difference of a statistic between two sides with the same documents."""
-    sizes = Counter(strata)
-    degrees = len(strata) - len(sizes)
-    if degrees < FEWEST_DEGREES:
-        return None
-    totals = [{name: math.fsum(document[name] for document in side) for name in side[0]} for side in sides]
-
-    def without(index: int) -> float:
-        left = [
-            statistic({name: total[name] - side[index][name] for name in total})
-            for total, side in zip(totals, sides, strict=True)
-        ]
-        return left[1] - left[0]
-
-    moved: dict[str, list[float]] = {}
-    for index, stratum in enumerate(strata):
-        moved.setdefault(stratum, []).append(without(index))
-    variance = math.fsum(
-        (sizes[stratum] - 1) / sizes[stratum] * math.fsum((value - fmean(values)) ** 2 for value in values)
-        for stratum, values in moved.items()
-    )
-    difference = statistic(totals[1]) - statistic(totals[0])
-    half = _student(degrees) * math.sqrt(variance)
-    return Measured(value=difference, low=difference - half, high=difference + half, n=n)
-
-
-def _student(degrees: int) -> float:
-    """Student's 97.5 % quantile, by its expansion in 1/degrees (Abramowitz and Stegun 26.7.5)."""
-    z = 1.959963984540054
-    return (
-        z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    )  # fmt: skip
+    sign = -1.0 if of_loss and a.higher_is_better else 1.0
+    table = np.stack([items, np.array(a.document_scores), np.array(b.document_scores)], axis=1)
+    drawn = resample(table, np.zeros(len(items), dtype=np.int64))
+    return drawn.measure(lambda row: sign * (row[..., 2] - row[..., 1]) / row[..., 0], n=a.n)

@@ -10,8 +10,7 @@ from quantlab.evaluation.record import Record
 from quantlab.report.files import find_records, write_texts
 from quantlab.report.leaderboard.leaderboard import NAME, Leaderboard, Place, build_leaderboard
 from quantlab.report.matrix.cells import cell, notes
-from quantlab.report.matrix.column import HEADLINE, Column
-from quantlab.report.matrix.columns import columns
+from quantlab.report.matrix.columns import Column, columns
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.html import environment, main_and_rest, plots, versions
 from quantlab.report.matrix.html_tables import make_sheet
@@ -72,7 +71,6 @@ def leaderboard_html(board: Leaderboard) -> str:
                 make_sheet(matrix, "main", "All records, best first", main, ranks=ranks),
                 make_sheet(matrix, "rest", "All other numbers", rest),
             ),
-            headline=HEADLINE,
             every=every,
             csv=leaderboard_csv(board),
             plots=plots(matrix),
@@ -110,8 +108,7 @@ def leaderboard_markdown(board: Leaderboard) -> str:
 
 def shown_columns(board: Leaderboard) -> list[Column]:
     """The columns that decide, and KL, which ranks."""
-    names = (*HEADLINE, "perplexity_change_percent", "kl_to_baseline")
-    return [column for column in columns(board.as_matrix()) if column.key.partition("@")[0] in names]
+    return [column for column in columns(board.as_matrix()) if column.is_in("leaderboard")]
 
 
 def leaderboard_csv(board: Leaderboard) -> str:
@@ -124,6 +121,6 @@ def leaderboard_csv(board: Leaderboard) -> str:
     writer.writeheader()
     for place, line in zip(places, numbers, strict=True):
         best, worst = (place.best or "", place.worst or "")
-        about = (best, worst, place.run, place.recipe, place.row.hardware, place.row.record)
+        about = (best, worst, place.run, place.recipe, place.row.hardware, place.row.link)
         writer.writerow(dict(zip(heads, about, strict=True)) | line)
     return text.getvalue()

@@ -7,29 +7,38 @@ built. Speed is of a machine: every machine has its own columns.
 import hashlib
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final
 
-from pydantic import ConfigDict, Field
+from pydantic_core import to_json
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record, TaskKey
 from quantlab.report.comparison.paired import paired
 from quantlab.report.matrix.matrix import Matrix
-from quantlab.report.matrix.rows import Frozen, Row, build_row, keys_of
+from quantlab.report.matrix.rows import Row, build_row, metric, row_as_json
 from quantlab.report.matrix.verdict import summary
 
 NAME = "leaderboard"
+_RANKED_BY: Final = "kl_to_baseline"
 
 
-class Place(Frozen):
-    """One record's place."""
+@dataclass(frozen=True)
+class Place:
+    """One record's place.
+
+    Attributes:
+        best, worst: the ranks its interval allows: it is surely behind `best` - 1 others and surely ahead of all after `worst`.
+        run: the run's directory as it was given.
+        recipe: of the run.
+        verdict: its losses in a few words.
+        row: its numbers.
+    """
 
     best: int
     worst: int
-    """The ranks its interval allows: it is surely behind `best` - 1 others and surely ahead of all after `worst`."""
     run: str
-    """The run's directory as it was given."""
     recipe: str
     verdict: str | None
     row: Row
@@ -38,13 +47,23 @@ class Place(Frozen):
     def rank(self) -> str:
         return f"{self.best}" if self.best == self.worst else f"{self.best}–{self.worst}"
 
+    def as_json(self, rows: Sequence[Row]) -> dict[str, object]:
+        """The place as leaderboard.json holds it; `rows` are those of all places."""
+        about = {name: getattr(self, name) for name in ("best", "worst", "run", "recipe", "verdict")}
+        return about | {"row": row_as_json(self.row, rows)}
 
-class Leaderboard(Frozen):
-    """All places, best first: by KL to the baseline, which sees every change of a prediction."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
+@dataclass(frozen=True)
+class Leaderboard:
+    """All places, best first: by KL to the baseline, which sees every change of a prediction.
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
+    Attributes:
+        suite, suite_sha256, baseline, baseline_sha256: which all records share.
+        hardware: the machines.
+        places: the ranked ones.
+        unranked: the baseline, and records that were not compared with it.
+    """
+
     suite: str
     suite_sha256: str
     baseline: str
@@ -52,16 +71,18 @@ class Leaderboard(Frozen):
     hardware: tuple[str, ...]
     places: tuple[Place, ...]
     unranked: tuple[Place, ...] = ()
-    """The baseline, and records that were not compared with it."""
 
     def to_json(self) -> str:
         """The text of leaderboard.json."""
-        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+        names = ("suite", "suite_sha256", "baseline", "baseline_sha256", "hardware")
+        rows = [place.row for place in (*self.places, *self.unranked)]
+        places = {name: [place.as_json(rows) for place in getattr(self, name)] for name in ("places", "unranked")}
+        return to_json({"schema": 1} | {name: getattr(self, name) for name in names} | places, indent=2).decode() + "\n"
 
     def as_matrix(self) -> Matrix:
         """The same rows for tables and plots."""
         places = (*self.places, *self.unranked)
-        digests = "\n".join(place.row.artifact_sha256 for place in places)
+        digests = "\n".join(place.row.record.artifact_sha256 for place in places)
         return Matrix(
             recipe=NAME,
             recipe_sha256=hashlib.sha256(digests.encode()).hexdigest(),
@@ -87,15 +108,14 @@ def build_leaderboard(runs: Sequence[tuple[str, Sequence[tuple[str, Record]]]]) 
         raise ArtifactError("there are no records to rank", fix="give the directories of runs that were measured")
     _refuse_mixtures(entries)
     first = entries[0][2]
-    keys = keys_of([record for _, _, record in entries])
     entries = _without_repeated_baselines(entries)
     names = _names(entries)
     rows = [
-        build_row(record, keys, link=link).model_copy(update={"variant": name})
+        build_row(record.model_copy(update={"variant": name}), link=link)
         for name, (_, link, record) in zip(names, entries, strict=True)
     ]
     described = list(zip(rows, entries, strict=True))
-    ranked = sorted((pair for pair in described if pair[0].kl_to_baseline), key=lambda pair: _order(pair[0]))
+    ranked = sorted((pair for pair in described if pair[0].measured(_RANKED_BY)), key=lambda pair: _order(pair[0]))
     return Leaderboard(
         suite=first.suite,
         suite_sha256=first.suite_sha256,
@@ -106,17 +126,17 @@ def build_leaderboard(runs: Sequence[tuple[str, Sequence[tuple[str, Record]]]]) 
             _place(row, entry, ranks=ranks)
             for (row, entry), ranks in zip(ranked, _ranks([row for row, _ in ranked]), strict=True)
         ),
-        unranked=tuple(_place(row, entry, ranks=(0, 0)) for row, entry in described if not row.kl_to_baseline),
+        unranked=tuple(_place(row, entry, ranks=(0, 0)) for row, entry in described if not row.measured(_RANKED_BY)),
     )
 
 
 def _order(row: Row) -> tuple[float, float, str]:
-    distance, memory = row.kl_to_baseline, row.memory_percent_of_fp16
+    distance, memory = row.measured(_RANKED_BY), row.number("memory_percent_of_fp16")
     return (distance.value if distance else 0.0, 1e9 if memory is None else memory, row.variant)
 
 
 def _ranks(rows: Sequence[Row]) -> list[tuple[int, int]]:
-    """Of rows in order, the places that intervals leave open: behind whoever is surely better, ahead of whoever is surely worse."""
+    """The best and worst rank that intervals allow each of the ordered rows: behind all that are surely better, ahead of all surely worse."""
     better, worse = [0] * len(rows), [0] * len(rows)
     for near, far in itertools.combinations(range(len(rows)), 2):
         if _is_surely_nearer(rows[near], rows[far]):
@@ -127,10 +147,10 @@ def _ranks(rows: Sequence[Row]) -> list[tuple[int, int]]:
 
 def _is_surely_nearer(a: Row, b: Row) -> bool:
     """Whether a's KL is below b's by the interval of their difference on the same documents, else by both intervals."""
-    difference = paired(a.documents, b.documents, "kl_to_baseline")
+    difference = paired(a.documents, b.documents, metric(_RANKED_BY))
     if difference is not None:
         return difference.low > 0
-    near, far = a.kl_to_baseline, b.kl_to_baseline
+    near, far = a.measured(_RANKED_BY), b.measured(_RANKED_BY)
     return near is not None and far is not None and near.high < far.low
 
 

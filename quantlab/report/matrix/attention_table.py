@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Final
 
-from quantlab.evaluation.record import AttentionCell, Measured
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.record import AttentionCell
 from quantlab.report.matrix.cells import human_bytes, number
 from quantlab.report.matrix.matrix import Matrix
 

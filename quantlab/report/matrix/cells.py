@@ -1,4 +1,4 @@
-"""What the tables show: every cell as text, and the notes a reader needs.
+"""Cells of the tables as text, and the notes that explain the numbers.
 
 Terminal, Markdown and HTML differ in how much room they have, not in what a number looks like; that is decided here
 once. A cell is in one of four states: a value, the baseline (there is nothing to compare it with), a failure with its
@@ -8,11 +8,13 @@ reason, or not measured.
 from dataclasses import dataclass
 from typing import Literal
 
-from quantlab.evaluation.record import Expanded, Measured, Significance, Verdict
-from quantlab.report.matrix.column import Column, Unit
+from quantlab.evaluation.measured import Measured, Significance, Verdict
+from quantlab.evaluation.memory.metrics import Expanded
+from quantlab.evaluation.metric import Unit
+from quantlab.report.matrix.columns import Column
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import Row, noise_of, task_of
-from quantlab.report.matrix.verdict import judge, tested
+from quantlab.report.matrix.verdict import judge, significance_of, tested
 
 State = Literal["value", "baseline", "failed", "missing"]
 
@@ -35,16 +37,16 @@ class Cell:
     margin: str | None = None
     """`±` the wider side of the interval, or `range low to high`."""
     reason: str | None = None
-    """Why it failed."""
+    """Reason of a failure."""
     number: float | None = None
     low: float | None = None
     high: float | None = None
     n: int | None = None
     verdict: Verdict | None = None
-    """Of a loss: what its interval says."""
+    """Verdict on a loss."""
     significance: Significance | None = None
     noise: str | None = None
-    """Why the number cannot be taken for a fact."""
+    """Reason why the measurement was disturbed."""
 
 
 def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
@@ -62,33 +64,28 @@ def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
             low=found.low,
             high=found.high,
             n=found.n,
-            verdict=judge(found, _significance(row, column)) if _is_loss(column) else None,
+            verdict=judge(found, _significance(row, column)) if column.metric.loss else None,
             significance=_significance(row, column),
-            noise=noise_of(row, column.key.partition("@")[0]),
+            noise=noise_of(row, column.noise_key),
         )
     return Cell(state="value", text=number(found, column.unit), number=float(found))
-
-
-def _is_loss(column: Column) -> bool:
-    """Whether a record holds a verdict on it; kinds of text have none of their own."""
-    return column.relative and column.unit in ("change", "points") and column.group != "domains"
 
 
 def _significance(row: Row, column: Column) -> Significance | None:
     if column.task is not None:
         task = task_of(row, column.task)
         return task.significance if task and column.relative else None
-    return row.significance.get(column.key)
+    return significance_of(row, column.key)
 
 
 def counts(matrix: Matrix, column: Column) -> str:
-    """What the numbers of a column rest on: n, or the least and the most of it; empty for what was not drawn."""
+    """The n of a column, or its smallest and largest; empty for numbers without an interval."""
     found = {n for row in matrix.rows if (n := cell(matrix, row, column).n)}
     return " to ".join(f"{n:,}" for n in sorted({min(found), max(found)})) if found else ""
 
 
 def details(row: Row, column: Column, found: Cell) -> str:
-    """All that is known of one number, in one line."""
+    """One number with interval, n, verdict, p and origin, in one line."""
     parts = [f"{row.variant}, {column.heading}: {found.text}"]
     if found.interval:
         parts[0] += f" ({found.interval})"
@@ -103,14 +100,14 @@ def details(row: Row, column: Column, found: Cell) -> str:
         parts.append(f"noisy: {found.noise}")
     if found.state in ("failed", "missing"):
         parts.append(found.reason or "not measured")
-    if row.record:
-        parts.append(f"{row.record}, {column.field}")
+    if row.link:
+        parts.append(f"{row.link}, {column.field}")
     return " · ".join(parts)
 
 
 def _empty_cell(matrix: Matrix, row: Row, column: Column) -> Cell:
-    if column.relative and row.variant == matrix.baseline and row.perplexity is not None:
-        return Cell(state="baseline", text="baseline" if column.key == "accuracy_loss_percent" else "–")
+    if column.relative and row.variant == matrix.baseline and row.quality is not None:
+        return Cell(state="baseline", text="baseline" if column.is_headline else "–")
     measured_with = "quality" if column.group == "domains" else column.group
     reasons = [failure.reason for failure in row.failures if failure.cell == measured_with]
     if reasons:
@@ -181,33 +178,46 @@ def failures(matrix: Matrix) -> tuple[str, ...]:
     )
 
 
+def tokens_of(matrix: Matrix) -> list[int]:
+    """How many tokens of text quality was measured on: one number, or several where rows differ."""
+    return sorted({row.quality.perplexity.n for row in matrix.rows if row.quality})
+
+
 def notes(matrix: Matrix) -> tuple[str, ...]:
-    """What a reader must know to read the numbers rightly."""
+    """Explanations that a reader of the tables needs."""
     found = [INTERVALS]
     if any(tested(row) for row in matrix.rows):
         found.append(HOLM_NOTE)
     if any(row.noise for row in matrix.rows):
-        found.append("Measurements of speed that were disturbed are marked noisy; no recommendation rests on them.")
-    twins = sorted({row.twin for row in matrix.rows if row.twin})
+        found.append(
+            "Measurements of speed that were disturbed are marked noisy; a recommendation rests on the lower end of their intervals."
+        )
+    twins = sorted({row.speed.twin for row in matrix.rows if row.speed and row.speed.twin})
     if twins:
         twin = f"a random-weight twin ({'; '.join(twins)})"
         found.append(
             "Speed does not depend on the values of the weights, but for the experts that they choose, which are the same in every "
             f"twin; it is measured on {twin}, interleaved with FP16's."
         )
-    for reason in sorted({row.not_fused for row in matrix.rows if row.not_fused}):
-        slow = ", ".join(row.variant for row in matrix.rows if row.not_fused == reason)
+    plain = [(row.variant, row.speed.not_fused) for row in matrix.rows if row.speed and row.speed.not_fused]
+    for reason in sorted({reason for _, reason in plain}):
+        slow = ", ".join(variant for variant, why in plain if why == reason)
         found.append(f"Decode steps of {slow} ran transformers' forward functions and were not fused: {reason}.")
-    if any("prune" in row.description.lower() for row in matrix.rows):
+    if any(one.operation == "prune" for row in matrix.rows for one in row.record.passes):
         found.append(PRUNED_NOTE)
-    dtypes = sorted({row.compute_dtype for row in matrix.rows if row.compute_dtype})
+    dtypes = sorted({row.quality.compute_dtype for row in matrix.rows if row.quality})
     if len(dtypes) > 1:
         found.append(f"Quality was measured with different compute dtypes: {', '.join(dtypes)}.")
-    if len({tuple(sorted(row.versions.items())) for row in matrix.rows}) > 1:
+    if len({tuple(sorted(row.record.versions.items())) for row in matrix.rows}) > 1:
         found.append(
             "The rows were measured with different versions of the software; see the versions of each row in matrix.json."
         )
-    found += [_expanded(row, fallback) for row in matrix.rows for fallback in row.expanded if row.variant != "source"]
+    found += [
+        _expanded(row, fallback)
+        for row in matrix.rows
+        for fallback in (row.memory.expanded if row.memory else ())
+        if row.variant != "source"
+    ]
     return tuple(found)
 
 

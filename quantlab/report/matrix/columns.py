@@ -1,50 +1,132 @@
-"""The columns of a table: the fixed ones, and those that follow from batch sizes, tasks and machines."""
+"""The columns of the tables: for every metric that a record declares, for every batch size, kind of text, task and machine."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
 
-from quantlab.evaluation.record import Measured, TaskKey, TaskResult
-from quantlab.report.matrix.column import Column, Phase, Unit
-from quantlab.report.matrix.fixed_columns import (
-    DETAILS_COLUMNS,
-    DIVERGENCE_COLUMNS,
-    HEADLINE_COLUMNS,
-    KV_CACHE,
-    TWIN_MEMORY,
-)
+from pydantic import BaseModel
+
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.metric import Declared, Loss, Metric, Table, Unit, metrics_of
+from quantlab.evaluation.quality.metrics import Divergence, Domain
+from quantlab.evaluation.record import PARTS, TaskKey, TaskResult
 from quantlab.report.matrix.matrix import Matrix
-from quantlab.report.matrix.rows import Row, task_labels, task_of
+from quantlab.report.matrix.rows import Row, Value, batch_sizes, domains_of, task_labels, task_of
+
+Need = Literal["suite", "baseline", "hardware"]
+
+GROUPS: Final = ("quality", "domains", "tasks", *(part for part in PARTS if part != "quality"))
+"""Columns that stand in one table: those of a part of the record; "domains": quality by kind of text; "tasks"."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the tables.
+
+    Attributes:
+        key: name in matrix.json, with the batch size, kind of text or task behind a dot.
+        field: where the number stands in a record.
+        group: one of `GROUPS`.
+        metric: its declaration, with heading and meaning filled in.
+        path: of the number in the record, as attributes and keys; empty for tasks.
+        domain: of columns of one kind of text: which.
+        task: of columns of a task: which.
+        machine: the hardware whose numbers it shows; empty for all.
+    """
+
+    key: str
+    field: str
+    group: str
+    metric: Metric
+    path: tuple[str, ...] = ()
+    domain: str = ""
+    task: TaskKey | None = None
+    machine: str = ""
+
+    @property
+    def heading(self) -> str:
+        return self.metric.heading + (f" ({self.machine})" if self.machine else "")
+
+    @property
+    def meaning(self) -> str:
+        return self.metric.meaning
+
+    @property
+    def unit(self) -> Unit:
+        return self.metric.unit
+
+    @property
+    def better(self) -> Literal["low", "high"]:
+        return self.metric.better
+
+    @property
+    def relative(self) -> bool:
+        return self.metric.relative
+
+    @property
+    def is_headline(self) -> bool:
+        return "headline" in self.metric.tables
+
+    def is_in(self, *tables: Table) -> bool:
+        """Whether the metric is shown in one of these tables."""
+        return not set(tables).isdisjoint(self.metric.tables)
+
+    @property
+    def noise_key(self) -> str:
+        """The key that `rows.noise_of` takes: name and batch size, whatever the machine."""
+        return ".".join(self.path[1:])
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """Properties that two records must share for their numbers to be comparable."""
+        needs: list[Need] = [] if self.group == "memory" else ["suite"]
+        if self.relative:
+            needs.append("baseline")
+        if self.group == "speed" or self.metric.of_machine:
+            needs.append("hardware")
+        return tuple(needs)
+
+    def read(self, row: Row) -> Value:
+        """The number of a row; None where it was not measured, or on another machine."""
+        if self.machine and row.hardware != self.machine:
+            return None
+        if self.task is not None:
+            task = task_of(row, self.task)
+            return None if task is None else task.loss if self.relative else task.score
+        found: object = row.record
+        for step in self.path:
+            found = found.get(step) if isinstance(found, Mapping) else getattr(found, step, None)
+        assert found is None or isinstance(found, Measured | int | float), f"{self.key} is no number"
+        return found
 
 
 def columns(matrix: Matrix) -> tuple[Column, ...]:
-    """All columns behind the variant's name: the three that decide first, then the details."""
-    return columns_of(matrix.rows)
+    """All columns behind the variant's name: the three that decide first, then the details; speed apart for every machine."""
+    machines = sorted({row.hardware for row in matrix.rows})
+    found = columns_of(matrix.rows)
+    return found if len(machines) < 2 else tuple(apart for one in found for apart in _by_machine(one, machines))
 
 
 def columns_of(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """All columns that these rows need; columns of speed stand apart for every machine."""
-    first = rows[0]
-    decode = _measured_batches([row.decode_tokens_per_second for row in rows])
-    prefill = _measured_batches([row.prefill_tokens_per_second for row in rows])
-    found = (
-        *HEADLINE_COLUMNS,
-        *DETAILS_COLUMNS,
-        *(DIVERGENCE_COLUMNS if any(row.divergence for row in rows) else ()),
-        *_domain_columns(rows),
-        *_task_columns(rows),
-        *((KV_CACHE,) if any(row.kv_cache_bytes_per_token is not None for row in rows) else ()),
-        *((TWIN_MEMORY,) if any(row.twin_memory_percent_of_fp16 is not None for row in rows) else ()),
-        *(_rate_column("decode", batch) for batch in decode),
-        *(_rate_column("prefill", batch) for batch in prefill),
-        *(_ratio_column("decode", batch) for batch in decode if batch != "1"),
-        *(_ratio_column("prefill", batch) for batch in prefill),
-        *(_first_token_column(batch) for batch in first.time_to_first_token_seconds),
-        *(_energy_column(batch) for batch in first.energy_joules_per_token),
+    """All columns that these rows need, the rows taken to be of one machine."""
+    by_part = {part: [one for one in _of_part(part, model, rows) if one.metric.tables] for part, model in PARTS.items()}
+    every = [one for found in by_part.values() for one in found]
+    optional = {part: [one for one in found if not one.metric.always] for part, found in by_part.items()}
+    return (
+        *(one for one in every if one.is_headline),
+        *(one for one in every if one.metric.always and not one.is_headline),
+        *optional.pop("quality"),
+        *_of_divergence(rows),
+        *(one for one in _of_domains(rows) if one.metric.tables),
+        *_of_tasks(rows),
+        *(one for found in optional.values() for one in found),
     )
-    machines = sorted({row.hardware for row in rows})
-    if len(machines) < 2:
-        return found
-    return tuple(apart for column in found for apart in _by_machine(column, machines))
+
+
+def unlisted_of(rows: Sequence[Row]) -> tuple[Column, ...]:
+    """The numbers that have no column in any table, for matrix.csv."""
+    found = (*(one for part, model in PARTS.items() for one in _of_part(part, model, rows)), *_of_domains(rows))
+    return tuple(one for one in found if not one.metric.tables)
 
 
 def _by_machine(column: Column, machines: Sequence[str]) -> Iterator[Column]:
@@ -53,141 +135,90 @@ def _by_machine(column: Column, machines: Sequence[str]) -> Iterator[Column]:
         yield column
         return
     for index, machine in enumerate(machines):
-
-        def read(row: Row, *, machine: str = machine) -> Measured | float | None:
-            return column.read(row) if row.hardware == machine else None
-
-        key = column.key if index == 0 else f"{column.key}@{machine}"
-        yield replace(column, key=key, heading=f"{column.heading} ({machine})", read=read)
+        yield replace(column, key=column.key if index == 0 else f"{column.key}@{machine}", machine=machine)
 
 
-def _measured_batches(rates: Sequence[dict[str, Measured | None]]) -> list[str]:
-    """Batch sizes that some row has a number for."""
-    return [batch for batch in rates[0] if any(rate.get(batch) is not None for rate in rates)]
+def _measured(found: Sequence[Column], rows: Sequence[Row]) -> Iterator[Column]:
+    """The columns that some row has a number for, and those that stand always."""
+    return (one for one in found if one.metric.always or any(one.read(row) is not None for row in rows))
 
 
-def _rate_column(phase: Phase, batch: str) -> Column:
+def _of_part(part: str, model: type[BaseModel], rows: Sequence[Row]) -> Iterator[Column]:
+    for declared in metrics_of(model).values():
+        if not declared.by_batch:
+            field, path = f"{part}.{declared.origin}", (part, declared.name)
+            yield from _measured([Column(declared.name, field, part, declared.metric, path)], rows)
+            continue
+        batches = [batch for batch in batch_sizes(rows, declared) if batch != declared.metric.elsewhere]
+        yield from _measured([_at(declared, part, batch) for batch in batches], rows)
+
+
+def _at(declared: Declared, part: str, batch: str) -> Column:
+    """The column of a metric at one batch size."""
+    name = declared.name
     return Column(
-        key=f"{phase}_tokens_per_second.{batch}",
-        field=f"speed.{phase}_tokens_per_second.{batch}",
-        heading=f"{phase} tok/s at {batch}",
-        meaning=f"Tokens per second of {phase} at batch size {batch}, all sequences together, measured on a random-weight twin.",
-        group="speed",
-        unit="rate",
-        read=lambda row: (row.decode_tokens_per_second if phase == "decode" else row.prefill_tokens_per_second)[batch],
-        better="high",
+        f"{name}.{batch}", f"{part}.{name}.{batch}", part, _about(declared.metric, batch), (part, name, batch)
     )
 
 
-def _ratio_column(phase: Phase, batch: str) -> Column:
-    return Column(
-        key=f"{phase}_over_fp16.{batch}",
-        field=f"speed.{phase}_over_fp16.{batch}",
-        heading=f"{phase} × FP16 at {batch}",
-        meaning=f"Speed of {phase} at batch size {batch} over that of FP16, measured on a random-weight twin.",
-        group="speed",
-        unit="ratio",
-        read=lambda row: (row.decode_over_fp16 if phase == "decode" else row.prefill_over_fp16)[batch],
-        better="high",
-    )
+def _about(metric: Metric, subject: str) -> Metric:
+    """The declaration with the batch size or kind of text in its texts."""
+    texts = {name: getattr(metric, name).format(subject) for name in ("heading", "meaning", "head")}
+    return replace(metric, **texts)
 
 
-def _first_token_column(batch: str) -> Column:
-    return Column(
-        key=f"time_to_first_token_seconds.{batch}",
-        field=f"speed.time_to_first_token_seconds.{batch}",
-        heading=f"first token at {batch}, ms",
-        meaning=f"Milliseconds from a prompt to its first new token at batch size {batch}, measured on a random-weight twin.",
-        group="speed",
-        unit="milliseconds",
-        read=lambda row: row.time_to_first_token_seconds[batch],
-        better="low",
-    )
+def _of_divergence(rows: Sequence[Row]) -> Iterator[Column]:
+    for name, declared in metrics_of(Divergence).items():
+        field, path = f"quality.divergence.{name}", ("quality", "divergence", name)
+        yield from _measured([Column(f"divergence.{name}", field, "quality", declared.metric, path)], rows)
 
 
-def _energy_column(batch: str) -> Column:
-    return Column(
-        key=f"energy_joules_per_token.{batch}",
-        field=f"speed.energy_joules_per_token.{batch}",
-        heading=f"energy at {batch}, J/token",
-        meaning=f"Joules the device reports per decoded token at batch size {batch}, measured on a random-weight twin.",
-        group="speed",
-        unit="plain",
-        read=lambda row: row.energy_joules_per_token[batch],
-        better="low",
-    )
+def _of_domains(rows: Sequence[Row]) -> Iterator[Column]:
+    """For every kind of text its own numbers, where there are several kinds."""
+    domains = domains_of(rows)
+    for domain in domains if len(domains) > 1 else ():
+        found = [
+            Column(
+                f"{name}_on.{domain}",
+                f"quality.domains.{domain}.{name}",
+                "domains",
+                _about(declared.metric, domain),
+                ("quality", "domains", domain, name),
+                domain,
+            )
+            for name, declared in metrics_of(Domain).items()
+        ]
+        yield from _measured(found, rows)
 
 
-def _domain_columns(rows: Sequence[Row]) -> Iterator[Column]:
-    """For every kind of text its perplexity, the change of it and KL, where there are several kinds."""
-    domains = list(rows[0].domains)
-    for name in domains if len(domains) > 1 else ():
-        yield _domain_column("perplexity", name, "perplexity", "Perplexity", unit="plain", relative=False)
-        yield _domain_column(
-            "perplexity_change_percent", name, "change %", "Change of perplexity against the baseline", unit="change"
-        )
-        yield _domain_column("kl_to_baseline", name, "KL, nats", "Mean KL divergence from the baseline", unit="nats")
-
-
-def _domain_column(field: str, name: str, head: str, meaning: str, *, unit: Unit, relative: bool = True) -> Column:
-    def read(row: Row) -> Measured | None:
-        domain = row.domains[name]
-        found: Measured | None = getattr(domain, field) if domain else None
-        return found
-
-    return Column(
-        key=f"{field}_on.{name}",
-        field=f"quality.domains.{name}.{field}",
-        heading=f"{name}: {head}",
-        meaning=f"{meaning} on held-out text of the kind {name}.",
-        group="domains",
-        unit=unit,
-        read=read,
-        better="low",
-        relative=relative,
-    )
-
-
-def _task_columns(rows: Sequence[Row]) -> Iterator[Column]:
+def _of_tasks(rows: Sequence[Row]) -> Iterator[Column]:
     """For every task its loss and its score, in the order of the suite."""
     tasks = {task.key: task for row in rows for task in row.tasks}
     for key, name in task_labels(tasks.values()).items():
-        yield from _columns_of_task(tasks[key], key, name)
+        yield from _of_task(tasks[key], key, name)
 
 
-def _columns_of_task(task: TaskResult, key: TaskKey, name: str) -> tuple[Column, Column]:
-    def loss(row: Row) -> Measured | None:
-        found = task_of(row, key)
-        return found.loss if found else None
-
-    def score(row: Row) -> Measured | None:
-        found = task_of(row, key)
-        return found.score if found else None
-
+def _of_task(task: TaskResult, key: TaskKey, name: str) -> tuple[Column, Column]:
     chance = "" if task.random_baseline is None else f"; guessing gets {100 * task.random_baseline:.0f} %"
-    told = f"task {name} {task.version}, {task.n:,} items"
+    about = f"task {name} {task.version}, {task.n:,} items"
+    loss = Metric(
+        heading=f"{name}: loss, points",
+        meaning=f"Percentage points of {task.metric} lost against the baseline on the same items; {about}.",
+        unit="points",
+        better="low",
+        tables=("details", "cards"),
+        head=f"{name}\nloss, pts",
+        relative=True,
+        loss=Loss(name=f"task {name}", tested="loss"),
+    )
+    score = Metric(
+        heading=f"{name}: {task.metric} %",
+        meaning=f"{task.metric.capitalize()}, {about}{chance}.",
+        unit="share",
+        better="high" if task.higher_is_better else "low",
+        tables=("details", "cards"),
+    )
     return (
-        Column(
-            key=f"task_loss.{name}",
-            field=f"tasks.{name}.loss",
-            heading=f"{name}: loss, points",
-            meaning=f"Percentage points of {task.metric} lost against the baseline on the same items; {told}.",
-            group="tasks",
-            unit="points",
-            read=loss,
-            better="low",
-            relative=True,
-            task=key,
-        ),
-        Column(
-            key=f"task_score.{name}",
-            field=f"tasks.{name}.score",
-            heading=f"{name}: {task.metric} %",
-            meaning=f"{task.metric.capitalize()}, {told}{chance}.",
-            group="tasks",
-            unit="share",
-            read=score,
-            better="high" if task.higher_is_better else "low",
-            task=key,
-        ),
+        Column(f"task_loss.{name}", f"tasks.{name}.loss", "tasks", loss, task=key),
+        Column(f"task_score.{name}", f"tasks.{name}.score", "tasks", score, task=key),
     )

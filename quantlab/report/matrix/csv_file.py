@@ -8,14 +8,14 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 
-from quantlab.evaluation.record import Attention, Measured
-from quantlab.report.matrix.columns import columns_of
-from quantlab.report.matrix.layer_maps import in_order
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.record import Attention
+from quantlab.report.matrix.columns import columns_of, unlisted_of
+from quantlab.report.matrix.layer_maps import LAYER_MEASURES, in_order
 from quantlab.report.matrix.matrix import Matrix
-from quantlab.report.matrix.rows import Row, task_labels, task_of
+from quantlab.report.matrix.rows import Row, Value, task_labels, task_of
 from quantlab.report.matrix.verdict import summary
 
-Value = Measured | float | None
 Line = dict[str, str | float | int | None]
 
 
@@ -30,19 +30,19 @@ def to_csv(matrix: Matrix) -> str:
 
 
 def _lines(matrix: Matrix) -> list[Line]:
-    rows = [row.model_copy(update={"hardware": ""}) for row in matrix.rows]  # a line is of one machine: no column apart
+    rows = matrix.rows  # a line is of one machine: no column apart
     numbers = [dict(_numbers(row, rows)) for row in rows]
     plain = {name for found in numbers for name, value in found.items() if isinstance(value, int | float)}
     lines: list[Line] = []
     for row, found in zip(rows, numbers, strict=True):
-        line: Line = {"variant": row.variant, "artifact": row.artifact}
+        line: Line = {"variant": row.variant, "artifact": row.record.artifact}
         for name, value in found.items():
             line |= _cells(name, value, plain=name in plain)
         for name, value in _attention(matrix.attention) if matrix.attention else ():
             shown = value if row.variant == matrix.baseline else None
             line |= _cells(name, shown, plain=not isinstance(value, Measured))
-        for block in _keys([other.tokens_per_expert for other in rows]):
-            tokens = " ".join(map(str, row.tokens_per_expert.get(block, ())))
+        for block in _keys([other.record.tokens_per_expert for other in rows]):
+            tokens = " ".join(map(str, row.record.tokens_per_expert.get(block, ())))
             line[_named(f"tokens_of_experts_in {block}")] = tokens
         line |= {
             "verdict": summary(row),
@@ -56,23 +56,21 @@ def _lines(matrix: Matrix) -> list[Line]:
 
 def _numbers(row: Row, rows: Sequence[Row]) -> Iterator[tuple[str, Value]]:
     """Every number of a row, under names that all rows have."""
-    for column in columns_of(rows):
+    for column in (*columns_of(rows), *unlisted_of(rows)):
         yield column.key, column.read(row)
-    yield "bits_per_byte", row.bits_per_byte
-    yield "fp16_weights_bytes", row.fp16_weights_bytes
-    for domain, found in row.domains.items():
-        yield f"bits_per_byte_on {domain}", found.bits_per_byte if found else None
     for key, label in task_labels(task for other in rows for task in other.tasks).items():
         tasks = [task for other in rows if (task := task_of(other, key))]
         own = task_of(row, key)
         for group in _keys([task.by_group for task in tasks]):
             yield f"task_score.{label} of {group}", own.by_group.get(group) if own else None
-    for name, start in (("layer_errors", "error_of"), ("router_agreement", "router_agreement_of")):
-        own_layers = getattr(row.divergence, name, {})
-        for layer in _keys([getattr(other.divergence, name, {}) for other in rows]):
-            yield f"{start} {layer}", own_layers.get(layer)
-    own_errors = {f"{found.layer} {found.kind}": found for found in row.matrix_errors}
-    for place in _keys([{f"{found.layer} {found.kind}": found for found in other.matrix_errors} for other in rows]):
+    for measure in LAYER_MEASURES:
+        own_layers = measure.of(row)
+        for layer in _keys([measure.of(other) for other in rows]):
+            yield f"{measure.csv_name} {layer}", own_layers.get(layer)
+    own_errors = {f"{found.layer} {found.kind}": found for found in row.record.matrix_errors}
+    for place in _keys(
+        [{f"{found.layer} {found.kind}": found for found in other.record.matrix_errors} for other in rows]
+    ):
         for name in ("relative_error", "relative_error_max", "output_error", "output_error_max"):
             yield f"{name} of {place}", getattr(own_errors.get(place), name, None)
 

@@ -8,7 +8,7 @@ from quantlab.report.matrix.rows import Row, link_to
 
 SHARE_NAMES: Final = ("under a quarter of its share", "under half", "about its share", "from 1.5×", "from 3×")
 SHARE_MARKS: Final = ("!", "−", "", "+", "*")
-"""Drawn into the squares, so that colour is not all that tells them apart."""
+"""Marks in the squares, so that the classes differ by more than colour."""
 _FROM: Final = (0.25, 0.5, 1.5, 3.0)
 CELL: Final = 12
 
@@ -49,7 +49,7 @@ class HeatMap:
 
 def heat_maps(matrix: Matrix) -> tuple[HeatMap, ...]:
     """One for every variant whose experts were watched."""
-    return tuple(_draw(row, row.tokens_per_expert) for row in matrix.rows if row.tokens_per_expert)
+    return tuple(_draw(row, row.record.tokens_per_expert) for row in matrix.rows if row.record.tokens_per_expert)
 
 
 def _draw(row: Row, layers: dict[str, tuple[int, ...]]) -> HeatMap:

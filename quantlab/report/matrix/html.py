@@ -1,36 +1,20 @@
 """matrix.html and matrix.svg: the matrix as one page that needs no network, and its plot alone for README files."""
 
-import re
-
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quantlab.report.claims.table import claims_table
 from quantlab.report.matrix.attention_table import attention_table
-from quantlab.report.matrix.cells import cell, failures, notes, number
-from quantlab.report.matrix.column import HEADLINE, Column
-from quantlab.report.matrix.columns import columns
+from quantlab.report.matrix.cells import cell, failures, notes, number, tokens_of
+from quantlab.report.matrix.columns import Column, columns
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.expert_map import SHARE_MARKS, SHARE_NAMES, heat_maps
 from quantlab.report.matrix.html_tables import Sheet, make_sheet
 from quantlab.report.matrix.layer_maps import LETTER_WIDTH, TILE_HEIGHT, TILE_WIDTH, group_maps, layer_maps, matrix_maps
 from quantlab.report.matrix.matrix import Matrix
-from quantlab.report.matrix.recommend import RULES, Recommendation, recommend
+from quantlab.report.matrix.recommend import RULES, Recommendation, at_least, recommend
 from quantlab.report.matrix.rows import noise_of
 from quantlab.report.matrix.scatter_plot import SPEED_NAMES, Plot, lay_out
 from quantlab.report.matrix.speed_bars import lay_out_bars
-
-_MAIN = (
-    *HEADLINE,
-    "perplexity_change_percent",
-    "kl_to_baseline",
-    "top1_agreement",
-    "artifact_bytes",
-    "peak_memory_bytes",
-    "load_seconds",
-    "decode_tokens_per_second",
-    "prefill_tokens_per_second",
-)
-"""Columns of the first table, at every batch size and on every machine."""
 
 
 def to_html(matrix: Matrix) -> str:
@@ -44,7 +28,6 @@ def to_html(matrix: Matrix) -> str:
             cards=tuple((each, _facts(matrix, each, every)) for each in found),
             rules=RULES,
             sheets=_sheets(matrix, every, found),
-            headline=HEADLINE,
             every=every,
             csv=to_csv(matrix),
             plots=plots(matrix),
@@ -59,7 +42,7 @@ def to_html(matrix: Matrix) -> str:
             tile_size=(TILE_WIDTH, TILE_HEIGHT, LETTER_WIDTH),
             notes=notes(matrix),
             failures=failures(matrix),
-            tokens=sorted({row.perplexity.n for row in matrix.rows if row.perplexity}),
+            tokens=tokens_of(matrix),
             versions=versions(matrix),
             heat_maps=heat_maps(matrix),
             share_names=SHARE_NAMES,
@@ -70,7 +53,7 @@ def to_html(matrix: Matrix) -> str:
 
 def main_and_rest(every: tuple[Column, ...]) -> tuple[tuple[Column, ...], tuple[Column, ...]]:
     """The columns of the first table, and all others."""
-    main = tuple(column for column in every if re.split("[.@]", column.key)[0] in _MAIN)
+    main = tuple(column for column in every if column.is_in("main"))
     return main, tuple(column for column in every if column not in main)
 
 
@@ -103,11 +86,9 @@ def environment() -> Environment:
 
 def versions(matrix: Matrix) -> tuple[tuple[str, str], ...]:
     """Each package with its version; with all of them where rows differ."""
-    names = sorted({name for row in matrix.rows for name in row.versions})
-    return tuple(
-        (name, " / ".join(sorted({row.versions[name] for row in matrix.rows if name in row.versions})))
-        for name in names
-    )
+    found = [row.record.versions for row in matrix.rows]
+    names = sorted({name for one in found for name in one})
+    return tuple((name, " / ".join(sorted({one[name] for one in found if name in one}))) for name in names)
 
 
 def _sheets(matrix: Matrix, every: tuple[Column, ...], found: tuple[Recommendation, ...]) -> tuple[Sheet, ...]:
@@ -135,10 +116,12 @@ def _facts(matrix: Matrix, found: Recommendation, every: tuple[Column, ...]) -> 
     facts = []
     if loss.state == "value":
         facts.append("no measurable accuracy loss" if loss.verdict != "loss" else f"{loss.text} % accuracy loss")
-    if row.memory_percent_of_fp16 is not None:
-        facts.append(f"{number(row.memory_percent_of_fp16, 'percent')} % memory")
-    if row.speed_over_fp16 is not None:
+    memory, speed = row.number("memory_percent_of_fp16"), row.measured("speed_over_fp16")
+    if memory is not None:
+        facts.append(f"{number(memory, 'percent')} % memory")
+    if speed is not None:
+        noisy = noise_of(row, "speed_over_fp16") is not None
         facts.append(
-            f"{number(row.speed_over_fp16.value, 'ratio')}× speed{' (noisy)' if noise_of(row, 'speed_over_fp16') else ''}"
+            f"at least {at_least(speed)}× speed (noisy)" if noisy else f"{number(speed.value, 'ratio')}× speed"
         )
     return tuple(facts)

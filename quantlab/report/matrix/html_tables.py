@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from quantlab.report.matrix.cells import Cell, cell, counts, details
-from quantlab.report.matrix.column import HEADLINE, Column
+from quantlab.report.matrix.columns import Column
 from quantlab.report.matrix.matrix import Matrix
-from quantlab.report.matrix.rows import Row, link_to, noise_of
+from quantlab.report.matrix.rows import METRICS, Row, link_to, noise_of
 from quantlab.report.matrix.verdict import summary, verdicts
 
 _LONGEST_REASON = 120
@@ -18,7 +18,7 @@ class Drawn:
 
     cell: Cell
     tip: str = ""
-    """All that is known of the number."""
+    """Hover text: the number with interval, n, verdict, p and origin."""
     href: str | None = None
     """The record it comes from."""
     bar: float | None = None
@@ -47,7 +47,7 @@ class Line:
     """Its verdicts in a few words."""
     lost: bool
     filters: dict[str, str]
-    """What the page's filter looks at; on the main table only."""
+    """Values that the page's filter reads; in the main table only."""
     cells: tuple[Drawn, ...]
 
 
@@ -79,10 +79,10 @@ def make_sheet(
     Args:
         matrix: the rows.
         name: an identifier; "main" is the table that is filtered by.
-        caption: what it shows.
+        caption: its caption.
         shown: its columns.
         picked: the goals that a variant is recommended for.
-        ranks: what stands before a variant's name.
+        ranks: the rank of each variant, shown before its name.
     """
     by_column = [_drawn_column(matrix, column) for column in shown]
     lines = []
@@ -113,17 +113,19 @@ def make_sheet(
 
 
 def _filters(matrix: Matrix, row: Row) -> dict[str, str]:
-    """What the filter reads off a row; empty where it was not measured."""
-    losses = [found.high for found in (row.accuracy_loss_percent, row.perplexity_change_percent) if found is not None]
+    """Values of a row for the filter; empty where a number was not measured."""
+    changes = [row.measured(name) for name, (_, declared) in METRICS.items() if declared.metric.loss]
+    losses = [found.high for found in changes if found is not None]
     is_baseline = row.variant == matrix.baseline
     found = verdicts(row)
     lost = "" if not found else "yes" if "loss" in found.values() else "no"
-    speed = None if noise_of(row, "speed_over_fp16") else row.speed_over_fp16
+    speed = None if noise_of(row, "speed_over_fp16") else row.measured("speed_over_fp16")
+    memory = row.number("memory_percent_of_fp16")
     return {
         "find": f"{row.variant} {row.description}",
         "lost": "no" if is_baseline else lost,
         "loss": "0" if is_baseline else str(max(losses)) if losses else "",
-        "memory": "" if row.memory_percent_of_fp16 is None else f"{row.memory_percent_of_fp16:.2f}",
+        "memory": "" if memory is None else f"{memory:.2f}",
         "speed": "" if speed is None else f"{speed.value:.3f}",
     }
 
@@ -156,9 +158,9 @@ def _drawn_column(matrix: Matrix, column: Column) -> list[Drawn]:
 
 def _with_graphic(drawn: Drawn, column: Column, *, least: float, span: float) -> Drawn:
     found = drawn.cell
-    if column.key not in HEADLINE or found.number is None:
+    if not column.is_headline or found.number is None:
         return drawn
-    if column.key != "accuracy_loss_percent":
+    if column.metric.loss is None:
         return replace(drawn, bar=round(100 * found.number / span, 1))
     if found.low is None or found.high is None:
         return drawn

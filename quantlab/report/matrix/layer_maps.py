@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final, Literal
 
-from quantlab.evaluation.record import MatrixErrors, Measured, TaskResult
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.record import MatrixErrors, TaskResult
 from quantlab.report.matrix.matrix import Matrix
-from quantlab.report.matrix.rows import Row, link_to, same_layout, task_labels, task_of
+from quantlab.report.matrix.rows import Row, link_to, same_changes, same_layout, task_labels, task_of
 
 TILE_WIDTH, TILE_HEIGHT, LETTER_WIDTH = 58, 24, 7
-"""Of the map as a drawing, in pixels."""
+"""Sizes in the drawn map, in pixels."""
 LEVELS: Final = 6
 """Classes of the background."""
 _STANDS_OUT: Final = 3.0
@@ -48,13 +49,13 @@ class TileMap:
 
     Attributes:
         name: an identifier.
-        caption: what is shown.
+        caption: its caption.
         meaning: how to read it.
-        corner: what the rows are.
-        unit: what the columns are.
+        corner: the kind of its rows.
+        unit: the kind of its columns.
         heads: of the columns.
         lines: name of each row, with its tiles.
-        sentences: what stands out, in words.
+        sentences: the values that stand out, in words.
     """
 
     name: str
@@ -68,15 +69,16 @@ class TileMap:
 
 
 @dataclass(frozen=True)
-class _Measure:
-    """What a record holds of each layer.
+class LayerMeasure:
+    """A number that records hold for each layer.
 
     Attributes:
         field: of the record's `quality.divergence`.
         name, caption, meaning: of its map; `{baseline}` stands for the baseline's name.
-        subject: begins the sentence on what stands out.
+        subject: beginning of the sentence on a layer that stands out.
         badness: of a value, 0 where nothing is wrong.
-        by_peers: a layer is also held against the same layer of similar rows.
+        by_peers: a layer is also compared with the same layer of similar rows.
+        csv_name: beginning of its names in matrix.csv.
     """
 
     field: Literal["layer_errors", "router_agreement"]
@@ -86,10 +88,16 @@ class _Measure:
     subject: str
     badness: Callable[[float], float]
     by_peers: bool
+    csv_name: str
+
+    def of(self, row: Row) -> Mapping[str, Measured]:
+        """The numbers of a row by layer; empty where they were not measured."""
+        found: Mapping[str, Measured] = getattr(row.divergence, self.field, {})
+        return found
 
 
-_MEASURES: Final = (
-    _Measure(
+LAYER_MEASURES: Final = (
+    LayerMeasure(
         field="layer_errors",
         name="layer-errors",
         caption="Error of each layer",
@@ -98,8 +106,9 @@ _MEASURES: Final = (
         subject="the error of",
         badness=lambda value: value,
         by_peers=True,
+        csv_name="error_of",
     ),
-    _Measure(
+    LayerMeasure(
         field="router_agreement",
         name="router-agreement",
         caption="Agreement of the routers",
@@ -107,23 +116,28 @@ _MEASURES: Final = (
         subject="the agreement in",
         badness=lambda value: 1 - value,
         by_peers=False,
+        csv_name="router_agreement_of",
     ),
 )
 
 
 def layer_maps(matrix: Matrix) -> tuple[TileMap, ...]:
     """The error that each layer adds, and the router's agreement, of every variant that has them."""
-    return tuple(found for measure in _MEASURES if (found := _map(matrix, measure)))
+    return tuple(found for measure in LAYER_MEASURES if (found := _map(matrix, measure)))
 
 
 def _similar(row: Row, matrix: Matrix) -> tuple[str, ...]:
-    """Other rows of the same tensors in the same layout: what differs between their layers is how well each was made."""
-    return tuple(other.variant for other in matrix.rows if other is not row and same_layout(row, other))
+    """Other rows that the same passes made in the same layout: their layers differ by the choice of the values alone."""
+    return tuple(
+        other.variant
+        for other in matrix.rows
+        if other is not row and same_layout(row, other) and same_changes(row, other)
+    )
 
 
 def matrix_maps(matrix: Matrix) -> tuple[TileMap, ...]:
     """For every variant, the error of its matrices by kind and layer, as the artifact's manifest tells it."""
-    return tuple(_of_matrices(row, row.matrix_errors) for row in matrix.rows if row.matrix_errors)
+    return tuple(_of_matrices(row, row.record.matrix_errors) for row in matrix.rows if row.record.matrix_errors)
 
 
 def group_maps(matrix: Matrix) -> tuple[TileMap, ...]:
@@ -156,10 +170,10 @@ def _of_task(matrix: Matrix, task: TaskResult, label: str) -> TileMap:
     return TileMap(f"task-{label}", f"{label} by group", meaning, "variant", "group", tuple(groups), tuple(lines), ())
 
 
-def _map(matrix: Matrix, measure: _Measure) -> TileMap | None:
+def _map(matrix: Matrix, measure: LayerMeasure) -> TileMap | None:
     rows = {row.variant: row for row in matrix.rows}
-    of_rows = {name: getattr(row.divergence, measure.field, {}) for name, row in rows.items()}
-    values: dict[str, dict[str, Measured]] = {name: found for name, found in of_rows.items() if found}
+    of_rows = {name: measure.of(row) for name, row in rows.items()}
+    values: dict[str, Mapping[str, Measured]] = {name: found for name, found in of_rows.items() if found}
     if not values:
         return None
     badness = measure.badness

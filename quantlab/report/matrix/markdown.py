@@ -4,32 +4,32 @@ import re
 
 from quantlab.report.claims.table import claims_table
 from quantlab.report.matrix.attention_table import attention_table
-from quantlab.report.matrix.cells import Cell, cell, counts, failures, notes
-from quantlab.report.matrix.column import Column
-from quantlab.report.matrix.columns import columns
+from quantlab.report.matrix.cells import Cell, cell, counts, failures, notes, tokens_of
+from quantlab.report.matrix.columns import GROUPS, Column, columns
 from quantlab.report.matrix.layer_maps import layer_maps
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.recommend import RULES, recommend
 from quantlab.report.matrix.rows import Row
 from quantlab.report.matrix.verdict import summary
 
-_HEADLINE_COLUMNS = 3
 _MOST_LAYERS = 16
 
 
 def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
     """The text of matrix.md; `with_plot` shows matrix.svg, which must lie beside it."""
     every = columns(matrix)
+    headline = [column for column in every if column.is_headline]
+    rest = [column for column in every if not column.is_headline]
     blocks = [
         f"# {escaped(matrix.recipe)}: accuracy loss × memory × speed",
         "![Accuracy loss against memory, coloured by speed](matrix.svg)" if with_plot else "",
         "\n".join(f"- **{found.goal.capitalize()}:** {escaped(found.sentence)}" for found in recommend(matrix)),
-        _table(matrix, every[:_HEADLINE_COLUMNS], with_description=True),
+        _table(matrix, headline, with_description=True),
         "## Details",
         *(
-            _table(matrix, [column for column in every[_HEADLINE_COLUMNS:] if column.group == group])
-            for group in ("quality", "domains", "tasks", "memory", "speed")
-            if any(column.group == group for column in every[_HEADLINE_COLUMNS:])
+            _table(matrix, [column for column in rest if column.group == group])
+            for group in GROUPS
+            if any(column.group == group for column in rest)
         ),
         *_attention(matrix),
         *_layers(matrix),
@@ -47,7 +47,7 @@ def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _table(matrix: Matrix, shown: tuple[Column, ...] | list[Column], *, with_description: bool = False) -> str:
+def _table(matrix: Matrix, shown: list[Column], *, with_description: bool = False) -> str:
     twin = " (random-weight twin)"
     heads = [
         "variant",
@@ -102,7 +102,7 @@ def _attention(matrix: Matrix) -> list[str]:
 
 
 def _layers(matrix: Matrix) -> list[str]:
-    """What stands out by layer, and the numbers where they fit on a page."""
+    """The layers that stand out, and the numbers where they fit on a page."""
     blocks = []
     for found in layer_maps(matrix):
         blocks += [
@@ -131,8 +131,8 @@ def _claims(matrix: Matrix) -> list[str]:
 
 
 def _provenance(matrix: Matrix) -> str:
-    tokens = sorted({row.perplexity.n for row in matrix.rows if row.perplexity})
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(matrix.rows[0].versions.items()))
+    tokens = tokens_of(matrix)
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(matrix.rows[0].record.versions.items()))
     entries = [
         ("Recipe", f"{escaped(matrix.recipe)}, sha256 `{matrix.recipe_sha256}`"),
         ("Suite", f"{escaped(matrix.suite)}, sha256 `{matrix.suite_sha256}`"),

@@ -5,38 +5,53 @@ every row, so a reader can index without asking first; what was not measured is 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass
 
-from pydantic import ConfigDict, Field
+from pydantic_core import to_json
 
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Attention, Record
 from quantlab.report.claims.check import CheckedClaims, Claims, check_claims
-from quantlab.report.matrix.rows import Frozen, Row, build_row, finite_attention, keys_of
+from quantlab.report.matrix.rows import Row, build_row, finite_attention, row_as_json
 
 
-class Matrix(Frozen):
-    """The records of one recipe, relative to its baseline."""
+@dataclass(frozen=True)
+class Matrix:
+    """The records of one recipe, relative to its baseline.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
+    Attributes:
+        recipe, recipe_sha256, suite, suite_sha256, hardware: as all its records name them.
+        baseline: the variant that losses are measured against.
+        rows: one per variant.
+        attention: long contexts by implementation of attention, on the baseline's twin; None where the suite asks for none.
+        claims: claims of others, checked against the rows; None where the recipe names none.
+    """
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
     recipe: str
     recipe_sha256: str
     baseline: str
-    """The variant that losses are measured against."""
     hardware: str
     suite: str
     suite_sha256: str
     rows: tuple[Row, ...]
     attention: Attention | None = None
-    """Long contexts by implementation of attention, on the baseline's twin; null where the suite asks for none."""
     claims: CheckedClaims | None = None
-    """What others print, held against the rows; null where the recipe names no claims."""
 
     def to_json(self) -> str:
         """The text of matrix.json."""
-        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+        about = {
+            "schema": 1,
+            "recipe": self.recipe,
+            "recipe_sha256": self.recipe_sha256,
+            "baseline": self.baseline,
+            "hardware": self.hardware,
+            "suite": self.suite,
+            "suite_sha256": self.suite_sha256,
+            "rows": [row_as_json(row, self.rows) for row in self.rows],
+            "attention": self.attention,
+            "claims": self.claims,
+        }
+        return to_json(about, indent=2).decode() + "\n"
 
 
 def build_matrix(
@@ -56,9 +71,9 @@ def build_matrix(
     if not records:
         raise ArtifactError("there are no records to report", fix="run `quantlab eval` first")
     _refuse_strangers(records)
-    first, keys = records[0], keys_of(records)
+    first = records[0]
     attention = finite_attention(next((record.attention for record in records if record.attention), None))
-    rows = tuple(build_row(record, keys, link=(links or {}).get(record.variant)) for record in records)
+    rows = tuple(build_row(record, link=(links or {}).get(record.variant)) for record in records)
     return Matrix(
         recipe=first.recipe,
         recipe_sha256=first.recipe_sha256,

@@ -16,17 +16,6 @@ from quantlab.report.matrix.rows import Row
 from quantlab.report.matrix.verdict import summary
 
 START, END = "<!-- measured by quantlab -->", "<!-- end of what was measured -->"
-_SHOWN = (
-    "accuracy_loss_percent",
-    "memory_percent_of_fp16",
-    "speed_over_fp16",
-    "perplexity_change_percent",
-    "kl_to_baseline",
-    "top1_agreement",
-    "perplexity",
-    "peak_memory_bytes",
-    "kv_cache_bytes_per_token",
-)
 
 
 def filled_cards(matrix: Matrix, directory: Path) -> Iterator[tuple[Path, str]]:
@@ -34,7 +23,7 @@ def filled_cards(matrix: Matrix, directory: Path) -> Iterator[tuple[Path, str]]:
     for row in matrix.rows:
         artifact = directory / "artifacts" / row.variant
         card = artifact / "README.md"
-        if row.artifact != f"artifacts/{row.variant}" or not card.is_file() or _hashes_its_card(artifact):
+        if row.record.artifact != f"artifacts/{row.variant}" or not card.is_file() or _hashes_its_card(artifact):
             continue
         text = card.read_text(encoding="utf-8")
         before, start, rest = text.partition(START + "\n")
@@ -53,7 +42,7 @@ def measured_section(matrix: Matrix, row: Row) -> str:
     lines = [table_line(["number", "value (95 % interval)", "n"]), table_line(["---", "---:", "---:"])]
     for column in columns(matrix):
         found = cell(matrix, row, column)
-        if found.state == "value" and (column.key in _SHOWN or column.group == "tasks"):
+        if found.state == "value" and column.is_in("cards"):
             n = "–" if found.n is None else f"{found.n:,}"
             lines.append(table_line([escaped(column.heading), cell_text(found), n]))
     told = summary(row)
@@ -63,7 +52,7 @@ def measured_section(matrix: Matrix, row: Row) -> str:
         "",
         f"Suite {escaped(matrix.suite)} (sha256 `{matrix.suite_sha256[:12]}`), {escaped(matrix.hardware)}. "
         + " ".join(escaped(note) for note in notes(matrix)[:1]),
-        *([f"Speed: random-weight twin, {escaped(row.twin)}."] if row.twin else []),
+        *([f"Speed: random-weight twin, {escaped(row.speed.twin)}."] if row.speed else []),
         *(f"Not measured: {failure.cell}: {escaped(failure.reason)}" for failure in row.failures),
     ]
     return "\n".join(about) + "\n"

@@ -6,17 +6,19 @@ intervals overlap are called just that. A row without quality numbers is never r
 artifact that may answer nonsense are worth nothing.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
-from quantlab.evaluation.record import Measured
+from quantlab.evaluation.measured import Measured
 from quantlab.report.comparison.paired import paired
 from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.matrix import Matrix
-from quantlab.report.matrix.rows import Row, noise_of, passes_of, same_layout
+from quantlab.report.matrix.rows import Row, metric, noise_of, same_layout
 from quantlab.report.matrix.verdict import verdicts
 
+_RISE: Final = "perplexity_change_percent"
 NEGLIGIBLE_PERCENT = 0.1
 """A perplexity surely within this of the baseline's is as good as equal, even where the difference can be measured."""
 EXCLUDED_PERCENT = 1.0
@@ -32,14 +34,15 @@ RULES = {
     "memory": f"The least memory among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %. Of the same "
     "memory the one that can have lost least; of the same layout the one of fewer passes, where no difference can be measured.",
     "speed": f"The fastest decode at batch size 1 among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %; "
-    "among those whose speeds overlap, the one that can have lost least, or fewer passes as above. Speeds marked noisy do not count.",
+    "among those whose speeds overlap, the one that can have lost least, or fewer passes as above. A speed marked noisy counts as the lower "
+    "end of its interval.",
 }
 """How each goal is decided, for people."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to pick for one goal."""
+    """The variant to pick for one goal."""
 
     goal: Literal["quality", "memory", "speed"]
     variant: str | None
@@ -56,8 +59,16 @@ class _Judged:
     rise: Measured
 
     @property
+    def memory(self) -> float | None:
+        return self.row.number("memory_percent_of_fp16")
+
+    @property
+    def passes(self) -> int:
+        return len(self.row.record.passes)
+
+    @property
     def worst(self) -> float:
-        """Upper end of the perplexity change: what the measurement cannot rule out."""
+        """Upper end of the perplexity change: the largest that the measurement does not rule out."""
         return self.rise.high
 
     @property
@@ -82,10 +93,11 @@ class _Judged:
 
 def recommend(matrix: Matrix) -> tuple[Recommendation, Recommendation, Recommendation]:
     """Which row to pick for quality, for memory and for speed."""
+    compared = [(row, row.measured("accuracy_loss_percent"), row.measured(_RISE)) for row in matrix.rows]
     judged = [
-        _Judged(row=row, loss=row.accuracy_loss_percent, rise=row.perplexity_change_percent)
-        for row in matrix.rows
-        if row.variant != matrix.baseline and row.accuracy_loss_percent and row.perplexity_change_percent
+        _Judged(row=row, loss=loss, rise=rise)
+        for row, loss, rise in compared
+        if row.variant != matrix.baseline and loss is not None and rise is not None
     ]
     return (
         _with_absent(_for_quality(matrix, judged), matrix, judged=judged, need="memory"),
@@ -98,25 +110,12 @@ def _with_absent(
     found: Recommendation, matrix: Matrix, *, judged: Sequence[_Judged], need: Literal["memory", "speed"]
 ) -> Recommendation:
     """Name the rows that had no chance because a number of theirs is missing."""
-    present = {
-        other.row.variant
-        for other in judged
-        if (other.row.memory_percent_of_fp16 if need == "memory" else _quiet_speed(other.row)) is not None
-    } | {matrix.baseline}
+    key = "memory_percent_of_fp16" if need == "memory" else "speed_over_fp16"
+    present = {other.row.variant for other in judged if other.row.value(key) is not None} | {matrix.baseline}
     absent = [row.variant for row in matrix.rows if row.variant not in present]
     if not absent:
         return found
-    why = (
-        "for want of quiet numbers"
-        if need == "speed" and any(row.noise for row in matrix.rows)
-        else "for want of numbers"
-    )
-    return replace(found, sentence=f"{found.sentence} Not considered, {why}: {_listed(absent)}.")
-
-
-def _quiet_speed(row: Row) -> Measured | None:
-    """The speed that decides, unless it is noise."""
-    return None if noise_of(row, "speed_over_fp16") else row.speed_over_fp16
+    return replace(found, sentence=f"{found.sentence} Not considered, for want of numbers: {_listed(absent)}.")
 
 
 def _for_quality(matrix: Matrix, judged: Sequence[_Judged]) -> Recommendation:
@@ -124,7 +123,7 @@ def _for_quality(matrix: Matrix, judged: Sequence[_Judged]) -> Recommendation:
         return Recommendation(
             "quality", None, "No variant can be recommended: the quality of none was measured against the baseline."
         )
-    keeping = [(found.row.memory_percent_of_fp16, found) for found in judged if found.keeps_quality]
+    keeping = [(found.memory, found) for found in judged if found.keeps_quality]
     weighed = [(memory, found) for memory, found in keeping if memory is not None]
     if weighed:
         memory, pick = _smallest(weighed)
@@ -154,7 +153,7 @@ def _for_quality(matrix: Matrix, judged: Sequence[_Judged]) -> Recommendation:
 
 
 def _for_memory(judged: Sequence[_Judged]) -> Recommendation:
-    weighed = [(found.row.memory_percent_of_fp16, found) for found in judged]
+    weighed = [(found.memory, found) for found in judged]
     saving = [(memory, found) for memory, found in weighed if memory is not None and _saves(memory)]
     if not saving:
         return Recommendation(
@@ -178,42 +177,80 @@ def _for_memory(judged: Sequence[_Judged]) -> Recommendation:
     return Recommendation("memory", pick.row.variant, sentence + ".")
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """A row with its speed at batch size 1; `noise` says why it was disturbed."""
+
+    judged: _Judged
+    speed: Measured
+    noise: str | None
+
+    @property
+    def sure(self) -> float:
+        """The speed that counts: of a disturbed measurement the lower end of its interval."""
+        return self.speed.low if self.noise else self.speed.value
+
+    def is_level_with(self, top: "_Timed") -> bool:
+        """Whether it may be as fast as the fastest; a disturbed measurement, with its wide interval, only where it surely is."""
+        return (self.speed.low if self.noise else self.speed.high) >= top.speed.low
+
+    @property
+    def sentence(self) -> str:
+        speed, ends = self.speed, interval(self.speed, "ratio")
+        if self.noise is None:
+            return f"decodes {number(speed.value, 'ratio')}× as fast as FP16 ({ends}) at batch size 1"
+        return f"decodes at least {at_least(speed)}× as fast as FP16 ({ends}, noisy: {self.noise}) at batch size 1"
+
+
+def at_least(speed: Measured) -> str:
+    """The lower end of an interval, rounded down to one digit."""
+    return f"{math.floor(10 * speed.low) / 10:.1f}"
+
+
 def _for_speed(judged: Sequence[_Judged]) -> Recommendation:
-    timed = [(_quiet_speed(found.row), found) for found in judged if found.is_bounded]
-    faster = [(speed, found) for speed, found in timed if speed is not None and speed.low > 1]
-    if not any(speed for speed, _ in timed):
-        return Recommendation(
-            "speed",
-            None,
-            f"No variant with losses surely below {BOUND_PERCENT:g} % has a speed that was measured undisturbed."
-            if any(found.row.noise for found in judged)
-            else f"No variant with losses surely below {BOUND_PERCENT:g} % has a measured speed.",
-        )
+    timed = [
+        _Timed(found, speed, noise_of(found.row, "speed_over_fp16"))
+        for found in judged
+        if found.is_bounded and (speed := found.row.measured("speed_over_fp16")) is not None
+    ]
+    faster = [one for one in timed if one.speed.low > 1]
     if not faster:
-        return Recommendation(
-            "speed",
-            None,
-            f"No variant with losses surely below {BOUND_PERCENT:g} % is measurably faster than FP16 at batch size 1.",
-        )
-    top, fastest = max(faster, key=lambda pair: pair[0].value)
-    level = [(speed, found) for speed, found in faster if speed.high >= top.low]
-    _, best = min(level, key=lambda pair: (pair[1].worst, -pair[0].value))
-    pick = _simplest(best, [found for _, found in level])
-    speed = next(speed for speed, found in level if found is pick)
-    sentence = f"{pick.row.variant} decodes {number(speed.value, 'ratio')}× as fast as FP16 ({interval(speed, 'ratio')}) at batch size 1"
-    batch, ratio = _largest_batch(pick.row)
+        seen = "is measurably faster than FP16 at batch size 1" if timed else "has a measured speed"
+        noisy = ", measured on a machine that was disturbed" if any(one.noise for one in timed) else ""
+        sentence = f"No variant with losses surely below {BOUND_PERCENT:g} % {seen}{noisy}."
+        return Recommendation("speed", None, sentence)
+    top = max(faster, key=lambda one: one.sure)
+    level = [one for one in faster if one is top or one.is_level_with(top)]
+    best = min(level, key=lambda one: (one.judged.worst, -one.sure))
+    simplest = _simplest(best.judged, [one.judged for one in level])
+    pick = next(one for one in level if one.judged is simplest)
+    alike = [one for one in level if _is_alike(pick.judged, one.judged)]
+    sentence = f"{pick.judged.row.variant} {pick.sentence}"
+    batch, ratio = _largest_batch(pick.judged.row)
     if ratio is not None:
         sentence += f" and {number(ratio.value, 'ratio')}× ({interval(ratio, 'ratio')}) at {batch}"
-    sentence += f", with {pick.losses}"
-    alike = [found for _, found in level if _is_alike(pick, found)]
-    sentence += "".join(_why_not(pick, found) for found in alike)
-    if pick is not fastest and fastest not in alike:
-        sentence += f"; {fastest.row.variant} measures {number(top.value, 'ratio')}×, but the intervals overlap and more loss remains possible there"
-    level_with = [found.row.variant for _, found in level if found not in (pick, fastest, *alike)]
-    if level_with:
-        intervals = "interval of {} overlaps" if len(level_with) == 1 else "intervals of {} overlap"
-        sentence += f"; the {intervals.format(_listed(level_with))} with the fastest's"
-    return Recommendation("speed", pick.row.variant, sentence + ".")
+    sentence += f", with {pick.judged.losses}" + "".join(_why_not(pick.judged, one.judged) for one in alike)
+    sentence += _other_speeds(pick, top, [one for one in level if one not in (pick, top, *alike)], told=top in alike)
+    maybe = [
+        one.judged.row.variant for one in timed if one.noise and one not in level and one.speed.high > top.speed.high
+    ]
+    if maybe:
+        sentence += f"; {_listed(maybe)} may be faster, but the measurement was disturbed"
+    return Recommendation("speed", pick.judged.row.variant, sentence + ".")
+
+
+def _other_speeds(pick: _Timed, top: _Timed, others: Sequence[_Timed], *, told: bool) -> str:
+    """Clauses on the fastest, where it was not picked, and on those whose intervals overlap with it."""
+    sentence = ""
+    if pick is not top and not told:
+        measures = f"measures {number(top.speed.value, 'ratio')}×" + (" (noisy)" if top.noise else "")
+        sentence = (
+            f"; {top.judged.row.variant} {measures}, but the intervals overlap and more loss remains possible there"
+        )
+    if others:
+        intervals = "interval of {} overlaps" if len(others) == 1 else "intervals of {} overlap"
+        sentence += f"; the {intervals.format(_listed(one.judged.row.variant for one in others))} with the fastest's"
+    return sentence
 
 
 def _smallest(weighed: Sequence[tuple[float, _Judged]]) -> tuple[float, _Judged]:
@@ -228,12 +265,12 @@ def _smallest(weighed: Sequence[tuple[float, _Judged]]) -> tuple[float, _Judged]
 def _simplest(best: _Judged, others: Iterable[_Judged]) -> _Judged:
     """`best`, or one of the same layout that fewer passes made, where no difference between the two can be measured."""
     as_good = [found for found in others if _is_alike(found, best)]
-    return min([best, *as_good], key=lambda found: (passes_of(found.row), found.worst))
+    return min([best, *as_good], key=lambda found: (found.passes, found.worst))
 
 
 def _is_alike(simpler: _Judged, other: _Judged) -> bool:
     """Whether more passes made the other without a difference that can be measured."""
-    if not same_layout(simpler.row, other.row) or passes_of(simpler.row) >= passes_of(other.row):
+    if not same_layout(simpler.row, other.row) or simpler.passes >= other.passes:
         return False
     return not _differs(simpler, other)
 
@@ -247,15 +284,15 @@ def _differs(a: _Judged, b: _Judged) -> bool:
 
 
 def _difference(a: _Judged, b: _Judged) -> Measured | None:
-    """Of their perplexity changes, on the same documents."""
-    return paired(a.row.documents, b.row.documents, "perplexity_change_percent")
+    """Difference of their perplexity changes on the same documents."""
+    return paired(a.row.documents, b.row.documents, metric(_RISE))
 
 
 def _why_not(pick: _Judged, other: _Judged) -> str:
     difference = _difference(pick, other)
     how = "unpaired" if difference is None else f"{_with_interval(difference)} on the same documents"
     return (
-        f"; {other.row.variant} has the same layout and {passes_of(other.row)} passes in place of {passes_of(pick.row)}, and no "
+        f"; {other.row.variant} has the same layout and {other.passes} passes in place of {pick.passes}, and no "
         f"measurable difference of perplexity change ({how})"
     )
 
@@ -279,8 +316,8 @@ def _largest_batch(row: Row) -> tuple[str, Measured | None]:
     """The largest batch size above 1 whose decode speed was compared with FP16."""
     measured = [
         (batch, ratio)
-        for batch, ratio in row.decode_over_fp16.items()
-        if ratio is not None and batch != "1" and not noise_of(row, f"decode_over_fp16.{batch}")
+        for batch, ratio in row.by_batch("decode_over_fp16").items()
+        if batch != "1" and not noise_of(row, f"decode_over_fp16.{batch}")
     ]
     return measured[-1] if measured else ("", None)
 

@@ -1,205 +1,212 @@
-"""One row of the tables: everything of a record that is compared, as matrix.json holds it.
-
-Every key stands in every row, so a reader can index without asking first; what was not measured is null.
-"""
+"""One row of the tables: a view of a record, and the form in which matrix.json holds it."""
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 
-from quantlab.evaluation.record import (
-    Attention,
-    AttentionCell,
-    Divergence,
-    Documents,
-    Domain,
-    Expanded,
-    Failure,
-    MatrixErrors,
-    Measured,
-    Memory,
-    Quality,
-    Record,
-    Significance,
-    Speed,
-    TaskKey,
-    TaskResult,
-)
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.memory.metrics import Memory
+from quantlab.evaluation.metric import Declared, Metric, metrics_of
+from quantlab.evaluation.quality.metrics import Divergence, Documents, Quality
+from quantlab.evaluation.record import PARTS, Attention, AttentionCell, Failure, Record, TaskKey, TaskResult
+from quantlab.evaluation.speed.metrics import Speed
 
-_DECODE_BATCHES = ("1", "8")
-_PREFILL_BATCHES = ("1",)
+Value = Measured | float | None
+METRICS: Final[Mapping[str, tuple[str, Declared]]] = {
+    name: (part, declared) for part, model in PARTS.items() for name, declared in metrics_of(model).items()
+}
+"""Every metric with the part of a record that declares it, by its name in matrix.json."""
 _Part = TypeVar("_Part", bound=BaseModel)
 
 
-class Frozen(BaseModel):
-    """Strict and immutable; the strings under the fields document them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Row(Frozen):
-    """One variant."""
-
-    variant: str
-    description: str
-    """The passes in one line, for people."""
-    artifact: str
-    artifact_sha256: str
-    record: str | None = None
-    """The record these numbers come from, relative to the directory of the report."""
-    hardware: str = ""
-    accuracy_loss_percent: Measured | None
-    """Next-token accuracy lost, in percent of the baseline's; null for the baseline, as are the other changes against it."""
-    memory_percent_of_fp16: float | None
-    """Bytes the runtime holds for weights, in percent of the same weights at two bytes each."""
-    speed_over_fp16: Measured | None
-    """Decode speed at batch 1 over that of the FP16 twin."""
-    perplexity: Measured | None
-    perplexity_change_percent: Measured | None
-    kl_to_baseline: Measured | None
-    """Nats per token."""
-    top1_agreement: Measured | None
-    """Share of tokens, 0 to 1."""
-    bits_per_byte: Measured | None
-    next_token_accuracy: Measured | None
-    """Share of tokens, 0 to 1."""
-    divergence: Divergence | None = None
-    documents: Documents | None = Field(default=None, exclude=True)
-    """Sums over documents, which pair rows with each other; in records only."""
-    significance: dict[str, Significance] = {}
-    """Of the changes against the baseline, by their names here."""
-    tasks: tuple[TaskResult, ...] = ()
-    compute_dtype: str | None
-    """Dtype of the activations while quality was measured."""
-    domains: dict[str, Domain | None]
-    weights_bytes: int | None
-    fp16_weights_bytes: int | None
-    quantized_weights_percent_of_fp16: float | None
-    """Of the tensors a pass quantized only, scales included."""
-    artifact_bytes: int | None
-    peak_memory_bytes: int | None
-    peak_memory_of: Literal["process", "cuda"] | None = None
-    """Which memory that is: the resident size of a process, or what torch's allocator held on the GPU."""
-    kv_cache_bytes_per_token: int | None = None
-    kv_cache: str = ""
-    expanded: tuple[Expanded, ...] = Field(default=(), exclude=True)
-    """Quantized matrices that no kernel multiplies by; in records only."""
-    load_seconds: float | None
-    load_seconds_interval: Measured | None
-    decode_tokens_per_second: dict[str, Measured | None]
-    """Of the random-weight twin; keys are batch sizes, as in the next five."""
-    prefill_tokens_per_second: dict[str, Measured | None]
-    decode_over_fp16: dict[str, Measured | None]
-    prefill_over_fp16: dict[str, Measured | None]
-    time_to_first_token_seconds: dict[str, Measured | None] = {}
-    energy_joules_per_token: dict[str, Measured | None] = {}
-    quartiles: dict[str, tuple[float, float]] = {}
-    """First and third quartile over rounds, by cell: "decode_tokens_per_second.1"."""
-    noise: dict[str, str] = {}
-    """Why a cell of speed is no fact, by cell; such a cell is marked and no recommendation rests on it."""
-    tokens_per_expert: dict[str, tuple[int, ...]] = {}
-    """Calibration tokens of every routed expert, by block; empty where none was watched."""
-    matrix_errors: tuple[MatrixErrors, ...] = ()
-    twin_memory_percent_of_fp16: float | None = None
-    """Bytes the twin holds for its weights, in percent of the same weights at two bytes each."""
-    twin: str | None
-    layout: str | None
-    """What was timed."""
-    not_fused: str = Field(default="", exclude=True)
-    """Why decode steps ran transformers' forward functions and were not fused, empty where they were; in records and notes only."""
-    failures: tuple[Failure, ...]
-    versions: dict[str, str]
-
-
 @dataclass(frozen=True)
-class Keys:
-    """What every row of a table has an entry for, measured or not.
+class Row:
+    """One variant.
 
     Attributes:
-        domains: kinds of text.
-        decode, prefill: batch sizes, smallest first.
-        first_token, energy: batch sizes of time to first token and of energy; empty where nothing was measured.
+        record: its numbers, all finite; what was measured and is no number stands among its failures.
+        link: where the record lies, relative to the directory of the report.
     """
 
-    domains: tuple[str, ...]
-    decode: tuple[str, ...]
-    prefill: tuple[str, ...]
-    first_token: tuple[str, ...]
-    energy: tuple[str, ...]
+    record: Record
+    link: str | None = None
+
+    @property
+    def variant(self) -> str:
+        return self.record.variant
+
+    @property
+    def description(self) -> str:
+        return self.record.description
+
+    @property
+    def hardware(self) -> str:
+        return self.record.hardware
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        return self.record.failures
+
+    @property
+    def tasks(self) -> tuple[TaskResult, ...]:
+        return self.record.tasks
+
+    @property
+    def quality(self) -> Quality | None:
+        return self.record.quality
+
+    @property
+    def memory(self) -> Memory | None:
+        return self.record.memory
+
+    @property
+    def speed(self) -> Speed | None:
+        return self.record.speed
+
+    @property
+    def divergence(self) -> Divergence | None:
+        return self.quality.divergence if self.quality else None
+
+    @property
+    def documents(self) -> Documents | None:
+        return self.quality.documents if self.quality else None
+
+    @property
+    def noise(self) -> Mapping[str, str]:
+        """Reasons why cells of speed were disturbed, by cell."""
+        return self.speed.noise if self.speed else {}
+
+    def value(self, key: str) -> Value:
+        """The number of a metric, with the batch size behind a dot: "decode_tokens_per_second.8"; None where it is missing."""
+        name, _, batch = key.partition(".")
+        part, declared = METRICS[name]
+        found = getattr(getattr(self.record, part), name, None)
+        value: Value = (found or {}).get(batch) if declared.by_batch else found
+        return value
+
+    def measured(self, key: str) -> Measured | None:
+        """The same, of a metric whose numbers have intervals."""
+        found = self.value(key)
+        assert found is None or isinstance(found, Measured), f"{key} has no interval"
+        return found
+
+    def number(self, key: str) -> float | None:
+        """The same, of a metric whose numbers have no intervals."""
+        found = self.value(key)
+        assert not isinstance(found, Measured), f"{key} has an interval"
+        return found
+
+    def by_batch(self, name: str) -> Mapping[str, Measured]:
+        """The numbers of a metric by batch size, smallest first."""
+        part, _ = METRICS[name]
+        found = getattr(getattr(self.record, part), name, None) or {}
+        return {batch: found[batch] for batch in in_size(found)}
 
 
-def keys_of(records: Sequence[Record]) -> Keys:
-    """The keys that the rows of these records share."""
-    speeds = [record.speed for record in records if record.speed]
-    return Keys(
-        domains=tuple(sorted({name for record in records if record.quality for name in record.quality.domains})),
-        decode=_batch_sizes(
-            _DECODE_BATCHES,
-            [keys for speed in speeds for keys in (speed.decode_tokens_per_second, speed.decode_over_fp16)],
-        ),
-        prefill=_batch_sizes(
-            _PREFILL_BATCHES,
-            [keys for speed in speeds for keys in (speed.prefill_tokens_per_second, speed.prefill_over_fp16)],
-        ),
-        first_token=_batch_sizes((), [speed.time_to_first_token_seconds for speed in speeds]),
-        energy=_batch_sizes((), [speed.energy_joules_per_token or {} for speed in speeds]),
-    )
-
-
-def build_row(record: Record, keys: Keys, *, link: str | None = None) -> Row:
+def build_row(record: Record, *, link: str | None = None) -> Row:
     """The row of a record; numbers that are not finite become failures.
 
     Args:
         record: one evaluation.
-        keys: what every row of the table has an entry for.
         link: where the record lies, relative to the directory of the report.
     """
     failures = list(record.failures)
-    quality = _if_finite(record.quality, failures, "quality")
-    memory = _if_finite(record.memory, failures, "memory")
-    speed = _if_finite(record.speed, failures, "speed")
-    tasks = tuple(task for task in record.tasks if _if_finite(task, failures, "tasks"))
-    errors = tuple(found for found in record.matrix_errors if _if_finite(found, failures, "quality"))
-    return Row(
-        variant=record.variant,
-        description=record.description,
-        artifact=record.artifact,
-        artifact_sha256=record.artifact_sha256,
-        record=link,
-        hardware=record.hardware,
-        **_quality_fields(quality, keys),
-        **_memory_fields(memory),
-        **_speed_fields(speed, keys),
-        documents=quality.documents if quality else None,
-        tasks=tuple(task.model_copy(update={"document_items": (), "document_scores": ()}) for task in tasks),
-        tokens_per_expert={block: counts for block, counts in record.tokens_per_expert.items() if counts},
-        matrix_errors=errors,
-        failures=tuple(failures),
-        versions=record.versions,
+    finite: dict[str, Any] = {part: _if_finite(getattr(record, part), failures, part) for part in PARTS}
+    finite["tasks"] = tuple(task for task in record.tasks if _if_finite(task, failures, "tasks"))
+    finite["matrix_errors"] = tuple(one for one in record.matrix_errors if _if_finite(one, failures, "quality"))
+    finite["tokens_per_expert"] = {block: counts for block, counts in record.tokens_per_expert.items() if counts}
+    return Row(record.model_copy(update=finite | {"failures": tuple(failures)}), link)
+
+
+def row_as_json(row: Row, rows: Sequence[Row]) -> dict[str, object]:
+    """The row as matrix.json holds it: its record without the sums over documents, parts made flat.
+
+    Every key stands in every row of `rows`, so a reader can index without asking first; what was not measured is null.
+    """
+    record = row.record
+    flat: dict[str, object] = {
+        "variant": record.variant,
+        "description": record.description,
+        "passes": record.passes,
+        "artifact": record.artifact,
+        "artifact_sha256": record.artifact_sha256,
+        "record": row.link,
+        "hardware": record.hardware,
+    }
+    for part, model in PARTS.items():
+        for name in [*metrics_of(model), *(name for name in model.model_fields if name not in metrics_of(model))]:
+            if name != "documents":
+                flat[name] = _field_as_json(getattr(record, part), model, name, rows)
+    if record.memory:  # a plain number under its old name
+        flat |= {"load_seconds": record.memory.load_seconds.value, "load_seconds_interval": record.memory.load_seconds}
+    else:
+        flat["load_seconds_interval"] = None
+    flat["tasks"] = [task.model_dump(exclude={"document_items", "document_scores"}) for task in record.tasks]
+    for name in ("tokens_per_expert", "matrix_errors", "failures", "versions"):
+        flat[name] = getattr(record, name)
+    return flat
+
+
+def _field_as_json(part: BaseModel | None, model: type[BaseModel], name: str, rows: Sequence[Row]) -> object:
+    """One field of a part of a record, with the keys that all rows have."""
+    found = getattr(part, name, None)
+    declared = metrics_of(model).get(name)
+    if declared is not None and declared.by_batch:
+        return {batch: (found or {}).get(batch) for batch in batch_sizes(rows, declared)}
+    if name == "domains":
+        return {domain: (found or {}).get(domain) for domain in domains_of(rows)}
+    if part is None and name in model.model_fields:
+        default = model.model_fields[name].default
+        return default if default in ({}, (), "") else None
+    return found
+
+
+def domains_of(rows: Sequence[Row]) -> list[str]:
+    """The kinds of text that some row was measured on."""
+    return sorted({domain for row in rows if row.quality for domain in row.quality.domains})
+
+
+def batch_sizes(rows: Sequence[Row], declared: Declared) -> list[str]:
+    """The batch sizes that matrix.json has keys for: those that are always there, and those of some row."""
+    names = [name for name in (declared.name, declared.metric.made_of) if name]
+    return in_size(
+        {*declared.metric.batches, *(batch for row in rows for name in names for batch in row.by_batch(name))}
     )
 
 
-def passes_of(row: Row) -> int:
-    """How many passes made it; a description names them one behind the other."""
-    return row.description.count(" → ") + 1
+def in_size(batches: Iterable[str]) -> list[str]:
+    """Batch sizes, smallest first."""
+    return sorted(batches, key=lambda batch: (len(batch), batch))
+
+
+def metric(name: str) -> Metric:
+    """The declaration of a metric, by its name in matrix.json."""
+    return METRICS[name][1].metric
 
 
 def link_to(row: Row, field: str = "") -> str | None:
     """URL of the record of a row, at one of its fields; None where no record lies beside the report."""
-    if row.record is None:
+    if row.link is None:
         return None
-    return quote(row.record) + (f"#{quote(field)}" if field else "")
+    return quote(row.link) + (f"#{quote(field)}" if field else "")
 
 
 def same_layout(a: Row, b: Row) -> bool:
     """Whether two rows hold the same tensors in the same formats, so that they differ in the values alone."""
-    layouts = [(row.layout or "").partition(", timed once with ")[0] for row in (a, b)]
-    return a.weights_bytes is not None and a.weights_bytes == b.weights_bytes and layouts[0] == layouts[1]
+    if a.memory is None or b.memory is None or a.memory.weights_bytes != b.memory.weights_bytes:
+        return False
+    return (a.speed.layout if a.speed else "") == (b.speed.layout if b.speed else "")
+
+
+def same_changes(a: Row, b: Row) -> bool:
+    """Whether the same passes made two rows, by whatever algorithms; never where only the dtype was changed, or nothing."""
+    changes = [[one.change for one in row.record.passes] for row in (a, b)]
+    return changes[0] == changes[1] and any(operation != "cast" for operation, _ in changes[0])
 
 
 def task_of(row: Row, key: TaskKey) -> TaskResult | None:
@@ -208,7 +215,7 @@ def task_of(row: Row, key: TaskKey) -> TaskResult | None:
 
 
 def task_labels(tasks: Iterable[TaskResult]) -> dict[TaskKey, str]:
-    """What each task of a table is called: its name, with metric and seed where the table has several of them."""
+    """Label of each task of a table: its name, with metric and seed where the table has several of them."""
     keys = dict.fromkeys(task.key for task in tasks)
     metrics = Counter(name for name, _ in {(name, metric) for name, metric, _ in keys})
     seeds = Counter(name for name, _ in {(name, seed) for name, _, seed in keys})
@@ -221,98 +228,29 @@ def task_labels(tasks: Iterable[TaskResult]) -> dict[TaskKey, str]:
 
 
 def noise_of(row: Row, key: str) -> str | None:
-    """Why the number under `key` cannot be taken for a fact; a ratio is as noisy as the rate it is made of."""
-    names = [key]
-    if key == "speed_over_fp16":
-        names = ["decode_over_fp16.1", "decode_tokens_per_second.1"]
-    elif "_over_fp16." in key:
-        names = [key, key.replace("_over_fp16.", "_tokens_per_second.")]
-    return next((row.noise[name] for name in names if name in row.noise), None)
-
-
-def _quality_fields(quality: Quality | None, keys: Keys) -> dict[str, Any]:
-    names = (
-        "accuracy_loss_percent",
-        "perplexity",
-        "perplexity_change_percent",
-        "kl_to_baseline",
-        "top1_agreement",
-        "bits_per_byte",
-        "next_token_accuracy",
-        "compute_dtype",
-        "divergence",
-    )
-    fields: dict[str, Any] = {name: getattr(quality, name) if quality else None for name in names}
-    fields["domains"] = {name: quality.domains.get(name) if quality else None for name in keys.domains}
-    fields["significance"] = quality.significance if quality else {}
-    return fields
-
-
-def _memory_fields(memory: Memory | None) -> dict[str, Any]:
-    names = (
-        "weights_bytes",
-        "fp16_weights_bytes",
-        "quantized_weights_percent_of_fp16",
-        "artifact_bytes",
-        "peak_memory_bytes",
-        "peak_memory_of",
-        "kv_cache_bytes_per_token",
-    )
-    fields: dict[str, Any] = {name: getattr(memory, name) if memory else None for name in names}
-    fields["memory_percent_of_fp16"] = _memory_percent(memory)
-    fields["load_seconds"] = memory.load_seconds.value if memory else None
-    fields["load_seconds_interval"] = memory.load_seconds if memory else None
-    fields["kv_cache"] = memory.kv_cache if memory else ""
-    fields["expanded"] = memory.expanded if memory else ()
-    return fields
-
-
-def _speed_fields(speed: Speed | None, keys: Keys) -> dict[str, Any]:
-    def by_batch(batches: Iterable[str], name: str) -> dict[str, Measured | None]:
-        found: Mapping[str, Measured] = (getattr(speed, name) or {}) if speed else {}
-        return {batch: found.get(batch) for batch in batches}
-
-    return {
-        "speed_over_fp16": speed.decode_over_fp16.get("1") if speed else None,
-        "decode_tokens_per_second": by_batch(keys.decode, "decode_tokens_per_second"),
-        "prefill_tokens_per_second": by_batch(keys.prefill, "prefill_tokens_per_second"),
-        "decode_over_fp16": by_batch(keys.decode, "decode_over_fp16"),
-        "prefill_over_fp16": by_batch(keys.prefill, "prefill_over_fp16"),
-        "time_to_first_token_seconds": by_batch(keys.first_token, "time_to_first_token_seconds"),
-        "energy_joules_per_token": by_batch(keys.energy, "energy_joules_per_token"),
-        "quartiles": speed.quartiles if speed else {},
-        "noise": speed.noise if speed else {},
-        "twin_memory_percent_of_fp16": speed.twin_memory_percent_of_fp16 if speed else None,
-        "twin": speed.twin if speed else None,
-        "layout": speed.layout if speed else None,
-        "not_fused": (speed.not_fused or "") if speed else "",
-    }
-
-
-def _batch_sizes(named: Iterable[str], measured: Iterable[Mapping[str, Measured]]) -> tuple[str, ...]:
-    """All batch sizes of a table, smallest first."""
-    return tuple(sorted({*named, *(batch for keys in measured for batch in keys)}, key=lambda name: (len(name), name)))
-
-
-def _memory_percent(memory: Memory | None) -> float | None:
-    if memory is None or memory.fp16_weights_bytes <= 0:
+    """Reason why the measurement of `key` was disturbed, or None; a ratio is as noisy as the rate it is computed from."""
+    name, _, batch = key.partition(".")
+    if name not in METRICS:
         return None
-    return 100 * memory.weights_bytes / memory.fp16_weights_bytes
+    declared = METRICS[name][1]
+    if declared.metric.origin:
+        return noise_of(row, declared.metric.origin) if declared.metric.origin != key else None
+    cells = [key, *([f"{declared.metric.made_of}.{batch}"] if declared.metric.made_of else [])]
+    return next((row.noise[cell] for cell in cells if cell in row.noise), None)
 
 
-def _if_finite(
-    found: _Part | None, failures: list[Failure], cell: Literal["quality", "memory", "speed", "tasks"]
-) -> _Part | None:
-    """A part of a record, or None and a failure: what answers with infinities has no numbers worth a column."""
+def _if_finite(found: _Part | None, failures: list[Failure], cell: str) -> _Part | None:
+    """A part of a record, or None and a failure: infinities and NaN are no numbers that a table could show."""
     infinite = list(dict.fromkeys(_infinite(found.model_dump()))) if found is not None else []
     if infinite:
         about = f"{found.name}: " if isinstance(found, TaskResult) else ""
-        failures.append(Failure(cell=cell, reason=f"{about}no finite number: {', '.join(infinite)}"))
+        reason = f"{about}no finite number: {', '.join(infinite)}"
+        failures.append(Failure.model_validate({"cell": cell, "reason": reason}))
     return None if infinite else found
 
 
 def finite_attention(found: Attention | None) -> Attention | None:
-    """The same, with a reason in place of cells that hold what is no number."""
+    """The same, with a reason in place of cells that hold infinities or NaN."""
     if found is None:
         return None
     cells = [
@@ -325,7 +263,7 @@ def finite_attention(found: Attention | None) -> Attention | None:
 
 
 def _infinite(found: object, path: str = "") -> Iterator[str]:
-    """Where the numbers stand that are none; of a measured one, its own place."""
+    """Paths of the numbers that are infinite or NaN; of a measured one, its own path."""
     if isinstance(found, float) and not math.isfinite(found):
         yield path
     elif isinstance(found, dict):

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from quantlab.evaluation.record import Measured
+from quantlab.evaluation.measured import Measured
 from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import Row, noise_of
@@ -65,9 +65,9 @@ class Mark:
     is_baseline: bool
     on_frontier: bool
     noise: str | None
-    """Why its speed is no fact."""
+    """Reason why the measurement of its speed was disturbed."""
     details: str
-    """Everything about the point in one line."""
+    """All numbers of the point in one line."""
 
     def covers(self, other: "Mark") -> float:
         """How much the two hide of each other: dots may touch, bars must stay apart."""
@@ -175,11 +175,12 @@ def _points(matrix: Matrix) -> tuple[list[_Point], list[str]]:
     points, left_out = [], []
     for row in matrix.rows:
         is_baseline = row.variant == matrix.baseline
-        loss = Measured(value=0.0, low=0.0, high=0.0, n=0) if is_baseline else row.accuracy_loss_percent
-        if loss is None or row.memory_percent_of_fp16 is None:
+        loss = Measured(value=0.0, low=0.0, high=0.0, n=0) if is_baseline else row.measured("accuracy_loss_percent")
+        memory = row.number("memory_percent_of_fp16")
+        if loss is None or memory is None:
             left_out.append(f"{row.variant}: {'accuracy loss' if loss is None else 'memory'} not measured")
         else:
-            points.append(_Point(row=row, memory=row.memory_percent_of_fp16, loss=loss, is_baseline=is_baseline))
+            points.append(_Point(row=row, memory=memory, loss=loss, is_baseline=is_baseline))
     by_loss = sorted((point for point in points if not point.is_baseline), key=lambda point: point.loss.value)
     while len(by_loss) > 1 and by_loss[-1].loss.value > _OFF_SCALE * max(by_loss[-2].loss.high, 1.0):
         beyond = by_loss.pop()
@@ -206,7 +207,7 @@ def _marks(
 ) -> list[Mark]:
     marks: list[Mark] = []
     for point in points:
-        speed = point.row.speed_over_fp16
+        speed = point.row.measured("speed_over_fp16")
         speed_class = None if speed is None else sum(speed.value >= step for step in SPEED_STEPS)
         shifted = [
             Mark(
@@ -235,7 +236,7 @@ def _details(point: _Point) -> str:
         if point.is_baseline
         else f"accuracy loss {number(point.loss.value, 'change')} % ({interval(point.loss, 'change')})"
     )
-    speed = point.row.speed_over_fp16
+    speed = point.row.measured("speed_over_fp16")
     pace = f"speed {number(speed.value, 'ratio')}× FP16 ({interval(speed, 'ratio')})" if speed else "speed not measured"
     noise = noise_of(point.row, "speed_over_fp16")
     pace += f", noisy: {noise}" if noise else ""
@@ -243,7 +244,7 @@ def _details(point: _Point) -> str:
 
 
 def _steps(marks: Sequence[Mark]) -> str:
-    """A staircase through the frontier: what is reachable lies above and to the right of it."""
+    """A staircase through the frontier; the variants lie on it, above it or to its right."""
     ordered = sorted(marks, key=lambda mark: mark.true_x)
     path = f"M{ordered[0].true_x:g} {ordered[0].y:g}" if len(ordered) > 1 else ""
     return path + "".join(f"H{mark.true_x:g}V{mark.y:g}" for mark in ordered[1:])

@@ -7,10 +7,10 @@ panels. Coordinates are SVG pixels, y pointing down.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantlab.evaluation.record import Measured
+from quantlab.evaluation.measured import Measured
 from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.matrix import Matrix
-from quantlab.report.matrix.rows import Row, link_to, noise_of
+from quantlab.report.matrix.rows import Row, in_size, link_to, noise_of
 from quantlab.report.matrix.scatter_plot import Tick, nice_ticks
 
 WIDTH = 360.0
@@ -27,8 +27,8 @@ class Bar:
         length: pixels from the axis.
         low, high: x of the ends of the interval.
         text: beside the bar.
-        noise: why it is no fact.
-        details: everything about it in one line.
+        noise: reason why the measurement was disturbed.
+        details: all its numbers in one line.
         href: where the number stands in its record.
     """
 
@@ -64,9 +64,10 @@ class Panel:
 
 def lay_out_bars(matrix: Matrix) -> tuple[Panel, ...]:
     """One panel for every phase and batch size that some row has a ratio to FP16 for."""
-    first = matrix.rows[0]
-    kinds = [("decode", batch) for batch in first.decode_over_fp16] + [
-        ("prefill", batch) for batch in first.prefill_over_fp16
+    kinds = [
+        (phase, batch)
+        for phase in ("decode", "prefill")
+        for batch in in_size({batch for row in matrix.rows for batch in row.by_batch(f"{phase}_over_fp16")})
     ]
     timed = {kind: [(row, ratio) for row in matrix.rows if (ratio := _ratio(row, *kind))] for kind in kinds}
     shown = {kind: found for kind, found in timed.items() if found}
@@ -77,7 +78,7 @@ def lay_out_bars(matrix: Matrix) -> tuple[Panel, ...]:
 
 
 def _ratio(row: Row, phase: str, batch: str) -> Measured | None:
-    return (row.decode_over_fp16 if phase == "decode" else row.prefill_over_fp16).get(batch)
+    return row.by_batch(f"{phase}_over_fp16").get(batch)
 
 
 def _panel(matrix: Matrix, phase: str, batch: str, timed: Sequence[tuple[Row, Measured]], most: float) -> Panel:
@@ -122,8 +123,7 @@ def _panel(matrix: Matrix, phase: str, batch: str, timed: Sequence[tuple[Row, Me
 
 
 def _details(row: Row, ratio: Measured, *, phase: str, batch: str, noise: str | None) -> str:
-    rates = row.decode_tokens_per_second if phase == "decode" else row.prefill_tokens_per_second
-    rate = rates.get(batch)
+    rate = row.by_batch(f"{phase}_tokens_per_second").get(batch)
     parts = [f"{row.variant}: {number(ratio.value, 'ratio')}× FP16 ({interval(ratio, 'ratio')})"]
     if rate is not None:
         parts.append(f"{number(rate.value, 'rate')} tokens/s ({interval(rate, 'rate')})")

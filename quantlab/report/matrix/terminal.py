@@ -1,6 +1,7 @@
 """The matrix in a terminal: as many columns as fit, the four that decide first."""
 
 import textwrap
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -11,39 +12,12 @@ from rich.text import Text
 from quantlab.report.claims.table import ClaimsTable, claims_table
 from quantlab.report.matrix.attention_table import AttentionTable, attention_table
 from quantlab.report.matrix.cells import Cell, cell, failures, notes
-from quantlab.report.matrix.column import Column
-from quantlab.report.matrix.columns import columns
+from quantlab.report.matrix.columns import Column, columns
 from quantlab.report.matrix.layer_maps import layer_maps
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.recommend import recommend
 from quantlab.report.matrix.verdict import summary
 
-_HEADLINE = ("accuracy_loss_percent", "memory_percent_of_fp16", "speed_over_fp16")
-_DETAILS = (
-    "perplexity_change_percent",
-    "kl_to_baseline",
-    "top1_agreement",
-    "artifact_bytes",
-    "decode_tokens_per_second",
-    "peak_memory_bytes",
-    "load_seconds",
-    "prefill_tokens_per_second",
-)
-"""In the order in which they are worth a terminal's width; rates at every batch size."""
-_WITH_MARGIN = (*_HEADLINE, "perplexity_change_percent")
-_HEADS = {
-    "accuracy_loss_percent": "accuracy\nloss %",
-    "memory_percent_of_fp16": "memory\n% of FP16",
-    "speed_over_fp16": "speed ×\nFP16, twin",
-    "perplexity_change_percent": "perplexity\nchange %",
-    "kl_to_baseline": "KL\nnats",
-    "top1_agreement": "top-1\nagree %",
-    "artifact_bytes": "size\non disk",
-    "decode_tokens_per_second": "decode {}\ntok/s, twin",
-    "peak_memory_bytes": "peak\nmemory",
-    "load_seconds": "load\ns",
-    "prefill_tokens_per_second": "prefill {}\ntok/s, twin",
-}
 _LABEL_WIDTH = 9
 _LONGEST_LINE = 120
 _IN_ASCII = str.maketrans({"±": "+-", "×": "x", "−": "-", "–": "-", "…": "...", "·": "-"})
@@ -52,10 +26,8 @@ _IN_ASCII = str.maketrans({"±": "+-", "×": "x", "−": "-", "–": "-", "…":
 def print_matrix(matrix: Matrix, console: Console) -> None:
     """Print the table, the recommendations and what a reader must know."""
     console.print(Text(in_encoding(console, f"{matrix.recipe} · {matrix.suite} · {matrix.hardware}"), style="dim"))
-    console.print(table_that_fits(matrix, console))
-    tasks = [column for column in columns(matrix) if column.key.startswith("task_loss.")]
-    if tasks:
-        console.print(_tasks(matrix, tasks, console))
+    for table in tables_that_fit(matrix, console):
+        console.print(table)
     attention = attention_table(matrix)
     if attention:
         console.print(_attention(attention, console))
@@ -83,44 +55,47 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
         _print_labelled("note", note, console, label_style="dim", style="dim")
 
 
-def table_that_fits(matrix: Matrix, console: Console) -> Table:
-    """The table with as many details as the console is wide; the first four columns stand always."""
+def tables_that_fit(matrix: Matrix, console: Console) -> list[Table]:
+    """The matrix with as many details as the console is wide; the columns that decide stand always.
+
+    The losses in tasks follow in the same table where all of them fit, else in tables of their own.
+    """
     every = columns(matrix)
-    details = [column for name in _DETAILS for column in every if column.key.partition(".")[0] == name]
-    fitting = [column for column in every if column.key in _HEADLINE]
-    for detail in details:
-        candidate = _table(matrix, [*fitting, detail], console)
-        if Measurement.get(console, console.options.update(max_width=10_000), candidate).maximum <= console.width:
+    fitting = [column for column in every if column.is_headline]
+    details = [column for column in every if column.is_in("main") and not column.is_headline]
+    for detail in sorted(details, key=lambda column: column.metric.rank):
+        if _fits(_table(matrix, [*fitting, detail], console), console):
             fitting.append(detail)
-    return _table(matrix, fitting, console)
+    tasks = [column for column in every if column.task is not None and column.relative]
+    joined = _table(matrix, [*fitting, *tasks], console)
+    if not tasks or _fits(joined, console):
+        return [joined]
+    apart: list[list[Column]] = [[]]
+    for task in tasks:
+        if apart[-1] and not _fits(_table(matrix, [*apart[-1], task], console), console):
+            apart.append([])
+        apart[-1].append(task)
+    return [_table(matrix, shown, console) for shown in (fitting, *apart)]
 
 
-def _table(matrix: Matrix, shown: list[Column], console: Console) -> Table:
+def _fits(table: Table, console: Console) -> bool:
+    """Whether no cell of the table is wrapped."""
+    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width
+
+
+def _table(matrix: Matrix, shown: Sequence[Column], console: Console) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
     table.add_column("\nvariant", overflow="fold", style="bold", ratio=None)
     for column in shown:
-        name, _, batch = column.key.partition(".")
         table.add_column(
-            in_encoding(console, _HEADS[name].format(batch)),
+            in_encoding(console, column.metric.head),
             justify="right",
             no_wrap=True,
-            style=None if column.key in _HEADLINE else "dim",
+            style=None if column.is_headline else "dim",
         )
     for row in matrix.rows:
         cells = [_text(cell(matrix, row, column), column, console) for column in shown]
         table.add_row(Text(row.variant, style="italic" if row.variant == matrix.baseline else ""), *cells)
-    return table
-
-
-def _tasks(matrix: Matrix, tasks: list[Column], console: Console) -> Table:
-    """What every variant lost in every task, in percentage points."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
-    table.add_column("points lost\nin tasks", overflow="fold", style="bold")
-    for column in tasks:
-        table.add_column(column.key.removeprefix("task_loss."), justify="right")
-    for row in matrix.rows:
-        if row.variant != matrix.baseline:
-            table.add_row(row.variant, *(_text(cell(matrix, row, column), column, console) for column in tasks))
     return table
 
 
@@ -158,7 +133,7 @@ def _text(found: Cell, column: Column, console: Console) -> Text:
             text = Text(in_encoding(console, found.text))
             if found.verdict in ("loss", "gain"):
                 text.stylize("bold")
-            if found.margin and (column.key in _WITH_MARGIN or column.group == "tasks"):
+            if found.margin and (column.is_headline or column.metric.loss):
                 text.append(" " + in_encoding(console, found.margin), style="dim not bold")
             if found.noise:
                 text.append(" noisy", style="yellow not bold")

@@ -1,13 +1,20 @@
-"""What a row says of its losses, in words. The verdicts are the records' own (`evaluation.verdicts`); nothing is judged here twice."""
+"""The verdicts on the losses of a row, in words. They are the records' own (`evaluation.verdicts`); nothing is judged twice."""
 
 from collections.abc import Iterator
 
-from quantlab.evaluation.record import Measured, Significance, Verdict, verdict
+from quantlab.evaluation.measured import Measured, Significance, Verdict, verdict
+from quantlab.evaluation.metric import metrics_of
+from quantlab.evaluation.quality.metrics import Quality
 from quantlab.report.matrix.rows import Row, task_labels
 
 
+def significance_of(row: Row, name: str) -> Significance | None:
+    """The test of a metric's change against the baseline; None where there was none."""
+    return row.quality.significance.get(name) if row.quality else None
+
+
 def judge(measured: Measured | None, significance: Significance | None) -> Verdict | None:
-    """What one loss says, positive being worse; None where it was not measured, or too little of it for an interval.
+    """The verdict on one loss, positive being worse; None where it was not measured, or too little of it for an interval.
 
     A record without tests has intervals alone.
     """
@@ -18,12 +25,16 @@ def judge(measured: Measured | None, significance: Significance | None) -> Verdi
 
 def verdicts(row: Row) -> dict[str, Verdict]:
     """The verdict on every measured loss of a row, by what was lost: "accuracy", "perplexity", "task retrieval"."""
-    return {name: said for name, said in _verdicts(row) if said is not None}
+    return {name: said for name, said in (*_of_text(row), *_of_tasks(row)) if said is not None}
 
 
-def _verdicts(row: Row) -> Iterator[tuple[str, Verdict | None]]:
-    yield "accuracy", judge(row.accuracy_loss_percent, row.significance.get("accuracy_loss_percent"))
-    yield "perplexity", judge(row.perplexity_change_percent, row.significance.get("perplexity_change_percent"))
+def _of_text(row: Row) -> Iterator[tuple[str, Verdict | None]]:
+    for name, declared in metrics_of(Quality).items():
+        if declared.metric.loss is not None:
+            yield declared.metric.loss.name, judge(row.measured(name), significance_of(row, name))
+
+
+def _of_tasks(row: Row) -> Iterator[tuple[str, Verdict | None]]:
     labels = task_labels(row.tasks)
     for task in row.tasks:
         yield f"task {labels[task.key]}", judge(task.loss, task.significance)
@@ -31,11 +42,10 @@ def _verdicts(row: Row) -> Iterator[tuple[str, Verdict | None]]:
 
 def summary(row: Row) -> str | None:
     """All verdicts of a row in a few words: "loss: perplexity, 2 of 5 tasks"; None where no loss was measured."""
-    found = verdicts(row)
-    if not found:
+    if not verdicts(row):
         return None
-    lost = [name for name, said in found.items() if said == "loss" and not name.startswith("task ")]
-    tasks = sum(said == "loss" and name.startswith("task ") for name, said in found.items())
+    lost = [name for name, said in _of_text(row) if said == "loss"]
+    tasks = sum(said == "loss" for _, said in _of_tasks(row))
     if tasks:
         lost.append(f"{tasks} of {len(row.tasks)} tasks")
     return f"loss: {', '.join(lost)}" if lost else "no measurable loss"
@@ -43,4 +53,4 @@ def summary(row: Row) -> str | None:
 
 def tested(row: Row) -> bool:
     """Whether the verdicts rest on p values adjusted over the rows."""
-    return any(found.holm_p is not None for found in row.significance.values())
+    return row.quality is not None and any(found.holm_p is not None for found in row.quality.significance.values())

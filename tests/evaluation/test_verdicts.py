@@ -1,6 +1,8 @@
 """Verdicts are decided once, where all rows are known."""
 
-from quantlab.evaluation.record import Measured, Quality, Record, Significance, TaskResult
+from quantlab.evaluation.measured import Measured, Significance
+from quantlab.evaluation.quality.metrics import Quality
+from quantlab.evaluation.record import Record, TaskResult
 from quantlab.evaluation.verdicts import adjusted
 
 LOSS = Measured(value=1.0, low=0.1, high=1.9, n=60)

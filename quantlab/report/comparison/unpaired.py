@@ -9,7 +9,7 @@ the interval wider than it need be: a difference that it calls measurable is one
 
 import math
 
-from quantlab.evaluation.record import Measured
+from quantlab.evaluation.measured import Measured
 
 
 def exact(found: Measured | float) -> Measured:

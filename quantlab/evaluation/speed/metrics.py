@@ -1,0 +1,129 @@
+"""Metrics of speed: tokens per second, ratios to FP16, time to the first token, energy."""
+
+from typing import Annotated
+
+from quantlab.evaluation.measured import Frozen, Measured
+from quantlab.evaluation.metric import Metric
+
+
+class Speed(Frozen):
+    """Tokens per second of a random-weight twin, interleaved with the FP16 twin. Keys are batch sizes.
+
+    An interval says where another evaluation on the same machine finds the number, 19 times in 20. The order of the fields is
+    the order of the columns.
+    """
+
+    twin: str
+    """What was timed: width, layers and context of the twin."""
+    layout: str
+    """In which layout: "int4_g128 on 95 % of the weights, the rest bfloat16"."""
+    timed_with: tuple[str, ...] = ()
+    """Other variants of the same layout, which were timed once, together with this one."""
+    twin_memory_percent_of_fp16: Annotated[
+        float | None,
+        Metric(
+            heading="twin's memory %",
+            meaning="Bytes a random-weight twin of real width holds for its weights, in percent of the same weights at two bytes each.",
+            unit="percent",
+            better="low",
+            claim="weights of the twin in memory, % of FP16",
+        ),
+    ] = None
+    """Scales included."""
+    processes: int = 1
+    """In how many processes it was timed; each number is the mean of their medians, its n counts the rounds of all."""
+    decode_tokens_per_second: Annotated[
+        dict[str, Measured],
+        Metric(
+            heading="decode tok/s at {}",
+            meaning="Tokens per second of decode at batch size {}, all sequences together, measured on a random-weight twin.",
+            unit="rate",
+            better="high",
+            tables=("main",),
+            head="decode {}\ntok/s, twin",
+            rank=5,
+            batches=("1", "8"),
+        ),
+    ]
+    prefill_tokens_per_second: Annotated[
+        dict[str, Measured],
+        Metric(
+            heading="prefill tok/s at {}",
+            meaning="Tokens per second of prefill at batch size {}, all sequences together, measured on a random-weight twin.",
+            unit="rate",
+            better="high",
+            tables=("main",),
+            head="prefill {}\ntok/s, twin",
+            rank=8,
+            batches=("1",),
+        ),
+    ]
+    decode_over_fp16: Annotated[
+        dict[str, Measured],
+        Metric(
+            heading="decode × FP16 at {}",
+            meaning="Speed of decode at batch size {} over that of FP16, measured on a random-weight twin.",
+            unit="ratio",
+            better="high",
+            made_of="decode_tokens_per_second",
+            batches=("1", "8"),
+            elsewhere="1",
+        ),
+    ]
+    prefill_over_fp16: Annotated[
+        dict[str, Measured],
+        Metric(
+            heading="prefill × FP16 at {}",
+            meaning="Speed of prefill at batch size {} over that of FP16, measured on a random-weight twin.",
+            unit="ratio",
+            better="high",
+            made_of="prefill_tokens_per_second",
+            batches=("1",),
+        ),
+    ]
+    time_to_first_token_seconds: Annotated[
+        dict[str, Measured],
+        Metric(
+            heading="first token at {}, ms",
+            meaning="Milliseconds from a prompt to its first new token at batch size {}, measured on a random-weight twin.",
+            unit="milliseconds",
+            better="low",
+        ),
+    ] = {}
+    energy_joules_per_token: Annotated[
+        dict[str, Measured] | None,
+        Metric(
+            heading="energy at {}, J/token",
+            meaning="Joules the device reports per decoded token at batch size {}, measured on a random-weight twin.",
+            unit="plain",
+            better="low",
+        ),
+    ] = None
+    """None where the device does not report its energy."""
+    quartiles: dict[str, tuple[float, float]] = {}
+    """First and third quartile over rounds, by cell: "decode_tokens_per_second.1"."""
+    not_fused: str | None = None
+    """Why decode steps ran transformers' forward functions; "" where steps were fused, None in records of earlier versions."""
+    noise: dict[str, str] = {}
+    """Why a cell was disturbed, by cell as in `quartiles`: "other processes took 0.9 of 2 cores". A cell that is not named was
+    measured in quiet."""
+
+    @property
+    def speed_over_fp16(
+        self,
+    ) -> Annotated[
+        Measured | None,
+        Metric(
+            heading="speed × FP16",
+            meaning="Decode speed at batch size 1 over that of FP16, measured on a random-weight twin in runs interleaved with it.",
+            unit="ratio",
+            better="high",
+            tables=("headline", "main", "cards", "leaderboard"),
+            head="speed ×\nFP16, twin",
+            always=True,
+            origin="decode_over_fp16.1",
+            claim="decode speed of the twin, × FP16",
+        ),
+    ]:
+        """None where batch size 1 was not timed."""
+        return self.decode_over_fp16.get("1")
