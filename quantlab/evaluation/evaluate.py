@@ -38,6 +38,7 @@ _WORDS = {
 }  # these change without changing a number
 _CELLS = {
     "quality": ("quantlab.evaluation.quality.measure",),
+    "served": ("quantlab.evaluation.served.measure",),
     "tasks": ("quantlab.evaluation.tasks.measure",),
     "memory": ("quantlab.evaluation.memory.measure",),
     "speed": ("quantlab.evaluation.speed.measure", "quantlab.evaluation.speed.rates"),
@@ -77,7 +78,7 @@ class EvaluationRequest:
         recipe_sha256: hash of its file.
         suite: the suite's file.
         baseline: the variant that losses are relative to; one of the cells.
-        cells: what to evaluate, in the order of the rows.
+        cells: what to evaluate, in the order of the rows, the source checkpoint first.
         reuse: whether records that still hold are kept.
         time_limit: seconds that one measurement may take, and one task.
         command: what was run, for the records.
@@ -214,7 +215,9 @@ def _known(evaluation: _Evaluation) -> dict[str, Found]:
     found = {cell.variant: _earlier(evaluation, cell) for cell in evaluation.request.cells}
     baseline = evaluation.baseline.variant
     others = [one for variant, one in found.items() if variant != baseline]
-    if any(one.quality is None for one in others) and not predictions_complete(evaluation.predictions, evaluation.key):
+    if any(one.quality is None or one.served is None for one in others) and not predictions_complete(
+        evaluation.predictions, evaluation.key
+    ):
         found[baseline] = replace(found[baseline], quality=None)  # there would be nothing to compare with
     answered = kept_scores(evaluation.scores, evaluation.key)
     tasks = {
@@ -239,7 +242,15 @@ def _earlier(evaluation: _Evaluation, cell: Cell) -> Found:
     same = _record(
         evaluation,
         cell,
-        Found(record.quality, tasks, record.memory, record.speed, record.attention, failures=record.failures),
+        Found(
+            record.quality,
+            record.served,
+            tasks,
+            record.memory,
+            record.speed,
+            record.attention,
+            failures=record.failures,
+        ),
     )
     apart = _WORDS | {"code"}
     if record.model_dump(exclude=apart) != same.model_dump(exclude=apart):
@@ -254,7 +265,9 @@ def _measure(evaluation: _Evaluation, missing: list[Cell], found: dict[str, Foun
     with Worker(evaluation.records / _WORK, threads=hardware.threads(), time_limit=request.time_limit) as worker:
         bench = evaluation.bench(worker)
         turns = SpeedTurns(
-            bench, {cell.variant: cell.directory for cell in missing if found[cell.variant].speed is None}
+            bench,
+            {cell.variant: cell.directory for cell in missing if found[cell.variant].speed is None},
+            source=request.cells[0].directory,
         )
         for done, cell in enumerate(sorted(missing, key=lambda cell: not evaluation.is_baseline(cell))):
             turns.catch_up(done / len(missing))
@@ -301,6 +314,7 @@ def _record(evaluation: _Evaluation, cell: Cell, found: Found) -> Record:
         code=evaluation.code,
         environment=hardware.environment(),
         quality=found.quality,
+        served=found.served,
         memory=found.memory,
         speed=found.speed,
         failures=found.failures,

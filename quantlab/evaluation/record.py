@@ -1,8 +1,8 @@
 """A record: everything measured of one artifact, as the file that tables are built from.
 
 A record stands alone: it names the artifact, the suite, the hardware and the versions, and holds every number with its
-interval. `report` reads records and nothing else. Later versions may add fields; they do not rename these. Its numbers and their declarations stand in
-`quality.metrics`, `memory.metrics` and `speed.metrics`.
+interval. `report` reads records and nothing else. Later versions may add fields; they do not rename these. Its numbers and their
+declarations stand in `quality.metrics`, `served.metrics`, `memory.metrics` and `speed.metrics`.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from quantlab.evaluation.measured import Frozen, Measured, Significance
 from quantlab.evaluation.memory.metrics import Memory
 from quantlab.evaluation.old_records import with_facts
 from quantlab.evaluation.quality.metrics import Quality
+from quantlab.evaluation.served.metrics import Served
 from quantlab.evaluation.speed.metrics import Speed
 
 
@@ -41,7 +42,7 @@ class MatrixErrors(Frozen):
     """Substitutes for the recipe's algorithm, with the number of matrices each was used for."""
 
 
-PARTS: Final[Mapping[str, type[Frozen]]] = {"quality": Quality, "memory": Memory, "speed": Speed}
+PARTS: Final[Mapping[str, type[Frozen]]] = {"quality": Quality, "served": Served, "memory": Memory, "speed": Speed}
 """The parts of a record whose metrics have columns, by their fields of `Record`."""
 TaskKey = tuple[str, str, int]
 """Name, metric and seed, which identify a result within a record."""
@@ -174,7 +175,7 @@ class Pass(Frozen):
 class Failure(Frozen):
     """A measurement that could not be made."""
 
-    cell: Literal["quality", "memory", "speed", "tasks"]
+    cell: Literal["quality", "served", "memory", "speed", "tasks"]
     reason: str
 
 
@@ -217,6 +218,8 @@ class Record(Frozen):
     environment: dict[str, str] = {}
     """Variables of the environment that choose instructions and kernels: `ONEDNN_MAX_CPU_ISA`, `QUANTLAB_NATIVE` …, where they were set."""
     quality: Quality | None
+    served: Served | None = None
+    """None where it failed, and in records of earlier versions."""
     memory: Memory | None
     speed: Speed | None
     failures: tuple[Failure, ...]

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -32,13 +32,30 @@ class TextSuite(_Strict):
     """Of the activations. A router that picks experts amplifies rounding, so differences of artifacts show best in float32."""
 
 
-class SpeedSuite(_Strict):
-    """The random-weight twin that speed is measured on, and how long."""
+class ServedSuite(_Strict):
+    """How much text is decoded in 16 bits, step by step, to compare the artifact as it is served with its float32 logits."""
 
-    description: str = Field(min_length=1)
-    """The twin in a few words, for the heads of tables."""
-    shape: dict[str, JsonValue] = Field(min_length=1)
-    """The config.json of the twin."""
+    sequences: int = Field(default=16, gt=0)
+    """Documents whose beginnings are decoded one by one, and then continued greedily all at once."""
+    prefix: int = Field(default=32, gt=0)
+    """Tokens of each that are read as a prompt."""
+    steps: int = Field(default=33, gt=0)
+    """Tokens of each that are stepped through after the prompt; those of all sequences are the n of the numbers."""
+    greedy_tokens: int = Field(default=64, gt=0)
+    """Tokens of each greedy continuation."""
+
+
+class SpeedSuite(_Strict):
+    """The model that speed is measured on, and how long.
+
+    Without `shape` that is the model at hand: all artifacts themselves where they fit into memory together, else one layer of each
+    kind, with random weights.
+    """
+
+    description: str = ""
+    """The twin of a fixed shape in a few words, for the heads of tables."""
+    shape: dict[str, JsonValue] = {}
+    """The config.json of a random-weight twin that is timed in place of the model at hand."""
     batches: tuple[int, ...] = Field(default=(1, 8), min_length=1)
     """Sequences decoded at once."""
     prefill_batches: tuple[int, ...] = Field(default=(1,), min_length=1)
@@ -58,6 +75,10 @@ class SpeedSuite(_Strict):
     energy_seconds: float = Field(default=0.0, ge=0)
     """Steady decoding per twin and batch that energy is read around, where the device counts it; 0 leaves it out."""
 
+    @model_validator(mode="after")
+    def _is_whole(self) -> "SpeedSuite":
+        return _with_both(self)
+
 
 Implementation = Literal["quantlab_latent_sdpa", "sdpa", "eager", "flash_attention_2"]
 """Of attention: the runtime's own, and those of transformers it is compared with."""
@@ -75,7 +96,8 @@ class AttentionSuite(_Strict):
     description: str = ""
     """The twin in a few words; that of `speed` if left out."""
     shape: dict[str, JsonValue] = {}
-    """The config.json of the twin; that of `speed` if left out. Its `max_position_embeddings` is made to fit the contexts."""
+    """The config.json of the twin; that of `speed` if left out, and if that has none, the model's own layers.
+    `max_position_embeddings` is made to fit the contexts."""
     steps: int = Field(default=4, gt=0)
     """Tokens decoded per repeat."""
     repeats: int = Field(default=7, gt=0)
@@ -85,9 +107,16 @@ class AttentionSuite(_Strict):
 
     @model_validator(mode="after")
     def _is_whole(self) -> "AttentionSuite":
-        if bool(self.shape) != bool(self.description):
-            raise ValueError("a twin of its own needs `shape` and `description`; leave out both for that of `speed`")
-        return self
+        return _with_both(self)
+
+
+_Shaped = TypeVar("_Shaped", SpeedSuite, AttentionSuite)
+
+
+def _with_both(suite: _Shaped) -> _Shaped:
+    if bool(suite.shape) != bool(suite.description):
+        raise ValueError("a twin of a fixed shape needs `shape` and `description`; leave out both for the default")
+    return suite
 
 
 class SuiteTask(_Strict):
@@ -136,6 +165,8 @@ class Suite(_Strict):
     """Raised by every change that alters numbers."""
     text: TextSuite
     """Quality."""
+    served: ServedSuite = ServedSuite()
+    """The artifact as it is served: in 16 bits, step by step."""
     speed: SpeedSuite | None = None
     """Speed; left out, it is not measured."""
     attention: AttentionSuite | None = None
@@ -147,18 +178,10 @@ class Suite(_Strict):
 
     @property
     def attention_twin(self) -> tuple[str, dict[str, JsonValue]]:
-        """Description and shape of the twin that attention is measured on."""
+        """Description and shape of the twin that attention is measured on; empty for the model's own layers."""
         assert self.attention is not None, "asked of suites that measure attention"
-        if self.attention.shape:
-            return self.attention.description, self.attention.shape
-        assert self.speed is not None, "checked when the suite was read"
-        return self.speed.description, self.speed.shape
-
-    @model_validator(mode="after")
-    def _has_a_twin(self) -> "Suite":
-        if self.attention is not None and not self.attention.shape and self.speed is None:
-            raise ValueError("attention is measured on a twin; give `attention` a `shape`, or add `speed`")
-        return self
+        shaped = next((one for one in (self.attention, self.speed) if one is not None and one.shape), None)
+        return (shaped.description, shaped.shape) if shaped is not None else ("", {})
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,12 @@ class Decoder:
         """Tokens per sequence in the cache, padding included."""
         return self._used
 
+    @property
+    def path(self) -> str:
+        """How a step runs, for people: "captured, fused steps", "fused steps", "single steps"."""
+        ways = ["captured"] * self.captures + ["fused"] * self.fuses
+        return ", ".join(ways or ["single"]) + " steps"
+
     @torch.inference_mode()
     def prefill(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Read prompts into the emptied cache.

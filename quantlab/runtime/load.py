@@ -65,13 +65,9 @@ def load(
         DeviceError: there is no such device or attention here, or the model does not fit into memory.
     """
     found = find_device(device)
-    checkpoint = unfused(open_checkpoint(artifact))
-    where = str(artifact / "config.json")
-    config = config_of(checkpoint.config, where=where)
-    stored = StoredWeights(Reader(checkpoint), device=found)
-    chosen = _dtype_of(checkpoint.config, where=where) if dtype is None else dtype
     with _shown(f"loading {artifact.name}") if progress is None else nullcontext(progress) as called:
-        weights = _Artifact(stored, config, called)
+        config, weights = _artifact(artifact, found, called)
+        chosen = weights.dtype if dtype is None else dtype
         needed = weights.needed_bytes(chosen)
         check_room(needed, found, where=str(artifact))
         model = _built(config, weights, dtype=chosen, attention=attention)
@@ -83,6 +79,27 @@ def load(
     # generate would compile a model with a static cache, and the kernels cannot be traced
     model.generation_config.disable_compile = True
     return model
+
+
+def _artifact(artifact: Path, device: torch.device, progress: Progress) -> tuple[PreTrainedConfig, "_Artifact"]:
+    """The config of an artifact and its weights, of which headers alone are read."""
+    checkpoint = unfused(open_checkpoint(artifact))
+    config = config_of(checkpoint.config, where=str(artifact / "config.json"))
+    return config, _Artifact(StoredWeights(Reader(checkpoint), device=device), config, progress)
+
+
+def needed_bytes(artifact: Path, dtype: torch.dtype) -> int:
+    """Bytes that `load` takes of a device for an artifact, from its headers: the weights and the work of unpacking the largest.
+
+    Args:
+        artifact: its directory.
+        dtype: of the activations and of the weights that are not quantized.
+
+    Raises:
+        ArtifactError: the model is of an unknown kind.
+        CheckpointError: the files are damaged.
+    """
+    return _artifact(artifact, torch.device("cpu"), lambda *_: None)[1].needed_bytes(dtype)
 
 
 @contextmanager
@@ -136,6 +153,11 @@ class _Artifact:
     @property
     def device(self) -> torch.device:
         return self._stored.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its own, as config.json names it."""
+        return _dtype_of(self._stored.reader.checkpoint.config, where=f"{self._where}/config.json")
 
     def needed_bytes(self, dtype: torch.dtype) -> int:
         """What the model takes: its weights as they are held, and the work of unpacking the largest."""

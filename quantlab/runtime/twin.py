@@ -9,6 +9,7 @@ experts, almost all of them.
 """
 
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -33,6 +34,7 @@ def random_twin(
     seed: int,
     device: str | torch.device = "cpu",
     attention: str = LATENT_SDPA,
+    layers: Sequence[int] = (),
 ) -> PreTrainedModel:
     """A model of `config` with random weights, in the form `runtime.load` would hold them.
 
@@ -43,17 +45,19 @@ def random_twin(
         seed: of the weights; another kind of device makes other numbers of it.
         device: where they are made and stay.
         attention: its implementation, one of `quantlab.runtime.attention.IMPLEMENTATIONS`.
+        layers: for each layer the number by which `quantization` knows it; its own if empty.
 
     Raises:
         DeviceError: there is no such device or attention here.
     """
     found = find_device(device)
-    weights = _RandomWeights(quantization, torch.Generator(found), seed)
+    weights = _RandomWeights(quantization, torch.Generator(found), seed, layers)
     return build(config_of(config, where="the config of the twin"), weights, dtype=dtype, attention=attention)
 
 
 _DRAWN: Final = 8 * ((1 << 17) - 1)
 """Bytes that are drawn for a tensor, about a megabyte: eight times a prime, so that no two rows of a matrix begin alike."""
+_LAYER: Final = re.compile(r"\blayers\.(\d+)\.")
 _EMBEDDING: Final = 256.0
 """Size of the embeddings, where layers add numbers of about 1."""
 
@@ -78,14 +82,20 @@ _FLOATS: Final = {
 
 
 class _RandomWeights:
-    def __init__(self, quantization: QuantizationConfig | None, generator: torch.Generator, seed: int) -> None:
+    def __init__(
+        self, quantization: QuantizationConfig | None, generator: torch.Generator, seed: int, layers: Sequence[int]
+    ) -> None:
         self.device = generator.device
         self._quantization = quantization
         self._generator = generator
         self._seed = seed
+        self._layers = layers
 
     def format_of(self, name: str) -> NumberFormat | None:
-        return None if self._quantization is None else self._quantization.format_of(name.removesuffix(".weight"))
+        if self._quantization is None:
+            return None
+        known = _LAYER.sub(lambda found: f"layers.{self._layers[int(found[1])]}.", name) if self._layers else name
+        return self._quantization.format_of(known.removesuffix(".weight"))
 
     def scale_dtype_of(self, name: str) -> torch.dtype:
         return torch.bfloat16

@@ -23,7 +23,7 @@ import transformers
 
 from quantlab.evaluation.memory.attention import Case, attempt
 from quantlab.evaluation.record import AttentionCell
-from quantlab.evaluation.speed.measure import Layout
+from quantlab.evaluation.speed.models import Layout
 from quantlab.runtime.attention import IMPLEMENTATIONS
 from quantlab.runtime.device import find_device
 

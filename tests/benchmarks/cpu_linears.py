@@ -1,7 +1,8 @@
 """What one linear costs at few rows on the CPU: torch's operators and the native kernels, for every number format.
 
-All formats take turns within a round, so that what else the machine does meets them alike; every turn takes other weights,
-more of them than the caches hold. The rate is that of the weights (scales included), beside the rate of reading memory.
+All formats take turns within a round, so that other work on the machine disturbs them alike. Every turn takes other weights of a
+working set at least twice the size of the last-level cache. Where that would take too much memory, the set is smaller and its
+numbers are marked "cached". The rate is that of the weights (scales included), beside the rate of reading memory.
 
     python tests/benchmarks/cpu_linears.py --rows 1 8
 """
@@ -12,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -19,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.runtime.device import free_bytes
 from quantlab.runtime.int4 import Int4Matrices
 from quantlab.runtime.int8 import Int8Matrices
 from quantlab.runtime.linear import dense_linear
@@ -27,8 +30,35 @@ from quantlab.runtime.native.library import status
 from quantlab.runtime.products import _torch_dense_product, single
 
 SHAPES = ((22016, 2048), (2816, 2048), (2048, 1408), (2048, 11008), (7680, 2048))
-HELD = 160_000_000
-"""Bytes of weights per format: several times the largest cache."""
+CACHES = Path("/sys/devices/system/cpu")
+LEAST_BYTES = 160_000_000
+"""Of weights per format, also where the cache is small or its size unknown."""
+SIDES = 10
+"""Working sets that are in memory at once: two or more for every format."""
+
+
+def last_level_cache() -> int | None:
+    """Bytes of all caches of the highest level, each counted once however many cores share it; None where nobody says."""
+    found: dict[int, dict[str, int]] = {}
+    for index in CACHES.glob("cpu[0-9]*/cache/index[0-9]*"):
+        level, shared = (int((index / "level").read_text()), (index / "shared_cpu_list").read_text().strip())
+        if (index / "type").read_text().strip() != "Instruction":
+            found.setdefault(level, {})[shared] = size_in_bytes((index / "size").read_text().strip())
+    return sum(found[max(found)].values()) if found else None
+
+
+def size_in_bytes(text: str) -> int:
+    """A size as Linux writes it: "32768K"."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
+
+
+def working_set() -> tuple[int, bool]:
+    """Bytes of weights per format, and whether they are at least twice the last-level cache (true where its size is unknown)."""
+    wanted = max(2 * (last_level_cache() or 0), LEAST_BYTES)
+    free = free_bytes(torch.device("cpu"))
+    most = wanted if free is None else max(free // 2 // SIDES, LEAST_BYTES)
+    return min(wanted, most), wanted <= most
 
 
 @dataclass(frozen=True)
@@ -41,9 +71,15 @@ class Side:
     dtype: torch.dtype
 
 
-def sides(rows: int, columns: int) -> dict[str, Side]:
-    """Every format at [rows, columns], torch's way and the way a loaded model takes."""
-    dense = max(HELD // (2 * rows * columns), 2)
+def sides(rows: int, columns: int, held: int) -> dict[str, Side]:
+    """Every format at [rows, columns], torch's way and the way a loaded model takes.
+
+    Args:
+        rows: outputs of a matrix.
+        columns: inputs of a matrix.
+        held: bytes of weights per format.
+    """
+    dense = max(-(-held // (2 * rows * columns)), 2)
     found: dict[str, Side] = {}
     for dtype, name in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
         bank = DenseMatrices(dense, rows, columns, dtype)
@@ -55,13 +91,14 @@ def sides(rows: int, columns: int) -> dict[str, Side]:
         layers = [dense_linear(weight.clone(), None) for weight in bank.weight]
         found[f"{name}, runtime"] = Side(lambda x, i, layers=layers: layers[i](x), dense, nbytes, dtype)
     for scheme, name in (("int8", "int8"), ("int8_weight", "int8_weight"), ("int4_g128", "int4_g128")):
-        found |= quantized(scheme, name, rows, columns)  # type: ignore[arg-type]
+        found |= quantized(scheme, name, (rows, columns), held)  # type: ignore[arg-type]
     return found
 
 
-def quantized(scheme: SchemeName, name: str, rows: int, columns: int) -> dict[str, Side]:
+def quantized(scheme: SchemeName, name: str, shape: tuple[int, int], held: int) -> dict[str, Side]:
     """torch's operator and the bank a loaded model uses, on random integers."""
-    count = max(HELD * 8 // (SCHEMES[scheme].format.bits * rows * columns), 2)
+    rows, columns = shape
+    count = max(-(-held * 8 // (SCHEMES[scheme].format.bits * rows * columns)), 2)
     bank = quantized_matrices(SCHEMES[scheme].format, count, rows, columns, scale_dtype=torch.bfloat16)
     for tensor in bank.buffers():
         if tensor.is_floating_point():
@@ -87,14 +124,14 @@ def quantized(scheme: SchemeName, name: str, rows: int, columns: int) -> dict[st
     if Int4Matrices.can_hold(number, (rows, columns), torch.bfloat16) is None:
         packed = Int4Matrices(number, count, rows, columns, scale_dtype=torch.bfloat16)
         packed.packed.random_(0, 256)
-        held = (packed.packed.nbytes + packed.scale.nbytes) // count
-        return {f"{name}, torch": Side(packed._packed_product, count, held, torch.bfloat16)} | found
+        nbytes = (packed.packed.nbytes + packed.scale.nbytes) // count
+        return {f"{name}, torch": Side(packed._packed_product, count, nbytes, torch.bfloat16)} | found
     return found
 
 
-def read_rate() -> float:
-    """GB/s of summing a large tensor."""
-    tensor = torch.ones(HELD // 8, dtype=torch.int64)
+def read_rate(held: int) -> float:
+    """GB/s of summing a tensor of so many bytes."""
+    tensor = torch.ones(held // 8, dtype=torch.int64)
     rates = []
     for _ in range(9):
         start = time.perf_counter()
@@ -124,18 +161,24 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="rows of activations")
     parser.add_argument("--rounds", type=int, default=20, help="timed turns of each format")
     arguments = parser.parse_args()
+    held, from_memory = working_set()
+    cache = last_level_cache()
+    mark = "" if from_memory else " cached"
+    known = "of unknown size" if cache is None else f"of {cache / 1e6:.0f} MB"
     title = (
-        f"µs (GB/s of weights), {torch.get_num_threads()} threads, {status()}, memory read at {read_rate():.0f} GB/s"
+        f"µs (GB/s of weights), {torch.get_num_threads()} threads, {status()}, {held / 1e6:.0f} MB of weights per format, "
+        f"last-level cache {known}, memory read at {read_rate(held):.0f} GB/s{mark}"
     )
     for rows in arguments.rows:
         table = Table(title=f"{rows} row{'s' if rows > 1 else ''}: {title}")
         columns = []
         for shape in SHAPES:
-            chosen = sides(*shape)
+            chosen = sides(*shape, held)
             medians = dict(timed(chosen, rows, shape[1], rounds=arguments.rounds))
             columns.append(
-                {name: f"{1e6 * t:.0f} ({chosen[name].nbytes / t / 1e9:.0f})" for name, t in medians.items()}
+                {name: f"{1e6 * t:.0f} ({chosen[name].nbytes / t / 1e9:.0f}{mark})" for name, t in medians.items()}
             )
+            del chosen
         for heading in ("format", *(f"{n}x{k}" for n, k in SHAPES)):
             table.add_column(heading, justify="left" if heading == "format" else "right")
         for name in dict.fromkeys(name for column in columns for name in column):

@@ -15,7 +15,7 @@ from quantlab.evaluation.memory.attention import Case, attempt, needed_bytes
 from quantlab.evaluation.processes.messages import AttentionRequest, AttentionResult
 from quantlab.evaluation.processes.workers import Worker
 from quantlab.evaluation.record import AttentionCell, Record
-from quantlab.evaluation.speed.measure import Layout
+from quantlab.evaluation.speed.models import Layout
 from quantlab.evaluation.suite import Implementation, load_suite
 from quantlab.runtime.attention import IMPLEMENTATIONS
 from tests.runtime.tiny import FAMILIES
@@ -165,9 +165,13 @@ def test_mistakes_are_named(attending: Path, old: str, new: str, message: str) -
     assert message in str(raised.value)
 
 
-def test_attention_needs_a_twin(attending: Path) -> None:
+def test_without_a_shape_it_is_measured_on_the_models_own_layers(attending: Path, model: Path) -> None:
     text = attending.read_text()
     start, stop = text.index("speed:"), text.index("attention:")
     attending.write_text(text[:start] + text[stop:])
-    with pytest.raises(RecipeError, match=r"give `attention` a `shape`, or add `speed`"):
-        load_suite(attending)
+    assert load_suite(attending).suite.attention_twin == ("", {})
+    asked = AttentionRequest(directory=model, suite=attending, implementation="eager", context=16)
+    found = attention.measure_attention(asked, lambda *_: None)
+    assert found.cell.reason is None
+    layers = 2  # one dense, one with experts
+    assert found.cell.cache_bytes == layers * 16 * (128 + 16) * 2

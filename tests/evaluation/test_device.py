@@ -61,7 +61,7 @@ def test_every_cell_is_told_the_device(
     )
     record = evaluate(request)[0]
     assert {one.device for one in asked} == {"cuda:1"}
-    assert {one.kind for one in asked} >= {"quality", "memory", "speed"}
+    assert {one.kind for one in asked} >= {"quality", "served", "memory", "speed"}
     assert record.hardware == f"A GPU; {hardware.describe()}"
     assert evaluate(dataclasses.replace(request, gpu=""))[0].hardware == hardware.describe()
 

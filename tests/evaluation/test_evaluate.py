@@ -87,7 +87,7 @@ def test_records_failures_and_reuse(request_: EvaluationRequest, monkeypatch: py
     assert [record.variant for record in records] == ["source", "broken", "same", "other"]
     source, broken, same, other = records
     check_rows(source, same, other)
-    assert {failure.cell for failure in broken.failures} == {"quality", "memory"}
+    assert {failure.cell for failure in broken.failures} == {"quality", "served", "memory"}
     assert all("truncated" in failure.reason and "download" in failure.reason for failure in broken.failures)
     assert broken.speed is not None, "the twin needs the config alone"
     scored = load_suite(request_.suite)
@@ -112,7 +112,7 @@ def test_records_failures_and_reuse(request_: EvaluationRequest, monkeypatch: py
     monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", NoWorker)
     moved = evaluate(dataclasses.replace(mended, baseline="other"))
     assert all(record.quality is record.memory is record.speed is None for record in moved)
-    assert {failure.cell for failure in moved[0].failures} == {"quality", "memory", "speed"}
+    assert {failure.cell for failure in moved[0].failures} == {"quality", "served", "memory", "speed"}
     assert read_record(request_.directory / "records" / "same.json") == moved[1]
 
 
@@ -134,7 +134,15 @@ def test_a_rerun_tries_what_failed_and_keeps_the_rest(
         [],
         [("memory", "out of memory")],
     ]
-    assert asked == ["speed-0", "source-quality", "source-memory", "same-quality", "speed-1"]
+    assert asked == [
+        "speed-0",
+        "source-quality",
+        "source-served",
+        "source-memory",
+        "same-quality",
+        "same-served",
+        "speed-1",
+    ]
     asked.clear()
     monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", watched(asked))
     second = evaluate(request)
@@ -148,7 +156,7 @@ def test_a_rerun_tries_what_failed_and_keeps_the_rest(
     shutil.rmtree(request.directory / "records" / ".baseline")
     (request.directory / "records" / "same.json").unlink()
     third = evaluate(request)
-    assert asked == ["speed-0", "source-quality", "same-quality", "same-memory", "speed-1"], (
+    assert asked == ["speed-0", "source-quality", "same-quality", "same-served", "same-memory", "speed-1"], (
         "the baseline answers again"
     )
     assert [record.quality for record in third] == [record.quality for record in second]
@@ -197,10 +205,12 @@ def test_processes_of_speed_are_spread_over_the_rows(
     assert suite.suite.speed is not None
     speed = suite.suite.speed.model_copy(update={"processes": processes})
     suite = dataclasses.replace(suite, suite=suite.suite.model_copy(update={"speed": speed}))
-    worker = SimpleNamespace(run=lambda name, *_, **__: happened.append(name) or SimpleNamespace(failures={}))
+    worker = SimpleNamespace(
+        run=lambda name, *_, **__: happened.append(name) or SimpleNamespace(failures={}, timed="twin")
+    )
     monkeypatch.setattr("quantlab.evaluation.processes.cells.speeds_of", lambda _, results: {"a": len(results)})
     bench = SimpleNamespace(worker=worker, suite=suite, device="cpu", progress=print)
-    turns = SpeedTurns(cast(Bench, bench), {"a": Path("a")})
+    turns = SpeedTurns(cast(Bench, bench), {"a": Path("a")}, Path("source"))
     for row in range(4):
         turns.catch_up(row / 4)
         happened.append(row)
@@ -361,6 +371,8 @@ def check_rows(source: Record, same: Record, other: Record) -> None:
         assert record.quality is not None
         assert record.memory is not None
         assert record.speed is not None
+        assert record.served is not None
+        assert record.served.served_kl.value < 1e-2
         assert record.baseline_sha256 == "0" * 64
         assert record.memory.weights_bytes == record.memory.fp16_weights_bytes > 0
         assert record.memory.quantized_weights_percent_of_fp16 is None
@@ -378,6 +390,13 @@ def check_rows(source: Record, same: Record, other: Record) -> None:
     assert other.quality is not None
     assert other.quality.kl_to_baseline is not None
     assert other.quality.kl_to_baseline.low > 0
+    assert source.served is not None
+    assert source.served.served_kl_to_baseline is None
+    losses = [record.served.float32_kl_to_baseline for record in (same, other) if record.served is not None]
+    assert losses[0] is not None
+    assert losses[0].value < 1e-5, "other batches of the same text: sums in another order"
+    assert losses[1] is not None
+    assert losses[1].low > 0.1
 
 
 def test_without_its_baseline_a_row_keeps_what_is_its_own(request_: EvaluationRequest) -> None:

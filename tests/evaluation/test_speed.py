@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,26 +11,36 @@ import torch
 from quantlab.errors import CheckpointError, EvaluationError
 from quantlab.evaluation.machine import energy
 from quantlab.evaluation.processes.messages import SpeedRequest, SpeedResult, TwinTimings
+from quantlab.evaluation.speed import models
 from quantlab.evaluation.speed.measure import (
-    FP16,
-    Layout,
     Task,
     Twin,
-    build,
-    layout_of,
     measure_speed,
+    prepare,
     read_energy,
     run_task,
     tasks,
     time_rounds,
 )
+from quantlab.evaluation.speed.models import Layout, Models, layout_name, layout_of
+from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.speed.rates import speeds_of
-from quantlab.evaluation.suite import load_suite
+from quantlab.evaluation.suite import SpeedSuite, load_suite
 from quantlab.formats.compressed_tensors import Group, QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES
+from quantlab.runtime.linear import PackedLinear
+from quantlab.runtime.twin import random_twin
 from tests.checkpoints import FP8, all_linears
+from tests.runtime.tiny import FAMILIES, quantize, write_checkpoint
 
+FP16 = Layout("float16", None)
 INT4 = all_linears(SCHEMES["int4_g128"], ("lm_head", "re:.*kv_b_proj$", "re:.*mlp\\.gate$"))
+
+
+def build(layout: Layout, suite: SpeedSuite) -> Twin:
+    """A twin of the suite's shape."""
+    model = Models("twin", suite.description, suite.shape).make(layout, Path(), device="cpu")
+    return prepare(model, suite, layout_name(layout, model))
 
 
 def write_config(directory: Path, **fields: object) -> Path:
@@ -80,7 +91,8 @@ def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path
     stages = []
     results = [
         measure_speed(
-            SpeedRequest(suite=suite, artifacts=artifacts, process=process), lambda *stage: stages.append(stage)
+            SpeedRequest(suite=suite, artifacts=artifacts, source=artifacts["fp16"], process=process),
+            lambda *stage: stages.append(stage),
         )
         for process in range(3)
     ]
@@ -92,7 +104,7 @@ def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path
     assert set(speeds) == {"fp16", "pruned", "w4a16"}
     fp16, pruned, w4a16 = (speeds[name] for name in ("fp16", "pruned", "w4a16"))
     assert fp16.twin.startswith("a twin of nothing, ")
-    assert fp16.layout == "float16, timed once with pruned"
+    assert (fp16.layout, fp16.timed_with) == ("float16", ("pruned",))
     assert fp16.decode_tokens_per_second == pruned.decode_tokens_per_second
     assert "int4_g128 on" in w4a16.layout
     assert set(w4a16.decode_tokens_per_second) == {"1", "2"}
@@ -103,6 +115,114 @@ def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path
     one = fp16.decode_over_fp16["1"]
     assert (one.value, one.low, one.high) == (1, 1, 1)
     assert ("timing rounds", 4, 4) in stages
+
+
+OWN = """
+name: own
+version: 1
+text: {corpus: heldout.jsonl, length: 24, tokens_per_domain: 600}
+speed: {batches: [1], prompt: 4, steps: 2, processes: 2, rounds: 6, task_seconds: 0}
+"""
+
+
+@pytest.fixture
+def own_suite(suite: Path) -> Path:
+    """A suite that fixes no shape."""
+    suite.write_text(OWN)
+    return suite
+
+
+def asked(suite: Path, source: Path, artifact: Path, **named: Any) -> SpeedRequest:
+    return SpeedRequest(suite=suite, artifacts={"source": source, "w4a16": artifact}, source=source, **named)
+
+
+def test_artifacts_are_timed_whole_where_all_fit(own_suite: Path, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", "deepseek_v3", num_hidden_layers=4)
+    artifact = quantize(source, tmp_path / "w4a16", SCHEMES["int4_g128"]).directory
+    result = measure_speed(asked(own_suite, source, artifact), lambda *_: None)
+    assert (result.timed, result.model) == ("artifact", "the whole artifacts")
+    assert [(twin.layout.partition(" ")[0], twin.variants) for twin in result.twins] == [
+        ("float16", ()),
+        ("bfloat16", ("source",)),
+        ("int4_g128", ("w4a16",)),
+    ]
+    assert result.failures == {}
+    speed = load_suite(own_suite).suite.speed
+    assert speed is not None
+    found = speeds_of(speed, [result, result])["w4a16"]
+    assert found.timed == "artifact"
+    assert found.twin_memory_percent_of_fp16 is None, "the memory of the artifact has a column of its own"
+
+
+def test_a_large_model_is_timed_on_its_own_layers_and_so_is_fp16(
+    own_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantlab.evaluation.speed.models.free_bytes", lambda _: 1000)
+    shape = {"num_hidden_layers": 6, "first_k_dense_replace": 3, "vocab_size": 960}
+    source = write_checkpoint(tmp_path / "source", "deepseek_v3", **shape)
+    artifact = quantize(source, tmp_path / "w4a16", SCHEMES["int4_g128"]).directory
+    made = []
+    twin_of = models.random_twin
+
+    def watched(config: Any, *given: Any, **named: Any) -> Any:
+        made.append(twin_of(config, *given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(models, "random_twin", watched)
+    result = measure_speed(asked(own_suite, source, artifact), lambda *_: None)
+    assert result.timed == "own layers"
+    assert result.model.startswith("own layers (1 of 3 dense + 1 of 3 MoE), vocabulary cut from 960 to 320")
+    assert len(made) == 3
+    for model in made:
+        kinds = [hasattr(layer.mlp, "experts") for layer in model.model.layers]
+        assert kinds == [False, True]
+        assert model.config.vocab_size == 320
+        assert model.config.hidden_size == 128
+    assert made[0].dtype == torch.float16
+    # what the first process chose the others are told
+    monkeypatch.setattr("quantlab.evaluation.speed.models.free_bytes", lambda _: None)
+    assert measure_speed(asked(own_suite, source, artifact, timed="own layers"), lambda *_: None).timed == "own layers"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "layers", "fields"),
+    [
+        ("llama", {"num_hidden_layers": 32, "vocab_size": 102400}, (0,), {"num_hidden_layers": 1, "vocab_size": 3200}),
+        (
+            "deepseek_v3",
+            {"num_hidden_layers": 61, "first_k_dense_replace": 3, "vocab_size": 129280},
+            (0, 3),
+            {"num_hidden_layers": 2, "first_k_dense_replace": 1, "vocab_size": 4224},
+        ),
+        (
+            "deepseek_v2",
+            {"num_hidden_layers": 4, "first_k_dense_replace": 0, "vocab_size": 256},
+            (0,),
+            {"vocab_size": 64},
+        ),
+    ],
+)
+def test_own_layers_are_one_of_each_kind_with_the_heads_share(
+    family: str, changes: dict[str, int], layers: tuple[int, ...], fields: dict[str, int]
+) -> None:
+    found = own_layers({"model_type": family, **FAMILIES[family], **changes})
+    assert found.layers == layers
+    assert {name: found.config[name] for name in fields} == fields
+
+
+def test_a_layer_of_a_twin_has_the_scheme_of_the_layer_it_stands_for(tmp_path: Path) -> None:
+    ignored = ("lm_head", "re:.*kv_b_proj$", "re:.*mlp\\.gate$", r"re:.*layers\.3\.self_attn\..*")
+    config = {
+        "model_type": "deepseek_v3",
+        **FAMILIES["deepseek_v3"],
+        "num_hidden_layers": 6,
+        "first_k_dense_replace": 3,
+    }
+    own = own_layers(config)
+    quantization = QuantizationConfig(((("Linear",), SCHEMES["int4_g128"]),), ignored)
+    model = random_twin(own.config, quantization, dtype=torch.bfloat16, seed=0, layers=own.layers)
+    held = [isinstance(layer.self_attn.o_proj, PackedLinear) for layer in model.model.layers]
+    assert held == [True, False]
 
 
 def test_every_round_starts_from_the_same_context(suite: Path) -> None:
@@ -132,7 +252,15 @@ def timings(
         joules=plain(joules or {}),
         **shared,
     )
-    return SpeedResult(computed_by="a processor", twins=(one, other), failures={}, others=None, others_of_energy=None)
+    return SpeedResult(
+        timed="twin",
+        model="a twin of nothing",
+        computed_by="a processor",
+        twins=(one, other),
+        failures={},
+        others=None,
+        others_of_energy=None,
+    )
 
 
 def test_ratios_are_taken_within_a_round(suite: Path) -> None:
@@ -145,7 +273,7 @@ def test_ratios_are_taken_within_a_round(suite: Path) -> None:
     ratio = found.decode_over_fp16["1"]
     assert (ratio.value, ratio.low, ratio.high, ratio.n) == (pytest.approx(3), pytest.approx(3), pytest.approx(3), 14)
     assert found.twin == "a twin of nothing, 4 tokens in the cache, a processor"
-    assert (found.layout, found.twin_memory_percent_of_fp16) == ("int8, timed once with also", 30)
+    assert (found.layout, found.timed_with, found.twin_memory_percent_of_fp16) == ("int8", ("also",), 30)
     assert found.not_fused == "", "its steps were fused"
 
 

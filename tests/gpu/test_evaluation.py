@@ -128,6 +128,17 @@ def test_speed_is_that_of_captured_steps_on_the_named_gpu(records: Both) -> None
     assert set(gpu.speed.decode_over_fp16) == {"1", "2"}
 
 
+def test_what_is_served_is_near_float32(records: Both) -> None:
+    for variant in ("source", "w4a16"):
+        found = records[0][variant].served
+        assert found is not None
+        assert (found.served_dtype, found.served_steps) == ("bfloat16", "captured, fused steps")
+        assert found.served_kl.value < 1e-2
+        assert found.served_top1_agreement.value > 0.9
+    assert records[0]["source"].served.served_kl_to_baseline is None  # type: ignore[union-attr]
+    assert records[0]["same"].served.float32_kl_to_baseline.value < 1e-4  # type: ignore[union-attr]
+
+
 def test_attention_is_measured_above_the_weights(records: Both) -> None:
     found = records[0]["source"].attention
     assert found is not None

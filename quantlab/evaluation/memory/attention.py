@@ -12,7 +12,7 @@ implementation, but it alone decodes without expanding them.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -26,9 +26,11 @@ from quantlab.evaluation.machine.contention import spread
 from quantlab.evaluation.machine.gauges import forget_peak, give_back, held_bytes, now, peak_bytes, watched
 from quantlab.evaluation.processes.messages import AttentionRequest, AttentionResult, Progress
 from quantlab.evaluation.record import AttentionCell
-from quantlab.evaluation.speed.measure import DTYPES, Layout, layout_name, layout_of
+from quantlab.evaluation.speed.models import DTYPES, Layout, layout_name, layout_of
+from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.statistics import Floats, median
 from quantlab.evaluation.suite import load_suite
+from quantlab.files import read_json
 from quantlab.runtime.cache import cached
 from quantlab.runtime.device import find_device, free_bytes, ran_out
 from quantlab.runtime.twin import random_twin
@@ -71,10 +73,16 @@ def measure_attention(request: AttentionRequest, progress: Progress) -> Attentio
     wanted, (_, shape) = suite.attention, suite.attention_twin
     progress("attention", 0, 1)
     case = Case(request.implementation, request.context, wanted.steps, wanted.repeats, wanted.seconds)
-    return attempt(shape, layout_of(request.directory), case, find_device(request.device))
+    layers: Sequence[int] = ()
+    if not shape:
+        own = own_layers(read_json(request.directory / "config.json"))
+        shape, layers = dict(own.config), own.layers
+    return attempt(shape, layout_of(request.directory), case, find_device(request.device), layers)
 
 
-def attempt(shape: Mapping[str, Any], layout: Layout, case: Case, device: torch.device) -> AttentionResult:
+def attempt(
+    shape: Mapping[str, Any], layout: Layout, case: Case, device: torch.device, layers: Sequence[int] = ()
+) -> AttentionResult:
     """What a combination takes, or why it was not measured.
 
     Args:
@@ -82,6 +90,7 @@ def attempt(shape: Mapping[str, Any], layout: Layout, case: Case, device: torch.
         layout: of its weights.
         case: the combination.
         device: where it computes.
+        layers: for each layer of the twin the number by which the layout knows it; its own if empty.
     """
 
     def failed(reason: str) -> AttentionResult:
@@ -101,6 +110,7 @@ def attempt(shape: Mapping[str, Any], layout: Layout, case: Case, device: torch.
             seed=_SEED,
             device=device,
             attention=case.implementation,
+            layers=layers,
         )
         return AttentionResult(cell=measured(model, case), layout=layout_name(layout, model))
     except DeviceError as error:

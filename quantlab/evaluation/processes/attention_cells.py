@@ -9,7 +9,9 @@ from pathlib import Path
 from quantlab.evaluation.processes.messages import AttentionRequest, AttentionResult, Progress
 from quantlab.evaluation.processes.workers import CellError, Worker
 from quantlab.evaluation.record import Attention, AttentionCell
+from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.suite import LoadedSuite
+from quantlab.files import read_json
 
 
 def measure_contexts(
@@ -44,7 +46,7 @@ def measure_contexts(
             layouts += [found.layout] if found.layout else []
     progress("attention", len(combinations), len(combinations))
     return Attention(
-        twin=suite.suite.attention_twin[0],
+        twin=suite.suite.attention_twin[0] or own_layers(read_json(directory / "config.json")).description,
         layout=layouts[0] if layouts else "",
         memory="process" if device == "cpu" else "cuda",
         cells=tuple(cells),

@@ -20,15 +20,18 @@ from quantlab.evaluation.processes.messages import (
     QualityRequest,
     QualityResult,
     Role,
+    ServedRequest,
     SpeedRequest,
     SpeedResult,
     TaskAnswer,
     TasksRequest,
     TasksResult,
+    predictions_complete,
 )
 from quantlab.evaluation.processes.workers import CellError, Worker, wrong_answer
 from quantlab.evaluation.quality.metrics import Quality
 from quantlab.evaluation.record import Attention, Failure, Record, TaskResult
+from quantlab.evaluation.served.metrics import Served
 from quantlab.evaluation.speed.metrics import Speed
 from quantlab.evaluation.speed.rates import speeds_of
 from quantlab.evaluation.suite import LoadedSuite, SpeedSuite, TaskRun
@@ -70,6 +73,7 @@ class Found:
     """
 
     quality: Quality | None = None
+    served: Served | None = None
     tasks: Mapping[int, TaskResult] = field(default_factory=dict)
     memory: Memory | None = None
     speed: Speed | None = None
@@ -86,6 +90,7 @@ class Found:
         """Whether anything the suite asks for is still to be measured."""
         return (
             self.quality is None
+            or self.served is None
             or self.memory is None
             or len(self.tasks) < len(suite.runs)
             or (self.speed is None and suite.suite.speed is not None)
@@ -106,6 +111,7 @@ def sound_parts(suite: LoadedSuite, record: Record) -> Found:
             tasks[number] = result
     return Found(
         quality=record.quality if "quality" not in failed else None,
+        served=record.served if is_baseline or (record.served and record.served.served_kl_to_baseline) else None,
         tasks=tasks,
         memory=record.memory,
         speed=record.speed,
@@ -133,11 +139,18 @@ class SpeedTurns:
         failures: why a variant has no speed.
     """
 
-    def __init__(self, bench: Bench, artifacts: Mapping[str, Path]) -> None:
+    def __init__(self, bench: Bench, artifacts: Mapping[str, Path], source: Path) -> None:
+        """Prepare.
+
+        Args:
+            bench: shared by all rows.
+            artifacts: variant -> directory, of those whose speed is wanted.
+            source: the checkpoint that in float16 is the FP16 side where no artifact is.
+        """
         self.speeds: Mapping[str, Speed] = {}
         self.failures: Mapping[str, str] = {}
         self._bench = bench
-        self._artifacts = dict(artifacts)
+        self._artifacts, self._source = dict(artifacts), source
         self._suite = bench.suite.suite.speed if artifacts else None
         self._results: list[SpeedResult] = []
 
@@ -151,7 +164,12 @@ class SpeedTurns:
     def _time(self, suite: SpeedSuite) -> None:
         process = len(self._results)
         request = SpeedRequest(
-            suite=self._bench.suite.path, artifacts=self._artifacts, process=process, device=self._bench.device
+            suite=self._bench.suite.path,
+            artifacts=self._artifacts,
+            source=self._source,
+            timed=self._results[0].timed if self._results else None,
+            process=process,
+            device=self._bench.device,
         )
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -168,7 +186,7 @@ class SpeedTurns:
 
 
 def measure_row(bench: Bench, variant: str, directory: Path, found: Found, *, is_baseline: bool) -> Found:
-    """Quality, tasks and memory of one artifact, of the baseline also attention; only what is not known yet.
+    """Quality, served path, tasks and memory of one artifact, of the baseline also attention; only what is not known yet.
 
     Args:
         bench: shared by all rows.
@@ -180,6 +198,8 @@ def measure_row(bench: Bench, variant: str, directory: Path, found: Found, *, is
     failures = list(found.failures)
     if found.quality is None:
         found = replace(found, quality=_quality(bench, variant, directory, failures, is_baseline=is_baseline))
+    if found.served is None:
+        found = replace(found, served=_served(bench, variant, directory, failures, is_baseline=is_baseline))
     if len(found.tasks) < len(bench.suite.runs):
         answers = _tasks(bench, variant, directory, found.tasks, is_baseline=is_baseline)
         failures += _failed_tasks(bench.suite.runs, answers)
@@ -227,6 +247,27 @@ def _quality(
         failures.append(Failure(cell="quality", reason=reason))
     failures += [Failure(cell="quality", reason=f"{part}: {why}") for part, why in found.failures.items()]
     return found.quality
+
+
+def _served(
+    bench: Bench, variant: str, directory: Path, failures: list[Failure], *, is_baseline: bool
+) -> Served | None:
+    alone = is_baseline or not predictions_complete(bench.predictions, bench.key)
+    request = ServedRequest(
+        directory=directory,
+        suite=bench.suite.path,
+        predictions=None if alone else bench.predictions,
+        device=bench.device,
+    )
+
+    def progress(_: str, done: int, total: int) -> None:
+        bench.progress(f"{variant}: served path", done, total)
+
+    try:
+        return bench.worker.run(f"{variant}-served", request, Served, progress=progress)
+    except CellError as error:
+        failures.append(Failure(cell="served", reason=str(error)))
+        return None
 
 
 def _tasks(

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from quantlab.evaluation.quality.metrics import Quality
 from quantlab.evaluation.record import AttentionCell, TaskResult
+from quantlab.evaluation.speed.metrics import Timed
 
 Progress = Callable[[str, int, int], None]
 """Told of a stage, how much of it is done and how much there is (0 when that is not known)."""
@@ -55,6 +56,20 @@ class QualityResult(_Strict):
     """All that is a number."""
     failures: dict[str, str]
     """Part -> why it is none: "layer 3"."""
+
+
+class ServedRequest(_Strict):
+    """One artifact as it is decoded in its own dtype; answered with a `Served`."""
+
+    kind: Literal["served"] = "served"
+    directory: Path
+    """The artifact."""
+    suite: Path
+    """The suite."""
+    predictions: Path | None
+    """Directory of the baseline's predictions; None for the baseline itself, or where there are none."""
+    device: str = "cpu"
+    """As in `QualityRequest`."""
 
 
 class TasksRequest(_Strict):
@@ -115,6 +130,10 @@ class SpeedRequest(_Strict):
     """The suite."""
     artifacts: dict[str, Path]
     """Variant -> directory of its artifact."""
+    source: Path
+    """A checkpoint in floating point of the same model; in float16 it is the FP16 side where no artifact is."""
+    timed: Timed | None = None
+    """What is timed, as an earlier process chose it; None to choose."""
     process: int = 0
     """Which of the suite's processes this is; orders the rounds."""
     device: str = "cpu"
@@ -122,7 +141,7 @@ class SpeedRequest(_Strict):
 
 
 class TwinTimings(_Strict):
-    """What one twin did in one process."""
+    """What one model did in one process."""
 
     layout: str
     """Of its weights, for people."""
@@ -143,8 +162,12 @@ class TwinTimings(_Strict):
 class SpeedResult(_Strict):
     """What one process timed; every variant is in a twin or among the failures."""
 
+    timed: Timed
+    """Which kind of models."""
+    model: str
+    """The models in a few words."""
     computed_by: str
-    """The GPU, or whose operators the processor ran."""
+    """The GPU, or whose operators the processor ran, and how steps ran."""
     twins: tuple[TwinTimings, ...]
     """Entry i of a rate is from the same turn in all twins, entry i of all joules from the same stretch."""
     failures: dict[str, str]
@@ -181,7 +204,8 @@ class AttentionResult(_Strict):
 
 
 CellRequest = Annotated[
-    QualityRequest | TasksRequest | MemoryRequest | SpeedRequest | AttentionRequest, Field(discriminator="kind")
+    QualityRequest | ServedRequest | TasksRequest | MemoryRequest | SpeedRequest | AttentionRequest,
+    Field(discriminator="kind"),
 ]
 
 

@@ -30,11 +30,13 @@ from quantlab.evaluation.processes.messages import (
     MemoryRequest,
     Progress,
     QualityRequest,
+    ServedRequest,
     SpeedRequest,
     TasksRequest,
     Tell,
 )
 from quantlab.evaluation.quality.measure import measure_quality
+from quantlab.evaluation.served.measure import measure_served
 from quantlab.evaluation.speed.measure import measure_speed
 from quantlab.evaluation.tasks.measure import measure_tasks
 
@@ -88,6 +90,8 @@ def _measure(job: Job, progress: Progress, tell: Tell) -> BaseModel:
     match job.request:
         case QualityRequest():
             return measure_quality(job.request, progress)
+        case ServedRequest():
+            return measure_served(job.request, progress)
         case TasksRequest():
             return measure_tasks(job.request, progress, tell)
         case MemoryRequest():

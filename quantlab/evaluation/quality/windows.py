@@ -10,7 +10,7 @@ first character of the token after it: consecutive windows then share no byte an
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,14 +117,11 @@ def cut(
     """
     domains = tuple(sorted({document.domain for document in documents}))
     strata = np.array([domains.index(document.domain) for document in documents])
-    queues: dict[str, list[tuple[int, Window]]] = {domain: [] for domain in domains}
-    for index, document in enumerate(documents):
-        for turn, window in enumerate(_windows(index, document.text, tokenizer, prefix, length)):
-            queues[document.domain].append((turn, window))
     taken: list[Window] = []
     for domain in domains:
         scored, seen = 0, set()
-        for _, window in sorted(queues[domain], key=lambda entry: entry[0]):
+        texts = [(index, document.text) for index, document in enumerate(documents) if document.domain == domain]
+        for window in _in_turns(texts, tokenizer, prefix, length):
             if scored + window.scored > tokens_per_domain:
                 break
             scored += window.scored
@@ -142,6 +139,18 @@ def cut(
     for window in taken:
         digest.update(f"{window.document} {window.first} {window.nbytes} ".encode() + window.tokens.tobytes())
     return HeldOut(domains, strata, tuple(taken), digest.hexdigest())
+
+
+def _in_turns(
+    texts: Sequence[tuple[int, str]], tokenizer: Tokenizer, prefix: tuple[int, ...], length: int
+) -> Iterator[Window]:
+    """The first window of every document, then every second and so on; a document is tokenised when its first is asked for."""
+    found: list[list[Window]] = []
+    for index, text in texts:
+        found.append(_windows(index, text, tokenizer, prefix, length))
+        yield from found[-1][:1]
+    for turn in range(1, max(map(len, found), default=0)):
+        yield from (windows[turn] for windows in found if turn < len(windows))
 
 
 def _windows(document: int, text: str, tokenizer: Tokenizer, prefix: tuple[int, ...], length: int) -> list[Window]:

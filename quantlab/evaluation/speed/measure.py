@@ -1,9 +1,8 @@
-"""Speed: every distinct layout of a recipe's artifacts, timed in one process on random-weight twins.
+"""Speed: every distinct layout of a recipe's artifacts, timed in one process.
 
-How long a step takes depends on shapes and layouts, not on what the weights are, so the twin has the width of the target
-model, a few of its layers, and random weights in exactly the layout of the artifact. Machines drift: clocks, caches and
-neighbours change within seconds. So all twins are alive at once, every round times each of them in a new random order,
-and a ratio to the FP16 twin is taken within a turn. What several such processes found is put together in `rates.py`.
+`models.py` says which models are timed. Machines drift: clocks, caches and neighbours change within seconds. So all models are in
+memory at once, every round times each of them in a new random order, and a ratio to FP16 is taken within a turn. `rates.py` puts
+together what several such processes found.
 
 Steps decode from a cache of fixed size, as serving engines do it, in few operations where `quantlab.runtime.step` takes the model;
 on CUDA they are captured as a graph and replayed.
@@ -20,32 +19,21 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from quantlab.errors import EvaluationError, QuantlabError
+from quantlab.errors import QuantlabError
 from quantlab.evaluation.machine.energy import meter
 from quantlab.evaluation.machine.gauges import now, watched
 from quantlab.evaluation.processes.messages import Progress, SpeedRequest, SpeedResult, TwinTimings
+from quantlab.evaluation.speed.models import Layout, Models, choose_models, fp16_of, layout_name, layout_of
 from quantlab.evaluation.suite import SpeedSuite, load_suite
-from quantlab.files import read_json
-from quantlab.formats.compressed_tensors import QuantizationConfig
-from quantlab.formats.layouts import description_in
 from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.cache import cached
 from quantlab.runtime.decode import Decoder
+from quantlab.runtime.device import find_device
 from quantlab.runtime.native import library as native
-from quantlab.runtime.twin import random_twin
 
 LEAST_ROUNDS = 3
 """Of one process."""
 _SEED = 0
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What decides how fast an artifact is: artifacts with the same layout share a twin."""
-
-    dtype: str
-    quantization: QuantizationConfig | None
 
 
 @dataclass(frozen=True)
@@ -66,39 +54,36 @@ class Twin:
     name: str
 
 
-FP16 = Layout("float16", None)
-
-
 def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
     """Time the layouts of all artifacts, interleaved.
 
     Raises:
-        QuantlabError: the FP16 twin cannot be made, so no ratio can be taken.
+        QuantlabError: the FP16 model cannot be made, so no ratio can be taken.
     """
     suite = load_suite(request.suite).suite.speed
     assert suite is not None, "asked for by a suite that measures speed"
-    layouts = {variant: layout_of(directory) for variant, directory in request.artifacts.items()}
-    twins: dict[Layout, Twin] = {}
-    reasons: dict[Layout, str] = {}
-    distinct = list(dict.fromkeys([FP16, *layouts.values()]))
-    for index, layout in enumerate(distinct):
-        progress("building twins", index, len(distinct))
-        try:
-            twins[layout] = build(layout, suite, device=request.device)
-        except (QuantlabError, RuntimeError, ValueError) as error:  # torch's own errors are of the last two kinds
-            if layout == FP16:
-                raise
-            reasons[layout] = str(error)
-    progress("building twins", len(distinct), len(distinct))
-    device = next(twins[FP16].model.parameters()).device
+    layouts = {
+        variant: layout_of(directory, own_shape=not suite.shape) for variant, directory in request.artifacts.items()
+    }
+    fp16 = fp16_of(layouts.values(), request.source)
+    directories = {fp16: request.source}
+    for variant, layout in layouts.items():
+        directories.setdefault(layout, request.artifacts[variant])
+    device = find_device(request.device)
+    models = choose_models(suite, directories, device, request.timed)
+    twins, reasons = _built(models, directories, suite, request.device, progress)
+    if fp16 in reasons:
+        raise reasons[fp16]
     timings, others = watched(lambda: time_rounds(twins, suite, progress, seed=request.process), device)
     joules, others_of_energy = watched(lambda: read_energy(twins, suite, seed=request.process), device)
     return SpeedResult(
+        timed=models.timed,
+        model=models.description,
         computed_by=_computed_by(twins.values()),
         twins=tuple(
             TwinTimings(
                 layout=twin.name,
-                is_fp16=layout == FP16,
+                is_fp16=layout == fp16,
                 variants=tuple(variant for variant, one in layouts.items() if one == layout),
                 memory_percent_of_fp16=100 * held.total / held.fp16,
                 rates={f"{task.kind}.{task.batch}": values for task, values in timings[layout].items()},
@@ -108,45 +93,39 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
             for layout, twin in twins.items()
             for held in [weight_bytes(twin.model)]
         ),
-        failures={variant: reasons[layout] for variant, layout in layouts.items() if layout in reasons},
+        failures={variant: str(reasons[layout]) for variant, layout in layouts.items() if layout in reasons},
         others=others,
         others_of_energy=others_of_energy,
     )
 
 
-def layout_of(directory: Path) -> Layout:
-    """The layout of a checkpoint, from its config.json. FP8 blocks are expanded to bfloat16 when loaded.
-
-    Raises:
-        EvaluationError: the checkpoint is of a layout the runtime does not compute with.
-    """
-    config = read_json(directory / "config.json")
-    description = description_in(config, where=str(directory / "config.json"))
-    expanded = description is None or not any(number.is_integer for number in description.formats)
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or ("float32" if description is None else "bfloat16"))
-    if dtype in DTYPES and expanded:
-        return Layout(dtype, None)
-    if dtype in DTYPES and isinstance(description, QuantizationConfig):
-        return Layout(dtype, description)
-    raise EvaluationError(
-        "the speed of this layout cannot be measured",
-        where=str(directory / "config.json"),
-        found=dtype if dtype not in DTYPES else str(config["quantization_config"]["quant_method"]),
-        fix=f"use one of {', '.join(DTYPES)}, fp8 or compressed-tensors",
-    )
+def _built(
+    models: Models, directories: Mapping[Layout, Path], suite: SpeedSuite, device: str, progress: Progress
+) -> tuple[dict[Layout, Twin], dict[Layout, Exception]]:
+    """A model of every layout ready to be timed, or why there is none."""
+    twins: dict[Layout, Twin] = {}
+    reasons: dict[Layout, Exception] = {}
+    for index, (layout, directory) in enumerate(directories.items()):
+        progress("building models", index, len(directories))
+        try:
+            model = models.make(layout, directory, device=device)
+            twins[layout] = prepare(model, suite, layout_name(layout, model))
+        except (QuantlabError, RuntimeError, ValueError) as error:  # torch's own errors are of the last two kinds
+            reasons[layout] = error
+    progress("building models", len(directories), len(directories))
+    return twins, reasons
 
 
-def build(layout: Layout, suite: SpeedSuite, *, device: str = "cpu") -> Twin:
-    """A twin with its caches filled, every kind of step having run once so that nothing is timed cold.
+def prepare(model: PreTrainedModel, suite: SpeedSuite, name: str) -> Twin:
+    """A model with its caches filled, every kind of step having run once so that nothing is timed cold.
 
     All sequences of a batch share one context: what it holds does not change how long a step takes.
 
     Args:
-        layout: of the weights.
-        suite: the twin's shape, its batches and lengths.
-        device: where it computes.
+        model: to be timed.
+        suite: batches and lengths.
+        name: of its layout, for people.
     """
-    model = random_twin(suite.shape, layout.quantization, dtype=DTYPES[layout.dtype], seed=_SEED, device=device)
     prompt = DynamicCache(config=model.config)
     with torch.inference_mode():
         ids = _tokens(1, suite.prompt, int(model.config.vocab_size)).to(model.device)
@@ -155,22 +134,12 @@ def build(layout: Layout, suite: SpeedSuite, *, device: str = "cpu") -> Twin:
     for batch in suite.batches:
         decoders[batch] = Decoder(model, batch=batch, length=suite.prompt + suite.steps)
         decoders[batch].fill(prompt)
-    twin = Twin(model, decoders, layout_name(layout, model))
+    twin = Twin(model, decoders, name)
     for batch in suite.batches:
         run_task(twin, Task("decode", batch, 1))
     for batch in set(suite.prefill_batches) - {1}:  # the prompt was read at 1
         run_task(twin, Task("prefill", batch, suite.prompt))
     return twin
-
-
-def layout_name(layout: Layout, model: PreTrainedModel) -> str:
-    """The layout for people: "bfloat16", "int4_g128 on 93 % of the weights, the rest float16"."""
-    if layout.quantization is None:
-        return layout.dtype
-    counted = weight_bytes(model)
-    share = 100 * counted.quantized_fp16 / counted.fp16
-    schemes = " and ".join(number.name for number in layout.quantization.formats)
-    return f"{schemes} on {share:.0f} % of the weights, the rest {layout.dtype}"
 
 
 def tasks(suite: SpeedSuite) -> tuple[Task, ...]:
@@ -230,7 +199,7 @@ def read_energy(
     twins: Mapping[Layout, Twin], suite: SpeedSuite, *, seed: int
 ) -> dict[Layout, dict[str, tuple[float, ...]]]:
     """Joules per decoded token by batch size, in stretches of steady decoding that take turns; empty where none are counted."""
-    device = next(twins[FP16].model.parameters()).device
+    device = next(iter(twins.values())).model.device
     joules = meter(device) if suite.energy_seconds else None
     if joules is None:
         return {}
@@ -253,14 +222,11 @@ def read_energy(
 
 
 def _computed_by(twins: Collection[Twin]) -> str:
-    """The GPU and how it takes a step, or whose operators the processor runs; a way of all twins or of none."""
+    """The GPU, or whose operators the processor runs, and how steps run: of every twin if they differ."""
     device = next(iter(twins)).model.device
-    decoders = [decoder for twin in twins for decoder in twin.decoders.values()]
-    captured, fused = all(decoder.captures for decoder in decoders), all(decoder.fuses for decoder in decoders)
-    if device.type != "cuda":
-        return f"{native.status()}{', fused steps' if fused else ''}"
-    how = f"{'captured' if captured else 'single'}{', fused' if fused else ''} steps"
-    return f"{torch.cuda.get_device_name(device)}, {how}"
+    paths = sorted({decoder.path for twin in twins for decoder in twin.decoders.values()})
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else native.status()
+    return f"{name}, {' or '.join(paths)}"
 
 
 def _tokens(batch: int, length: int, vocabulary: int) -> Tensor:

@@ -1,20 +1,53 @@
 """Metrics of speed: tokens per second, ratios to FP16, time to the first token, energy."""
 
-from typing import Annotated
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Final, Literal, NamedTuple
 
 from quantlab.evaluation.measured import Frozen, Measured
 from quantlab.evaluation.metric import Metric
 
+Timed = Literal["artifact", "own layers", "twin"]
+"""The model that speed is measured on: the whole artifact; a random-weight twin of one of its layers of each kind; a random-weight
+twin of the shape that the suite fixes."""
+
+
+class TimedWords(NamedTuple):
+    """How tables name a kind of model."""
+
+    head: str
+    """Beside the heading of a column."""
+    meaning: str
+    """In a sentence: `{timed}` in the texts of the metrics."""
+    short: str
+    """In a terminal: `{short}` in their heads."""
+
+
+TIMED_WORDS: Final[Mapping[Timed, TimedWords]] = {
+    "artifact": TimedWords("the artifact itself", "the artifact itself", ""),
+    "own layers": TimedWords(
+        "own layers, random weights", "a random-weight twin of the model's own layers", ", layers"
+    ),
+    "twin": TimedWords("random-weight twin", "a random-weight twin", ", twin"),
+}
+
+
+def timed_words(kinds: Iterable[Timed]) -> TimedWords:
+    """The words for the models of several rows, joined where they differ."""
+    found = [TIMED_WORDS[kind] for kind in dict.fromkeys(kinds)] or [TIMED_WORDS["twin"]]
+    return TimedWords(*(" or ".join(dict.fromkeys(texts)) for texts in zip(*found, strict=True)))
+
 
 class Speed(Frozen):
-    """Tokens per second of a random-weight twin, interleaved with the FP16 twin. Keys are batch sizes.
+    """Tokens per second, interleaved with those of FP16. Keys are batch sizes.
 
     An interval says where another evaluation on the same machine finds the number, 19 times in 20. The order of the fields is
     the order of the columns.
     """
 
+    timed: Timed = "twin"
+    """Which kind of model was timed; FP16's is of the same kind."""
     twin: str
-    """What was timed: width, layers and context of the twin."""
+    """The model in words: width and layers, context, device and how steps ran."""
     layout: str
     """In which layout: "int4_g128 on 95 % of the weights, the rest bfloat16"."""
     timed_with: tuple[str, ...] = ()
@@ -29,18 +62,18 @@ class Speed(Frozen):
             claim="weights of the twin in memory, % of FP16",
         ),
     ] = None
-    """Scales included."""
+    """Scales included; None where the artifact itself was timed, whose memory is measured elsewhere."""
     processes: int = 1
     """In how many processes it was timed; each number is the mean of their medians, its n counts the rounds of all."""
     decode_tokens_per_second: Annotated[
         dict[str, Measured],
         Metric(
             heading="decode tok/s at {}",
-            meaning="Tokens per second of decode at batch size {}, all sequences together, measured on a random-weight twin.",
+            meaning="Tokens per second of decode at batch size {}, all sequences together, measured on {timed}.",
             unit="rate",
             better="high",
             tables=("main",),
-            head="decode {}\ntok/s, twin",
+            head="decode {}\ntok/s{short}",
             rank=5,
             batches=("1", "8"),
         ),
@@ -49,11 +82,11 @@ class Speed(Frozen):
         dict[str, Measured],
         Metric(
             heading="prefill tok/s at {}",
-            meaning="Tokens per second of prefill at batch size {}, all sequences together, measured on a random-weight twin.",
+            meaning="Tokens per second of prefill at batch size {}, all sequences together, measured on {timed}.",
             unit="rate",
             better="high",
             tables=("main",),
-            head="prefill {}\ntok/s, twin",
+            head="prefill {}\ntok/s{short}",
             rank=8,
             batches=("1",),
         ),
@@ -62,7 +95,7 @@ class Speed(Frozen):
         dict[str, Measured],
         Metric(
             heading="decode × FP16 at {}",
-            meaning="Speed of decode at batch size {} over that of FP16, measured on a random-weight twin.",
+            meaning="Speed of decode at batch size {} over that of FP16, measured on {timed}.",
             unit="ratio",
             better="high",
             made_of="decode_tokens_per_second",
@@ -74,7 +107,7 @@ class Speed(Frozen):
         dict[str, Measured],
         Metric(
             heading="prefill × FP16 at {}",
-            meaning="Speed of prefill at batch size {} over that of FP16, measured on a random-weight twin.",
+            meaning="Speed of prefill at batch size {} over that of FP16, measured on {timed}.",
             unit="ratio",
             better="high",
             made_of="prefill_tokens_per_second",
@@ -85,7 +118,7 @@ class Speed(Frozen):
         dict[str, Measured],
         Metric(
             heading="first token at {}, ms",
-            meaning="Milliseconds from a prompt to its first new token at batch size {}, measured on a random-weight twin.",
+            meaning="Milliseconds from a prompt to its first new token at batch size {}, measured on {timed}.",
             unit="milliseconds",
             better="low",
         ),
@@ -94,7 +127,7 @@ class Speed(Frozen):
         dict[str, Measured] | None,
         Metric(
             heading="energy at {}, J/token",
-            meaning="Joules the device reports per decoded token at batch size {}, measured on a random-weight twin.",
+            meaning="Joules the device reports per decoded token at batch size {}, measured on {timed}.",
             unit="plain",
             better="low",
         ),
@@ -115,11 +148,11 @@ class Speed(Frozen):
         Measured | None,
         Metric(
             heading="speed × FP16",
-            meaning="Decode speed at batch size 1 over that of FP16, measured on a random-weight twin in runs interleaved with it.",
+            meaning="Decode speed at batch size 1 over that of FP16, measured on {timed} in runs interleaved with it.",
             unit="ratio",
             better="high",
             tables=("headline", "main", "cards", "leaderboard"),
-            head="speed ×\nFP16, twin",
+            head="speed ×\nFP16{short}",
             always=True,
             origin="decode_over_fp16.1",
             claim="decode speed of the twin, × FP16",

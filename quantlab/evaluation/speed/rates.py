@@ -106,10 +106,11 @@ def _speed(
         return {name.partition(".")[2]: one for name, one in measured.items() if name.partition(".")[0] == kind}
 
     return Speed(
-        twin=f"{suite.description}, {suite.prompt} tokens in the cache, {results[0].computed_by}",
+        timed=results[0].timed,
+        twin=f"{results[0].model}, {suite.prompt} tokens in the cache, {results[0].computed_by}",
         layout=twin.layout,
         timed_with=tuple(other for other in twin.variants if other != variant),
-        twin_memory_percent_of_fp16=twin.memory_percent_of_fp16,
+        twin_memory_percent_of_fp16=None if results[0].timed == "artifact" else twin.memory_percent_of_fp16,
         processes=len(results),
         decode_tokens_per_second=by_batch("decode_tokens_per_second"),
         prefill_tokens_per_second=by_batch("prefill_tokens_per_second"),

@@ -6,11 +6,12 @@ reason, or not measured.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from quantlab.evaluation.measured import Measured, Significance, Verdict
 from quantlab.evaluation.memory.metrics import Expanded
 from quantlab.evaluation.metric import Unit
+from quantlab.evaluation.speed.metrics import TIMED_WORDS, Timed
 from quantlab.report.matrix.columns import Column
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import Row, noise_of, task_of
@@ -23,6 +24,10 @@ INTERVALS = (
     "machine; losses and changes are paired with the baseline on the same tokens."
 )
 HOLM_NOTE = "A loss is called measurable only if it stays so after correction for the number of rows (Holm)."
+LEAST_SERVED_KL: Final = 1e-3
+"""Nats per token that are never warned of."""
+SERVED_KL_OVER_ROUNDING: Final = 4.0
+"""KL of a 16-bit decode over that of the baseline's, above which it is more than rounding."""
 PRUNED_NOTE = "Pruned weights are stored as zeros in dense tensors: pruning alone saves neither memory nor time."
 
 
@@ -183,6 +188,42 @@ def tokens_of(matrix: Matrix) -> list[int]:
     return sorted({row.quality.perplexity.n for row in matrix.rows if row.quality})
 
 
+def served_warnings(matrix: Matrix) -> tuple[str, ...]:
+    """Variants whose 16-bit decode is farther from float32 than rounding explains.
+
+    Rounding is judged by the baseline's own decode. KL grows with the square of the error of the logits, so four times its KL
+    is twice its error; below a thousandth of a nat no error matters.
+    """
+    own = [row.record.served for row in matrix.rows if row.variant == matrix.baseline]
+    rounding = own[0].served_kl.value if own and own[0] else 0.0
+    most = max(LEAST_SERVED_KL, SERVED_KL_OVER_ROUNDING * rounding)
+    return tuple(
+        f"{row.variant} decoded in {served.served_dtype} ({served.served_steps}) is {number(served.served_kl.value, 'nats')} nats "
+        f"per token from itself in float32, where {matrix.baseline} is {number(rounding, 'nats')}: more than rounding explains."
+        for row in matrix.rows
+        if (served := row.record.served) is not None and served.served_kl.low > most
+    )
+
+
+def _speed_notes(matrix: Matrix) -> list[str]:
+    """What speed was measured on, one sentence for each kind of model."""
+    models: dict[Timed, set[str]] = {}
+    for row in matrix.rows:
+        if row.speed and row.speed.twin:
+            models.setdefault(row.speed.timed, set()).add(row.speed.twin)
+    found = []
+    for timed, described in models.items():
+        words = f"{TIMED_WORDS[timed].meaning} ({'; '.join(sorted(described))})"
+        if timed == "artifact":
+            found.append(f"Speed is measured on {words}, interleaved with the same model in float16.")
+        else:
+            found.append(
+                "Speed does not depend on the values of the weights, but for the experts that they choose, which are the same in "
+                f"every twin; it is measured on {words}, interleaved with FP16's."
+            )
+    return found
+
+
 def notes(matrix: Matrix) -> tuple[str, ...]:
     """Explanations that a reader of the tables needs."""
     found = [INTERVALS]
@@ -192,13 +233,7 @@ def notes(matrix: Matrix) -> tuple[str, ...]:
         found.append(
             "Measurements of speed that were disturbed are marked noisy; a recommendation rests on the lower end of their intervals."
         )
-    twins = sorted({row.speed.twin for row in matrix.rows if row.speed and row.speed.twin})
-    if twins:
-        twin = f"a random-weight twin ({'; '.join(twins)})"
-        found.append(
-            "Speed does not depend on the values of the weights, but for the experts that they choose, which are the same in every "
-            f"twin; it is measured on {twin}, interleaved with FP16's."
-        )
+    found += _speed_notes(matrix)
     plain = [(row.variant, row.speed.not_fused) for row in matrix.rows if row.speed and row.speed.not_fused]
     for reason in sorted({reason for _, reason in plain}):
         slow = ", ".join(variant for variant, why in plain if why == reason)

@@ -10,6 +10,7 @@ from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.metric import Declared, Loss, Metric, Table, Unit, metrics_of
 from quantlab.evaluation.quality.metrics import Divergence, Domain
 from quantlab.evaluation.record import PARTS, TaskKey, TaskResult
+from quantlab.evaluation.speed.metrics import timed_words
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import Row, Value, batch_sizes, domains_of, task_labels, task_of
 
@@ -32,6 +33,7 @@ class Column:
         domain: of columns of one kind of text: which.
         task: of columns of a task: which.
         machine: the hardware whose numbers it shows; empty for all.
+        timed: of columns of speed: the model that was timed, in words.
     """
 
     key: str
@@ -42,6 +44,7 @@ class Column:
     domain: str = ""
     task: TaskKey | None = None
     machine: str = ""
+    timed: str = ""
 
     @property
     def heading(self) -> str:
@@ -144,26 +147,36 @@ def _measured(found: Sequence[Column], rows: Sequence[Row]) -> Iterator[Column]:
 
 
 def _of_part(part: str, model: type[BaseModel], rows: Sequence[Row]) -> Iterator[Column]:
+    words = timed_words(row.speed.timed for row in rows if row.speed)
     for declared in metrics_of(model).values():
-        if not declared.by_batch:
-            field, path = f"{part}.{declared.origin}", (part, declared.name)
-            yield from _measured([Column(declared.name, field, part, declared.metric, path)], rows)
-            continue
-        batches = [batch for batch in batch_sizes(rows, declared) if batch != declared.metric.elsewhere]
-        yield from _measured([_at(declared, part, batch) for batch in batches], rows)
+        if declared.by_batch:
+            batches = [batch for batch in batch_sizes(rows, declared) if batch != declared.metric.elsewhere]
+            found = [_at(declared, part, batch) for batch in batches]
+        else:
+            found = [_plain(declared, part)]
+        if part == "speed":
+            found = [
+                replace(one, metric=_about(one.metric, timed=words.meaning, short=words.short), timed=words.head)
+                for one in found
+            ]
+        yield from _measured(found, rows)
+
+
+def _plain(declared: Declared, part: str) -> Column:
+    """The column of a metric that is one number."""
+    return Column(declared.name, f"{part}.{declared.origin}", part, declared.metric, (part, declared.name))
 
 
 def _at(declared: Declared, part: str, batch: str) -> Column:
     """The column of a metric at one batch size."""
     name = declared.name
-    return Column(
-        f"{name}.{batch}", f"{part}.{name}.{batch}", part, _about(declared.metric, batch), (part, name, batch)
-    )
+    metric = _about(declared.metric, batch, timed="{timed}", short="{short}")
+    return Column(f"{name}.{batch}", f"{part}.{name}.{batch}", part, metric, (part, name, batch))
 
 
-def _about(metric: Metric, subject: str) -> Metric:
-    """The declaration with the batch size or kind of text in its texts."""
-    texts = {name: getattr(metric, name).format(subject) for name in ("heading", "meaning", "head")}
+def _about(metric: Metric, *subject: str, **words: str) -> Metric:
+    """The declaration with the batch size or kind of text in its texts, and words for the model that was timed."""
+    texts = {name: getattr(metric, name).format(*subject, **words) for name in ("heading", "meaning", "head")}
     return replace(metric, **texts)
 
 

@@ -2,9 +2,10 @@
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from quantlab.evaluation.speed.metrics import timed_words
 from quantlab.report.claims.table import claims_table
 from quantlab.report.matrix.attention_table import attention_table
-from quantlab.report.matrix.cells import cell, failures, notes, number, tokens_of
+from quantlab.report.matrix.cells import cell, failures, notes, number, served_warnings, tokens_of
 from quantlab.report.matrix.columns import Column, columns
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.expert_map import SHARE_MARKS, SHARE_NAMES, heat_maps
@@ -33,6 +34,7 @@ def to_html(matrix: Matrix) -> str:
             plots=plots(matrix),
             speed_names=SPEED_NAMES,
             panels=lay_out_bars(matrix),
+            timed=timed_words(row.speed.timed for row in matrix.rows if row.speed),
             noisy=any(row.noise for row in matrix.rows),
             layer_maps=layer_maps(matrix),
             group_maps=group_maps(matrix),
@@ -40,7 +42,7 @@ def to_html(matrix: Matrix) -> str:
             attention=attention_table(matrix),
             claims=claims_table(matrix),
             tile_size=(TILE_WIDTH, TILE_HEIGHT, LETTER_WIDTH),
-            notes=notes(matrix),
+            notes=(*served_warnings(matrix), *notes(matrix)),
             failures=failures(matrix),
             tokens=tokens_of(matrix),
             versions=versions(matrix),

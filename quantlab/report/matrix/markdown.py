@@ -4,7 +4,7 @@ import re
 
 from quantlab.report.claims.table import claims_table
 from quantlab.report.matrix.attention_table import attention_table
-from quantlab.report.matrix.cells import Cell, cell, counts, failures, notes, tokens_of
+from quantlab.report.matrix.cells import Cell, cell, counts, failures, notes, served_warnings, tokens_of
 from quantlab.report.matrix.columns import GROUPS, Column, columns
 from quantlab.report.matrix.layer_maps import layer_maps
 from quantlab.report.matrix.matrix import Matrix
@@ -35,7 +35,7 @@ def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
         *_layers(matrix),
         *_claims(matrix),
         "## How to read this",
-        "\n".join(f"- {escaped(note)}" for note in notes(matrix)),
+        "\n".join(f"- {escaped(note)}" for note in (*served_warnings(matrix), *notes(matrix))),
         "\n".join(f"- **{escaped(column.heading)}:** {escaped(column.meaning)}" for column in every),
         "\n".join(
             f"- **{goal.capitalize()} is recommended by this rule:** {escaped(rule)}" for goal, rule in RULES.items()
@@ -48,10 +48,9 @@ def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
 
 
 def _table(matrix: Matrix, shown: list[Column], *, with_description: bool = False) -> str:
-    twin = " (random-weight twin)"
     heads = [
         "variant",
-        *(column.heading + (twin if column.group == "speed" else "") for column in shown),
+        *(column.heading + (f" ({column.timed})" if column.timed else "") for column in shown),
         *(["verdict", "passes"] if with_description else []),
     ]
     lines = [

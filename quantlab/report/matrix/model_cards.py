@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from quantlab.evaluation.speed.metrics import TIMED_WORDS
 from quantlab.report.matrix.cells import cell, notes
 from quantlab.report.matrix.columns import columns
 from quantlab.report.matrix.markdown import cell_text, escaped, table_line
@@ -52,7 +53,7 @@ def measured_section(matrix: Matrix, row: Row) -> str:
         "",
         f"Suite {escaped(matrix.suite)} (sha256 `{matrix.suite_sha256[:12]}`), {escaped(matrix.hardware)}. "
         + " ".join(escaped(note) for note in notes(matrix)[:1]),
-        *([f"Speed: random-weight twin, {escaped(row.speed.twin)}."] if row.speed else []),
+        *([f"Speed: {TIMED_WORDS[row.speed.timed].head}, {escaped(row.speed.twin)}."] if row.speed else []),
         *(f"Not measured: {failure.cell}: {escaped(failure.reason)}" for failure in row.failures),
     ]
     return "\n".join(about) + "\n"

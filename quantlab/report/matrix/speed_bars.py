@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.speed.metrics import timed_words
 from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import Row, in_size, link_to, noise_of
@@ -51,6 +52,8 @@ class Panel:
 
     key: str
     title: str
+    timed: str
+    """The model that was timed."""
     height: float
     left: float
     bottom: float
@@ -111,6 +114,7 @@ def _panel(matrix: Matrix, phase: str, batch: str, timed: Sequence[tuple[Row, Me
     return Panel(
         key=f"{phase}-{batch}",
         title=f"{phase} at batch {batch}",
+        timed=timed_words(row.speed.timed for row in matrix.rows if row.speed).head,
         height=bottom + _BOTTOM,
         left=_LEFT,
         bottom=bottom,

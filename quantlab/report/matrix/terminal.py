@@ -11,7 +11,7 @@ from rich.text import Text
 
 from quantlab.report.claims.table import ClaimsTable, claims_table
 from quantlab.report.matrix.attention_table import AttentionTable, attention_table
-from quantlab.report.matrix.cells import Cell, cell, failures, notes
+from quantlab.report.matrix.cells import Cell, cell, failures, notes, served_warnings
 from quantlab.report.matrix.columns import Column, columns
 from quantlab.report.matrix.layer_maps import layer_maps
 from quantlab.report.matrix.matrix import Matrix
@@ -46,6 +46,8 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
         )
     for sentence in (sentence for found in layer_maps(matrix) for sentence in found.sentences):
         _print_labelled("layers", sentence, console, label_style="bold red")
+    for warning in served_warnings(matrix):
+        _print_labelled("served", warning, console, label_style="bold red")
     for failure in failures(matrix):
         _print_labelled("failed", failure, console, label_style="bold red")
     for note in (
