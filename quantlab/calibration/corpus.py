@@ -1,11 +1,11 @@
 """Calibration text as samples of tokens, all of one length.
 
-The rule: documents are taken in an order drawn from the seed. A document at least as long as a sample is cut into windows
-that do not overlap, from a drawn first token on, so that no sample straddles documents. Shorter documents are joined until
-they fill a sample, each with the tokens the tokenizer begins a text with; the last one goes on in the next sample. Samples
-are then taken in rounds, one of every document before the second of any, so that a few long documents do not fill them
-all; reading stops when there are enough. Every sample begins as the tokenizer begins a text (DeepSeek: with its
-beginning-of-sequence token), because that is how the model will read.
+Documents are taken in an order drawn from the seed. A document at least as long as a sample is cut into windows that do not
+overlap, from a random first token on, so that no sample contains two documents. Shorter documents are joined until they fill
+a sample, each with the tokens that the tokenizer puts before a text; the last one continues in the next sample. Samples are
+taken in rounds, one of every document before the second of any, so that a few long documents do not fill them all; reading
+stops when there are enough. Every sample begins with the tokens that the tokenizer puts before a text (DeepSeek: its
+beginning-of-sequence token), because engines begin a text with them too.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Bind the passes of a recipe to their algorithms: weights that read the same activations in, what they became out."""
+"""Bind the passes of a recipe to their algorithms: weights of one input site and its statistics in, changed weights out."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,23 +32,23 @@ _UNSEEN: Final = "no calibration token reached it: changed by the statistics of 
 _UNSEEN_ALONE: Final = "no calibration token reached it: changed as if all its inputs mattered alike"
 
 Changed = tuple[Tensor | QuantizedMatrix, "WeightReport | None"]
-"""What a weight became, and what that cost; None where no pass changed it."""
+"""The result for a weight, and the report on it; None where no pass changed it."""
 
 
 @dataclass(frozen=True)
 class WeightReport:
-    """What the passes did to one weight.
+    """Report on one weight that passes changed.
 
     Attributes:
         relative_error: Frobenius norm of the change over that of the weight.
         sparsity: share of weights that are zero now.
-        output_error: squared error of its outputs on the calibration text over the squared outputs; None where none was read.
-        rtn_output_error: what rounding to nearest on the same grid would have had.
-        tokens: how many tokens its statistics are made of.
-        fallback: what was done in place of what the recipe asks for, empty if nothing was.
-        damping: what the Hessian had to be damped by, where that is more than the recipe says.
-        dead_columns: how many inputs were always zero, where any was; their weights are rounded to nearest.
-        kept_rows: how many rows are rounded to nearest because that is better there, where any is.
+        output_error: squared error of its outputs on the calibration text over the squared outputs; None without a Hessian.
+        rtn_output_error: the same for rounding to nearest on the same grid.
+        tokens: calibration tokens in its statistics.
+        fallback: the method that replaced the one of the recipe, empty if none did.
+        damping: damping of the Hessian, where it had to be more than the recipe says.
+        dead_columns: number of inputs that were always zero, None for 0; their weights are rounded to nearest.
+        kept_rows: number of rows that are rounded to nearest because the error is smaller, None for 0.
     """
 
     relative_error: float
@@ -62,7 +62,7 @@ class WeightReport:
     kept_rows: int | None = None
 
     def known(self) -> dict[str, float | int | str]:
-        """What there is to tell, by name."""
+        """The fields that have a value, by name."""
         return {name: value for name, value in asdict(self).items() if value not in {None, ""}}
 
 
@@ -137,9 +137,9 @@ def apply_passes(
     """Change weights.
 
     Args:
-        groups: what is changed; several, of one shape, for experts: what one of them leaves a device to do is little.
+        groups: the weights; several groups of one shape for experts, because one expert does not fill a device.
         passes: at least one, in order; a quantize pass comes last.
-        dtype: what the weights, or their scales, will be stored in.
+        dtype: in which the weights, or their scales, will be stored.
 
     Returns:
         Each weight in `dtype` or quantized, and its report.
@@ -183,15 +183,15 @@ def _gptq_all(works: Sequence["_Work"], step: Quantize, algorithm: Gptq, dtype: 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
     known = [tensor for tensor in tensors if tensor is not None]
-    assert len(known) == len(tensors), "known of all or of none, as needs_of asked"
+    assert len(known) == len(tensors), "collected for all or for none, by needs_of"
     return torch.stack(known)
 
 
 class _Work:
-    """Weights below each other in one matrix, as the passes change them.
+    """Weights of one group, concatenated by rows into one matrix, while passes change them.
 
-    A mask of removed weights goes with the matrix, so that a pass after pruning may move what is left as it needs and
-    still leave every zero a zero.
+    The mask of removed weights is kept beside the matrix, so that a pass after pruning may change the weights that are left
+    and keeps every zero.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], inputs: Inputs | None) -> None:
@@ -271,7 +271,7 @@ class _Work:
             self._damping = _four_digits(max(needed, self._damping or 0.0))
 
     def take(self, done: GptqResult, algorithm: Gptq) -> None:
-        """Take on what GPTQ made of the matrix."""
+        """Put the result of GPTQ in the place of the matrix."""
         self._matrix = done.matrix()
         self._leans = self._leans or algorithm.shrinkage > 0
         self._damped(float(done.damping), algorithm.damping)
@@ -289,11 +289,11 @@ class _Work:
         self._fallback = [what] * len(self._rows)
 
     def _apart(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """What belongs to each weight, of rows of all of them."""
+        """Rows of the matrix split by weight."""
         return torch.split_with_sizes(rows, self._rows)
 
     def finish(self, dtype: torch.dtype) -> dict[str, Changed]:
-        """The weights apart again, with their reports."""
+        """The result and the report of each weight."""
         parts: list[Tensor | QuantizedMatrix]
         if self._blocks:
             parts = [*self._blocks]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quantlab.algorithms.reap import saliency, select_experts
 from quantlab.architectures.architecture import Claim
+from quantlab.architectures.layer import Routing
 from quantlab.recipe.algorithms import ExpertRemoval
 
 
@@ -24,7 +25,7 @@ class ExpertOutputs:
 
 
 def experts_that_stay(
-    algorithm: ExpertRemoval, outputs: ExpertOutputs, *, kept: int, groups: int, picked: int, open_groups: int
+    algorithm: ExpertRemoval, outputs: ExpertOutputs, *, kept: int, routing: Routing
 ) -> tuple[int, ...]:
     """Numbers of the routed experts of a layer that stay, ascending.
 
@@ -32,9 +33,7 @@ def experts_that_stay(
         algorithm: chooses them.
         outputs: of all experts.
         kept: how many stay.
-        groups: routing groups, 1 where the router has none.
-        picked: experts per token.
-        open_groups: groups that the experts of one token are picked from.
+        routing: how the router picks experts.
 
     Raises:
         CalibrationError: a norm is not finite.
@@ -42,7 +41,9 @@ def experts_that_stay(
     match algorithm.name:
         case "reap":
             scores = saliency(outputs.gated_norms, outputs.tokens)
-    chosen = select_experts(scores, kept=kept, groups=groups, picked=picked, open_groups=open_groups)
+    chosen = select_experts(
+        scores, kept=kept, groups=routing.groups, picked=routing.top_k, open_groups=routing.top_groups
+    )
     return tuple(chosen.tolist())
 
 

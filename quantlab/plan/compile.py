@@ -13,7 +13,7 @@ from quantlab.checkpoint.index import Checkpoint
 from quantlab.errors import PlanError
 from quantlab.formats.layouts import LAYOUTS
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
-from quantlab.plan.folds import fold_notes, mark_folds
+from quantlab.plan.folds import check_folds_of_fewer_experts, fold_notes, mark_folds
 from quantlab.plan.memory import calibrated_peak_memory, peak_memory
 from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, VariantPlan
 from quantlab.plan.serving import check_serving_rules, serving_notes, tensor_parallel_sizes
@@ -107,6 +107,8 @@ def _plan_variant(
             steps = without_experts(steps, removal, kept=kept)
     what = json.dumps([step.model_dump(exclude_defaults=True) for step in passes], sort_keys=True)
     steps = mark_folds(steps, variant=name)
+    if removal is not None and calibration is not None and calibration.propagate == "quantized":
+        check_folds_of_fewer_experts(steps, variant=name)
     stored = [step for step in steps if step.outputs]
     check_serving_rules(stored, variant=name)
     return VariantPlan(

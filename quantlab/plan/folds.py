@@ -102,6 +102,27 @@ def mark_folds(steps: Sequence[Step], *, variant: str) -> list[Step]:
     ]
 
 
+def check_folds_of_fewer_experts(steps: Sequence[Step], *, variant: str) -> None:
+    """Refuse a fold into experts in a variant that removes some and compares with the unchanged layer, which has all of them.
+
+    Args:
+        steps: of a variant that removes experts and propagates the changed blocks' outputs.
+        variant: its name.
+
+    Raises:
+        PlanError: it folds into experts, and an algorithm compensates for the errors of earlier layers.
+    """
+    corrects = next((step for step in steps if step.corrects), None)
+    for fold in (fold for block in _by_block(steps).values() for fold in folds_of(block)):
+        if corrects is not None and any(step.claim.role == "routed_experts" for step in fold.consumers):
+            raise PlanError(
+                "experts cannot be removed, scaled and compared with the unchanged model at once",
+                where=f"variant {variant}, {fold.producers[0].claim.name}",
+                found=f"{fold.algorithm.name} scales the channels of experts, and {corrects.claim.role} have a `correction`",
+                fix="write `correction: 0` for gptq, `propagate: original` for the calibration, or use one algorithm for all linears",
+            )
+
+
 def _by_block(steps: Iterable[Step]) -> dict[str, list[Step]]:
     blocks: dict[str, list[Step]] = defaultdict(list)
     for step in steps:

@@ -103,15 +103,9 @@ class RemoveExperts:
             norms[expert] = routed.gated_norm(expert, *layer.expert(expert))
         mixture = layer.model.architecture.mixture
         assert mixture is not None, "the layer has routed experts"
+        outputs = ExpertOutputs(torch.tensor(routed.tokens_per_expert), norms)
         routing = mixture.routing(layer.model.config)
-        kept = experts_that_stay(
-            self.algorithm,
-            ExpertOutputs(torch.tensor(routed.tokens_per_expert), norms),
-            kept=self.kept,
-            groups=routing.groups,
-            picked=routing.top_k,
-            open_groups=routing.top_groups,
-        )
+        kept = experts_that_stay(self.algorithm, outputs, kept=self.kept, routing=routing)
         layer.keep_experts(kept)
 
 

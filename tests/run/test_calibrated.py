@@ -309,6 +309,22 @@ def test_two_algorithms_on_the_same_channels_are_an_error_of_the_plan(models: di
     assert "give routed_experts and shared_experts the same algorithm" in str(caught.value)
 
 
+def test_removed_scaled_and_compared_experts_are_an_error_of_the_plan(models: dict[str, Path], tmp_path: Path) -> None:
+    passes = (
+        "[{prune: 0.25, algorithm: {name: reap}}, {quantize: int4_g128, targets: [shared_experts], algorithm: {name: awq}}, "
+        "{quantize: int4_g128, targets: [routed_experts], algorithm: {name: gptq}}]"
+    )
+    source = open_checkpoint(models["deepseek_v2"])
+    recipe = load_recipe(write_recipe(tmp_path, models["deepseek_v2"], f"  v: {passes}\n"))
+    with pytest.raises(PlanError, match="removed, scaled and compared") as caught:
+        compile_plan(recipe.recipe, source)
+    assert "awq scales the channels of experts, and routed_experts have a `correction`" in str(caught.value)
+    without = passes.replace("{name: gptq}", "{name: gptq, correction: 0}")
+    for allowed, calibration in ((without, ""), (passes, ", propagate: original")):
+        path = write_recipe(tmp_path, models["deepseek_v2"], f"  v: {allowed}\n", calibration=calibration)
+        compile_plan(load_recipe(path).recipe, source)
+
+
 def test_removed_experts_are_those_no_token_needs(models: dict[str, Path], tmp_path: Path) -> None:
     """Experts that the router never picks go, and the model without them computes what it did."""
     model = tmp_path / "model"
