@@ -164,6 +164,25 @@ class Architecture:
         fewer = {**config, self.mixture.count_field: experts}
         return fewer | {_MTP_LAYERS: 0} if _MTP_LAYERS in config else fewer
 
+    def dense_and_moe(self, config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Numbers of the layers with one MLP, and of those with routed experts."""
+        return _dense_and_moe(self.dimensions(config))
+
+    def with_layers(self, config: Config, *, dense: int, moe: int, vocabulary: int) -> dict[str, Any]:
+        """The config.json of a smaller model of the same width.
+
+        Args:
+            config: config.json of the whole model.
+            dense: number of its layers with one MLP, which come first.
+            moe: number of its layers with routed experts.
+            vocabulary: rows of its embedding and head.
+        """
+        changed = {"num_hidden_layers": dense + moe, "vocab_size": vocabulary}
+        if self.mixture is not None:
+            changed |= {"first_k_dense_replace": dense, "moe_layer_freq": 1, _MTP_LAYERS: 0}
+        tokens = {"bos_token_id", "eos_token_id", "pad_token_id"}  # may lie outside the smaller vocabulary
+        return {name: value for name, value in config.items() if name not in tokens} | changed
+
     def context_length(self, config: Config) -> int:
         """Tokens that the model attends to at most, 0 if config.json does not say."""
         return size_of(config, "max_position_embeddings", default=0)
@@ -237,15 +256,20 @@ class Architecture:
     def _layers_of(self, rule: TensorRule, sizes: Dimensions, *, with_mtp: bool) -> Iterable[int]:
         hidden, past = range(sizes["layers"]), range(sizes["layers"], sizes["layers"] + sizes.get("mtp_layers", 0))
         extra = past if with_mtp and self.mtp else range(0)
-        dense = {layer for layer in hidden if layer < sizes["first_moe"] or layer % sizes["moe_every"]}
+        dense, moe = _dense_and_moe(sizes)
         match rule.layers:
             case "none":
                 return (0,)
             case "every":
                 return (*hidden, *extra)
             case "dense":
-                return sorted(dense)
+                return dense
             case "moe":
-                return (*sorted(set(hidden) - dense), *extra)
+                return (*moe, *extra)
             case "mtp":
                 return extra
+
+
+def _dense_and_moe(sizes: Dimensions) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    moe = tuple(layer for layer in range(sizes["first_moe"], sizes["layers"]) if layer % sizes["moe_every"] == 0)
+    return tuple(sorted(set(range(sizes["layers"])) - set(moe))), moe

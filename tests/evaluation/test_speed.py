@@ -219,7 +219,7 @@ def test_a_layer_of_a_twin_has_the_scheme_of_the_layer_it_stands_for(tmp_path: P
         "first_k_dense_replace": 3,
     }
     own = own_layers(config)
-    quantization = QuantizationConfig(((("Linear",), SCHEMES["int4_g128"]),), ignored)
+    quantization = all_linears(SCHEMES["int4_g128"], ignored)
     model = random_twin(own.config, quantization, dtype=torch.bfloat16, seed=0, layers=own.layers)
     held = [isinstance(layer.self_attn.o_proj, PackedLinear) for layer in model.model.layers]
     assert held == [True, False]

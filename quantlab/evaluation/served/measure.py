@@ -176,7 +176,8 @@ def decode(model: PreTrainedModel, excerpts: Sequence[Excerpt], suite: ServedSui
     batch = Decoder(model, batch=len(prompts), length=length + suite.greedy_tokens)
     greedy = batch.generate(prompts, suite.greedy_tokens).cpu()
     progress("decoding", total + suite.greedy_tokens, total + suite.greedy_tokens)
-    return Decoded(tuple(logits), greedy, suite.greedy_tokens, model.dtype, decoder.path)
+    path = decoder.path if decoder.not_fused is None else f"{decoder.path}, not fused: {decoder.not_fused}"
+    return Decoded(tuple(logits), greedy, suite.greedy_tokens, model.dtype, path)
 
 
 @torch.inference_mode()

@@ -77,4 +77,4 @@ class Served(Frozen):
     served_dtype: str
     """Of the activations: "bfloat16"."""
     served_steps: str
-    """How the decoder runs a step: "captured, fused steps", "fused steps", "single steps"."""
+    """How the decoder runs a step, and why it is not fused: "captured, fused steps", "single steps, not fused: a dtype of float32"."""

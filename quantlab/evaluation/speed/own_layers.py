@@ -40,23 +40,16 @@ def own_layers(config: Config) -> OwnLayers:
     Raises:
         CheckpointError: the architecture is none of those quantlab knows, or a size is missing.
     """
-    sizes = detect(config).dimensions(config)
-    count, vocabulary = sizes["layers"], sizes["vocabulary"]
-    moe = [layer for layer in range(sizes["first_moe"], count) if layer % sizes["moe_every"] == 0]
-    dense = sorted(set(range(count)) - set(moe))
-    kinds = {name: layers for name, layers in (("dense", dense), ("MoE", moe)) if layers}
-    kept = sorted(layers[0] for layers in kinds.values())
-    # `first_k_dense_replace` can only put dense layers first; time does not depend on the order
-    kept.sort(key=lambda layer: layer in moe)
-    rows = max(vocabulary * len(kept) // (count * _VOCABULARY_STEP), 1) * _VOCABULARY_STEP
-    fields = {key: value for key, value in config.items() if key != "quantization_config"}
-    fields |= {"num_hidden_layers": len(kept), "vocab_size": min(rows, vocabulary), "num_nextn_predict_layers": 0}
-    if sizes["experts"]:
-        fields |= {"first_k_dense_replace": len(kept) - bool(moe), "moe_layer_freq": 1}
+    architecture = detect(config)
+    vocabulary = architecture.dimensions(config)["vocabulary"]
+    dense, moe = architecture.dense_and_moe(config)
+    kept = (*dense[:1], *moe[:1])
+    rows = max(vocabulary * len(kept) // ((len(dense) + len(moe)) * _VOCABULARY_STEP), 1) * _VOCABULARY_STEP
+    rows = min(rows, vocabulary)
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    fields = architecture.with_layers(plain, dense=len(dense[:1]), moe=len(moe[:1]), vocabulary=rows)
     if isinstance(config.get("layer_types"), list):
         fields["layer_types"] = [config["layer_types"][layer] for layer in kept]
-    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):  # may lie outside the smaller vocabulary
-        fields.pop(token, None)
-    named = " + ".join(f"1 of {len(layers)} {name}" for name, layers in kinds.items())
-    description = f"own layers ({named}), vocabulary cut from {vocabulary:,} to {fields['vocab_size']:,} so that the head keeps its share"
-    return OwnLayers(fields, tuple(kept), description)
+    named = " + ".join(f"1 of {len(layers)} {name}" for name, layers in (("dense", dense), ("MoE", moe)) if layers)
+    cut = f"vocabulary cut from {vocabulary:,} to {rows:,} so that the head keeps its share"
+    return OwnLayers(fields, kept, f"own layers ({named}), {cut}")
