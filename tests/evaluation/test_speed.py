@@ -83,7 +83,7 @@ def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path
     assert set(speeds) == {"fp16", "pruned", "w4a16"}
     fp16, pruned, w4a16 = (speeds[name] for name in ("fp16", "pruned", "w4a16"))
     assert fp16.twin.startswith("a twin of nothing, ")
-    assert fp16.layout == "float16, timed once with pruned"
+    assert (fp16.layout, fp16.timed_with) == ("float16", ("pruned",))
     assert fp16.decode_tokens_per_second == pruned.decode_tokens_per_second
     assert "int4_g128 on" in w4a16.layout
     assert set(w4a16.decode_tokens_per_second) == {"1", "2"}
@@ -136,7 +136,8 @@ def test_ratios_are_taken_within_a_round(suite: Path) -> None:
     ratio = found.decode_over_fp16["1"]
     assert (ratio.value, ratio.low, ratio.high, ratio.n) == (pytest.approx(3), pytest.approx(3), pytest.approx(3), 14)
     assert found.twin == "a twin of nothing, 4 tokens in the cache, a processor"
-    assert (found.layout, found.twin_memory_percent_of_fp16) == ("int8, timed once with also", 30)
+    assert (found.layout, found.twin_memory_percent_of_fp16) == ("int8", 30)
+    assert found.timed_with == ("also",)
     assert found.not_fused == "", "its steps were fused"
 
 
