@@ -9,11 +9,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from quantlab import cli
+from quantlab import cli, hardware
 from quantlab.errors import DeviceError
 from quantlab.evaluation import evaluate as evaluation
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
-from quantlab.evaluation.machine import gauges, hardware
+from quantlab.evaluation.machine import gauges
 from quantlab.evaluation.processes.messages import CellRequest, MemoryRequest
 from quantlab.evaluation.processes.workers import CellError, Worker
 

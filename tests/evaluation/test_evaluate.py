@@ -14,9 +14,9 @@ from typing import NoReturn, cast
 
 import pytest
 
+from quantlab import hardware
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
-from quantlab.evaluation.machine import hardware
 from quantlab.evaluation.memory.metrics import Memory
 from quantlab.evaluation.processes import cells as measuring
 from quantlab.evaluation.processes.cells import Bench, SpeedTurns

@@ -36,7 +36,7 @@ def test_report_checks_the_claims_that_lie_beside_the_records(runs: Path) -> Non
     for needed in (
         "W4A16 runs at 3.2x",
         "does not hold",
-        "points lost",
+        "loss, pts",
         "No measurable loss: fp16, int8, int8_weight.",
     ):
         assert needed in done.stdout
