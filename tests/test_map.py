@@ -1,0 +1,55 @@
+"""The map of the package is true: the files it names exist, its layers are the linter's, its vocabulary is in the code."""
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "quantlab" / "README.md").read_text()
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+
+
+def test_every_file_it_names_exists() -> None:
+    named = set(re.findall(r"(?<![\w/.])((?:[\w-]+/)+(?:[\w*-]+\.(?:py|yaml|md))?)", TEXT))
+    named |= set(re.findall(r"`([\w-]+\.py)`", TEXT))
+    paths = {name for name in named if not name.startswith(("artifacts/", "records/"))}
+    assert len(paths) >= 40
+    missing = []
+    for name in paths:
+        places = [ROOT / name] if name.startswith(("tests/", "recipes/", "eval/")) else [ROOT / "quantlab" / name]
+        if "/" not in name:
+            places += list((ROOT / "quantlab").rglob(name))
+        found = [path for place in places for path in place.parent.glob(place.name)] if "*" in name else places
+        if not any(path.exists() for path in found) and not list((ROOT / "quantlab").glob(name)):
+            missing.append(name)
+    assert not missing
+
+
+def test_every_folder_has_its_row() -> None:
+    rows = set(re.findall(r"^\| `([\w]+)/` \|", TEXT, flags=re.MULTILINE))
+    assert rows == {path.parent.name for path in (ROOT / "quantlab").glob("*/__init__.py")}
+
+
+def test_its_layers_are_those_of_the_linter() -> None:
+    block = re.search(r"## The layers\n.*?```\n(.*?)```", TEXT, flags=re.DOTALL)
+    assert block is not None
+    (layers,) = (contract["layers"] for contract in CONTRACTS if contract["type"] == "layers")
+    assert block[1].splitlines() == [layer.replace("quantlab.", "") for layer in layers]
+
+
+def test_its_walls_are_the_contracts_of_the_linter() -> None:
+    walls = re.search(r"each a contract of the import linter:\n\n(.*?)\n\n", TEXT, flags=re.DOTALL)
+    assert walls is not None
+    listed = [line.removeprefix("- ") for line in walls[1].splitlines()]
+    assert listed == [contract["name"] for contract in CONTRACTS if contract["type"] == "forbidden"]
+
+
+def test_names_of_the_walks_are_in_the_code() -> None:
+    """Constants, classes and functions that a walk tells to edit."""
+    walks = TEXT.split("## Five walks")[1]
+    names = set(
+        re.findall(r"`(_?[A-Z][A-Za-z_]{3,}|can_hold|can_express|stored_tensors|needs_of|transformers_refuses)`", walks)
+    )
+    code = "\n".join(path.read_text() for path in (ROOT / "quantlab").rglob("*.py"))
+    assert len(names) >= 10
+    assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
