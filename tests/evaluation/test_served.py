@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.processes.messages import ServedRequest
-from quantlab.evaluation.quality.windows import HeldOut, cut, load_tokenizer, read_corpus
+from quantlab.evaluation.quality.windows import HeldOut, cut, read_corpus
 from quantlab.evaluation.served import measure
 from quantlab.evaluation.served.measure import choose, compare, decode, greedy_shares, measure_served
 from quantlab.evaluation.served.metrics import Served
@@ -114,8 +115,14 @@ def test_a_fault_of_the_fused_step_is_found(
             step, "_row_norm", lambda given: dataclasses.replace(norm(given), weight=torch.ones_like(given.weight))
         )
     else:
-        choice = step._choice
-        monkeypatch.setattr(step, "_choice", lambda router: dataclasses.replace(choice(router), top_k=1))
+        experts = step._experts
+        monkeypatch.setattr(
+            step,
+            "_experts",
+            lambda parts, kernels: experts(
+                dataclasses.replace(parts, weight=parts.weight.flip(0).contiguous()), kernels
+            ),
+        )
     broken = served(source, suite)
     assert broken.served_kl.low > 4 * sound.served_kl.value
     assert broken.served_kl.low > 1e-3, "what the matrix warns of"

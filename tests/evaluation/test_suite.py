@@ -81,7 +81,6 @@ def test_asking_needs_no_torch() -> None:
         "statistics",
         "processes.messages",
         "processes.workers",
-        "machine.hardware",
         "evaluate",
         "served.metrics",
         "speed.own_layers",
