@@ -32,7 +32,7 @@ from quantlab.evaluation.processes.messages import (
 from quantlab.evaluation.processes.workers import CellError, Worker
 from quantlab.evaluation.record import Record, read_record
 from quantlab.evaluation.suite import load_suite
-from tests.evaluation.conftest import write_tokenizer
+from quantlab.version import VERSION
 
 
 def children(pid: int) -> list[int]:
@@ -455,10 +455,9 @@ def test_a_cell_that_takes_too_long_is_stopped(suite: Path, model: Path, tmp_pat
 def test_an_unforeseen_error_is_told_with_its_last_words(
     worker: Worker, suite: Path, model: Path, tmp_path: Path
 ) -> None:
-    damaged = shutil.copytree(model, tmp_path / "damaged")
-    write_tokenizer(damaged)
-    (damaged / "tokenizer.json").write_text("{}")
-    request = QualityRequest(directory=damaged, suite=suite, predictions=tmp_path / "kept", role="alone", key="k")
+    (tmp_path / "taken").write_text("a file where a directory is to be made")
+    kept = tmp_path / "taken" / "kept"
+    request = QualityRequest(directory=model, suite=suite, predictions=kept, role="baseline", key="k")
     with pytest.raises(CellError, match="exit code 1: "):
         worker.run("quality", request, QualityResult, progress=lambda *_: None)
 
@@ -485,7 +484,7 @@ def test_a_worker_that_died_between_two_cells_is_started_again(worker: Worker, s
     assert worker.run("memory", request, Memory, progress=lambda *_: None)
 
 
-def test_versions_are_told_also_where_quantlab_is_run_from_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_are_told_also_of_packages_that_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(package: str) -> str:
         if package in {"quantlab", "triton"}:
             raise PackageNotFoundError(package)
@@ -496,7 +495,7 @@ def test_versions_are_told_also_where_quantlab_is_run_from_its_sources(monkeypat
     assert set(found) == {
         "python", "quantlab", "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy"
     }  # fmt: skip
-    assert found["quantlab"] == "run from its sources"
+    assert found["quantlab"] == VERSION, "of the sources, installed or not"
     assert found["numpy"] == "1.2.3"
 
 
