@@ -32,6 +32,7 @@ from quantlab.evaluation.processes.messages import (
 from quantlab.evaluation.processes.workers import CellError, Worker
 from quantlab.evaluation.record import Record, read_record
 from quantlab.evaluation.suite import load_suite
+from quantlab.version import VERSION
 from tests.evaluation.conftest import write_tokenizer
 
 
@@ -496,7 +497,7 @@ def test_versions_are_told_also_where_quantlab_is_run_from_its_sources(monkeypat
     assert set(found) == {
         "python", "quantlab", "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy"
     }  # fmt: skip
-    assert found["quantlab"] == "run from its sources"
+    assert found["quantlab"] == VERSION
     assert found["numpy"] == "1.2.3"
 
 
