@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
-from quantlab.runtime.cuda.shares import turns, ways
 from quantlab.runtime.cuda.tiles import Chip
+from quantlab.runtime.cuda.wide_schedule import candidates, token_chunks
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.int8 import quantize_tokens
 from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
@@ -124,11 +124,17 @@ def test_every_way_to_deal_out_many_rows(
         x = torch.randn(tokens, shape[1], device=GPU).to(dtype)
         expected = x.double() @ weight.t()
         like = expected.to(dtype)
-        every = [way for size in (128, 192, 256) for way in ways(bank.kind, *shape, tokens, wide_chip, size)]
-        found = [launch.wide_product(m, x, way, torch.full_like(like, torch.nan)) for way in every for _ in range(2)]
+        every = [
+            schedule for size in (128, 192, 256) for schedule in candidates(bank.kind, *shape, tokens, wide_chip, size)
+        ]
+        found = [
+            launch.wide_product(m, x, schedule, torch.full_like(like, torch.nan))
+            for schedule in every
+            for _ in range(2)
+        ]
         assert not bank.arrived.any()
-        for way, one, again in zip(every, found[::2], found[1::2], strict=True):
-            assert error(one, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-3), (tokens, way)
+        for schedule, one, again in zip(every, found[::2], found[1::2], strict=True):
+            assert error(one, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-3), (tokens, schedule)
             assert torch.equal(one, again), "equal inputs, equal outputs"
 
 
@@ -141,18 +147,20 @@ def test_products_that_begin_while_the_one_before_runs(scheme: SchemeName, wide_
     m = bank.on_device(0)
     x = torch.randn(700, 1024, device=GPU).bfloat16()
     expected = x.double() @ exact(matrix).t()
-    every = [way for size in (128, 192, 256) for way in ways(bank.kind, 4096, 1024, 700, wide_chip, size)]
-    outs = [launch.wide_product(m, x, way, expected.bfloat16()) for way in every]  # all are compiled
+    every = [
+        schedule for size in (128, 192, 256) for schedule in candidates(bank.kind, 4096, 1024, 700, wide_chip, size)
+    ]
+    outs = [launch.wide_product(m, x, schedule, expected.bfloat16()) for schedule in every]  # all are compiled
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for way, out in zip(every, outs, strict=True):
-            launch.wide_product(m, x, way, out)
+        for schedule, out in zip(every, outs, strict=True):
+            launch.wide_product(m, x, schedule, out)
     for out in outs:
         out.fill_(torch.nan)
     graph.replay()
     assert not bank.arrived.any()
-    for way, out in zip(every, outs, strict=True):
-        assert error(out, expected) < 4e-3, way
+    for schedule, out in zip(every, outs, strict=True):
+        assert error(out, expected) < 4e-3, schedule
 
 
 @pytest.mark.parametrize("scheme", ["int4_g128", "int8_weight"])
@@ -162,7 +170,7 @@ def test_turns_of_different_tiles(scheme: SchemeName, wide_chip: Chip) -> None:
     bank = bank_of(scheme, [matrix])
     weight = exact(matrix)
     tiles = {
-        count: {way.tokens for _, way in turns(bank.kind, rows, columns, count, wide_chip)}
+        count: {schedule.tokens for _, schedule in token_chunks(bank.kind, rows, columns, count, wide_chip)}
         for count in range(256, 2049, 64)
     }
     mixed = [count for count, each in tiles.items() if len(each) > 1][:4]

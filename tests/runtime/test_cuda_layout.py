@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from quantlab.runtime.cuda import layout
-from quantlab.runtime.cuda.shares import _TURN, ROWS, TOKENS_AT_ONCE, Shares, shares, turns, ways
 from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles, band_rows, expert_tiles, fitting, linear_tiles
+from quantlab.runtime.cuda.wide_schedule import (
+    _CHUNK_COST,
+    MAX_CHUNK_TOKENS,
+    ROWS,
+    Schedule,
+    best_schedule,
+    candidates,
+    token_chunks,
+)
 
 H100 = Chip(132, 232448, overlaps=True, wide=True)
 SMALL = Chip(46, 101376, overlaps=False)
@@ -99,44 +107,49 @@ def test_every_tile_is_dealt_out_once(kind: Kind, multiprocessors: int) -> None:
     chip = replace(H100, multiprocessors=multiprocessors)
     shapes = ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (11008, 4096), (576, 2048), (8, 128))
     for (rows, columns), tokens in product(shapes, (65, 128, 129, 300, 512, 1100, 2048, 2049, 8192)):
-        every = [way for size in (128, 192, 256) for way in ways(kind, rows, columns, tokens, chip, size)]
-        assert shares(kind, rows, columns, tokens, chip)[1] in every
-        for way in every:
-            tiles, blocks = -(-rows // ROWS) * -(-tokens // way.tokens), -(-columns // 128)
-            units = way.shared * blocks
-            runs = [(run * units // way.sharers, (run + 1) * units // way.sharers) for run in range(way.sharers)]
-            assert 1 <= way.sharers <= way.programs <= multiprocessors
-            assert 0 <= way.shared <= tiles
-            assert way.shared == tiles or way.programs == min(multiprocessors, tiles)
-            assert all(first < last for first, last in runs) or not way.shared, "who collects waits for all"
+        every = [
+            schedule for size in (128, 192, 256) for schedule in candidates(kind, rows, columns, tokens, chip, size)
+        ]
+        assert best_schedule(kind, rows, columns, tokens, chip)[1] in every
+        for schedule in every:
+            tiles, blocks = -(-rows // ROWS) * -(-tokens // schedule.tokens), -(-columns // 128)
+            units = schedule.shared * blocks
+            runs = [
+                (run * units // schedule.sharers, (run + 1) * units // schedule.sharers)
+                for run in range(schedule.sharers)
+            ]
+            assert 1 <= schedule.sharers <= schedule.programs <= multiprocessors
+            assert 0 <= schedule.shared <= tiles
+            assert schedule.shared == tiles or schedule.programs == min(multiprocessors, tiles)
+            assert all(first < last for first, last in runs) or not schedule.shared, "who collects waits for all"
             left: list[int] = []
             for unit in range(0, units, blocks):
-                starter, ender = (((end + 1) * way.sharers - 1) // units for end in (unit, unit + blocks - 1))
-                assert runs[starter][0] <= unit < runs[starter][1], "who collects"
-                assert runs[ender][0] < unit + blocks <= runs[ender][1]
-                left += range(starter + 1, ender + 1)
+                owner, last_owner = (((end + 1) * schedule.sharers - 1) // units for end in (unit, unit + blocks - 1))
+                assert runs[owner][0] <= unit < runs[owner][1], "who collects"
+                assert runs[last_owner][0] < unit + blocks <= runs[last_owner][1]
+                left += range(owner + 1, last_owner + 1)
             assert len(left) == len(set(left)), "a run leaves one share at most: there is room for one of each"
-            assert left == [run for run, (first, _) in enumerate(runs) if way.shared and first % blocks]
+            assert left == [run for run, (first, _) in enumerate(runs) if schedule.shared and first % blocks]
 
 
 def test_tiles_that_fill_no_round_are_shared() -> None:
-    def way(rows: int, columns: int, tokens: int) -> Shares:
-        return shares(Kind.INT4, rows, columns, tokens, H100)[1]
+    def chosen(rows: int, columns: int, tokens: int) -> Schedule:
+        return best_schedule(Kind.INT4, rows, columns, tokens, H100)[1]
 
-    assert way(18432, 7168, 1024).tokens == 256
-    assert way(24576, 1536, 512).shared == 0
-    assert (way(4096, 7168, 512).shared, way(4096, 7168, 512).sharers) == (64, 128)
-    assert way(7168, 18432, 2048).shared < 132, "75 MB of activations are walked in step"
+    assert chosen(18432, 7168, 1024).tokens == 256
+    assert chosen(24576, 1536, 512).shared == 0
+    assert (chosen(4096, 7168, 512).shared, chosen(4096, 7168, 512).sharers) == (64, 128)
+    assert chosen(7168, 18432, 2048).shared < 132, "75 MB of activations are walked in step"
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300, 640, 1024, 1025, 5000])
 def test_turns_take_every_token_once(tokens: int) -> None:
     for kind, (rows, columns) in product((Kind.INT4, Kind.INT8), ((18432, 7168), (4096, 7168), (8, 128))):
-        each = turns(kind, rows, columns, tokens, H100)
+        each = token_chunks(kind, rows, columns, tokens, H100)
         assert sum(count for count, _ in each) == tokens
-        assert all(1 <= count <= TOKENS_AT_ONCE for count, _ in each)
-        for count, way in each:
-            assert way in ways(kind, rows, columns, -(-count // 64) * 64, H100, way.tokens)
+        assert all(1 <= count <= MAX_CHUNK_TOKENS for count, _ in each)
+        for count, schedule in each:
+            assert schedule in candidates(kind, rows, columns, -(-count // 64) * 64, H100, schedule.tokens)
 
 
 @pytest.mark.parametrize("tokens", [64, 320, 448, 640])
@@ -146,13 +159,13 @@ def test_no_other_turns_cost_less(kind: Kind, tokens: int) -> None:
     for matrix in ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (7168, 2048)):
 
         def cost(counts: Iterable[int], matrix: tuple[int, int] = matrix) -> float:
-            return sum(shares(kind, *matrix, count, H100)[0] + _TURN for count in counts)
+            return sum(best_schedule(kind, *matrix, count, H100)[0] + _CHUNK_COST for count in counts)
 
         cuts = (cut for count in range(tokens // 64) for cut in combinations(range(64, tokens, 64), count))
         least = min(cost(last - first for first, last in pairwise((0, *cut, tokens))) for cut in cuts)
-        assert cost(count for count, _ in turns(kind, *matrix, tokens, H100)) == pytest.approx(least)
+        assert cost(count for count, _ in token_chunks(kind, *matrix, tokens, H100)) == pytest.approx(least)
 
 
 def test_tokens_that_fill_no_tiles_are_multiplied_in_turns() -> None:
-    assert len(turns(Kind.INT4, 18432, 7168, 640, H100)) == 2
-    assert len(turns(Kind.INT4, 18432, 7168, 512, H100)) == 1
+    assert len(token_chunks(Kind.INT4, 18432, 7168, 640, H100)) == 2
+    assert len(token_chunks(Kind.INT4, 18432, 7168, 512, H100)) == 1

@@ -4,13 +4,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-LEAST: tl.constexpr = tl.constexpr(-3e38)
+LOWEST: tl.constexpr = tl.constexpr(-3e38)
 """What is wanted of an expert of a group that was not chosen, or with a score that is no number: less than of others, more than
 of one that is chosen already. So there are always TOP_K experts, and a token of NaNs gets weights of NaN."""
 
 
 @triton.jit
-def pick(
+def select_experts(
     logits, bias, index, weights, scaling,
     E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr, SIGMOID: tl.constexpr,
     NORMED: tl.constexpr, GW: tl.constexpr, PW: tl.constexpr, KW: tl.constexpr,
@@ -24,34 +24,34 @@ def pick(
     read = tl.load(logits + expert, mask=real, other=float("-inf"), cache_modifier=".cg")
     if SIGMOID:
         scores = tl.where(real, 1.0 / (1.0 + tl.exp(-read)), 0.0)
-        wanted = scores + tl.load(bias + expert, mask=real, other=0)
+        preference = scores + tl.load(bias + expert, mask=real, other=0)
     else:
-        above = tl.exp(read - tl.max(tl.max(read, axis=1), axis=0))
-        scores = above / tl.sum(tl.sum(above, axis=1), axis=0)
-        wanted = scores
-    wanted = tl.where(real, tl.where(wanted == wanted, wanted, LEAST), float("-inf"))
+        exponentials = tl.exp(read - tl.max(tl.max(read, axis=1), axis=0))
+        scores = exponentials / tl.sum(tl.sum(exponentials, axis=1), axis=0)
+        preference = scores
+    preference = tl.where(real, tl.where(preference == preference, preference, LOWEST), float("-inf"))
     if TOP_GROUPS < GROUPS:
-        group = tl.max(wanted, axis=1)
+        group = tl.max(preference, axis=1)
         if SIGMOID:
-            at = tl.min(tl.where(wanted == group[:, None], p[None, :], PW), axis=1)
-            group += tl.max(tl.where(p[None, :] == at[:, None], float("-inf"), wanted), axis=1)
-        left = group
+            at = tl.min(tl.where(preference == group[:, None], p[None, :], PW), axis=1)
+            group += tl.max(tl.where(p[None, :] == at[:, None], float("-inf"), preference), axis=1)
+        remaining = group
         for _ in tl.static_range(TOP_GROUPS):
-            best = tl.min(tl.where(left == tl.max(left, axis=0), g, GW), axis=0)
-            left = tl.where(g == best, float("-inf"), left)
-        lost = (left > float("-inf"))[:, None]
+            best = tl.min(tl.where(remaining == tl.max(remaining, axis=0), g, GW), axis=0)
+            remaining = tl.where(g == best, float("-inf"), remaining)
+        group_dropped = (remaining > float("-inf"))[:, None]
         if SIGMOID:
-            wanted = tl.where(lost & real, LEAST, wanted)
+            preference = tl.where(group_dropped & real, LOWEST, preference)
         else:
-            scores = tl.where(lost, 0.0, scores)
-            wanted = tl.where(lost & real, 0.0, wanted)
+            scores = tl.where(group_dropped, 0.0, scores)
+            preference = tl.where(group_dropped & real, 0.0, preference)
     total = 0.0
     for k in tl.static_range(TOP_K):
-        best = tl.max(tl.max(wanted, axis=1), axis=0)
-        found = tl.min(tl.min(tl.where(wanted == best, expert, E), axis=1), axis=0)
+        best = tl.max(tl.max(preference, axis=1), axis=0)
+        found = tl.min(tl.min(tl.where(preference == best, expert, E), axis=1), axis=0)
         chosen = (expert == found) & real
         score = tl.sum(tl.sum(tl.where(chosen, scores, 0.0), axis=1), axis=0)
-        wanted = tl.where(chosen, float("-inf"), wanted)
+        preference = tl.where(chosen, float("-inf"), preference)
         total += score
         tl.store(index + k, found.to(tl.int64))
         tl.store(weights + k, score * scaling)
@@ -92,7 +92,7 @@ def choose(
     tl.debug_barrier()
     if tl.atomic_add(arrived + t, 1) == tl.num_programs(1) - 1:
         tl.store(arrived + t, 0)
-        pick(
+        select_experts(
             logits + t * E, bias, index + t * TOP_K, weights + t * TOP_K, scaling,
             E, GROUPS, TOP_GROUPS, TOP_K, SIGMOID, NORMED, GW, PW, KW,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from quantlab.runtime.cuda.words import slab_words
+from quantlab.runtime.cuda.unpack import load_words
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def expand(w, scale, out, first, rows, N, K, INT4: tl.constexpr, GROUP: tl.const
     PARTS: tl.constexpr = 4 if INT4 else 2
     WORDS: tl.constexpr = 128 // PARTS
     block = tl.program_id(1)
-    words = slab_words(w, (first + tl.program_id(0) * BN) // 64, tl.cdiv(N, 64), block, False, BN, WORDS, 4)
+    words = load_words(w, (first + tl.program_id(0) * BN) // 64, tl.cdiv(N, 64), block, False, BN, WORDS, 4)
     i = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(first + i, N - 1)
     for part in tl.static_range(PARTS):
@@ -27,5 +27,5 @@ def expand(w, scale, out, first, rows, N, K, INT4: tl.constexpr, GROUP: tl.const
             q = (words << (8 * (1 - part))) >> 8
         value = (q.to(tl.float32) * s.to(tl.float32)[:, None]).to(s.dtype)
         k = block * 128 + part * WORDS + tl.arange(0, WORDS)
-        where = out + i.to(tl.int64)[:, None] * K + k[None, :]
-        tl.store(where, value.to(out.dtype.element_ty), mask=(i < rows)[:, None] & (k < K)[None, :])
+        pointers = out + i.to(tl.int64)[:, None] * K + k[None, :]
+        tl.store(pointers, value.to(out.dtype.element_ty), mask=(i < rows)[:, None] & (k < K)[None, :])

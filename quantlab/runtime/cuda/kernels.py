@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantlab.runtime.cuda.runs import program_of, routed_rows, rows_met, run_start
-from quantlab.runtime.cuda.words import beside, from_int4, from_int8, slab_words
+from quantlab.runtime.cuda.stream_k import block_rows, program_owning, range_start, row_maps
+from quantlab.runtime.cuda.unpack import concat_columns, from_int4, from_int8, load_words
 
 PREFETCH: tl.constexpr = tl.constexpr("""{ .reg .pred first; .reg .u32 thread;
 mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
@@ -32,20 +32,20 @@ INT4: tl.constexpr = tl.constexpr(0)
 INT8: tl.constexpr = tl.constexpr(1)
 INT8_TOKENS: tl.constexpr = tl.constexpr(2)
 FLOAT: tl.constexpr = tl.constexpr(3)
-FEW: tl.constexpr = tl.constexpr(64)
+FEW_ROWS: tl.constexpr = tl.constexpr(64)
 """Rows of activations of a tile up to which scales are read ahead of the sums, so that nothing waits for them; where there are
 more, the sums need the registers."""
 
 
 @triton.jit
-def activations(x, row, valid, column, K, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+def load_activations(x, row, valid, column, K, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     """Columns `column` to `column + WIDTH` of rows `row` [BM], transposed: [WIDTH, BM], zeros where there are none."""
     k = column + tl.arange(0, WIDTH)
-    where = x + row[None, :] * K + k[:, None]
+    pointers = x + row[None, :] * K + k[:, None]
     if EVEN:
-        return tl.load(where, mask=valid[None, :], other=0)
+        return tl.load(pointers, mask=valid[None, :], other=0)
     else:
-        return tl.load(where, mask=valid[None, :] & (k < K)[:, None], other=0)
+        return tl.load(pointers, mask=valid[None, :] & (k < K)[:, None], other=0)
 
 
 @triton.jit
@@ -79,28 +79,33 @@ def int4_sums(
     sums = tl.zeros((BN, BM), tl.float32)
     s0, s1, s2, s3 = int4_scales(scale, first, n, N, GROUP)
     for block in tl.range(first, last, num_stages=STAGES):
-        words = slab_words(w, slab, slabs, block, GATED, BN, 32, WARPS)
+        words = load_words(w, slab, slabs, block, GATED, BN, 32, WARPS)
         n0, n1, n2, n3 = int4_scales(scale, tl.minimum(block + 1, last - 1), n, N, GROUP)
         w0, w1, w2, w3 = from_int4(words, dtype)
         if scale_weights:
-            weights = beside(beside(w0 * s0[:, None], w1 * s1[:, None]), beside(w2 * s2[:, None], w3 * s3[:, None]))
-            sums = tl.dot(weights, activations(x, row, valid, block * 128, K, 128, EVEN), sums)
+            weights = concat_columns(
+                concat_columns(w0 * s0[:, None], w1 * s1[:, None]), concat_columns(w2 * s2[:, None], w3 * s3[:, None])
+            )
+            sums = tl.dot(weights, load_activations(x, row, valid, block * 128, K, 128, EVEN), sums)
         elif GROUP == 128:
-            part = tl.dot(beside(beside(w0, w1), beside(w2, w3)), activations(x, row, valid, block * 128, K, 128, EVEN))
+            part = tl.dot(
+                concat_columns(concat_columns(w0, w1), concat_columns(w2, w3)),
+                load_activations(x, row, valid, block * 128, K, 128, EVEN),
+            )
             sums += part * s0.to(tl.float32)[:, None]
         elif GROUP == 64:
-            part = tl.dot(beside(w0, w1), activations(x, row, valid, block * 128, K, 64, EVEN))
+            part = tl.dot(concat_columns(w0, w1), load_activations(x, row, valid, block * 128, K, 64, EVEN))
             sums += part * s0.to(tl.float32)[:, None]
-            part = tl.dot(beside(w2, w3), activations(x, row, valid, block * 128 + 64, K, 64, EVEN))
+            part = tl.dot(concat_columns(w2, w3), load_activations(x, row, valid, block * 128 + 64, K, 64, EVEN))
             sums += part * s2.to(tl.float32)[:, None]
         else:
-            part = tl.dot(w0, activations(x, row, valid, block * 128, K, 32, EVEN))
+            part = tl.dot(w0, load_activations(x, row, valid, block * 128, K, 32, EVEN))
             sums += part * s0.to(tl.float32)[:, None]
-            part = tl.dot(w1, activations(x, row, valid, block * 128 + 32, K, 32, EVEN))
+            part = tl.dot(w1, load_activations(x, row, valid, block * 128 + 32, K, 32, EVEN))
             sums += part * s1.to(tl.float32)[:, None]
-            part = tl.dot(w2, activations(x, row, valid, block * 128 + 64, K, 32, EVEN))
+            part = tl.dot(w2, load_activations(x, row, valid, block * 128 + 64, K, 32, EVEN))
             sums += part * s2.to(tl.float32)[:, None]
-            part = tl.dot(w3, activations(x, row, valid, block * 128 + 96, K, 32, EVEN))
+            part = tl.dot(w3, load_activations(x, row, valid, block * 128 + 96, K, 32, EVEN))
             sums += part * s3.to(tl.float32)[:, None]
         s0, s1, s2, s3 = n0, n1, n2, n3
     return sums
@@ -114,9 +119,9 @@ def int8_sums(
     """Rows n [BN] of an int8 matrix times rows of x, over blocks `first` to `last`, not yet scaled: [BN, BM] float32."""
     sums = tl.zeros((n.shape[0], row.shape[0]), tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
-        words = slab_words(w, slab, slabs, block, GATED, n.shape[0], 64, WARPS)
+        words = load_words(w, slab, slabs, block, GATED, n.shape[0], 64, WARPS)
         w0, w1 = from_int8(words, x.dtype.element_ty)
-        sums = tl.dot(beside(w0, w1), activations(x, row, valid, block * 128, K, 128, EVEN), sums)
+        sums = tl.dot(concat_columns(w0, w1), load_activations(x, row, valid, block * 128, K, 128, EVEN), sums)
     return sums
 
 
@@ -130,11 +135,11 @@ def integer_sums(x, row, valid, w, n, first, last, N, K, EVEN: tl.constexpr, STA
     sums = tl.zeros((n.shape[0], row.shape[0]), tl.int32)
     for block in tl.range(first, last, 2 if PAIRS else 1, num_stages=STAGES):
         weights = tl.load(weights_at + block * N * 128)
-        columns = activations(x, row, valid, block * 128, K, 128, EVEN)
+        columns = load_activations(x, row, valid, block * 128, K, 128, EVEN)
         if PAIRS:
             second = tl.minimum(block + 1, last - 1)
             second_weights = tl.load(weights_at + second * N * 128)
-            second_columns = activations(x, row, valid & (second > block), second * 128, K, 128, EVEN)
+            second_columns = load_activations(x, row, valid & (second > block), second * 128, K, 128, EVEN)
             sums = tl.dot(second_weights, second_columns, sums, out_dtype=tl.int32)
         sums = tl.dot(weights, columns, sums, out_dtype=tl.int32)
     return sums
@@ -146,14 +151,14 @@ def float_sums(x, row, valid, w, n, first, last, K, EVEN: tl.constexpr, STAGES: 
     k = tl.arange(0, 128)
     sums = tl.zeros((n.shape[0], row.shape[0]), tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
-        where = w + n[:, None] * K + (block * 128 + k)[None, :]
-        weights = tl.load(where) if EVEN else tl.load(where, mask=(block * 128 + k < K)[None, :], other=0)
-        sums = tl.dot(weights, activations(x, row, valid, block * 128, K, 128, EVEN), sums)
+        pointers = w + n[:, None] * K + (block * 128 + k)[None, :]
+        weights = tl.load(pointers) if EVEN else tl.load(pointers, mask=(block * 128 + k < K)[None, :], other=0)
+        sums = tl.dot(weights, load_activations(x, row, valid, block * 128, K, 128, EVEN), sums)
     return sums
 
 
 @triton.jit
-def sums_of(
+def tile_sums(
     x, row, valid, w, scale, tile_n, n, first, last, N, K,
     KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
     WARPS: tl.constexpr, PAIRS: tl.constexpr = False,
@@ -190,7 +195,7 @@ def token_scales(x_scale, row, valid, KIND: tl.constexpr):
 
 
 @triton.jit
-def write(
+def store_tile(
     sums, per_row, per_token, valid, added, out, out_row, tile_n, N,
     KIND: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
@@ -209,15 +214,15 @@ def write(
     else:
         column = tile_n * BN + tl.arange(0, BN)
         width = N
-    place = out_row.to(tl.int64)[None, :] * width + column[:, None]
+    offsets = out_row.to(tl.int64)[None, :] * width + column[:, None]
     within = valid[None, :] & (column < width)[:, None]
     if ADDED:
-        sums += tl.load(added + place, mask=within, other=0).to(tl.float32)
-    tl.store(out + place, sums.to(out.dtype.element_ty), mask=within)
+        sums += tl.load(added + offsets, mask=within, other=0).to(tl.float32)
+    tl.store(out + offsets, sums.to(out.dtype.element_ty), mask=within)
 
 
 @triton.jit
-def rows_of(tile_n, N, GATED: tl.constexpr, BN: tl.constexpr):
+def tile_rows(tile_n, N, GATED: tl.constexpr, BN: tl.constexpr):
     """The rows [BN] of a tile; where GATED, half a tile of the gate's and the same of up's."""
     i = tl.arange(0, BN)
     if GATED:
@@ -228,15 +233,15 @@ def rows_of(tile_n, N, GATED: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def collect(sums, valid, partial, slot, first_slot, arrived, contributors):
+def reduce_partials(sums, valid, partial, slot, first_slot, arrived, contributors):
     """Leave the sums [BN, BM] of one of `contributors` in a slot; the last of them gets them all, added in order.
 
     Args: slots of other contributors follow `first_slot`; arrived: a counter, zero before and after.
     Returns: the sums, and whether this program has them all.
     """
     size: tl.constexpr = sums.shape[0] * sums.shape[1]
-    cell = tl.arange(0, sums.shape[1])[None, :] * sums.shape[0] + tl.arange(0, sums.shape[0])[:, None]
-    tl.store(partial + slot * size + cell, sums, mask=valid[None, :])
+    offsets = tl.arange(0, sums.shape[1])[None, :] * sums.shape[0] + tl.arange(0, sums.shape[0])[:, None]
+    tl.store(partial + slot * size + offsets, sums, mask=valid[None, :])
     tl.debug_barrier()
     complete = tl.atomic_add(arrived, 1) == contributors - 1
     if complete:
@@ -244,7 +249,7 @@ def collect(sums, valid, partial, slot, first_slot, arrived, contributors):
         sums = tl.zeros_like(sums)
         for other in range(contributors):
             sums += tl.load(
-                partial + (first_slot + other) * size + cell, mask=valid[None, :], other=0, cache_modifier=".cg"
+                partial + (first_slot + other) * size + offsets, mask=valid[None, :], other=0, cache_modifier=".cg"
             )
     return sums, complete
 
@@ -272,55 +277,55 @@ def product(
     blocks = tl.cdiv(K, 128)
     first = tl.program_id(1) * blocks // splits
     last = (tl.program_id(1) + 1) * blocks // splits
-    n = rows_of(tile_n, N, GATED, BN)
-    if BM <= FEW:
+    n = tile_rows(tile_n, N, GATED, BN)
+    if BM <= FEW_ROWS:
         per_row = row_scales(scale, n, KIND)
     if CHAINED:
         if KIND == INT8_TOKENS:
-            send_for(w, tile_n, first, tl.minimum(last, first + AHEAD), N, GATED, BN)
+            prefetch_rows(w, tile_n, first, tl.minimum(last, first + AHEAD), N, GATED, BN)
         gdc_wait()
     position = tile % row_blocks * BM + tl.arange(0, BM)
     valid = position < T
     row = tl.where(valid, position, 0).to(tl.int64)
-    if BM <= FEW:
+    if BM <= FEW_ROWS:
         per_token = token_scales(x_scale, row, valid, KIND)
-    sums = sums_of(
+    sums = tile_sums(
         x, row, valid, w, scale, tile_n, n, first, last, N, K, KIND, GROUP, GATED, EVEN, STAGES, WARPS, PAIRS
     )
     if CHAINED:
         gdc_launch_dependents()
-    if BM > FEW:
+    if BM > FEW_ROWS:
         per_token, per_row = token_scales(x_scale, row, valid, KIND), row_scales(scale, n, KIND)
     if SPLIT:
         slot = (tile * splits + tl.program_id(1)).to(tl.int64)
-        sums, complete = collect(sums, valid, partial, slot, slot - tl.program_id(1), arrived + tile, splits)
+        sums, complete = reduce_partials(sums, valid, partial, slot, slot - tl.program_id(1), arrived + tile, splits)
         if complete:
-            write(sums, per_row, per_token, valid, added, out, row, tile_n, N, KIND, GATED, ADDED)
+            store_tile(sums, per_row, per_token, valid, added, out, row, tile_n, N, KIND, GATED, ADDED)
     else:
-        write(sums, per_row, per_token, valid, added, out, row, tile_n, N, KIND, GATED, ADDED)
+        store_tile(sums, per_row, per_token, valid, added, out, row, tile_n, N, KIND, GATED, ADDED)
 
 
 @triton.jit
-def send_for(w, tile_n, first, last, N, GATED: tl.constexpr, BN: tl.constexpr):
+def prefetch_rows(w, tile_n, first, last, N, GATED: tl.constexpr, BN: tl.constexpr):
     """Have int8 rows of a tile brought into the second-level cache: their runs of 128 bytes in blocks `first` to `last`."""
     if GATED:
         for block in range(first, last):
             at = w + (block * N + tile_n * (BN // 2)) * 128
-            send_for_bytes(at, BN // 2 * 128)
-            send_for_bytes(at + N // 2 * 128, BN // 2 * 128)
+            prefetch_bytes(at, BN // 2 * 128)
+            prefetch_bytes(at + N // 2 * 128, BN // 2 * 128)
     elif (tile_n + 1) * BN <= N:
         for block in range(first, last):
-            send_for_bytes(w + (block * N + tile_n * BN) * 128, BN * 128)
+            prefetch_bytes(w + (block * N + tile_n * BN) * 128, BN * 128)
 
 
 @triton.jit
-def send_for_bytes(start, size):
+def prefetch_bytes(start, size):
     """Have `size` bytes from `start` on brought into the second-level cache; one thread asks."""
     tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [start, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def of_expert(w, scale, expert, blocks, N, K, KIND: tl.constexpr, GROUP: tl.constexpr):
+def expert_base(w, scale, expert, blocks, N, K, KIND: tl.constexpr, GROUP: tl.constexpr):
     """Where the matrix of an expert and its scales begin."""
     slabs = tl.cdiv(N, 64)
     if KIND == INT4:
@@ -357,40 +362,42 @@ def run_product(
     total = row_blocks * tl.cdiv(N, BN) * blocks
     programs = tl.minimum(tl.num_programs(0), total)
     per_program = total // programs
-    rest = total % programs
+    remainder = total % programs
     program = tl.minimum(tl.program_id(0), programs)
-    begin = run_start(program, per_program, rest)
-    end = run_start(tl.minimum(tl.program_id(0) + 1, programs), per_program, rest)
+    begin = range_start(program, per_program, remainder)
+    end = range_start(tl.minimum(tl.program_id(0) + 1, programs), per_program, remainder)
     for tile in range(begin // blocks, tl.cdiv(end, blocks)):
         tile_n = tile // row_blocks
         row_block = tile % row_blocks
-        n = rows_of(tile_n, N, GATED, BN)
+        n = tile_rows(tile_n, N, GATED, BN)
         if ROUTED:
             expert = tl.load(block_expert + row_block)
-            position, valid = routed_rows(block_first, block_end, row_block, BM, ALONE)
-            tile_w, tile_scale = of_expert(w, scale, expert.to(tl.int64), tl.cdiv(K, 128), N, K, KIND, GROUP)
+            position, valid = block_rows(block_first, block_end, row_block, BM, ALONE)
+            tile_w, tile_scale = expert_base(w, scale, expert.to(tl.int64), tl.cdiv(K, 128), N, K, KIND, GROUP)
         else:
             tile_w, tile_scale = w, scale
             position = row_block * BM + tl.arange(0, BM)
             valid = position < T
-        row, out_row = rows_met(order, tl.where(valid, position, 0), TOP_K, ROUTED, ALONE)
+        row, out_row = row_maps(order, tl.where(valid, position, 0), TOP_K, ROUTED, ALONE)
         unit = tile * blocks
         first = tl.maximum(begin - unit, 0)
         last = tl.minimum(end - unit, blocks)
-        if BM <= FEW:
+        if BM <= FEW_ROWS:
             per_row, per_token = row_scales(tile_scale, n, KIND), token_scales(x_scale, row, valid, KIND)
-        sums = sums_of(
+        sums = tile_sums(
             x, row, valid, tile_w, tile_scale, tile_n, n, first, last, N, K, KIND, GROUP, GATED, EVEN, STAGES, WARPS
         )
-        if BM > FEW:
+        if BM > FEW_ROWS:
             per_token, per_row = token_scales(x_scale, row, valid, KIND), row_scales(tile_scale, n, KIND)
         complete = last - first == blocks
         if last - first < blocks:
-            starter = program_of(unit, per_program, rest)
-            contributors = program_of(unit + blocks - 1, per_program, rest) - starter + 1
+            first_program = program_owning(unit, per_program, remainder)
+            contributors = program_owning(unit + blocks - 1, per_program, remainder) - first_program + 1
             # tiles that are shared begin with different programs: 2 * starter on, none takes the slots of another
-            slot = (starter + program).to(tl.int64)
-            first_slot = slot - program + starter
-            sums, complete = collect(sums, valid, partial, slot, first_slot, arrived + starter, contributors)
+            slot = (first_program + program).to(tl.int64)
+            first_slot = slot - program + first_program
+            sums, complete = reduce_partials(
+                sums, valid, partial, slot, first_slot, arrived + first_program, contributors
+            )
         if complete:
-            write(sums, per_row, per_token, valid, x, out, out_row, tile_n, N, KIND, GATED, False)
+            store_tile(sums, per_row, per_token, valid, x, out, out_row, tile_n, N, KIND, GATED, False)

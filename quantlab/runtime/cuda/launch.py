@@ -8,12 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-from quantlab.runtime.cuda import expand, kernels, routing
-from quantlab.runtime.cuda import rows as row_kernels
+from quantlab.runtime.cuda import expand, kernels, rowwise, sort_by_expert
 from quantlab.runtime.cuda.guard import on_its_device
 from quantlab.runtime.cuda.layout import blocks
-from quantlab.runtime.cuda.shares import ROWS, Shares
 from quantlab.runtime.cuda.tiles import FEW_TOKENS, Chip, Kind, Tiles
+from quantlab.runtime.cuda.wide_schedule import ROWS, Schedule
 
 GLUON: Final = "3.6."
 """Releases of triton whose Gluon, which is experimental, `hopper` is written in."""
@@ -69,7 +68,7 @@ def route(index: Tensor, experts: int, tokens: int) -> Routing:
     written = [torch.empty(size, dtype=torch.int32, device=index.device) for size in sizes]
     chunk = min(max(power(rows), 16), 1024)
     bins = max(power(experts), 16)
-    routing.route[(experts,)](
+    sort_by_expert.route[(experts,)](
         index, *written, rows,
         BINS=bins, CHUNK=chunk, BM=tokens, num_warps=4 if chunk > 128 else 1, **chained(index),
     )  # fmt: skip
@@ -83,7 +82,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     rows, columns = x.shape
     out = torch.empty_like(x)
     width = power(columns)
-    row_kernels.rms_norm[(rows,)](
+    rowwise.rms_norm[(rows,)](
         x, weight, out, columns, epsilon, WIDTH=width, num_warps=min(max(width // 512, 1), 16), **chained(x)
     )
     return out
@@ -96,7 +95,7 @@ def combine(rows: Tensor, weights: Tensor, added: Tensor | None = None) -> Tenso
     out = rows.new_empty(tokens, rows.shape[1])
     width = 512
     grid = (tokens, -(-rows.shape[1] // width))
-    row_kernels.combine[grid](
+    rowwise.combine[grid](
         rows, weights.contiguous(), rows if added is None else added, out, rows.shape[1],
         TOP_K=top_k, BH=width, ADDED=added is not None, num_warps=2, **chained(weights),
     )  # fmt: skip
@@ -110,7 +109,7 @@ def quantize_tokens(x: Tensor, *, early: bool = False) -> tuple[Tensor, Tensor]:
     q = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     width = power(columns)
-    row_kernels.quantize_tokens[(rows,)](
+    rowwise.quantize_tokens[(rows,)](
         x, q, scale, columns, WIDTH=width, EARLY=early, num_warps=min(max(width // 512, 1), 16), **chained(x)
     )
     return q, scale
@@ -211,7 +210,7 @@ def run_product(
 
 
 @on_its_device
-def wide_product(m: Matrices, x: Tensor, way: Shares, out: Tensor) -> Tensor:
+def wide_product(m: Matrices, x: Tensor, schedule: Schedule, out: Tensor) -> Tensor:
     """Products of all rows of x [T, K], at least one, with the only matrix of m, written into out [T, N] of x's dtype.
 
     All rows begin at multiples of 16 bytes: the copy engine asks for that.
@@ -219,14 +218,16 @@ def wide_product(m: Matrices, x: Tensor, way: Shares, out: Tensor) -> Tensor:
     from quantlab.runtime.cuda import hopper
 
     _, rows, columns = m.shape
-    shares = torch.empty(way.sharers * way.tokens * ROWS // 32, 32, dtype=torch.float32, device=x.device)
-    assert way.sharers <= min(m.arrived.shape[0], way.programs), "a counter for every program that shares"
-    assert not way.shared or way.sharers <= way.shared * blocks(columns), "programs wait for the shares of all runs"
-    hopper.wide_product[(way.programs,)](
-        *hopper.boxes(x, way.tokens, 64), m.weight.view(torch.int32), m.scale, *hopper.boxes(out, way.tokens, ROWS),
-        shares, *hopper.boxes(shares, way.tokens, 32), m.arrived,
-        x.shape[0], rows, columns, way.shared, way.sharers,
-        INT4=m.kind == Kind.INT4, GROUP=m.group, BM=way.tokens, num_warps=8, launch_pdl=True,
+    shares = torch.empty(schedule.sharers * schedule.tokens * ROWS // 32, 32, dtype=torch.float32, device=x.device)
+    assert schedule.sharers <= min(m.arrived.shape[0], schedule.programs), "a counter for every program that shares"
+    assert not schedule.shared or schedule.sharers <= schedule.shared * blocks(columns), (
+        "programs wait for the shares of all runs"
+    )
+    hopper.wide_product[(schedule.programs,)](
+        *hopper.descriptors(x, schedule.tokens, 64), m.weight.view(torch.int32), m.scale, *hopper.descriptors(out, schedule.tokens, ROWS),
+        shares, *hopper.descriptors(shares, schedule.tokens, 32), m.arrived,
+        x.shape[0], rows, columns, schedule.shared, schedule.sharers,
+        INT4=m.kind == Kind.INT4, GROUP=m.group, BM=schedule.tokens, num_warps=8, launch_pdl=True,
     )  # fmt: skip
     return out
 

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-SMALLEST: tl.constexpr = tl.constexpr(2.0**-120)
+MIN_SCALE: tl.constexpr = tl.constexpr(2.0**-120)
 """The least scale of a token."""
 
 
 @triton.jit
-def larger(a, b):
+def nan_max(a, b):
     """The larger of two; NaN if one is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
@@ -34,8 +34,8 @@ def quantize_tokens(x, q, scale, K, WIDTH: tl.constexpr, CHAINED: tl.constexpr, 
     values = tl.load(x + row * K + k, mask=k < K, other=0).to(tl.float32)
     if CHAINED and not EARLY:
         gdc_launch_dependents()
-    s = tl.div_rn(tl.reduce(tl.abs(values), 0, larger), 127.0)
-    s = tl.where(s == s, tl.maximum(s, SMALLEST), float("inf"))
+    s = tl.div_rn(tl.reduce(tl.abs(values), 0, nan_max), 127.0)
+    s = tl.where(s == s, tl.maximum(s, MIN_SCALE), float("inf"))
     reciprocal = tl.div_rn(1.0, s)
     quotient = values * reciprocal
     quotient = tl.fma(tl.fma(-quotient, s, values), reciprocal, quotient)
@@ -66,7 +66,7 @@ def combine(
 
 
 @triton.jit
-def norm_of(x, weight, width, epsilon):
+def normalize_row(x, weight, width, epsilon):
     """``weight * (x / sqrt(mean(x^2) + epsilon))`` of a row, zero beyond its width: float32, rounded to x's dtype before the weight."""
     values = x.to(tl.float32)
     scaled = values * tl.rsqrt(tl.sum(values * values, axis=0) / width + epsilon)
@@ -84,4 +84,4 @@ def rms_norm(x, weight, out, K, epsilon, WIDTH: tl.constexpr, CHAINED: tl.conste
     read = tl.load(x + row * K + k, mask=k < K, other=0)
     if CHAINED:
         gdc_launch_dependents()
-    tl.store(out + row * K + k, norm_of(read, factors, K, epsilon), mask=k < K)
+    tl.store(out + row * K + k, normalize_row(read, factors, K, epsilon), mask=k < K)

@@ -80,13 +80,13 @@ def from_int8(words, dtype: tl.constexpr):
 
 
 @triton.jit
-def beside(a, b):
+def concat_columns(a, b):
     """[BN, n] and [BN, n] -> [BN, 2 n], the columns of b after those of a."""
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
-def slab_words(w, slab, slabs, block, GATED: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr):
+def load_words(w, slab, slabs, block, GATED: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr):
     """Words [BN, WORDS] of a block of columns, from slab `slab` on; where GATED, one slab of the gate's and one of up's.
 
     Eight warps share two slabs, so that each four read one as it lies.
@@ -94,13 +94,13 @@ def slab_words(w, slab, slabs, block, GATED: tl.constexpr, BN: tl.constexpr, WOR
     size: tl.constexpr = 64 * WORDS
     i = tl.arange(0, BN * WORDS)
     first = w + (block * slabs + slab) * size
-    apart = slabs // 2 * size if GATED else size
+    slab_stride = slabs // 2 * size if GATED else size
     if WARPS == 8:
-        pair = i // (2 * size) * (2 * size) + i // 1024 % 2 * apart
+        pair = i // (2 * size) * (2 * size) + i // 1024 % 2 * slab_stride
         words = tl.load(first + pair + i // 2048 % (size // 1024) * 1024 + i % 1024)
         parts = tl.reshape(words, (BN // 128, WORDS // 16, 2, 4, 8, 4, 2, 2, 2))
         return tl.reshape(tl.permute(parts, (0, 2, 3, 7, 4, 1, 6, 5, 8)), (BN, WORDS))
     else:
-        words = tl.load(first + i // size * apart + i % size) if GATED else tl.load(first + i)
+        words = tl.load(first + i // size * slab_stride + i % size) if GATED else tl.load(first + i)
         parts = tl.reshape(words, (BN // 64, WORDS // 16, 4, 8, 4, 2, 2, 2))
         return tl.reshape(tl.permute(parts, (0, 2, 6, 3, 1, 5, 4, 7)), (BN, WORDS))

@@ -12,21 +12,21 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from quantlab.runtime.cuda.hopper_words import BN, parts_of, sums_layout
+from quantlab.runtime.cuda.hopper_unpack import BN, sums_layout, tile_parts
 
 QUARTERS: gl.constexpr = gl.constexpr(4)
 """Places of the ring that the sums of a tile take, and …"""
 QUARTER: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 """… how a part of each lies there: [PART, 32] float32."""
 
-UNTIL: gl.constexpr = gl.constexpr("""{ .reg .pred less; .reg .u32 seen;
+WAIT_UNTIL: gl.constexpr = gl.constexpr("""{ .reg .pred less; .reg .u32 seen;
 look: ld.relaxed.gpu.global.u32 seen, [$1]; setp.lt.u32 less, seen, $2; @less bra look;
 bar.warp.sync 0xffffffff; fence.acq_rel.gpu; fence.proxy.async.global; mov.u32 $0, 0; }""")
 """Wait until the number at $1 is not less than $2; what others wrote before can then be copied, and the number be set."""
 
 
 @gluon.jit
-def work(T, N, K, shared, sharers, BM: gl.constexpr):
+def program_work(T, N, K, shared, sharers, BM: gl.constexpr):
     """The items of this program: how many tiles it takes whole, how many in all, and its run of the shared tiles' blocks.
 
     The first programs have the last runs. So each waits only for shares of programs that begin before it does: GPUs give
@@ -34,73 +34,73 @@ def work(T, N, K, shared, sharers, BM: gl.constexpr):
     """
     blocks = (K + 127) // 128
     program = gl.program_id(0)
-    run = sharers - 1 - program
-    begin = gl.maximum(run, 0) * (shared * blocks) // sharers
-    end = gl.maximum(run + 1, 0) * (shared * blocks) // sharers
+    range_index = sharers - 1 - program
+    begin = gl.maximum(range_index, 0) * (shared * blocks) // sharers
+    end = gl.maximum(range_index + 1, 0) * (shared * blocks) // sharers
     whole_tiles = (N + BN - 1) // BN * ((T + BM - 1) // BM) - shared
     whole = (gl.maximum(whole_tiles - program, 0) + gl.num_programs(0) - 1) // gl.num_programs(0)
-    met = gl.where(end > begin, (end + blocks - 1) // blocks - begin // blocks, 0)
-    return whole_tiles, whole, whole + met, run, begin, end
+    shared_items = gl.where(end > begin, (end + blocks - 1) // blocks - begin // blocks, 0)
+    return whole_tiles, whole, whole + shared_items, range_index, begin, end
 
 
 @gluon.jit
-def run_of(unit, shared, sharers, blocks):
+def range_owning(unit, shared, sharers, blocks):
     """The run that block `unit` is in, all blocks of the shared tiles counted one after the other."""
     return ((unit + 1) * sharers - 1) // (shared * blocks)
 
 
 @gluon.jit
-def item_of(item, whole_tiles, whole, begin, end, blocks):
+def item_range(item, whole_tiles, whole, begin, end, blocks):
     """Tile of an item, and its blocks `first` to `last`."""
-    met = begin // blocks + item - whole
+    shared_tile = begin // blocks + item - whole
     is_whole = item < whole
-    tile = gl.where(is_whole, gl.program_id(0) + item * gl.num_programs(0), whole_tiles + met)
-    first = gl.where(is_whole, 0, gl.maximum(begin - met * blocks, 0))
-    last = gl.where(is_whole, blocks, gl.minimum(end - met * blocks, blocks))
+    tile = gl.where(is_whole, gl.program_id(0) + item * gl.num_programs(0), whole_tiles + shared_tile)
+    first = gl.where(is_whole, 0, gl.maximum(begin - shared_tile * blocks, 0))
+    last = gl.where(is_whole, blocks, gl.minimum(end - shared_tile * blocks, blocks))
     return tile, first, last
 
 
 @gluon.jit
-def after(place, phase, PLACES: gl.constexpr):
+def next_slot(slot, phase, SLOTS: gl.constexpr):
     """The next place of the ring, and the phase its barriers are in."""
-    wraps = place == PLACES - 1
-    return gl.where(wraps, 0, place + 1), gl.where(wraps, phase ^ 1, phase)
+    wraps = slot == SLOTS - 1
+    return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
-def before(place, PLACES: gl.constexpr):
+def previous_slot(slot, SLOTS: gl.constexpr):
     """The place of the ring before."""
-    return gl.where(place == 0, PLACES - 1, place - 1)
+    return gl.where(slot == 0, SLOTS - 1, slot - 1)
 
 
 @gluon.jit
-def in_quarters(sums, PART: gl.constexpr):
+def to_quarters(sums, PART: gl.constexpr):
     """Sums [BN, PART] -> their quarters [PART, 32], 16 bytes of a row a thread; nothing moves."""
-    cells = sums.reshape((8, 2, 8, PART // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((2, 2, PART, 32))
-    even, odd = gl.split(cells.permute((2, 3, 0, 1)))
+    elements = sums.reshape((8, 2, 8, PART // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((2, 2, PART, 32))
+    even, odd = gl.split(elements.permute((2, 3, 0, 1)))
     q0, q2 = gl.split(even)
     q1, q3 = gl.split(odd)
     return q0, q1, q2, q3
 
 
 @gluon.jit
-def of_quarters(q0, q1, q2, q3, PART: gl.constexpr):
+def from_quarters(q0, q1, q2, q3, PART: gl.constexpr):
     """The inverse of `in_quarters`."""
-    cells = gl.join(gl.join(q0, q2), gl.join(q1, q3)).permute((2, 3, 0, 1)).reshape((PART // 8, 8, 8, 4, 2, 2))
-    sums = cells.permute((1, 4, 2, 0, 3, 5)).reshape((BN, PART))
+    elements = gl.join(gl.join(q0, q2), gl.join(q1, q3)).permute((2, 3, 0, 1)).reshape((PART // 8, 8, 8, 4, 2, 2))
+    sums = elements.permute((1, 4, 2, 0, 3, 5)).reshape((BN, PART))
     return gl.convert_layout(sums, sums_layout(PART), assert_trivial=True)
 
 
 @gluon.jit
-def as_quarter(place, PART: gl.constexpr):
+def as_quarter(slot, PART: gl.constexpr):
     """A place of a ring, if it has a part at all, as a quarter [PART, 32] of sums."""
-    return place._reinterpret(gl.float32, (PART, 32), QUARTER) if PART else place
+    return slot._reinterpret(gl.float32, (PART, 32), QUARTER) if PART else slot
 
 
 @gluon.jit
-def leave(sums, share, PART: gl.constexpr):
+def store_share(sums, share, PART: gl.constexpr):
     """Write the sums [BN, PART] of a part of a share where `hopper.fetch` of another program finds them."""
-    quarters = in_quarters(sums, PART)
+    quarters = to_quarters(sums, PART)
     row = gl.arange(0, PART, layout=gl.SliceLayout(1, quarters[0].type.layout))
     column = gl.arange(0, 32, layout=gl.SliceLayout(0, quarters[0].type.layout))
     for quarter in gl.static_range(QUARTERS):
@@ -108,19 +108,19 @@ def leave(sums, share, PART: gl.constexpr):
 
 
 @gluon.jit
-def plus(quarter, place, PART: gl.constexpr):
+def add_quarter(quarter, slot, PART: gl.constexpr):
     """A quarter [PART, 32] of sums and that of a share in a place of the ring.
 
     Added by what the compiler takes for a side effect: else it reads all quarters first, for which there are no registers.
     """
-    share = as_quarter(place, PART).load(quarter.type.layout)
+    share = as_quarter(slot, PART).load(quarter.type.layout)
     return gl.inline_asm_elementwise(
         "add.f32 $0, $1, $2;", "=f,f,f", [quarter, share], gl.float32, is_pure=False, pack=1
     )
 
 
 @gluon.jit
-def replaced(four, index: gl.constexpr, value):
+def replace_one(four, index: gl.constexpr, value):
     """Four tensors, one of them replaced: a tuple's element cannot be set."""
     if index == 0:
         return value, four[1], four[2], four[3]
@@ -133,22 +133,22 @@ def replaced(four, index: gl.constexpr, value):
 
 
 @gluon.jit
-def collect(sums, more, others, rings, ready, free, place, phase, BM: gl.constexpr, PLACES: gl.constexpr):
+def add_shares(sums, more, others, rings, ready, free, slot, phase, BM: gl.constexpr, SLOTS: gl.constexpr):
     """The sums of both parts of a tile with all `others` shares, which are in the rings one after the other; the next place."""
-    A: gl.constexpr = parts_of(BM)[0]
-    B: gl.constexpr = parts_of(BM)[1]
-    first = in_quarters(sums, A)
-    second = in_quarters(more, B) if B else (0, 0, 0, 0)
+    A: gl.constexpr = tile_parts(BM)[0]
+    B: gl.constexpr = tile_parts(BM)[1]
+    first = to_quarters(sums, A)
+    second = to_quarters(more, B) if B else (0, 0, 0, 0)
     for _ in range(others):
         for quarter in gl.static_range(QUARTERS):
-            mbarrier.wait(ready.index(place), phase)
-            first = replaced(first, quarter, plus(first[quarter], rings[0].index(place), A))
+            mbarrier.wait(ready.index(slot), phase)
+            first = replace_one(first, quarter, add_quarter(first[quarter], rings[0].index(slot), A))
             if B:
-                second = replaced(second, quarter, plus(second[quarter], rings[1].index(place), B))
+                second = replace_one(second, quarter, add_quarter(second[quarter], rings[1].index(slot), B))
             fence_async_shared()  # the share has been read before the copy engine writes here again
             gl.thread_barrier()
-            mbarrier.arrive(free.index(place))
-            place, phase = after(place, phase, PLACES)
+            mbarrier.arrive(free.index(slot))
+            slot, phase = next_slot(slot, phase, SLOTS)
     if B:
-        more = of_quarters(second[0], second[1], second[2], second[3], B)
-    return of_quarters(first[0], first[1], first[2], first[3], A), more, place, phase
+        more = from_quarters(second[0], second[1], second[2], second[3], B)
+    return from_quarters(first[0], first[1], first[2], first[3], A), more, slot, phase

@@ -40,7 +40,7 @@ FLOAT16_FROM_INT8: gl.constexpr = gl.constexpr([_FLOAT16_FROM_INT8.format(*shift
 
 
 @gluon.constexpr_function
-def parts_of(BM):
+def tile_parts(BM):
     """The activations of a tile in two parts, of which the second may be none: sizes of tensors are powers of two."""
     return (128, 64) if BM == 192 else (BM, 0)
 
@@ -60,9 +60,9 @@ def weights_layout(PART):
 @gluon.constexpr_function
 def words_layout(PAIRS):
     """Of the pairs of words of two slabs, one after the other: 16 bytes a thread, a slab for each four warps."""
-    apart = [[512], [1024]][: PAIRS // 16]
+    slab_bases = [[512], [1024]][: PAIRS // 16]
     return gl.DistributedLinearLayout(
-        reg_bases=[[1], [2], *apart],
+        reg_bases=[[1], [2], *slab_bases],
         lane_bases=[[4], [8], [16], [32], [64]],
         warp_bases=[[128], [256], [64 * PAIRS]],
         block_bases=[],
@@ -71,14 +71,14 @@ def words_layout(PAIRS):
 
 
 @gluon.jit
-def packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, PART: gl.constexpr):
+def load_packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, PART: gl.constexpr):
     """The words of a block of columns from row `top` on, in pairs as they lie; for int4 the scales [BN] of its quarters."""
     PAIRS: gl.constexpr = 16 if INT4 else 32
     size: gl.constexpr = 64 * PAIRS
     slabs = (N + 63) // 64
     i = gl.arange(0, BN * PAIRS, layout=words_layout(PAIRS))
-    place = gl.minimum(top // 64 + i // size, slabs - 1) * size + i % size
-    words = gl.load(w + block.to(gl.int64) * slabs * size + place)
+    offset = gl.minimum(top // 64 + i // size, slabs - 1) * size + i % size
+    words = gl.load(w + block.to(gl.int64) * slabs * size + offset)
     n = gl.minimum(top + gl.arange(0, BN, layout=gl.SliceLayout(1, weights_layout(PART))), N - 1)
     first = scale + block * (128 // GROUP) * N + n
     if not INT4:
@@ -95,7 +95,7 @@ def packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, PAR
 
 
 @gluon.jit
-def in_rows(words, INT4: gl.constexpr, PART: gl.constexpr):
+def to_rows(words, INT4: gl.constexpr, PART: gl.constexpr):
     """Pairs of words as they lie -> words [BN, ·]; nothing moves."""
     PAIRS: gl.constexpr = 16 if INT4 else 32
     single = gl.join((words & 0xFFFF).to(gl.int16), (words >> 16).to(gl.int16))
@@ -104,7 +104,7 @@ def in_rows(words, INT4: gl.constexpr, PART: gl.constexpr):
 
 
 @gluon.jit
-def expanded(words, s0, s1, HALF: gl.constexpr, INT4: gl.constexpr, PART: gl.constexpr, BFLOAT16: gl.constexpr):
+def expand_half(words, s0, s1, HALF: gl.constexpr, INT4: gl.constexpr, PART: gl.constexpr, BFLOAT16: gl.constexpr):
     """Weights [BN, 64] of a half of a block, int4 scaled by the scales of its quarters and rounded as the format says."""
     if INT4:
         s0, _ = gl.broadcast(s0.expand_dims(1), words)

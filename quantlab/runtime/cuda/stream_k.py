@@ -5,20 +5,22 @@ import triton.language as tl
 
 
 @triton.jit
-def run_start(program, per_program, rest):
+def range_start(program, per_program, remainder):
     """Where the run of a program starts, if the first `rest` programs have one unit more than `per_program`."""
-    return program * per_program + tl.minimum(program, rest)
+    return program * per_program + tl.minimum(program, remainder)
 
 
 @triton.jit
-def program_of(unit, per_program, rest):
+def program_owning(unit, per_program, remainder):
     """Whose run a unit is in: the inverse of `run_start`."""
-    longer = rest * (per_program + 1)
-    return tl.where(unit < longer, unit // (per_program + 1), rest + (unit - longer) // per_program)
+    units_of_longer = remainder * (per_program + 1)
+    return tl.where(
+        unit < units_of_longer, unit // (per_program + 1), remainder + (unit - units_of_longer) // per_program
+    )
 
 
 @triton.jit
-def routed_rows(block_first, block_end, block, BM: tl.constexpr, ALONE: tl.constexpr):
+def block_rows(block_first, block_end, block, BM: tl.constexpr, ALONE: tl.constexpr):
     """The sorted positions [BM] from the beginning of a block of rows on, and which of them are its own."""
     first = block if ALONE else tl.load(block_first + block)
     position = first + tl.arange(0, BM)
@@ -26,7 +28,7 @@ def routed_rows(block_first, block_end, block, BM: tl.constexpr, ALONE: tl.const
 
 
 @triton.jit
-def rows_met(order, position, TOP_K: tl.constexpr, ROUTED: tl.constexpr, ALONE: tl.constexpr):
+def row_maps(order, position, TOP_K: tl.constexpr, ROUTED: tl.constexpr, ALONE: tl.constexpr):
     """Which rows of x and of the result sorted positions stand for; see `kernels.run_product`."""
     if not ROUTED:
         return position.to(tl.int64), position
