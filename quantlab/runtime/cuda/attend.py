@@ -1,12 +1,13 @@
-"""Attention of one new token per sequence to a fixed cache: rotation, cache and softmax in one launch.
+"""Attention of one new token per sequence to a static cache: rotary embedding, cache update and softmax in one launch.
 
-The tokens seen are cut into shares, one program each, so that a small batch fills the GPU (Dao et al. 2023, "Flash-Decoding
-for long-context inference"). How many tokens there are is known only on the device, so the shares are made there, and one
-captured launch serves every position. The last program of a head to finish adds its shares up.
+The cached tokens are divided into splits with one program each, so that a small batch fills the GPU (Dao et al. 2023,
+"Flash-Decoding for long-context inference"). The number of tokens is known only on the device, so each program computes its own
+range, and one captured launch serves every position. The last program of a head to finish merges the splits.
 
-Widths need not be powers of two: HALF, WIDTH and the like are the next ones, at least 16, and what is beyond reads as zero.
+Widths need not be powers of two: HALF, WIDTH and the like are the next powers of two, at least 16; elements beyond the width load
+as zero.
 
-Legend: B sequences, S tokens the cache has room for, H heads, D their width, L width of latents, R of their rotary part.
+Legend: B sequences, S cache positions, H heads, D head dimension, L latent dimension, R rotary dimension.
 """
 
 import triton
@@ -16,12 +17,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quantlab.runtime.cuda.rowwise import normalize_row
 
 MASKED: tl.constexpr = tl.constexpr(-1e30)
-"""The logarithm of nothing, finite: differences of two of them are numbers."""
+"""Score of a masked position. It is finite, since the difference of two infinite scores would be NaN."""
 
 
 @triton.jit
 def split_range(position, splits, BS: tl.constexpr):
-    """This program's tokens: `begin` to `end`, of 0 to `position` with it, in multiples of BS."""
+    """This program's token range [begin, end) of 0 … position inclusive; ranges are multiples of BS long."""
     length = tl.cdiv(tl.cdiv(position + 1, splits), BS) * BS
     begin = tl.program_id(1) * length
     return begin, tl.minimum(begin + length, position + 1)
@@ -29,7 +30,7 @@ def split_range(position, splits, BS: tl.constexpr):
 
 @triton.jit
 def load_pair(base, i, width, mask, PAIRS: tl.constexpr):
-    """The numbers turned together: neighbours where PAIRS, else half the width apart."""
+    """The two elements of rotary pair i: neighbours where PAIRS, else half the width apart."""
     if PAIRS:
         return tl.load(base + 2 * i, mask=mask, other=0), tl.load(base + 2 * i + 1, mask=mask, other=0)
     else:
@@ -49,14 +50,14 @@ def store_pair(base, first, second, i, width, mask, PAIRS: tl.constexpr):
 
 @triton.jit
 def load_angles(cos, sin, i, width):
-    """Cosines and sines of the angles of pairs i, zero beyond those of `width` numbers."""
+    """Cosines and sines of the angles of pairs i; zero beyond the width / 2 pairs."""
     valid = i < width // 2
     return tl.load(cos + i, mask=valid, other=0).to(tl.float32), tl.load(sin + i, mask=valid, other=0).to(tl.float32)
 
 
 @triton.jit
 def rotate(first, second, cos, sin):
-    """Pairs of numbers turned by angles, in float32, rounded to their own dtype."""
+    """Rotate pairs by angles, computed in float32 and rounded to their own dtype."""
     a = first.to(tl.float32)
     b = second.to(tl.float32)
     return (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(first.dtype)
@@ -64,13 +65,13 @@ def rotate(first, second, cos, sin):
 
 @triton.jit
 def softmax_start(BH: tl.constexpr, WIDTH: tl.constexpr):
-    """Where a softmax begins: the highest scores [BH], their sums [BH], sums of values [BH, WIDTH]."""
+    """Initial state of an online softmax: running maximum [BH], running sum [BH], accumulator of values [BH, WIDTH]."""
     return tl.full((BH,), MASKED, tl.float32), tl.zeros((BH,), tl.float32), tl.zeros((BH, WIDTH), tl.float32)
 
 
 @triton.jit
 def softmax_update(scores, visible, values, row_max, row_sum, acc):
-    """Softmax as it goes (Milakov and Gimelshein 2018, eq. 7): scores [BH, BS] to base 2, values [BS, D], sums [BH, D]."""
+    """Online softmax (Milakov and Gimelshein 2018, eq. 7): scores [BH, BS] to base 2, values [BS, D], acc [BH, D]."""
     scores = tl.where(visible, scores, MASKED)
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
     rescale = tl.exp2(row_max - new_max)
@@ -85,10 +86,10 @@ def merge_splits(
     row_max, row_sum, acc, out, valid, partial, arrived, splits,
     BH: tl.constexpr, WIDTH: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Write ``sums / total`` [BH, WIDTH] where `valid`; of up to MOST > 1 shares, the last program does, for all.
+    """Store ``acc / row_sum`` [BH, WIDTH] where `valid`. With MOST > 1, the last program to arrive merges all splits first.
 
-    out: pointers [BH, WIDTH]; partial: [rows of the grid, shares, BH * (WIDTH + 2)] float32 scratch; arrived: a counter
-    for each row of the grid, zero before and after.
+    out: pointers [BH, WIDTH]; partial: [rows of the grid, splits, BH * (WIDTH + 2)] float32 scratch; arrived: one counter for each
+    row of the grid, zero before and after; MOST: a power of two, at least `splits`.
     """
     complete = True
     if MOST > 1:
@@ -112,7 +113,7 @@ def merge_splits(
             row_sums = tl.load(at + BH, mask=there, other=0, cache_modifier=".cg")
             row_sum = tl.sum(row_sums * tl.exp2(maxima - row_max[None, :]), axis=0)
             acc = tl.zeros((BH, WIDTH), tl.float32)
-            for split in tl.range(0, splits, loop_unroll_factor=4):  # nothing that is loaded waits for what was
+            for split in tl.range(0, splits, loop_unroll_factor=4):  # loads of different splits overlap
                 other = first + split * size
                 factor = tl.exp2(tl.load(other + BH * WIDTH + h, cache_modifier=".cg") - row_max)
                 acc += tl.load(other + offsets, cache_modifier=".cg") * factor[:, None]
@@ -127,14 +128,14 @@ def attend(
     PER_KEY: tl.constexpr, KEY_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
     BH: tl.constexpr, BS: tl.constexpr, MOST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Attention in groups of PER_KEY heads with one key. The grid is (B * KEY_HEADS, shares).
+    """Grouped-query attention: PER_KEY query heads share a key head. The grid is (B * KEY_HEADS, splits).
 
-    q: [B, KEY_HEADS * PER_KEY * D], k, v: [B, KEY_HEADS * D], rows `q_row`, `k_row`, `v_row` apart, not yet turned.
-    cos, sin: of the angles of D / 2 pairs, a row for each sequence, `angles` apart.
-    position: [1] int64, where the new tokens stand in the cache; padding: [B] int64, how many places before are empty.
-    keys, values: [B, KEY_HEADS, S, D]; the new ones are written there.
-    out: [B, KEY_HEADS * PER_KEY * D]; partial, arrived: see `finish`.
-    scaling: of the scores, times log2(e).
+    q: [B, KEY_HEADS * PER_KEY * D], k, v: [B, KEY_HEADS * D], before rotation; q_row, k_row, v_row: their row strides.
+    cos, sin: [B, D / 2], the angles of the pairs; angles: their row stride.
+    position: [1] int64, cache position of the new tokens; padding: [B] int64, number of empty positions at the start of the cache.
+    keys, values: [B, KEY_HEADS, S, D], the cache; the new token's are written to it.
+    out: [B, KEY_HEADS * PER_KEY * D]; partial, arrived: see `merge_splits`.
+    scaling: factor of the scores, times log2(e).
     """
     if CHAINED:
         gdc_wait()
@@ -160,7 +161,7 @@ def attend(
         store_pair(k_cache + current * D, k0, k1, i, D, i < D // 2, False)
         new = tl.load(v + sequence * v_row + head * D + d, mask=d < D, other=0)
         tl.store(v_cache + current * D + d, new, mask=d < D)
-        tl.debug_barrier()  # they are read back below
+        tl.debug_barrier()  # the loop below reads them back
     row_max, row_sum, acc = softmax_start(BH, WIDTH)
     for first in range(begin, end, BS):
         key_position = first + tl.arange(0, BS)
@@ -183,12 +184,12 @@ def keep_latents(
     L: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, Q_WIDTH: tl.constexpr,
     IN_PAIRS: tl.constexpr, OUT_PAIRS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """What one token leaves in the cache of latent attention. The grid is (B, 2), or (B, 1) without a latent of queries.
+    """Write the new tokens to the cache of latent attention. The grid is (B, 2), or (B, 1) without a query latent.
 
-    kv: [B, L + R], rows `kv_row` apart: the latent, which is normed and written to latents [B, 1, S, L] at `position`,
-    and the rotary key, which is turned and written to rotary [B, 1, S, R].
-    q_a: [B, Q], rows `q_a_row` apart: normed and written to q_out [B, Q].
-    IN_PAIRS, OUT_PAIRS: where the numbers that are turned together lie in kv and in the cache; see `pair`.
+    kv: [B, L + R] with row stride `kv_row`. Its latent is normalized and written to latents [B, 1, S, L] at `position`; its rotary
+    key is rotated and written to rotary [B, 1, S, R].
+    q_a: [B, Q] with row stride `q_a_row`, the query latent; it is normalized and written to q_out [B, Q].
+    IN_PAIRS, OUT_PAIRS: layout of the rotary pairs in kv and in the cache; see `load_pair`.
     """
     if CHAINED:
         gdc_wait()
@@ -221,12 +222,13 @@ def attend_latents(
     BH: tl.constexpr, BS: tl.constexpr, IN_PAIRS: tl.constexpr, OUT_PAIRS: tl.constexpr,
     MOST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Attention of all heads to the latents, which hold the new token already. The grid is (B * ceil(HEADS / BH), shares).
+    """Attention of all heads to the latents, which already hold the new token. The grid is (B * ceil(HEADS / BH), splits).
 
-    q_latent: for each head and sequence, `q_head` and `q_sequence` apart, a query [L] in the space of the latents.
-    q: [B, HEADS * q_width], rows `q_row` apart; the last R numbers of each head are turned here.
-    latents: [B, 1, S, L]; rotary: [B, 1, S, R], turned; see `keep_latents`.
-    out: weighted sums of latents [L], `out_head` and `out_sequence` apart; the rest as in `attend`.
+    q_latent: for each head and sequence (strides `q_head`, `q_sequence`) a query [L] in latent space.
+    q: [B, HEADS * q_width] with row stride `q_row`; the last R elements of each head are rotated here.
+    latents: [B, 1, S, L]; rotary: [B, 1, S, R], rotated; see `keep_latents`.
+    out: for each head and sequence (strides `out_head`, `out_sequence`) the weighted sum of latents [L].
+    Other arguments as in `attend`.
     """
     if CHAINED:
         gdc_wait()

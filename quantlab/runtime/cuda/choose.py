@@ -1,12 +1,12 @@
-"""The router of a mixture of experts for few tokens: scores, groups, the best experts and their weights in one launch."""
+"""The router of a mixture of experts for few tokens: scores, group selection, top-k experts and weights in one launch."""
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 LOWEST: tl.constexpr = tl.constexpr(-3e38)
-"""What is wanted of an expert of a group that was not chosen, or with a score that is no number: less than of others, more than
-of one that is chosen already. So there are always TOP_K experts, and a token of NaNs gets weights of NaN."""
+"""Preference of an expert whose group was not selected or whose score is NaN: below that of all other experts, above that of an
+expert that has already been selected (-inf). So TOP_K experts are always found, and a token of NaNs gets NaN weights."""
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def select_experts(
     E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr, SIGMOID: tl.constexpr,
     NORMED: tl.constexpr, GW: tl.constexpr, PW: tl.constexpr, KW: tl.constexpr,
 ):  # fmt: skip
-    """The experts of one row by its logits [E]; see `choose`."""
+    """Select the experts of one row from its logits [E]; see `choose`."""
     per: tl.constexpr = E // GROUPS
     g = tl.arange(0, GW)
     p = tl.arange(0, PW)
@@ -69,11 +69,11 @@ def choose(
     NORMED: tl.constexpr, GW: tl.constexpr, PW: tl.constexpr, KW: tl.constexpr,
     BE: tl.constexpr, BH: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """TOP_K of E experts for each row of x [T, H]. The grid is (T, ceil(E / BE)).
+    """Select TOP_K of E experts for each row of x [T, H]. The grid is (T, ceil(E / BE)). All arithmetic is float32.
 
-    SIGMOID: DeepSeek-V3 (report, eq. 14–16 and 2.1.2): scores are sigmoids, chosen by score + `bias` [E], a group counts its
-    two best. Else DeepSeek-V2: scores are a softmax, a group counts its best. Only experts of the TOP_GROUPS best groups are chosen.
-    NORMED: the weights are divided by their sum. All in float32.
+    SIGMOID: as in DeepSeek-V3 (report, eq. 14–16 and 2.1.2): scores are sigmoids, experts are ranked by score + `bias` [E], and a
+    group by the sum of its two best. Else as in DeepSeek-V2: scores are a softmax, and a group is ranked by its best expert.
+    Experts are selected from the TOP_GROUPS best groups only. NORMED: the weights are divided by their sum.
 
     weight: [E, H]; logits: [T, E] float32 scratch; index: [T, TOP_K] int64; weights: [T, TOP_K] float32, times `scaling`.
     arrived: [T] int32, zero before and after. GW, PW, KW: powers of two, at least GROUPS, E / GROUPS and TOP_K.

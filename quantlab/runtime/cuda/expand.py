@@ -1,4 +1,4 @@
-"""Packed matrices expanded again, for products of so many rows that a library's kernel on a buffer is fastest."""
+"""Dequantization of packed matrices into a buffer, for products of so many rows that a library's kernel is fastest."""
 
 import triton
 import triton.language as tl
@@ -8,9 +8,9 @@ from quantlab.runtime.cuda.unpack import load_words
 
 @triton.jit
 def expand(w, scale, out, first, rows, N, K, INT4: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr):
-    """Rows `first`, a multiple of 64, to ``first + rows`` of packed matrix w into out [rows, K].
+    """Dequantize rows `first` (a multiple of 64) to ``first + rows`` of packed matrix w into out [rows, K].
 
-    The product of integer and scale is rounded to the scale's dtype, as the format defines it.
+    The product of integer and scale is rounded to the scale's dtype, as the number format defines it.
     """
     PARTS: tl.constexpr = 4 if INT4 else 2
     WORDS: tl.constexpr = 128 // PARTS

@@ -1,19 +1,19 @@
-"""The product of many rows of activations with a packed matrix on GPUs of compute capability 9, written in Gluon.
+"""A warp-specialized Gluon kernel for GPUs of compute capability 9: many rows of activations times a packed matrix.
 
-At many tokens a product costs arithmetic, and the tensor cores must never wait: neither for activations, nor for the
-integers to be expanded. So warps have roles. One warp (`fetch`) has the copy engine bring activations, half a block of
-columns at a time, into a ring of places in shared memory. Eight warps (`consume`) expand and multiply: each four own 64
-rows of the matrix, read the words of their part straight into registers, as they lie, a block ahead
-(`quantlab.runtime.cuda.hopper_words`), and expand half a block while the tensor cores still multiply the half before. With
-tiles of 256 activations products take 93 % of the cycles of such a program, beginning and end included, with tiles of 192
-85 %, of 128 75 %: behind fewer products expanding is hidden less.
+At many tokens a product is compute-bound, and the tensor cores must wait neither for activations nor for the expansion of
+integers. So warps have roles. One producer warp (`produce`) has the tensor memory accelerator (TMA) copy activations, half a block
+of columns at a time, into a ring of shared-memory slots. Eight consumer warps (`consume`) expand and multiply: each group of four
+owns 64 rows of the matrix, loads the words of its fragments straight into registers one block ahead
+(`quantlab.runtime.cuda.hopper_unpack`), and expands half a block while the tensor cores still multiply the previous half. Matrix
+instructions take 93 % of a program's cycles, prologue and epilogue included, with tiles of 256 activations, 85 % with tiles of 192
+and 75 % with tiles of 128: fewer products hide less of the expansion.
 
-As in `quantlab.runtime.cuda.kernels` the product is transposed, ``W x^T``, since weights can come from registers only on the
-left, and launches overlap: there is no room for a second program beside one, but the next takes the place of the first that
-ends, and reads its first words while others still write. Programs stay, one per multiprocessor. First each takes whole
-tiles; the last tiles, too few for all programs, are cut into equal runs of blocks of columns. Where a run begins inside a
-tile, its program leaves its share in memory; the program whose run begins with the tile has all shares copied into the ring,
-after its activations, and adds them.
+As in `quantlab.runtime.cuda.kernels` the product is transposed, ``W x^T``, since only the left operand can come from registers.
+Launches overlap: two programs do not fit on a multiprocessor, but a program of the next launch starts where the first one ends,
+and loads its first words while others still write. The kernel is persistent, with one program per multiprocessor. Programs
+first process whole tiles; the last tiles, too few for all programs, are divided into equal ranges of blocks of columns
+(stream-K). Where a range begins inside a tile, its program writes its share of the sums to memory. The program whose range
+begins with the tile has all shares copied into the ring, after its activations, and adds them.
 
 Legend: N rows (outputs), K columns (inputs), T rows of activations; tiles of BN = 128 rows of the matrix and BM of
 activations, whose columns are walked in blocks of 128.
@@ -55,13 +55,16 @@ from quantlab.runtime.cuda.hopper_unpack import (
 )
 
 RING_ROWS: gl.constexpr = gl.constexpr(1344)
-"""Rows of 64 activations in shared memory, at most: 168 KB, which with results of 192 or 256 tokens is nearly all there is."""
+"""Capacity of the ring in rows of 64 activations: 168 KB, which with an output tile of 192 or 256 tokens nearly fills shared memory."""
 PREFETCH: gl.constexpr = gl.constexpr("""{ .reg .pred one; elect.sync _|one, 0xffffffff;
 @one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""")
 
 
 def descriptors(matrix: Tensor, tokens: int, columns: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
-    """A matrix as the copy engine reads and writes it, in boxes of columns and as many rows as both parts of a tile have."""
+    """TMA descriptors of a matrix, for boxes of `columns` columns and the rows of the first and the second part of a tile.
+
+    The second is None where tiles of `tokens` activations have one part only; see `hopper_unpack.tile_parts`.
+    """
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * matrix.element_size(), rank=2)
     first, second = tile_parts(tokens)
     second_descriptor = TensorDescriptor.from_tensor(matrix, [second, columns], layout) if second else None
@@ -70,7 +73,7 @@ def descriptors(matrix: Tensor, tokens: int, columns: int) -> tuple[TensorDescri
 
 @gluon.jit
 def copy_boxes(sources, row, second_row, column, slots, ready, free, phase, BM: gl.constexpr):
-    """Have a box of each source copied to its place once that is free; the second only if tiles have a second part."""
+    """Start the copy of a box of each source to its slot once the slot is free; of the second only if tiles have two parts."""
     mbarrier.wait(free, phase)
     mbarrier.expect(ready, BM * 128)
     tma.async_copy_global_to_shared(sources[0], [row, column], ready, slots[0])
@@ -83,10 +86,10 @@ def produce(
     x, share_boxes, rings, ready, free, share_written, w, arrived, T, N, K, shared, sharers,
     INT4: gl.constexpr, BM: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Have activations copied, 64 columns at a time, to each place of the rings as soon as it is free.
+    """Producer warp: copy activations, 64 columns at a time, to each slot of the rings as soon as it is free.
 
-    The words of the same block are sent for: they come to the second-level cache before `consume` asks for them. Shares of a
-    tile go the same way: when `consume` has left one, its arrival is counted; where all are to be added, they are copied.
+    Also prefetches the words of the same block into the L2 cache, before `consume` loads them. Handles the shares of a tile too:
+    counts an arrival when `consume` has written a share, and copies all shares to the rings for the program that adds them.
     """
     PAIRS: gl.constexpr = 16 if INT4 else 32
     A: gl.constexpr = tile_parts(BM)[0]
@@ -97,8 +100,8 @@ def produce(
     whole_tiles, whole, items, range_index, begin, end = program_work(T, N, K, shared, sharers, BM)
     gdc_wait()
     slot = 0
-    phase = 1  # the phase before the first has passed: at first all places are free
-    owner = -1  # the run that begins the tile of which a share is left and not yet counted
+    phase = 1  # initially all slots are free: the phase before the first counts as completed
+    owner = -1  # range whose program adds a share that is written but not yet counted; -1 for none
     for item in range(items):
         tile, first, last = item_range(item, whole_tiles, whole, begin, end, blocks)
         row = tile % row_blocks * BM
@@ -113,7 +116,7 @@ def produce(
                     x, row, row + A, block * 128 + half * 64, slots, ready.index(slot), free.index(slot), phase, BM
                 )
                 slot, phase = next_slot(slot, phase, SLOTS)
-            if (owner >= 0) & (block >= gl.minimum(first + 3, last - 1)):  # its sums have been written meanwhile
+            if (owner >= 0) & (block >= gl.minimum(first + 3, last - 1)):  # the share has been written by now
                 mbarrier.wait(share_written, 0)
                 gl.atomic_add(arrived + owner, 1, sem="release")
                 owner = -1
@@ -140,7 +143,7 @@ def produce(
 
 @gluon.jit
 def store_scaled(sums, scale, out_tile, top, N, INT4: gl.constexpr, PART: gl.constexpr):
-    """Sums [BN, PART], int8 scaled, to shared memory."""
+    """Store sums [BN, PART], scaled by row for int8, to shared memory."""
     if not INT4:
         n = gl.minimum(top + gl.arange(0, BN, layout=gl.SliceLayout(1, sums_layout(PART))), N - 1)
         sums *= gl.load(scale + n).to(gl.float32).expand_dims(1)
@@ -149,7 +152,7 @@ def store_scaled(sums, scale, out_tile, top, N, INT4: gl.constexpr, PART: gl.con
 
 @gluon.jit
 def store_tile(sums, more, scale, out, out_tiles, row, top, N, INT4: gl.constexpr, BM: gl.constexpr):
-    """Have a tile copied to its place, int8 scaled, once the one before has left `out_tiles`."""
+    """Start the copy of a finished tile to `out`, once the copy of the previous one has left `out_tiles`."""
     A: gl.constexpr = tile_parts(BM)[0]
     B: gl.constexpr = tile_parts(BM)[1]
     tma.store_wait(0)
@@ -165,10 +168,10 @@ def store_tile(sums, more, scale, out, out_tiles, row, top, N, INT4: gl.constexp
 
 @gluon.jit
 def multiply_slot(weights, rings, slot, sums, more, BM: gl.constexpr):
-    """Weights [BN, 64] times a place of the rings, added to the sums; products begun before have ended, these have not.
+    """Issue sums += weights [BN, 64] times a slot of the rings. Waits for earlier products only; these are still in flight.
 
-    The larger part comes last: while its last product runs, weights are expanded for the next. Weights must not be carried over
-    a loop: that merges their registers with those of the next while products still read them.
+    The larger part is issued last: while it runs, the weights of the next half are expanded. Weights must not be loop-carried:
+    the compiler would reuse their registers for the next ones while products still read them.
     """
     B: gl.constexpr = tile_parts(BM)[1]
     if B:
@@ -186,7 +189,7 @@ def consume(
     rings, ready, free, share_written, w, scale, out, out_tiles, shares, T, N, K, shared, sharers,
     INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Expand and multiply; write the tiles of this program, or leave its share of a tile that another begins."""
+    """Consumer warps: expand and multiply; store this program's tiles, or its share of a tile that another program completes."""
     A: gl.constexpr = tile_parts(BM)[0]
     B: gl.constexpr = tile_parts(BM)[1]
     BFLOAT16: gl.constexpr = rings[0].dtype == gl.bfloat16
@@ -242,14 +245,16 @@ def wide_product(
     x, second_x, w, scale, out, second_out, shares, share_boxes, second_share_boxes, arrived, T, N, K, shared, sharers,
     INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr,
 ):  # fmt: skip
-    """``x W^T`` by programs that stay; the last `shared` tiles are cut into equal runs for `sharers` of them.
+    """``x W^T`` by persistent programs; the last `shared` tiles are divided into equal ranges for `sharers` of them (stream-K).
 
-    Tiles have a part of A activations and one of B or none (`parts_of`), for which `second_` descriptors are, or None.
+    A tile has a first part of A activations and a second of B, or none (`tile_parts`). Arguments `second_…` are the TMA
+    descriptors for the second part, or None.
 
-    x: descriptor of [T, K] for boxes [A, 64], and [B, 64]; out: of [T, N] for boxes [A, BN], and [B, BN].
+    x: descriptor of [T, K] for boxes [A, 64] ([B, 64]); out: of [T, N] for boxes [A, BN] ([B, BN]).
     w: see `quantlab.runtime.cuda.layout`, two words in each int32; scale: [K / g, N] of x's dtype (INT4) or [N].
-    shares: float32 scratch for a tile of each run, [sharers * BN * BM / 32, 32]; left: of it for boxes [A, 32], and [B, 32].
-    arrived: [sharers] int32, by run, zero before and after.
+    shares: float32 scratch, one tile for each range, [sharers * BN * BM / 32, 32]; share_boxes: its descriptor for boxes [A, 32]
+    ([B, 32]).
+    arrived: [sharers] int32 counters, one for each range, zero before and after.
     """
     gdc_launch_dependents()
     A: gl.constexpr = tile_parts(BM)[0]

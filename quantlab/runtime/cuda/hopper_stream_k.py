@@ -1,11 +1,11 @@
-"""How programs of `quantlab.runtime.cuda.hopper` share tiles: what each takes, and how sums come together.
+"""Stream-K for `quantlab.runtime.cuda.hopper`: the work of each program, and the reduction of tiles that programs share.
 
-The last tiles are cut into equal runs of blocks of columns. Where a run begins inside a tile, its program leaves its share of
-the sums in memory; the program whose run begins with the tile has all shares copied into the ring, after its activations,
+The last tiles are divided into equal ranges of blocks of columns. Where a range begins inside a tile, its program writes its share
+of the sums to memory. The program whose range begins with the tile has all shares copied into the ring, after its activations,
 and adds them.
 
 Legend: N rows (outputs), K columns (inputs), T rows of activations; tiles of BN = 128 rows of the matrix and BM of
-activations, in one or two parts of PART of them (`quantlab.runtime.cuda.hopper_words.parts_of`); blocks of 128 columns.
+activations, in one or two parts of PART of them (`quantlab.runtime.cuda.hopper_unpack.tile_parts`); blocks of 128 columns.
 """
 
 from triton.experimental import gluon
@@ -15,22 +15,26 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from quantlab.runtime.cuda.hopper_unpack import BN, sums_layout, tile_parts
 
 QUARTERS: gl.constexpr = gl.constexpr(4)
-"""Places of the ring that the sums of a tile take, and …"""
+"""Ring slots that the sums of a tile take."""
 QUARTER: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
-"""… how a part of each lies there: [PART, 32] float32."""
+"""Shared-memory layout of one part of a quarter, [PART, 32] float32."""
 
 WAIT_UNTIL: gl.constexpr = gl.constexpr("""{ .reg .pred less; .reg .u32 seen;
 look: ld.relaxed.gpu.global.u32 seen, [$1]; setp.lt.u32 less, seen, $2; @less bra look;
 bar.warp.sync 0xffffffff; fence.acq_rel.gpu; fence.proxy.async.global; mov.u32 $0, 0; }""")
-"""Wait until the number at $1 is not less than $2; what others wrote before can then be copied, and the number be set."""
+"""Spin until the counter at $1 is at least $2. Data written before it was incremented may then be copied, and the counter be reset."""
 
 
 @gluon.jit
 def program_work(T, N, K, shared, sharers, BM: gl.constexpr):
-    """The items of this program: how many tiles it takes whole, how many in all, and its run of the shared tiles' blocks.
+    """This program's work items.
 
-    The first programs have the last runs. So each waits only for shares of programs that begin before it does: GPUs give
-    multiprocessors to programs in their order, though CUDA does not promise it.
+    The first programs have the last ranges. So each waits only for shares of programs that start earlier: GPUs schedule programs
+    in order, though CUDA does not guarantee it.
+
+    Returns:
+        The number of unshared tiles of the product; the number of tiles that this program computes whole; the number of its
+        items, which also include its parts of shared tiles; the index of its range; the range [begin, end) of shared tiles' blocks.
     """
     blocks = (K + 127) // 128
     program = gl.program_id(0)
@@ -45,13 +49,13 @@ def program_work(T, N, K, shared, sharers, BM: gl.constexpr):
 
 @gluon.jit
 def range_owning(unit, shared, sharers, blocks):
-    """The run that block `unit` is in, all blocks of the shared tiles counted one after the other."""
+    """The range that contains block `unit`, where the blocks of all shared tiles are numbered consecutively."""
     return ((unit + 1) * sharers - 1) // (shared * blocks)
 
 
 @gluon.jit
 def item_range(item, whole_tiles, whole, begin, end, blocks):
-    """Tile of an item, and its blocks `first` to `last`."""
+    """The tile of an item, and its blocks [first, last)."""
     shared_tile = begin // blocks + item - whole
     is_whole = item < whole
     tile = gl.where(is_whole, gl.program_id(0) + item * gl.num_programs(0), whole_tiles + shared_tile)
@@ -62,20 +66,20 @@ def item_range(item, whole_tiles, whole, begin, end, blocks):
 
 @gluon.jit
 def next_slot(slot, phase, SLOTS: gl.constexpr):
-    """The next place of the ring, and the phase its barriers are in."""
+    """The next slot of the ring, and the phase of its barriers."""
     wraps = slot == SLOTS - 1
     return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
 def previous_slot(slot, SLOTS: gl.constexpr):
-    """The place of the ring before."""
+    """The previous slot of the ring."""
     return gl.where(slot == 0, SLOTS - 1, slot - 1)
 
 
 @gluon.jit
 def to_quarters(sums, PART: gl.constexpr):
-    """Sums [BN, PART] -> their quarters [PART, 32], 16 bytes of a row a thread; nothing moves."""
+    """Sums [BN, PART] -> four quarters [PART, 32], 16 bytes of a row per thread; no data moves between threads."""
     elements = sums.reshape((8, 2, 8, PART // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((2, 2, PART, 32))
     even, odd = gl.split(elements.permute((2, 3, 0, 1)))
     q0, q2 = gl.split(even)
@@ -85,7 +89,7 @@ def to_quarters(sums, PART: gl.constexpr):
 
 @gluon.jit
 def from_quarters(q0, q1, q2, q3, PART: gl.constexpr):
-    """The inverse of `in_quarters`."""
+    """The inverse of `to_quarters`."""
     elements = gl.join(gl.join(q0, q2), gl.join(q1, q3)).permute((2, 3, 0, 1)).reshape((PART // 8, 8, 8, 4, 2, 2))
     sums = elements.permute((1, 4, 2, 0, 3, 5)).reshape((BN, PART))
     return gl.convert_layout(sums, sums_layout(PART), assert_trivial=True)
@@ -93,13 +97,13 @@ def from_quarters(q0, q1, q2, q3, PART: gl.constexpr):
 
 @gluon.jit
 def as_quarter(slot, PART: gl.constexpr):
-    """A place of a ring, if it has a part at all, as a quarter [PART, 32] of sums."""
+    """A slot of a ring, reinterpreted as a quarter [PART, 32] of the sums; unchanged if PART is 0."""
     return slot._reinterpret(gl.float32, (PART, 32), QUARTER) if PART else slot
 
 
 @gluon.jit
 def store_share(sums, share, PART: gl.constexpr):
-    """Write the sums [BN, PART] of a part of a share where `hopper.fetch` of another program finds them."""
+    """Write one part of a share, sums [BN, PART], to memory, from where `hopper.produce` of another program copies it."""
     quarters = to_quarters(sums, PART)
     row = gl.arange(0, PART, layout=gl.SliceLayout(1, quarters[0].type.layout))
     column = gl.arange(0, 32, layout=gl.SliceLayout(0, quarters[0].type.layout))
@@ -109,9 +113,9 @@ def store_share(sums, share, PART: gl.constexpr):
 
 @gluon.jit
 def add_quarter(quarter, slot, PART: gl.constexpr):
-    """A quarter [PART, 32] of sums and that of a share in a place of the ring.
+    """Add the quarter [PART, 32] of a share in a ring slot to a quarter of the sums.
 
-    Added by what the compiler takes for a side effect: else it reads all quarters first, for which there are no registers.
+    The inline assembly is marked impure: otherwise the compiler loads all quarters first and runs out of registers.
     """
     share = as_quarter(slot, PART).load(quarter.type.layout)
     return gl.inline_asm_elementwise(
@@ -121,7 +125,7 @@ def add_quarter(quarter, slot, PART: gl.constexpr):
 
 @gluon.jit
 def replace_one(four, index: gl.constexpr, value):
-    """Four tensors, one of them replaced: a tuple's element cannot be set."""
+    """A tuple of four tensors with one replaced: Gluon cannot assign to an element of a tuple."""
     if index == 0:
         return value, four[1], four[2], four[3]
     elif index == 1:
@@ -134,7 +138,10 @@ def replace_one(four, index: gl.constexpr, value):
 
 @gluon.jit
 def add_shares(sums, more, others, rings, ready, free, slot, phase, BM: gl.constexpr, SLOTS: gl.constexpr):
-    """The sums of both parts of a tile with all `others` shares, which are in the rings one after the other; the next place."""
+    """Add all `others` shares of a tile, which arrive in the rings one after the other, to the sums of both its parts.
+
+    Returns the sums of both parts, the next slot and its phase.
+    """
     A: gl.constexpr = tile_parts(BM)[0]
     B: gl.constexpr = tile_parts(BM)[1]
     first = to_quarters(sums, A)
@@ -145,7 +152,7 @@ def add_shares(sums, more, others, rings, ready, free, slot, phase, BM: gl.const
             first = replace_one(first, quarter, add_quarter(first[quarter], rings[0].index(slot), A))
             if B:
                 second = replace_one(second, quarter, add_quarter(second[quarter], rings[1].index(slot), B))
-            fence_async_shared()  # the share has been read before the copy engine writes here again
+            fence_async_shared()  # the share is read before TMA writes to the slot again
             gl.thread_barrier()
             mbarrier.arrive(free.index(slot))
             slot, phase = next_slot(slot, phase, SLOTS)

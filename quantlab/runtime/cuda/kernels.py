@@ -1,18 +1,18 @@
-"""The product of rows of activations with packed matrices: one Triton kernel for linears and experts, and its parts.
+"""Triton kernels that multiply rows of activations by packed matrices, for linears and for routed experts.
 
-A program computes a tile of the transposed product, ``W x^T``: BN rows of a matrix times BM rows of activations. With the
-weights on the left, tensor cores take them from registers, straight from where the integers were expanded; and since few
-tokens fill only few columns of a tile, one kernel serves from one token to thousands.
+A program computes a tile of the transposed product ``W x^T``: BN rows of a matrix times BM rows of activations. As the left
+operand, weights go to the tensor cores from the registers in which the integers were expanded. Few tokens fill only few columns
+of a tile, so one kernel serves from one token to thousands.
 
-Integers lie in slabs of 64 rows and 128 columns, all slabs of a block of columns after one another. Words within a slab are
-ordered as the tensor cores want them (`quantlab.runtime.cuda.layout`): a thread reads 16 bytes and has the words of its own
-part of the product, in order. Integers that share a word are a quarter (int4) or half (int8) of the block apart, so that
-words [BN, 32] give four tiles [BN, 32] of neighbouring columns. No number ever moves between threads.
+Integers are stored in slabs of 64 rows and 128 columns; all slabs of a block of columns are contiguous. Words within a slab are in
+the order of the tensor-core fragments (`quantlab.runtime.cuda.layout`): a thread loads 16 bytes and has the words of its own
+fragment, in order. Integers that share a word are a quarter (int4) or half (int8) of the block apart, so that words [BN, 32]
+expand to four tiles [BN, 32] of neighbouring columns. No data moves between threads.
 
-Launches of few rows overlap (CHAINED; programmatic dependent launch): a kernel is launched before the one ahead of it has ended.
-Every program of such a kernel waits for that end before it reads what another wrote, and before it writes; so whatever comes
-after it may rely on all that came before. Only weights and their scales, which no kernel of a step writes, are read before.
-Those that say when they are nearly done let the next one begin then, else it begins with their end.
+Launches of few rows overlap (CHAINED; programmatic dependent launch): a kernel launches before its predecessor has finished. Every
+program of such a kernel waits for its predecessor before it reads any other kernel's output and before it writes, so ordering
+holds for all later kernels too. Only weights and their scales, which no kernel of a step writes, are read before the wait. A
+kernel that calls `gdc_launch_dependents` lets its successor launch at that point; otherwise the successor launches when it ends.
 
 Legend: E matrices, N rows (outputs), K columns (inputs), T rows of activations, tile sizes BN and BM.
 """
@@ -33,13 +33,13 @@ INT8: tl.constexpr = tl.constexpr(1)
 INT8_TOKENS: tl.constexpr = tl.constexpr(2)
 FLOAT: tl.constexpr = tl.constexpr(3)
 FEW_ROWS: tl.constexpr = tl.constexpr(64)
-"""Rows of activations of a tile up to which scales are read ahead of the sums, so that nothing waits for them; where there are
-more, the sums need the registers."""
+"""Up to this many rows of activations in a tile, scales are loaded before the main loop to hide their latency; beyond, the
+accumulators need the registers."""
 
 
 @triton.jit
 def load_activations(x, row, valid, column, K, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """Columns `column` to `column + WIDTH` of rows `row` [BM], transposed: [WIDTH, BM], zeros where there are none."""
+    """Columns `column` to `column + WIDTH` of rows `row` [BM], transposed: [WIDTH, BM], zero out of bounds."""
     k = column + tl.arange(0, WIDTH)
     pointers = x + row[None, :] * K + k[:, None]
     if EVEN:
@@ -70,7 +70,8 @@ def int4_sums(
 ):  # fmt: skip
     """Rows n [BN] of an int4 matrix times rows of x, over blocks `first` to `last`: [BN, BM] float32.
 
-    Few activations: sums of integers times activations are scaled. Many: the weights are, rounded as the format says.
+    With few rows of activations the sums of each group are scaled; with many, the weights are scaled and rounded as the number
+    format defines it.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     BN: tl.constexpr = n.shape[0]
@@ -116,7 +117,7 @@ def int8_sums(
     x, row, valid, w, slab, slabs, n, first, last, K,
     GATED: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Rows n [BN] of an int8 matrix times rows of x, over blocks `first` to `last`, not yet scaled: [BN, BM] float32."""
+    """Rows n [BN] of an int8 matrix times rows of x, over blocks `first` to `last`, unscaled: [BN, BM] float32."""
     sums = tl.zeros((n.shape[0], row.shape[0]), tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
         words = load_words(w, slab, slabs, block, GATED, n.shape[0], 64, WARPS)
@@ -129,7 +130,7 @@ def int8_sums(
 def integer_sums(x, row, valid, w, n, first, last, N, K, EVEN: tl.constexpr, STAGES: tl.constexpr, PAIRS: tl.constexpr):
     """Rows n [BN] of an int8 matrix times rows of int8 x, over blocks `first` to `last`: [BN, BM] int32, exact.
 
-    PAIRS: two blocks a step; if their number is odd, the last step has its block twice, once with zeros for activations.
+    PAIRS: two blocks per iteration. If their number is odd, the last iteration loads its block twice, once with zero activations.
     """
     weights_at = w + n[:, None] * 128 + tl.arange(0, 128)[None, :]
     sums = tl.zeros((n.shape[0], row.shape[0]), tl.int32)
@@ -163,7 +164,7 @@ def tile_sums(
     KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
     WARPS: tl.constexpr, PAIRS: tl.constexpr = False,
 ):  # fmt: skip
-    """The sums of a tile for every kind of matrix: [BN, BM] float32, or int32 where activations are integers."""
+    """The unscaled product of a tile for any kind of matrix: [BN, BM] float32, or int32 where activations are int8."""
     slabs = tl.cdiv(N, 64)
     slab = tile_n if GATED else tile_n * (n.shape[0] // 64)
     if KIND == INT4:
@@ -178,7 +179,7 @@ def tile_sums(
 
 @triton.jit
 def row_scales(scale, n, KIND: tl.constexpr):
-    """The scales [BN] of rows of an int8 matrix."""
+    """The scales [BN] of the rows of an int8 matrix; a placeholder for other kinds."""
     if KIND == INT8 or KIND == INT8_TOKENS:
         return tl.load(scale + n).to(tl.float32)
     else:
@@ -187,7 +188,7 @@ def row_scales(scale, n, KIND: tl.constexpr):
 
 @triton.jit
 def token_scales(x_scale, row, valid, KIND: tl.constexpr):
-    """The scales [BM] of integer rows of activations."""
+    """The scales [BM] of int8 rows of activations; a placeholder for other kinds."""
     if KIND == INT8_TOKENS:
         return tl.load(x_scale + row, mask=valid, other=0.0)
     else:
@@ -199,7 +200,7 @@ def store_tile(
     sums, per_row, per_token, valid, added, out, out_row, tile_n, N,
     KIND: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """Scale a tile by its rows (int8) and tokens, gate it if asked, add where ADDED, and store it where `valid`."""
+    """Store a tile where `valid`: scaled by rows (int8) and tokens (int8 activations), gated where GATED, plus `added` where ADDED."""
     BN: tl.constexpr = sums.shape[0]
     BM: tl.constexpr = sums.shape[1]
     if KIND == INT8_TOKENS:
@@ -223,7 +224,7 @@ def store_tile(
 
 @triton.jit
 def tile_rows(tile_n, N, GATED: tl.constexpr, BN: tl.constexpr):
-    """The rows [BN] of a tile; where GATED, half a tile of the gate's and the same of up's."""
+    """The matrix rows [BN] of a tile; where GATED, half of them are gate rows and half the up rows of the same outputs."""
     i = tl.arange(0, BN)
     if GATED:
         half: tl.constexpr = BN // 2
@@ -234,10 +235,12 @@ def tile_rows(tile_n, N, GATED: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def reduce_partials(sums, valid, partial, slot, first_slot, arrived, contributors):
-    """Leave the sums [BN, BM] of one of `contributors` in a slot; the last of them gets them all, added in order.
+    """Write the partial sums [BN, BM] of one of `contributors` to its slot; the last to arrive adds all of them, in slot order.
 
-    Args: slots of other contributors follow `first_slot`; arrived: a counter, zero before and after.
-    Returns: the sums, and whether this program has them all.
+    The contributors' slots are consecutive from `first_slot`, so the order of additions is fixed.
+
+    Args: partial: scratch; slot: this program's; arrived: a counter, zero before and after.
+    Returns: the sums, and whether they are complete, which they are for exactly one contributor.
     """
     size: tl.constexpr = sums.shape[0] * sums.shape[1]
     offsets = tl.arange(0, sums.shape[1])[None, :] * sums.shape[0] + tl.arange(0, sums.shape[0])[:, None]
@@ -261,15 +264,15 @@ def product(
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, CHAINED: tl.constexpr, AHEAD: tl.constexpr,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``x W^T``, or a share of its blocks of columns where SPLIT; the grid is (tiles, splits).
+    """One tile of ``x W^T``, or part of its blocks of columns where SPLIT (split-K); the grid is (tiles, splits).
 
     x: [T, K], or int8 with x_scale [T] float32 where KIND is INT8_TOKENS.
     w: see `quantlab.runtime.cuda.layout`; scale: [K / g, N] (INT4) or [N].
-    out: [T, N], or [T, N / 2] where GATED: ``silu(gate) * up`` of a matrix with the gate's rows first, then up's.
+    out: [T, N], or [T, N / 2] where GATED: ``silu(gate) * up`` for a matrix with the gate rows first, then the up rows.
     added: [T, N] of out's dtype, added to the product where ADDED.
     partial: [tiles, splits, BM, BN] scratch; arrived: [tiles] int32, zero before and after.
-    CHAINED: see above; the rows of the first AHEAD blocks are sent for before the wait, where KIND is INT8_TOKENS.
-    PAIRS: of INT8_TOKENS, see `integer_sums`.
+    CHAINED: see above. Where KIND is INT8_TOKENS, the weights of the first AHEAD blocks are prefetched before the wait.
+    PAIRS: for INT8_TOKENS, see `integer_sums`.
     """
     row_blocks = tl.cdiv(T, BM)
     tile = tl.program_id(0)
@@ -307,7 +310,7 @@ def product(
 
 @triton.jit
 def prefetch_rows(w, tile_n, first, last, N, GATED: tl.constexpr, BN: tl.constexpr):
-    """Have int8 rows of a tile brought into the second-level cache: their runs of 128 bytes in blocks `first` to `last`."""
+    """Prefetch the int8 rows of a tile into the L2 cache, for blocks `first` to `last` of 128 columns."""
     if GATED:
         for block in range(first, last):
             at = w + (block * N + tile_n * (BN // 2)) * 128
@@ -320,13 +323,13 @@ def prefetch_rows(w, tile_n, first, last, N, GATED: tl.constexpr, BN: tl.constex
 
 @triton.jit
 def prefetch_bytes(start, size):
-    """Have `size` bytes from `start` on brought into the second-level cache; one thread asks."""
+    """Prefetch `size` bytes from `start` into the L2 cache; one thread issues the request."""
     tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [start, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def expert_base(w, scale, expert, blocks, N, K, KIND: tl.constexpr, GROUP: tl.constexpr):
-    """Where the matrix of an expert and its scales begin."""
+    """Pointers to the matrix of an expert and to its scales."""
     slabs = tl.cdiv(N, 64)
     if KIND == INT4:
         return w + expert * blocks * slabs * 2048, scale + expert * blocks * N * (128 // GROUP)
@@ -345,15 +348,15 @@ def run_product(
     ALONE: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """As `product`, by any number of programs; where ROUTED, rows meet the matrices of their experts.
+    """As `product`, by any number of programs (stream-K); where ROUTED, each row is multiplied by the matrix of its expert.
 
-    How many blocks of rows are routed is known only on the device. So the work is all tiles times all their blocks of
-    columns, one after the other, cut into equal runs; where a run ends inside a tile, `collect` adds its shares.
+    The number of routed blocks of rows is known only on the device. So the work units, all blocks of columns of all tiles, are
+    divided into equal contiguous ranges. Where a range ends inside a tile, `reduce_partials` adds the partial sums.
 
     w, scale: where ROUTED, of E matrices. partial: [2 * programs, BM, BN] scratch; arrived: [programs] int32 zeros.
-    order, block_expert, block_first, block_end, block_count: what `routing.route` wrote. With TOP_K, row p of the product
-    reads row ``order[p] / TOP_K`` of x and stays at p; without, it reads row p and writes row ``order[p]``.
-    ALONE: all T rows are of one token; row p is block p and meets expert ``block_expert[p]``, and no other of these is read.
+    order, block_expert, block_first, block_end, block_count: written by `sort_by_expert.route`. With TOP_K, row p of the product
+    reads row ``order[p] / TOP_K`` of x and is written to row p; without, it reads row p and is written to row ``order[p]``.
+    ALONE: all T rows belong to one token; row p is block p, its expert is ``block_expert[p]``, and the other tables are not read.
     """
     if CHAINED:
         gdc_wait()
@@ -393,7 +396,7 @@ def run_product(
         if last - first < blocks:
             first_program = program_owning(unit, per_program, remainder)
             contributors = program_owning(unit + blocks - 1, per_program, remainder) - first_program + 1
-            # tiles that are shared begin with different programs: 2 * starter on, none takes the slots of another
+            # shared tiles start in different programs, so their slots, from 2 * first_program on, do not overlap
             slot = (first_program + program).to(tl.int64)
             first_slot = slot - program + first_program
             sums, complete = reduce_partials(

@@ -1,4 +1,4 @@
-"""Launches of the kernels: tensors in and out."""
+"""Launchers of the kernels: functions that take and return tensors."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +15,7 @@ from quantlab.runtime.cuda.tiles import FEW_TOKENS, Chip, Kind, Tiles
 from quantlab.runtime.cuda.wide_schedule import ROWS, Schedule
 
 GLUON: Final = "3.6."
-"""Releases of triton whose Gluon, which is experimental, `hopper` is written in."""
+"""Prefix of the triton versions that `hopper` supports: Gluon is experimental and changes between releases."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Matrices:
     """E matrices [N, K] on the device, as the kernels read them.
 
     Attributes:
-        kind: what the numbers are.
+        kind: the kind of the stored numbers.
         shape: E, N, K.
         group: columns per scale of INT4.
         weight, scale: see `kernels.product` and `kernels.run_product`.
-        arrived: [n] int32 zeros: one for every tile of a linear that is split, or for every program. Products of the same
-            matrices are not to run at the same time.
+        arrived: [n] int32 counters, all zero, one for each tile of a split linear or for each program. Products of the same
+            matrices must not run concurrently.
     """
 
     kind: Kind
@@ -43,7 +43,7 @@ class Matrices:
 class Routing:
     """Rows sorted by expert, as `routing.route` writes them, for blocks of `tokens` rows.
 
-    Where `alone`, all rows are of one token: each is a block of its own, and `block_expert` is the index itself.
+    If `alone`, all rows belong to one token: each is a block of its own, and `block_expert` is the index itself.
     """
 
     order: Tensor
@@ -58,7 +58,7 @@ class Routing:
 
 @on_its_device
 def route(index: Tensor, experts: int, tokens: int) -> Routing:
-    """Sort the rows of index [T, k] by expert, in blocks of `tokens` rows; one token's are left as they are."""
+    """Sort the rows of index [T, k] by expert, in blocks of `tokens` rows; the rows of a single token are not sorted."""
     rows, index = index.numel(), index.contiguous()
     if index.shape[0] == 1:
         flat = index.view(-1)
@@ -78,7 +78,7 @@ def route(index: Tensor, experts: int, tokens: int) -> Routing:
 
 @on_its_device
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """[T, K] with weight [K] of the same dtype -> [T, K]; see `rows.rms_norm`."""
+    """RMS norm of x [T, K] with weight [K] of the same dtype: [T, K]; see `rowwise.rms_norm`."""
     rows, columns = x.shape
     out = torch.empty_like(x)
     width = power(columns)
@@ -90,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 @on_its_device
 def combine(rows: Tensor, weights: Tensor, added: Tensor | None = None) -> Tensor:
-    """rows [T * k, H] with weights [T, k], and added [T, H] if given -> [T, H]."""
+    """Weighted sums [T, H] of rows [T * k, H] with weights [T, k], plus `added` [T, H] if given; see `rowwise.combine`."""
     tokens, top_k = weights.shape
     out = rows.new_empty(tokens, rows.shape[1])
     width = 512
@@ -104,7 +104,7 @@ def combine(rows: Tensor, weights: Tensor, added: Tensor | None = None) -> Tenso
 
 @on_its_device
 def quantize_tokens(x: Tensor, *, early: bool = False) -> tuple[Tensor, Tensor]:
-    """[T, K] of any floating dtype -> integers [T, K] int8 and scales [T] float32; `early`: see `rows.quantize_tokens`."""
+    """Integers [T, K] int8 and scales [T] float32 of x [T, K], of any floating dtype; see `rowwise.quantize_tokens`."""
     rows, columns = x.shape
     q = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -126,16 +126,16 @@ def product(
     gated: bool = False,
     added: Tensor | None = None,
 ) -> Tensor:
-    """Products of all rows of x with the only matrix of m.
+    """Multiply all rows of x by the only matrix of m.
 
     Args:
         m: the matrix.
-        x: [T, K], int8 with `x_scale` [T] where m is INT8_TOKENS.
-        x_scale: of integers.
-        tiles: how the product is cut.
+        x: [T, K]; int8 where m is INT8_TOKENS.
+        x_scale: [T], scales of int8 x.
+        tiles: tile sizes and split of the product.
         dtype: of the result.
         gated: see `kernels.product`.
-        added: to the product, of its shape and dtype.
+        added: tensor of the result's shape and dtype that is added to the product.
 
     Returns:
         [T, N], or [T, N / 2] if gated.
@@ -147,7 +147,7 @@ def product(
     count = -(-x.shape[0] // tiles.tokens) * -(-rows // tiles.rows)
     partial, arrived = out, m.arrived
     if tiles.parts > 1:
-        assert count <= arrived.shape[0], "a counter for every tile"
+        assert count <= arrived.shape[0], "one counter per tile"
         partial = _scratch(m, count * tiles.parts, tiles)
     kernels.product[(count, tiles.parts)](
         x, arrived if x_scale is None else x_scale, m.weight, m.scale, out if added is None else added, out, partial, arrived,
@@ -170,20 +170,20 @@ def run_product(
     routed: Routing | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """Products of all rows of x with the only matrix of m, or of routed rows with the matrices of their experts.
+    """Multiply all rows of x by the only matrix of m, or routed rows by the matrices of their experts.
 
     Args:
         m: the matrices.
-        x: rows, int8 with `x_scale` where m is INT8_TOKENS.
-        x_scale: of integers.
-        tiles: how the product is cut.
+        x: rows; int8 where m is INT8_TOKENS.
+        x_scale: scales of int8 x.
+        tiles: tile sizes of the product.
         dtype: of the result.
-        routed: which rows meet which matrix, in blocks of as many rows as tiles have.
-        gated: see `kernels.product`. With routing, this is the first product of experts: sorted row p is row
-            ``order[p] // k`` of x [T, K]. Else the second: sorted row p of x [T * k, K] is written to row ``order[p]``.
+        routed: the matrix of each row, in blocks of `tiles.tokens` rows; None for a single matrix.
+        gated: see `kernels.product`. With routing, a gated product is the first of the experts' two: sorted row p is row
+            ``order[p] // k`` of x [T, K]. Otherwise it is the second: sorted row p of x [T * k, K] is written to row ``order[p]``.
 
     Returns:
-        As many rows as x has or are routed, sorted by expert if `gated` and routed; [·, N], or [·, N / 2] if gated.
+        [·, N], or [·, N / 2] if gated, with a row for each row of x or each routed row; sorted by expert if gated and routed.
     """
     _, rows, columns = m.shape
     count = x.shape[0] if routed is None else routed.order.shape[0]
@@ -191,7 +191,7 @@ def run_product(
     if not count:
         return out
     programs = tiles.parts * chip(x.device).multiprocessors
-    assert programs <= m.arrived.shape[0], "a counter for every program"
+    assert programs <= m.arrived.shape[0], "one counter per program"
     none = m.arrived
     tables = (
         (routed.order, routed.block_expert, routed.block_first, routed.block_end, routed.block_count)
@@ -211,17 +211,17 @@ def run_product(
 
 @on_its_device
 def wide_product(m: Matrices, x: Tensor, schedule: Schedule, out: Tensor) -> Tensor:
-    """Products of all rows of x [T, K], at least one, with the only matrix of m, written into out [T, N] of x's dtype.
+    """Multiply the rows of x [T, K], T > 0, by the only matrix of m, into out [T, N] of x's dtype; returns out.
 
-    All rows begin at multiples of 16 bytes: the copy engine asks for that.
+    All rows must be aligned to 16 bytes, as TMA requires.
     """
     from quantlab.runtime.cuda import hopper
 
     _, rows, columns = m.shape
     shares = torch.empty(schedule.sharers * schedule.tokens * ROWS // 32, 32, dtype=torch.float32, device=x.device)
-    assert schedule.sharers <= min(m.arrived.shape[0], schedule.programs), "a counter for every program that shares"
+    assert schedule.sharers <= min(m.arrived.shape[0], schedule.programs), "one counter per program that shares"
     assert not schedule.shared or schedule.sharers <= schedule.shared * blocks(columns), (
-        "programs wait for the shares of all runs"
+        "programs wait for the shares of all ranges"
     )
     hopper.wide_product[(schedule.programs,)](
         *hopper.descriptors(x, schedule.tokens, 64), m.weight.view(torch.int32), m.scale, *hopper.descriptors(out, schedule.tokens, ROWS),
@@ -233,14 +233,14 @@ def wide_product(m: Matrices, x: Tensor, schedule: Schedule, out: Tensor) -> Ten
 
 
 def _scratch(m: Matrices, slots: int, tiles: Tiles) -> Tensor:
-    """Room for the sums of tiles."""
+    """Scratch memory for the sums of `slots` tiles."""
     dtype = torch.int32 if m.kind == Kind.INT8_TOKENS else torch.float32
     return torch.empty(slots, tiles.tokens, tiles.rows, dtype=dtype, device=m.weight.device)
 
 
 @on_its_device
 def expanded(m: Matrices, index: int, first: int, count: int, out: Tensor) -> Tensor:
-    """Rows `first`, a multiple of 64, to ``first + count`` of matrix `index`, written into out [count, K]."""
+    """Dequantize rows `first` (a multiple of 64) to ``first + count`` of matrix `index` into out [count, K]; returns out."""
     _, rows, columns = m.shape
     expand.expand[(-(-count // 64), blocks(columns))](
         m.weight[index], m.scale[index], out, first, count, rows, columns,
@@ -251,7 +251,7 @@ def expanded(m: Matrices, index: int, first: int, count: int, out: Tensor) -> Te
 
 @cache
 def chip(device: torch.device) -> Chip:
-    """What of a GPU decides how products are cut; the same for tensors on the CPU, where kernels are interpreted."""
+    """The properties of a GPU that tile sizes depend on; for the CPU, where kernels run in triton's interpreter, made-up ones."""
     if device.type != "cuda":
         return Chip(3, 232448, overlaps=False)
     properties = torch.cuda.get_device_properties(device)
@@ -261,11 +261,11 @@ def chip(device: torch.device) -> Chip:
 
 
 def chained(x: Tensor) -> dict[str, bool]:
-    """For a launch that reads few rows x [T, ·]: whether it begins before the kernel ahead of it has ended, and waits inside."""
+    """Launch options: programmatic dependent launch for few rows x [T, ·], where the GPU supports it; see `kernels`."""
     overlaps = chip(x.device).overlaps and x.shape[0] <= FEW_TOKENS
     return {"CHAINED": overlaps, "launch_pdl": overlaps}
 
 
 def power(number: int) -> int:
-    """The smallest power of two that is not less."""
+    """The smallest power of two that is at least `number`."""
     return 1 << max(number - 1, 0).bit_length()

@@ -1,4 +1,8 @@
-"""What of the work a program of `kernels.run_product` takes, and which rows of activations a block of rows stands for."""
+"""Index arithmetic of `kernels.run_product`: the stream-K range of a program, and the rows of activations in a block of rows.
+
+Stream-K (Osama et al. 2023, arXiv 2301.03598) divides all work units of a product, the blocks of columns of all its tiles, into
+one contiguous range for each program.
+"""
 
 import triton
 import triton.language as tl
@@ -6,13 +10,13 @@ import triton.language as tl
 
 @triton.jit
 def range_start(program, per_program, remainder):
-    """Where the run of a program starts, if the first `rest` programs have one unit more than `per_program`."""
+    """The first unit of a program's range; the first `remainder` programs have one unit more than `per_program`."""
     return program * per_program + tl.minimum(program, remainder)
 
 
 @triton.jit
 def program_owning(unit, per_program, remainder):
-    """Whose run a unit is in: the inverse of `run_start`."""
+    """The program whose range contains a unit: the inverse of `range_start`."""
     units_of_longer = remainder * (per_program + 1)
     return tl.where(
         unit < units_of_longer, unit // (per_program + 1), remainder + (unit - units_of_longer) // per_program
@@ -21,7 +25,7 @@ def program_owning(unit, per_program, remainder):
 
 @triton.jit
 def block_rows(block_first, block_end, block, BM: tl.constexpr, ALONE: tl.constexpr):
-    """The sorted positions [BM] from the beginning of a block of rows on, and which of them are its own."""
+    """The sorted positions [BM] from the start of a block of rows, and a mask of those that belong to the block."""
     first = block if ALONE else tl.load(block_first + block)
     position = first + tl.arange(0, BM)
     return position, position < (block + 1 if ALONE else tl.load(block_end + block))
@@ -29,7 +33,7 @@ def block_rows(block_first, block_end, block, BM: tl.constexpr, ALONE: tl.conste
 
 @triton.jit
 def row_maps(order, position, TOP_K: tl.constexpr, ROUTED: tl.constexpr, ALONE: tl.constexpr):
-    """Which rows of x and of the result sorted positions stand for; see `kernels.run_product`."""
+    """The rows of x and of the result that sorted positions refer to; see `kernels.run_product`."""
     if not ROUTED:
         return position.to(tl.int64), position
     elif ALONE:

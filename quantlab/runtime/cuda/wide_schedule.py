@@ -1,13 +1,13 @@
-"""How products of many rows are dealt out to the programs of `hopper.wide_product`, one per multiprocessor.
+"""Schedules of products of many rows for the persistent programs of `hopper.wide_product`, one per multiprocessor.
 
-Tiles are larger than most numbers of tokens are round, and few tiles fill the multiprocessors well. So the tokens may be
-multiplied in turns, for which tiles are right: 640 as 512 and 128, for example.
+Tiles are large, most numbers of tokens are no multiple of their size, and few tiles fill the multiprocessors badly. So the
+tokens may be divided into chunks that suit the tiles, for example 640 into 512 and 128.
 
-Tiles rarely fill whole rounds of programs, and a round is long. So the last tiles are cut: into halves, thirds, quarters or
-two thirds where they are too few for a round, or, alone or together with the tiles of the round before, into as many equal
-runs of blocks of columns as there are programs. Shares cost memory traffic and a wait; runs of unequal ends also have
-programs walk the columns out of step, each asking for other activations than the rest. The numbers were measured on one H100
-at the shapes of DeepSeek models (`eval/results/cuda-linears-h100.md`).
+Tiles rarely fill whole waves of programs, and a wave takes long. So the last tiles are shared (stream-K). Where they are too few for
+a wave, they are divided into halves, thirds, quarters or two thirds; or, alone or together with the tiles of the previous wave,
+into as many equal ranges of blocks of columns as there are programs. Shared tiles cost memory traffic and a wait. Ranges that do not
+begin and end with tiles also put programs out of step: at any time they load different columns of the activations. The
+constants were measured on one H100 at the shapes of DeepSeek models (`eval/results/cuda-linears-h100.md`).
 """
 
 from collections.abc import Iterator
@@ -24,38 +24,38 @@ ROWS: Final = 128
 """Matrix rows of a tile."""
 
 WIDE_TOKENS: Final = 96
-"""From this many tokens on the kernel is faster than `kernels.product` everywhere."""
+"""From this many tokens on, the kernel is faster than `kernels.product` at all shapes."""
 MAX_CHUNK_TOKENS: Final = 4096
-"""Of a turn, at most: the second-level cache would not keep what tiles of a round read together."""
+"""Largest chunk: beyond, the L2 cache does not hold the data that the tiles of a wave share."""
 _CHUNK_STEP: Final = 64
-"""Turns have multiples of so many tokens."""
+"""Chunks are multiples of this many tokens."""
 _CHUNK_COST: Final = 2.5
-"""Microseconds that one more turn costs besides."""
+"""Overhead of one more chunk, in microseconds."""
 
 _BLOCK_COST: Final = {128: 0.82, 192: 1.08, 256: 1.35}
-"""Microseconds that a tile of so many tokens takes per block of columns, …"""
+"""Time of a tile per block of columns, by its tokens, in microseconds."""
 _SHARE_COST: Final = {128: 1.25, 192: 1.15, 256: 1.85}
-"""… and per share, if its columns are shared."""
+"""Time per share of a shared tile, by its tokens, in microseconds."""
 _WRITE_COST: Final = 2.5
-"""Microseconds until a tile is written and the next begun."""
+"""Time to write a tile and begin the next, in microseconds."""
 _OUT_OF_STEP: Final = {
     Kind.INT4: {128: 16 << 20, 192: 16 << 20, 256: 40 << 20},
     Kind.INT8: {128: 4 << 20, 192: 8 << 20, 256: 16 << 20},
 }
-"""Bytes of activations up to which programs may walk the columns out of step: the second-level cache keeps them."""
+"""Up to this many bytes of activations, programs may be out of step, since the L2 cache holds them."""
 _NARROW: Final = {Kind.INT4: 16 << 20, Kind.INT8: 12 << 20}
-"""Bytes of activations up to which tiles of 128 tokens, which read twice as much for their arithmetic, are not held up."""
+"""Up to this many bytes of activations, tiles of 128 tokens are not memory-bound, though their arithmetic intensity is half."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A way to deal a product out.
+    """A division of a product among programs.
 
     Attributes:
-        tokens: of a tile, 128, 192 or 256.
-        programs: how many there are.
-        shared: how many tiles, the last, are cut into equal runs; the others are taken whole, in rounds.
-        sharers: how many programs have a run.
+        tokens: tokens per tile: 128, 192 or 256.
+        programs: number of programs.
+        shared: how many tiles, the last ones, are divided into equal ranges; the others are computed whole, in waves.
+        sharers: how many programs have a range.
     """
 
     tokens: int
@@ -65,9 +65,9 @@ class Schedule:
 
 
 def token_chunks(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> list[tuple[int, Schedule]]:
-    """Of how many tokens each turn is in a product of `tokens` with one matrix [rows, columns], and how it is dealt out.
+    """The chunks of `tokens` rows in a product with one matrix [rows, columns]: each one's number of tokens and its schedule.
 
-    Their costs are least together.
+    They have the least total cost.
     """
     found = [
         (steps * _CHUNK_STEP, schedule)
@@ -79,10 +79,10 @@ def token_chunks(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -
 
 @lru_cache(maxsize=4096)
 def _token_chunks(kind: Kind, rows: int, columns: int, steps: int, chip: Chip) -> tuple[tuple[int, Schedule], ...]:
-    """The turns of `steps` times _STEP tokens, in such steps."""
+    """The chunks of `steps` * _CHUNK_STEP tokens, each as its number of steps and its schedule; by dynamic programming."""
     sizes = range(_CHUNK_STEP, min(MAX_CHUNK_TOKENS, steps * _CHUNK_STEP) + 1, _CHUNK_STEP)
     singles = [best_schedule(kind, rows, columns, size, chip) for size in sizes]
-    least = [(0.0, 0)]  # by steps: microseconds, and the last turn's
+    least = [(0.0, 0)]  # for each number of steps: least microseconds, steps of the last chunk
     for count in range(1, steps + 1):
         costs = [
             (least[count - last][0] + single[0] + _CHUNK_COST, last) for last, single in enumerate(singles[:count], 1)
@@ -98,9 +98,9 @@ def _token_chunks(kind: Kind, rows: int, columns: int, steps: int, chip: Chip) -
 
 @lru_cache(maxsize=4096)
 def best_schedule(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> tuple[float, Schedule]:
-    """How the product of one matrix [rows, columns] with `tokens` rows is dealt out: the way that costs least, and its cost.
+    """The schedule of least cost for the product of one matrix [rows, columns] with `tokens` rows, preceded by its cost.
 
-    The cost is in microseconds, on one H100.
+    The cost is an estimate in microseconds for one H100.
     """
     sizes = (128, 192, 256) if tokens <= 128 or 2 * tokens * columns <= _NARROW[kind] else (192, 256)
     every = [schedule for size in sizes for schedule in candidates(kind, rows, columns, tokens, chip, size)]
@@ -109,7 +109,7 @@ def best_schedule(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) 
 
 
 def candidates(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip, size: int) -> Iterator[Schedule]:
-    """The ways to deal it out in tiles of `size` tokens that may be worth it."""
+    """Schedules in tiles of `size` tokens that are worth considering."""
     count = -(-rows // ROWS) * -(-tokens // size)
     rounds, remainder = divmod(count, chip.multiprocessors)
     yield Schedule(size, min(count, chip.multiprocessors))
@@ -120,20 +120,20 @@ def candidates(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip, siz
             yield Schedule(size, chip.multiprocessors if rounds else sharers, remainder, sharers)
     if rounds and remainder and out_of_step:
         shared = remainder + chip.multiprocessors
-        three_of_four = shared // 4 * 3  # then three runs begin and end with four tiles
+        three_of_four = shared // 4 * 3  # then three ranges cover exactly four tiles
         yield Schedule(size, chip.multiprocessors, shared, chip.multiprocessors)
         if shared % 4 == 0 and 0.9 * chip.multiprocessors < three_of_four <= chip.multiprocessors:
             yield Schedule(size, chip.multiprocessors, shared, three_of_four)
 
 
 def _cost(schedule: Schedule, tiles: int, steps: int) -> float:
-    """Microseconds of the longest program."""
+    """Estimated time of the longest program, in microseconds."""
     cost = -(-(tiles - schedule.shared) // schedule.programs) * (steps * _BLOCK_COST[schedule.tokens] + _WRITE_COST)
     if schedule.shared:
         run = -(-schedule.shared * steps // schedule.sharers)
         pattern = schedule.shared // gcd(
             schedule.shared, schedule.sharers
-        )  # tiles after which runs begin with a tile again
+        )  # number of tiles after which a range begins with a tile again
         tiles_met = 1 if pattern == 1 else 2 if pattern <= 4 else 3
         cost += (
             run * _BLOCK_COST[schedule.tokens]
