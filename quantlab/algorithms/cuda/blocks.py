@@ -1,7 +1,7 @@
-"""The inner loops of GPTQ and of coordinate descent on a GPU: up to 128 columns, one after the other, in one kernel launch.
+"""The inner loops of GPTQ and of coordinate descent on a GPU: up to 128 columns in turn, in one launch.
 
-In PyTorch the same loops take nine launches per column, whose overhead at 7168 columns exceeds the arithmetic. This module is
-imported only where tensors are on a GPU; the loops in `gptq` and `quantease` are the reference.
+In PyTorch the same loops take nine launches per column, whose overhead at 7168 columns exceeds the arithmetic. This
+module is imported only where tensors are on a GPU; the loops in `gptq` and `quantease` are the reference.
 
 Legend: B matrices, C columns of the block (at most 128), N rows.
 """

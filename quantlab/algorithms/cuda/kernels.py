@@ -1,7 +1,7 @@
 """Triton kernels of `blocks`.
 
-Rows are independent, so each program processes some rows of a block through all of its columns in registers. A column is extracted
-by a masked sum.
+Rows are independent, so each program processes some rows of a block through all of its columns in registers. A column
+is extracted by a masked sum.
 
 Legend: C columns of the block, R rows of a program; tensors are [B, C, N] and contiguous.
 """

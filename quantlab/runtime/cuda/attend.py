@@ -1,11 +1,11 @@
 """Attention of one new token per sequence to a static cache: rotary embedding, cache update and softmax in one launch.
 
 The cached tokens are divided into splits with one program each, so that a small batch fills the GPU (Dao et al. 2023,
-"Flash-Decoding for long-context inference"). The number of tokens is known only on the device, so each program computes its own
-range, and one captured launch serves every position. The last program of a head to finish merges the splits.
+"Flash-Decoding for long-context inference"). The number of tokens is known only on the device, so each program computes
+its own range, and one captured launch serves every position. The last program of a head to finish merges the splits.
 
-Widths need not be powers of two: HALF, WIDTH and the like are the next powers of two, at least 16; elements beyond the width load
-as zero.
+Widths need not be powers of two: HALF, WIDTH and the like are the next powers of two, at least 16; elements beyond the
+width load as zero.
 
 Legend: B sequences, S cache positions, H heads, D head dimension, L latent dimension, R rotary dimension.
 """
@@ -86,10 +86,10 @@ def merge_splits(
     row_max, row_sum, acc, out, valid, partial, arrived, splits,
     BH: tl.constexpr, WIDTH: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Store ``acc / row_sum`` [BH, WIDTH] where `valid`. With MOST > 1, the last program to arrive merges all splits first.
+    """Store ``acc / row_sum`` [BH, WIDTH] where `valid`. With MOST > 1, the last program to arrive first merges all.
 
-    out: pointers [BH, WIDTH]; partial: [rows of the grid, splits, BH * (WIDTH + 2)] float32 scratch; arrived: one counter for each
-    row of the grid, zero before and after; MOST: a power of two, at least `splits`.
+    out: pointers [BH, WIDTH]; partial: [rows of the grid, splits, BH * (WIDTH + 2)] float32 scratch; arrived: one
+    counter for each row of the grid, zero before and after; MOST: a power of two, at least `splits`.
     """
     complete = True
     if MOST > 1:
@@ -132,7 +132,7 @@ def attend(
 
     q: [B, KEY_HEADS * PER_KEY * D], k, v: [B, KEY_HEADS * D], before rotation; q_row, k_row, v_row: their row strides.
     cos, sin: [B, D / 2], the angles of the pairs; angles: their row stride.
-    position: [1] int64, cache position of the new tokens; padding: [B] int64, number of empty positions at the start of the cache.
+    position: [1] int64, cache position of the new tokens; padding: [B] int64, empty positions at the start of the cache.
     keys, values: [B, KEY_HEADS, S, D], the cache; the new token's are written to it.
     out: [B, KEY_HEADS * PER_KEY * D]; partial, arrived: see `merge_splits`.
     scaling: factor of the scores, times log2(e).
@@ -186,8 +186,8 @@ def keep_latents(
 ):  # fmt: skip
     """Write the new tokens to the cache of latent attention. The grid is (B, 2), or (B, 1) without a query latent.
 
-    kv: [B, L + R] with row stride `kv_row`. Its latent is normalized and written to latents [B, 1, S, L] at `position`; its rotary
-    key is rotated and written to rotary [B, 1, S, R].
+    kv: [B, L + R] with row stride `kv_row`. Its latent is normalized and written to latents [B, 1, S, L] at `position`;
+    its rotary key is rotated and written to rotary [B, 1, S, R].
     q_a: [B, Q] with row stride `q_a_row`, the query latent; it is normalized and written to q_out [B, Q].
     IN_PAIRS, OUT_PAIRS: layout of the rotary pairs in kv and in the cache; see `load_pair`.
     """
@@ -222,7 +222,7 @@ def attend_latents(
     BH: tl.constexpr, BS: tl.constexpr, IN_PAIRS: tl.constexpr, OUT_PAIRS: tl.constexpr,
     MOST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Attention of all heads to the latents, which already hold the new token. The grid is (B * ceil(HEADS / BH), splits).
+    """Attention of all heads to the latents, which include the new token. The grid is (B * ceil(HEADS / BH), splits).
 
     q_latent: for each head and sequence (strides `q_head`, `q_sequence`) a query [L] in latent space.
     q: [B, HEADS * q_width] with row stride `q_row`; the last R elements of each head are rotated here.

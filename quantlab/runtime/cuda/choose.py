@@ -1,12 +1,13 @@
-"""The router of a mixture of experts for few tokens: scores, group selection, top-k experts and weights in one launch."""
+"""The router of a mixture of experts for few tokens: scores, groups, top-k experts and weights in one launch."""
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 LOWEST: tl.constexpr = tl.constexpr(-3e38)
-"""Preference of an expert whose group was not selected or whose score is NaN: below that of all other experts, above that of an
-expert that has already been selected (-inf). So TOP_K experts are always found, and a token of NaNs gets NaN weights."""
+"""Preference of an expert whose group was not selected or whose score is NaN: below that of all other experts, above
+that of an expert that has already been selected (-inf). So TOP_K experts are always found, and a token of NaNs gets NaN
+weights."""
 
 
 @triton.jit
@@ -71,11 +72,13 @@ def choose(
 ):  # fmt: skip
     """Select TOP_K of E experts for each row of x [T, H]. The grid is (T, ceil(E / BE)). All arithmetic is float32.
 
-    SIGMOID: as in DeepSeek-V3 (report, eq. 14–16 and 2.1.2): scores are sigmoids, experts are ranked by score + `bias` [E], and a
-    group by the sum of its two best. Else as in DeepSeek-V2: scores are a softmax, and a group is ranked by its best expert.
-    Experts are selected from the TOP_GROUPS best groups only. NORMED: the weights are divided by their sum.
+    SIGMOID: as in DeepSeek-V3 (report, eq. 14–16 and 2.1.2): scores are sigmoids, experts are ranked by score + `bias`
+    [E], and a group by the sum of its two best. Else as in DeepSeek-V2: scores are a softmax, and a group is ranked by
+    its best expert. Experts are selected from the TOP_GROUPS best groups only. NORMED: the weights are divided by their
+    sum.
 
-    weight: [E, H]; logits: [T, E] float32 scratch; index: [T, TOP_K] int64; weights: [T, TOP_K] float32, times `scaling`.
+    weight: [E, H]; logits: [T, E] float32 scratch; index: [T, TOP_K] int64; weights: [T, TOP_K] float32, times
+    `scaling`.
     arrived: [T] int32, zero before and after. GW, PW, KW: powers of two, at least GROUPS, E / GROUPS and TOP_K.
     """
     if CHAINED:

@@ -19,9 +19,10 @@ class HasWeight(Protocol):
 
 
 def on_its_device(launch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Run a function with the device of its first argument, a tensor or an object with a `weight`, as the current device.
+    """Run a function with the device of its first argument as the current device.
 
-    Where it already is the current device, as always with one GPU, this costs two queries.
+    The argument is a tensor or an object with a `weight`. Where its device is already current, as always with one
+    GPU, the check costs two queries.
     """
 
     @wraps(launch)

@@ -1,19 +1,20 @@
 """A warp-specialized Gluon kernel for GPUs of compute capability 9: many rows of activations times a packed matrix.
 
-At many tokens a product is compute-bound, and the tensor cores must wait neither for activations nor for the expansion of
-integers. So warps have roles. One producer warp (`produce`) has the tensor memory accelerator (TMA) copy activations, half a block
-of columns at a time, into a ring of shared-memory slots. Eight consumer warps (`consume`) expand and multiply: each group of four
-owns 64 rows of the matrix, loads the words of its fragments straight into registers one block ahead
-(`quantlab.runtime.cuda.hopper_unpack`), and expands half a block while the tensor cores still multiply the previous half. Matrix
-instructions take 93 % of a program's cycles, prologue and epilogue included, with tiles of 256 activations, 85 % with tiles of 192
-and 75 % with tiles of 128: fewer products hide less of the expansion.
+At many tokens a product is compute-bound, and the tensor cores must wait neither for activations nor for the expansion
+of integers. So warps have roles. One producer warp (`produce`) has the tensor memory accelerator (TMA) copy
+activations, half a block of columns at a time, into a ring of shared-memory slots. Eight consumer warps (`consume`)
+expand and multiply: each group of four owns 64 rows of the matrix, loads the words of its fragments straight into
+registers one block ahead (`quantlab.runtime.cuda.hopper_unpack`), and expands half a block while the tensor cores still
+multiply the previous half. Matrix instructions take 93 % of a program's cycles, prologue and epilogue included, with
+tiles of 256 activations, 85 % with tiles of 192 and 75 % with tiles of 128: fewer products hide less of the expansion.
 
-As in `quantlab.runtime.cuda.kernels` the product is transposed, ``W x^T``, since only the left operand can come from registers.
-Launches overlap: two programs do not fit on a multiprocessor, but a program of the next launch starts where the first one ends,
-and loads its first words while others still write. The kernel is persistent, with one program per multiprocessor. Programs
-first process whole tiles; the last tiles, too few for all programs, are divided into equal ranges of blocks of columns
-(stream-K). Where a range begins inside a tile, its program writes its share of the sums to memory. The program whose range
-begins with the tile has all shares copied into the ring, after its activations, and adds them.
+As in `quantlab.runtime.cuda.kernels` the product is transposed, ``W x^T``, since only the left operand can come from
+registers. Launches overlap: two programs do not fit on a multiprocessor, but a program of the next launch starts where
+the first one ends, and loads its first words while others still write. The kernel is persistent, with one program per
+multiprocessor. Programs first process whole tiles; the last tiles, too few for all programs, are divided into equal
+ranges of blocks of columns (stream-K). Where a range begins inside a tile, its program writes its share of the sums to
+memory. The program whose range begins with the tile has all shares copied into the ring, after its activations, and
+adds them.
 
 Legend: N rows (outputs), K columns (inputs), T rows of activations; tiles of BN = 128 rows of the matrix and BM of
 activations, whose columns are walked in blocks of 128.
@@ -55,13 +56,13 @@ from quantlab.runtime.cuda.hopper_unpack import (
 )
 
 RING_ROWS: gl.constexpr = gl.constexpr(1344)
-"""Capacity of the ring in rows of 64 activations: 168 KB, which with an output tile of 192 or 256 tokens nearly fills shared memory."""
+"""Capacity of the ring in rows of 64 activations: 168 KB. An output tile of 192 or 256 tokens nearly fills the rest."""
 PREFETCH: gl.constexpr = gl.constexpr("""{ .reg .pred one; elect.sync _|one, 0xffffffff;
 @one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""")
 
 
 def descriptors(matrix: Tensor, tokens: int, columns: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
-    """TMA descriptors of a matrix, for boxes of `columns` columns and the rows of the first and the second part of a tile.
+    """TMA descriptors of a matrix, for boxes of `columns` columns and the rows of each of the two parts of a tile.
 
     The second is None where tiles of `tokens` activations have one part only; see `hopper_unpack.tile_parts`.
     """
@@ -73,7 +74,7 @@ def descriptors(matrix: Tensor, tokens: int, columns: int) -> tuple[TensorDescri
 
 @gluon.jit
 def copy_boxes(sources, row, second_row, column, slots, ready, free, phase, BM: gl.constexpr):
-    """Start the copy of a box of each source to its slot once the slot is free; of the second only if tiles have two parts."""
+    """Start copying a box of each source to its slot once the slot is free; the second only if tiles have two parts."""
     mbarrier.wait(free, phase)
     mbarrier.expect(ready, BM * 128)
     tma.async_copy_global_to_shared(sources[0], [row, column], ready, slots[0])
@@ -88,8 +89,9 @@ def produce(
 ):  # fmt: skip
     """Producer warp: copy activations, 64 columns at a time, to each slot of the rings as soon as it is free.
 
-    Also prefetches the words of the same block into the L2 cache, before `consume` loads them. Handles the shares of a tile too:
-    counts an arrival when `consume` has written a share, and copies all shares to the rings for the program that adds them.
+    Also prefetches the words of the same block into the L2 cache, before `consume` loads them. Handles the shares of a
+    tile too: counts an arrival when `consume` has written a share, and copies all shares to the rings for the program
+    that adds them.
     """
     PAIRS: gl.constexpr = 16 if INT4 else 32
     A: gl.constexpr = tile_parts(BM)[0]
@@ -168,10 +170,10 @@ def store_tile(sums, more, scale, out, out_tiles, row, top, N, INT4: gl.constexp
 
 @gluon.jit
 def multiply_slot(weights, rings, slot, sums, more, BM: gl.constexpr):
-    """Issue sums += weights [BN, 64] times a slot of the rings. Waits for earlier products only; these are still in flight.
+    """Issue sums += weights [BN, 64] times a slot of the rings. Waits for earlier products, not for these.
 
-    The larger part is issued last: while it runs, the weights of the next half are expanded. Weights must not be loop-carried:
-    the compiler would reuse their registers for the next ones while products still read them.
+    The larger part is issued last: while it runs, the weights of the next half are expanded. Weights must not be
+    loop-carried: the compiler would reuse their registers for the next ones while products still read them.
     """
     B: gl.constexpr = tile_parts(BM)[1]
     if B:
@@ -189,7 +191,7 @@ def consume(
     rings, ready, free, share_written, w, scale, out, out_tiles, shares, T, N, K, shared, sharers,
     INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Consumer warps: expand and multiply; store this program's tiles, or its share of a tile that another program completes."""
+    """Consumer warps: expand, multiply, and store this program's tiles, or its share of another program's tile."""
     A: gl.constexpr = tile_parts(BM)[0]
     B: gl.constexpr = tile_parts(BM)[1]
     BFLOAT16: gl.constexpr = rings[0].dtype == gl.bfloat16
@@ -245,15 +247,15 @@ def wide_product(
     x, second_x, w, scale, out, second_out, shares, share_boxes, second_share_boxes, arrived, T, N, K, shared, sharers,
     INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr,
 ):  # fmt: skip
-    """``x W^T`` by persistent programs; the last `shared` tiles are divided into equal ranges for `sharers` of them (stream-K).
+    """``x W^T`` by persistent programs; the last `shared` tiles are divided into ranges for `sharers` of them.
 
     A tile has a first part of A activations and a second of B, or none (`tile_parts`). Arguments `second_…` are the TMA
     descriptors for the second part, or None.
 
     x: descriptor of [T, K] for boxes [A, 64] ([B, 64]); out: of [T, N] for boxes [A, BN] ([B, BN]).
     w: see `quantlab.runtime.cuda.layout`, two words in each int32; scale: [K / g, N] of x's dtype (INT4) or [N].
-    shares: float32 scratch, one tile for each range, [sharers * BN * BM / 32, 32]; share_boxes: its descriptor for boxes [A, 32]
-    ([B, 32]).
+    shares: float32 scratch, one tile for each range, [sharers * BN * BM / 32, 32]; share_boxes: its descriptor for
+    boxes [A, 32] ([B, 32]).
     arrived: [sharers] int32 counters, one for each range, zero before and after.
     """
     gdc_launch_dependents()

@@ -1,11 +1,12 @@
-"""Stream-K for `quantlab.runtime.cuda.hopper`: the work of each program, and the reduction of tiles that programs share.
+"""Stream-K for `quantlab.runtime.cuda.hopper`: the work of each program, and the reduction of shared tiles.
 
-The last tiles are divided into equal ranges of blocks of columns. Where a range begins inside a tile, its program writes its share
-of the sums to memory. The program whose range begins with the tile has all shares copied into the ring, after its activations,
-and adds them.
+The last tiles are divided into equal ranges of blocks of columns. Where a range begins inside a tile, its program
+writes its share of the sums to memory. The program whose range begins with the tile has all shares copied into the
+ring, after its activations, and adds them.
 
 Legend: N rows (outputs), K columns (inputs), T rows of activations; tiles of BN = 128 rows of the matrix and BM of
-activations, in one or two parts of PART of them (`quantlab.runtime.cuda.hopper_unpack.tile_parts`); blocks of 128 columns.
+activations, in one or two parts of PART of them (`quantlab.runtime.cuda.hopper_unpack.tile_parts`); blocks of 128
+columns.
 """
 
 from triton.experimental import gluon
@@ -22,19 +23,20 @@ QUARTER: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128
 WAIT_UNTIL: gl.constexpr = gl.constexpr("""{ .reg .pred less; .reg .u32 seen;
 look: ld.relaxed.gpu.global.u32 seen, [$1]; setp.lt.u32 less, seen, $2; @less bra look;
 bar.warp.sync 0xffffffff; fence.acq_rel.gpu; fence.proxy.async.global; mov.u32 $0, 0; }""")
-"""Spin until the counter at $1 is at least $2. Data written before it was incremented may then be copied, and the counter be reset."""
+"""Spin until the counter at $1 is at least $2. Then data written before the increments may be copied."""
 
 
 @gluon.jit
 def program_work(T, N, K, shared, sharers, BM: gl.constexpr):
     """This program's work items.
 
-    The first programs have the last ranges. So each waits only for shares of programs that start earlier: GPUs schedule programs
-    in order, though CUDA does not guarantee it.
+    The first programs have the last ranges. So each waits only for shares of programs that start earlier: GPUs schedule
+    programs in order, though CUDA does not guarantee it.
 
     Returns:
-        The number of unshared tiles of the product; the number of tiles that this program computes whole; the number of its
-        items, which also include its parts of shared tiles; the index of its range; the range [begin, end) of shared tiles' blocks.
+        The number of unshared tiles of the product; the number of tiles that this program computes whole; the number of
+        its items, which also include its parts of shared tiles; the index of its range; the range [begin, end) of
+        shared tiles' blocks.
     """
     blocks = (K + 127) // 128
     program = gl.program_id(0)
@@ -103,7 +105,7 @@ def as_quarter(slot, PART: gl.constexpr):
 
 @gluon.jit
 def store_share(sums, share, PART: gl.constexpr):
-    """Write one part of a share, sums [BN, PART], to memory, from where `hopper.produce` of another program copies it."""
+    """Write one part of a share, sums [BN, PART], to memory; `hopper.produce` of another program copies it."""
     quarters = to_quarters(sums, PART)
     row = gl.arange(0, PART, layout=gl.SliceLayout(1, quarters[0].type.layout))
     column = gl.arange(0, 32, layout=gl.SliceLayout(0, quarters[0].type.layout))

@@ -1,4 +1,4 @@
-"""Load packed words and expand them, in the register layouts of `quantlab.runtime.cuda.hopper`'s tensor-core instructions.
+"""Load packed words and expand them, in the register layouts of the tensor cores, for `quantlab.runtime.cuda.hopper`.
 
 Legend: tiles of BN = 128 rows of the matrix and BM of activations, in one or two parts of PART of them; blocks of 128 columns,
 whose words are in the order of `quantlab.runtime.cuda.layout`, two in each int32.
@@ -59,7 +59,7 @@ def weights_layout(PART):
 
 @gluon.constexpr_function
 def words_layout(PAIRS):
-    """Register layout of the word pairs of two consecutive slabs: 16 bytes per thread, one slab for each group of four warps."""
+    """Register layout of the word pairs of two consecutive slabs: 16 bytes per thread, one slab for each four warps."""
     slab_bases = [[512], [1024]][: PAIRS // 16]
     return gl.DistributedLinearLayout(
         reg_bases=[[1], [2], *slab_bases],
@@ -72,7 +72,7 @@ def words_layout(PAIRS):
 
 @gluon.jit
 def load_packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, PART: gl.constexpr):
-    """Load the words of a block of columns from row `top`, as pairs in memory order, and for int4 the scales [BN] of its quarters."""
+    """Word pairs of a block of columns from row `top`, in memory order; for int4 also the scales [BN] of its quarters."""
     PAIRS: gl.constexpr = 16 if INT4 else 32
     size: gl.constexpr = 64 * PAIRS
     slabs = (N + 63) // 64
@@ -105,7 +105,7 @@ def to_rows(words, INT4: gl.constexpr, PART: gl.constexpr):
 
 @gluon.jit
 def expand_half(words, s0, s1, HALF: gl.constexpr, INT4: gl.constexpr, PART: gl.constexpr, BFLOAT16: gl.constexpr):
-    """Weights [BN, 64] of half a block; int4 is scaled by the scales of its quarters and rounded as the number format defines it."""
+    """Weights [BN, 64] of half a block; int4 is scaled by quarter and rounded as the number format defines it."""
     if INT4:
         s0, _ = gl.broadcast(s0.expand_dims(1), words)
         s1, _ = gl.broadcast(s1.expand_dims(1), words)

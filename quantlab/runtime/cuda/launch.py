@@ -27,8 +27,8 @@ class Matrices:
         shape: E, N, K.
         group: columns per scale of INT4.
         weight, scale: see `kernels.product` and `kernels.run_product`.
-        arrived: [n] int32 counters, all zero, one for each tile of a split linear or for each program. Products of the same
-            matrices must not run concurrently.
+        arrived: [n] int32 counters, all zero, one for each tile of a split linear or for each program. Products of the
+            same matrices must not run concurrently.
     """
 
     kind: Kind
@@ -58,7 +58,7 @@ class Routing:
 
 @on_its_device
 def route(index: Tensor, experts: int, tokens: int) -> Routing:
-    """Sort the rows of index [T, k] by expert, in blocks of `tokens` rows; the rows of a single token are not sorted."""
+    """Sort the rows of index [T, k] by expert, in blocks of `tokens` rows; those of a single token are not sorted."""
     rows, index = index.numel(), index.contiguous()
     if index.shape[0] == 1:
         flat = index.view(-1)
@@ -90,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 @on_its_device
 def combine(rows: Tensor, weights: Tensor, added: Tensor | None = None) -> Tensor:
-    """Weighted sums [T, H] of rows [T * k, H] with weights [T, k], plus `added` [T, H] if given; see `rowwise.combine`."""
+    """Weighted sums [T, H] of rows [T * k, H] with weights [T, k], plus `added` [T, H]; see `rowwise.combine`."""
     tokens, top_k = weights.shape
     out = rows.new_empty(tokens, rows.shape[1])
     width = 512
@@ -179,11 +179,13 @@ def run_product(
         tiles: tile sizes of the product.
         dtype: of the result.
         routed: the matrix of each row, in blocks of `tiles.tokens` rows; None for a single matrix.
-        gated: see `kernels.product`. With routing, a gated product is the first of the experts' two: sorted row p is row
-            ``order[p] // k`` of x [T, K]. Otherwise it is the second: sorted row p of x [T * k, K] is written to row ``order[p]``.
+        gated: see `kernels.product`. With routing, a gated product is the first of the experts' two: sorted row p is
+            row ``order[p] // k`` of x [T, K]. Otherwise it is the second: sorted row p of x [T * k, K] is written to
+            row ``order[p]``.
 
     Returns:
-        [·, N], or [·, N / 2] if gated, with a row for each row of x or each routed row; sorted by expert if gated and routed.
+        [·, N], or [·, N / 2] if gated, with a row for each row of x or each routed row; sorted by expert if gated and
+        routed.
     """
     _, rows, columns = m.shape
     count = x.shape[0] if routed is None else routed.order.shape[0]
@@ -240,7 +242,7 @@ def _scratch(m: Matrices, slots: int, tiles: Tiles) -> Tensor:
 
 @on_its_device
 def expanded(m: Matrices, index: int, first: int, count: int, out: Tensor) -> Tensor:
-    """Dequantize rows `first` (a multiple of 64) to ``first + count`` of matrix `index` into out [count, K]; returns out."""
+    """Dequantize rows `first` (a multiple of 64) to ``first + count`` of matrix `index` into out [count, K]."""
     _, rows, columns = m.shape
     expand.expand[(-(-count // 64), blocks(columns))](
         m.weight[index], m.scale[index], out, first, count, rows, columns,
@@ -251,7 +253,7 @@ def expanded(m: Matrices, index: int, first: int, count: int, out: Tensor) -> Te
 
 @cache
 def chip(device: torch.device) -> Chip:
-    """The properties of a GPU that tile sizes depend on; for the CPU, where kernels run in triton's interpreter, made-up ones."""
+    """The properties of a GPU that tile sizes depend on; invented ones for the CPU, where triton's interpreter runs."""
     if device.type != "cuda":
         return Chip(3, 232448, overlaps=False)
     properties = torch.cuda.get_device_properties(device)
@@ -261,7 +263,7 @@ def chip(device: torch.device) -> Chip:
 
 
 def chained(x: Tensor) -> dict[str, bool]:
-    """Launch options: programmatic dependent launch for few rows x [T, ·], where the GPU supports it; see `kernels`."""
+    """Launch options: programmatic dependent launch for few rows x [T, ·], if the GPU supports it; see `kernels`."""
     overlaps = chip(x.device).overlaps and x.shape[0] <= FEW_TOKENS
     return {"CHAINED": overlaps, "launch_pdl": overlaps}
 

@@ -1,15 +1,16 @@
 """Memory layout of packed integers on the device.
 
-A matrix is stored as consecutive blocks of 128 columns, each as consecutive slabs of 64 rows. K and N are padded to whole slabs. A
-slab of int4 holds 64 x 32 words of 16 bits; word [r, c] packs columns c, c + 32, c + 64 and c + 96 of row r, lowest bits first,
-each as q + 8. A slab of int8 holds 64 x 64 words; word [r, c] packs columns c and c + 64.
+A matrix is stored as consecutive blocks of 128 columns, each as consecutive slabs of 64 rows. K and N are padded to
+whole slabs. A slab of int4 holds 64 x 32 words of 16 bits; word [r, c] packs columns c, c + 32, c + 64 and c + 96 of
+row r, lowest bits first, each as q + 8. A slab of int8 holds 64 x 64 words; word [r, c] packs columns c and c + 64.
 
-Within a slab, words are in the order of the tensor-core fragments of 128 threads (m64n_k16 with the weights in registers, PTX ISA
-"Register fragments for wgmma"; m16n8k16 of older devices is the same per warp). Of each 16 columns, thread 32 v + 4 i + j of warp
-v multiplies columns 2 j, 2 j + 1, 2 j + 8, 2 j + 9 of rows 16 v + i and 16 v + i + 8. These eight words are contiguous, 16
-bytes, and follow those of the previous thread.
+Within a slab, words are in the order of the tensor-core fragments of 128 threads (m64n_k16 with the weights in
+registers, PTX ISA "Register fragments for wgmma"; m16n8k16 of older devices is the same per warp). Of each 16 columns,
+thread 32 v + 4 i + j of warp v multiplies columns 2 j, 2 j + 1, 2 j + 8, 2 j + 9 of rows 16 v + i and 16 v + i + 8.
+These eight words are contiguous, 16 bytes, and follow those of the previous thread.
 
-int8 weights for int8 activations are read by the tensor cores without conversion and stored by rows: ``[K / 128, N, 128]``.
+int8 weights for int8 activations are read by the tensor cores without conversion and stored by rows:
+``[K / 128, N, 128]``.
 """
 
 from typing import Final

@@ -21,8 +21,9 @@ def nan_max(a, b):
 def quantize_tokens(x, q, scale, K, WIDTH: tl.constexpr, CHAINED: tl.constexpr, EARLY: tl.constexpr):
     """Quantize each row of x [T, K] to int8 with ``scale = max|x| / 127``: q [T, K] int8, scale [T] float32.
 
-    Equal to `quantlab.runtime.int8.quantize_tokens`: in float32, ties to even; a row that is not finite gets an infinite scale.
-    Quotients are correctly rounded, by Markstein's correction of a product with the reciprocal (IBM J. Res. Dev. 34(1), 1990).
+    Equal to `quantlab.runtime.int8.quantize_tokens`: in float32, ties to even; a row that is not finite gets an
+    infinite scale. Quotients are correctly rounded, by Markstein's correction of a product with the reciprocal (IBM J.
+    Res. Dev. 34(1), 1990).
     EARLY: the next kernel may launch at once, else after the row has been read.
     """
     if CHAINED and EARLY:
@@ -50,7 +51,8 @@ def quantize_tokens(x, q, scale, K, WIDTH: tl.constexpr, CHAINED: tl.constexpr, 
 def combine(
     rows, weights, added, out, H, TOP_K: tl.constexpr, BH: tl.constexpr, ADDED: tl.constexpr, CHAINED: tl.constexpr
 ):
-    """``out[t] = sum_k weights[t, k] * rows[t * TOP_K + k]``, in float32: rows [T * TOP_K, H], weights [T, TOP_K], out [T, H].
+    """``out[t] = sum_k weights[t, k] * rows[t * TOP_K + k]``, in float32: rows [T * TOP_K, H], weights [T, TOP_K], out
+    [T, H].
 
     added: [T, H], added to the result where ADDED.
     """
@@ -69,7 +71,8 @@ def combine(
 
 @triton.jit
 def normalize_row(x, weight, width, epsilon):
-    """RMS norm of a row: ``weight * (x / sqrt(mean(x^2) + epsilon))`` in float32, rounded to x's dtype before the weight.
+    """RMS norm of a row: ``weight * (x / sqrt(mean(x^2) + epsilon))`` in float32, rounded to x's dtype before the
+    weight.
 
     x must be zero beyond `width`.
     """

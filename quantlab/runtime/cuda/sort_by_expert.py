@@ -1,7 +1,7 @@
 """Sort the rows of activations by expert into blocks of one expert each, on the device.
 
-The launches do not depend on the routing: sizes that do are in tensors that the products read. So a step can be captured in a CUDA
-graph.
+The launches do not depend on the routing: sizes that do are in tensors that the products read. So a step can be
+captured in a CUDA graph.
 """
 
 import triton

@@ -1,7 +1,8 @@
-"""Index arithmetic of `kernels.run_product`: the stream-K range of a program, and the rows of activations in a block of rows.
+"""Index arithmetic of `kernels.run_product`: the stream-K range of a program, and the rows of activations in a block of
+rows.
 
-Stream-K (Osama et al. 2023, arXiv 2301.03598) divides all work units of a product, the blocks of columns of all its tiles, into
-one contiguous range for each program.
+Stream-K (Osama et al. 2023, arXiv 2301.03598) divides all work units of a product, the blocks of columns of all its
+tiles, into one contiguous range for each program.
 """
 
 import triton

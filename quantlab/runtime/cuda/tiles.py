@@ -1,9 +1,9 @@
-"""Tile sizes of a product by shape and number of tokens. They are a fixed choice, since a captured step cannot autotune.
+"""Tile sizes of a product by shape and number of tokens: a fixed choice, since a captured step cannot autotune.
 
-The constants were measured on one H100 at the shapes of DeepSeek models (`eval/results/cuda-linears-h100.md`). At few tokens a
-product is memory-bound, and all that matters is that enough loads are in flight: the columns are split (split-K) until there are a
-few programs per multiprocessor. At many tokens it is compute-bound and tiles are large; the choice minimizes the estimated
-time of all waves of tiles.
+The constants were measured on one H100 at the shapes of DeepSeek models (`eval/results/cuda-linears-h100.md`). At few
+tokens a product is memory-bound, and all that matters is that enough loads are in flight: the columns are split
+(split-K) until there are a few programs per multiprocessor. At many tokens it is compute-bound and tiles are large; the
+choice minimizes the estimated time of all waves of tiles.
 """
 
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def band_rows(columns: int) -> int:
 
 
 def linear_tiles(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip, *, gated: bool = False) -> Tiles:
-    """The tiles of a product of one matrix [rows, columns] with `tokens` rows; `gated` (few tokens only): see `kernels.product`."""
+    """The tiles of one matrix [rows, columns] times `tokens` rows; `gated` (few tokens only): see `kernels.product`."""
     if tokens > FEW_TOKENS:
         found = (
             _integer_tiles(rows, columns, tokens, chip)
@@ -149,10 +149,11 @@ def _gated(tiles: Tiles) -> Tiles:
 def _few_integers(rows: int, columns: int, tokens: int, chip: Chip, *, gated: bool) -> Tiles:
     """The tiles of INT8_TOKENS at few tokens.
 
-    Columns are split only where there are too few tiles, since the next kernel waits while partial sums are reduced. The fewer
-    tiles per multiprocessor, the more stages each has. Tiles of 16 rows, one warp each, are as fast at few tokens and fill the GPU
-    where tiles of 64 would not; but every tile loads all tokens, so at more tokens tiles have 64 rows. From 33 tokens (17 if
-    gated), where these would leave half of the GPU idle, two tiles have half of the tokens each.
+    Columns are split only where there are too few tiles, since the next kernel waits while partial sums are reduced.
+    The fewer tiles per multiprocessor, the more stages each has. Tiles of 16 rows, one warp each, are as fast at few
+    tokens and fill the GPU where tiles of 64 would not; but every tile loads all tokens, so at more tokens tiles have
+    64 rows. From 33 tokens (17 if gated), where these would leave half of the GPU idle, two tiles have half of the
+    tokens each.
     """
     size, steps, high, low = _power(tokens), blocks(columns), -(-rows // SLAB), -(-rows // 16)
     room = chip.shared_bytes // -(-high // chip.multiprocessors) // ((SLAB + size) * 128)

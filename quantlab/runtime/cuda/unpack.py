@@ -43,7 +43,7 @@ shr.u32 t, $2, 8; lop3.b32 $1, t, 0x00ff00ff, 0x64806480, 0x6a; sub.rn.f16x2 $1,
 
 @triton.jit
 def from_int4(words, dtype: tl.constexpr):
-    """Words [BN, 32] int16 of four nibbles -> four tensors [BN, 32] of `dtype` with integers -8 … 7, lowest bits first."""
+    """Words [BN, 32] int16 of four nibbles -> four tensors [BN, 32] of integers -8 … 7 in `dtype`, lowest bits first."""
     if INTERPRETED:
         a = ((words & 15) - 8).to(tl.float32).to(dtype)
         b = (((words >> 4) & 15) - 8).to(tl.float32).to(dtype)
@@ -65,7 +65,7 @@ def from_int4(words, dtype: tl.constexpr):
 
 @triton.jit
 def from_int8(words, dtype: tl.constexpr):
-    """Words [BN, 64] int16 of two bytes -> two tensors [BN, 64] of `dtype` with integers -128 … 127, low byte first."""
+    """Words [BN, 64] int16 of two bytes -> two tensors [BN, 64] of integers -128 … 127 in `dtype`, low byte first."""
     if INTERPRETED:
         return words.to(tl.int8).to(tl.float32).to(dtype), (words >> 8).to(tl.float32).to(dtype)
     else:
@@ -87,7 +87,8 @@ def concat_columns(a, b):
 
 @triton.jit
 def load_words(w, slab, slabs, block, GATED: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr):
-    """Words [BN, WORDS] of a block of columns, starting at slab `slab`; where GATED, one slab of gate rows and one of up rows.
+    """Words [BN, WORDS] of a block of columns, starting at slab `slab`; where GATED, one slab of gate rows and one of
+    up rows.
 
     Eight warps share two slabs: each group of four reads one slab contiguously.
     """

@@ -1,11 +1,12 @@
 """Schedules of products of many rows for the persistent programs of `hopper.wide_product`, one per multiprocessor.
 
-Tiles are large, most numbers of tokens are no multiple of their size, and few tiles fill the multiprocessors badly. So the
-tokens may be divided into chunks that suit the tiles, for example 640 into 512 and 128.
+Tiles are large, most numbers of tokens are no multiple of their size, and few tiles fill the multiprocessors badly. So
+the tokens may be divided into chunks that suit the tiles, for example 640 into 512 and 128.
 
-Tiles rarely fill whole waves of programs, and a wave takes long. So the last tiles are shared (stream-K). Where they are too few for
-a wave, they are divided into halves, thirds, quarters or two thirds; or, alone or together with the tiles of the previous wave,
-into as many equal ranges of blocks of columns as there are programs. Shared tiles cost memory traffic and a wait. Ranges that do not
+Tiles rarely fill whole waves of programs, and a wave takes long. So the last tiles are shared (stream-K). Where they
+are too few for a wave, they are divided into halves, thirds, quarters or two thirds; or, alone or together with the
+tiles of the previous wave, into as many equal ranges of blocks of columns as there are programs. Shared tiles cost
+memory traffic and a wait. Ranges that do not
 begin and end with tiles also put programs out of step: at any time they load different columns of the activations. The
 constants were measured on one H100 at the shapes of DeepSeek models (`eval/results/cuda-linears-h100.md`).
 """
@@ -44,7 +45,7 @@ _OUT_OF_STEP: Final = {
 }
 """Up to this many bytes of activations, programs may be out of step, since the L2 cache holds them."""
 _NARROW: Final = {Kind.INT4: 16 << 20, Kind.INT8: 12 << 20}
-"""Up to this many bytes of activations, tiles of 128 tokens are not memory-bound, though their arithmetic intensity is half."""
+"""Up to this many bytes of activations, tiles of 128 tokens, with half the arithmetic intensity, are not memory-bound."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Schedule:
 
 
 def token_chunks(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> list[tuple[int, Schedule]]:
-    """The chunks of `tokens` rows in a product with one matrix [rows, columns]: each one's number of tokens and its schedule.
+    """The chunks of `tokens` rows for a product with one matrix [rows, columns]: tokens and schedule of each.
 
     They have the least total cost.
     """
@@ -79,7 +80,7 @@ def token_chunks(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -
 
 @lru_cache(maxsize=4096)
 def _token_chunks(kind: Kind, rows: int, columns: int, steps: int, chip: Chip) -> tuple[tuple[int, Schedule], ...]:
-    """The chunks of `steps` * _CHUNK_STEP tokens, each as its number of steps and its schedule; by dynamic programming."""
+    """The chunks of `steps` * _CHUNK_STEP tokens, each as number of steps and schedule, by dynamic programming."""
     sizes = range(_CHUNK_STEP, min(MAX_CHUNK_TOKENS, steps * _CHUNK_STEP) + 1, _CHUNK_STEP)
     singles = [best_schedule(kind, rows, columns, size, chip) for size in sizes]
     least = [(0.0, 0)]  # for each number of steps: least microseconds, steps of the last chunk
@@ -98,7 +99,7 @@ def _token_chunks(kind: Kind, rows: int, columns: int, steps: int, chip: Chip) -
 
 @lru_cache(maxsize=4096)
 def best_schedule(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> tuple[float, Schedule]:
-    """The schedule of least cost for the product of one matrix [rows, columns] with `tokens` rows, preceded by its cost.
+    """The least cost of a product of one matrix [rows, columns] with `tokens` rows, and the schedule that has it.
 
     The cost is an estimate in microseconds for one H100.
     """

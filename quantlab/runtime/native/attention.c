@@ -1,15 +1,16 @@
 /* Attention of one new token per sequence to a cache of latents (quantlab/runtime/attention.py) or of keys and values.
 
-   Both are built from two operations over 16-bit rows, each read once from memory: a weighted sum of rows, and dot products
-   of rows with a vector. Sums and intermediate vectors are float32.
+   Both are built from two operations over 16-bit rows, each read once from memory: a weighted sum of rows, and dot
+   products of rows with a vector. Sums and intermediate vectors are float32.
 
-   In latent attention a thread takes whole heads and loops over the sequences of the batch, so that a head's part of kv_b is
-   read from memory once. In attention to keys and values a thread takes the group of heads that shares one key head. */
+   In latent attention a thread takes whole heads and loops over the sequences of the batch, so that a head's part of
+   kv_b is read from memory once. In attention to keys and values a thread takes the group of heads that shares one key
+   head. */
 
 #include "kernels.h"
 #include "simd.h"
 
-/* The cache has `length` positions per sequence. Tokens occupy positions padding[b] (0 without padding) up to `cached`. */
+/* The cache has `length` positions per sequence. Tokens occupy positions padding[b] (or 0) up to `cached`. */
 typedef struct {
     const void *query; /* [B, H, N + R] */
     const uint16_t *latents, *rotary; /* [B, length, L], [B, length, R] */
@@ -82,8 +83,8 @@ INLINE void softmax(float *scores, int64_t count, float scaling, const float *ma
         scores[i] *= normalizer;
 }
 
-/* One head of latent attention, for all sequences. latent_vector [L] holds first the query, then the attention output, both in
-   the space of the latents. */
+/* One head of latent attention, for all sequences. latent_vector [L] holds first the query, then the attention output,
+   both in the space of the latents. */
 INLINE void attend_head(const Attention *job, int64_t h, float *query, float *latent_vector, float *scores, float *result,
                         const int dtype) {
     const int64_t width = job->nope + job->turned, latent = job->latent;
@@ -175,7 +176,7 @@ static void grouped_worker(void *argument) {
     free(scores);
 }
 
-/* out [B, H, D]: grouped-query attention (H / G query heads share a key head) to the cache positions 0 … *position. */
+/* out [B, H, D]: grouped-query attention (H / G query heads share a key head) to cache positions 0 … *position. */
 void quantlab_grouped_attention(const void *query, const uint16_t *keys, const uint16_t *values, const int64_t *position,
                                 const int64_t *padding, int64_t batch, int64_t heads, int64_t key_heads, int64_t length,
                                 int64_t width, float scaling, int dtype, void *out) {

@@ -1,13 +1,14 @@
 /* int4 weights times a few rows of bfloat16 activations, at memory bandwidth.
 
    A 32-bit lane holds 8 consecutive columns of one row; a vector holds 16 rows. Masking a lane with 000F000F leaves two
-   nibbles, and OR-ing each with 4300 gives exactly the bfloat16 number 128 + nibble. So 32 weights cost one shift, one ternary
-   logic operation and one pairwise dot product. The excess is 136 (128 plus the nibble's offset of 8) times the sum of the
-   group's activations; its negative is the initial value of the accumulator.
+   nibbles, and OR-ing each with 4300 gives exactly the bfloat16 number 128 + nibble. So 32 weights cost one shift, one
+   ternary logic operation and one pairwise dot product. The excess is 136 (128 plus the nibble's offset of 8) times the
+   sum of the group's activations; its negative is the initial value of the accumulator.
 
-   Layout: rows are padded to a multiple of 16 and grouped into blocks of 64 rows (four vectors; the last block may have fewer).
-   A block stores, for each 8 columns, its vectors one after the other. In a lane, the nibbles 0, 4, 1, 5, 2, 6, 3, 7 (lowest
-   first) are columns 0 … 7, so each mask yields two neighbouring columns. Scales are stored as [N / 16, G, 16]. */
+   Layout: rows are padded to a multiple of 16 and grouped into blocks of 64 rows (four vectors; the last block may have
+   fewer). A block stores, for each 8 columns, its vectors one after the other. In a lane, the nibbles 0, 4, 1, 5, 2, 6,
+   3, 7 (lowest first) are columns 0 … 7, so each mask yields two neighbouring columns. Scales are stored as [N / 16, G,
+   16]. */
 
 #include "kernels.h"
 #include "simd.h"
@@ -30,8 +31,8 @@ typedef struct {
 } Int4;
 
 /* `vectors` vectors of 16 rows, starting at row `row`, times `tokens` rows of activations. Consecutive column steps are
-   `column_step` vectors apart. Vectors 4 … 7, if any, belong to another block that starts `second_block` rows later: two
-   streams get more memory bandwidth than one, and the work on the activations is shared. */
+   `column_step` vectors apart. Vectors 4 … 7, if any, belong to another block that starts `second_block` rows later:
+   two streams get more memory bandwidth than one, and the work on the activations is shared. */
 INLINE void multiply_block(const Int4 *job, const uint8_t *q, int64_t column_step, const uint16_t *scale, int64_t row,
                            int64_t second_block, int64_t token, const int vectors, const int tokens) {
     const __m512i mask = _mm512_set1_epi32(0x000F000F), base = _mm512_set1_epi32(0x43004300);
@@ -149,8 +150,8 @@ static void worker(void *argument) {
         }
 }
 
-/* out [T, N] = x [T, K] times the bank's matrices, in the dtype of x. `stride` is the row stride of x in elements; 0 means that
-   all T rows are the same row. */
+/* out [T, N] = x [T, K] times the bank's matrices, in the dtype of x. `stride` is the row stride of x in elements; 0
+   means that all T rows are the same row. */
 void quantlab_int4_product(const uint8_t *q, const uint16_t *scale, int64_t rows, int64_t columns, int64_t group,
                            int scale_dtype, const void *x, int64_t stride, int64_t tokens, int dtype, const int64_t *which,
                            const int64_t *start, const int64_t *count, int64_t number, void *out) {
@@ -204,8 +205,8 @@ static void expand_worker(void *argument) {
             }
 }
 
-/* out [K, to - from] = rows `from` to `to` of one matrix, dequantized and transposed, in the dtype of the scales. `from` must
-   be a multiple of 16. */
+/* out [K, to - from] = rows `from` to `to` of one matrix, dequantized and transposed, in the dtype of the scales.
+   `from` must be a multiple of 16. */
 void quantlab_int4_expand(const uint8_t *q, const uint16_t *scale, int64_t rows, int64_t columns, int64_t group,
                           int scale_dtype, int64_t from, int64_t to, uint16_t *out) {
     Expansion job = {q, scale, rows, columns, group, from, to, scale_dtype, out, 0};

@@ -30,8 +30,8 @@ INLINE void store_scaled(const Int8 *job, int64_t token, int64_t row, int64_t ma
     store_scalar(job->out, job->dtype, token * job->rows + row, value * scale);
 }
 
-/* VPDPBUSD multiplies unsigned by signed bytes. So weights are shifted to 0 … 255, and 128 times the sum of the activations is
-   subtracted from the result. 32-bit sums are exact up to 65536 columns. */
+/* VPDPBUSD multiplies unsigned by signed bytes. So weights are shifted to 0 … 255, and 128 times the sum of the
+   activations is subtracted from the result. 32-bit sums are exact up to 65536 columns. */
 INLINE void dot_int8(const int8_t *q, int64_t row_step, const int8_t *x, int64_t stride, __mmask64 mask, const int rows,
                      const int tokens, __m512i sum[ROWS][TOKENS]) {
     __m512i t[TOKENS];
@@ -72,9 +72,10 @@ INLINE void multiply_int8(const Int8 *job, int64_t matrix, int64_t row, int64_t 
         }
 }
 
-/* A weight plus 128 is two nibbles, and 4300 OR-ed with a nibble is exactly the bfloat16 number 128 + nibble, which is cheaper
-   than a conversion. Of 64 columns, the even ones are the low bytes and the odd ones the high bytes of the 16-bit lanes, so the
-   activations are deinterleaved accordingly. Accumulators start at the negated excess; high nibbles have weight 16. */
+/* A weight plus 128 is two nibbles, and 4300 OR-ed with a nibble is exactly the bfloat16 number 128 + nibble, which is
+   cheaper than a conversion. Of 64 columns, the even ones are the low bytes and the odd ones the high bytes of the
+   16-bit lanes, so the activations are deinterleaved accordingly. Accumulators start at the negated excess; high
+   nibbles have weight 16. */
 INLINE void dot_nibbles(const int8_t *q, int64_t row_step, const uint16_t *x, int64_t stride, __mmask64 mask, const int rows,
                         const int tokens, __m512 low[2][ROWS][TOKENS], __m512 high[2][ROWS][TOKENS]) {
     const __m512i nibble = _mm512_set1_epi16(15), base = _mm512_set1_epi16(0x4300), moved = _mm512_set1_epi16(0x4308);
@@ -125,8 +126,8 @@ INLINE void multiply_nibbles(const Int8 *job, int64_t matrix, int64_t row, int64
         }
 }
 
-/* q [columns] int8 -> bfloat16, exactly. For more tokens the conversion pays: a pair of weights then costs one pairwise dot
-   product instead of two. */
+/* q [columns] int8 -> bfloat16, exactly. For more tokens the conversion pays: a pair of weights then costs one pairwise
+   dot product instead of two. */
 INLINE void to_bfloat16_row(const int8_t *q, int64_t columns, uint16_t *out) {
     for (int64_t k = 0; k < columns; k += 64) {
         const __m512i w = _mm512_maskz_loadu_epi8(columns - k < 64 ? (1ull << (columns - k)) - 1 : ~0ull, q + k);

@@ -1,5 +1,6 @@
-/* Prototypes of all functions that Python calls. Every source includes this header, so the compiler checks definitions against
-   prototypes; a test checks the prototypes against the ctypes signatures in kernels.py. A mismatch would corrupt memory.
+/* Prototypes of all functions that Python calls. Every source includes this header, so the compiler checks definitions
+   against prototypes; a test checks the prototypes against the ctypes signatures in kernels.py. A mismatch would
+   corrupt memory.
 
    dtype codes are those of simd.h: 0 float32, 1 float16, 2 bfloat16. Sizes and strides count elements. */
 
@@ -31,7 +32,8 @@ void quantlab_dense_product(const uint16_t *weight, int64_t rows, int64_t column
 void quantlab_paired_product(const uint16_t *weight, int64_t rows, int64_t columns, const uint16_t *x, int64_t stride, int64_t
     tokens, const uint16_t *bias, uint16_t *out);
 
-/* Attention of one new token per sequence to a static cache of latents, or of keys and values (grouped-query attention). */
+/* Attention of one new token per sequence to a static cache of latents, or of keys and values (grouped-query
+   attention). */
 void quantlab_latent_attention(const void *query, const uint16_t *latents, const uint16_t *rotary, const uint16_t *weight, const
     float *mask, const int64_t *position, const int64_t *padding, int64_t batch, int64_t heads, int64_t length, int64_t latent,
     int64_t nope, int64_t turned, int64_t value, float scaling, int dtype, void *out);
@@ -39,8 +41,8 @@ void quantlab_grouped_attention(const void *query, const uint16_t *keys, const u
     int64_t *padding, int64_t batch, int64_t heads, int64_t key_heads, int64_t length, int64_t width, float scaling, int dtype,
     void *out);
 
-/* How a router selects experts: number of experts and of groups, groups and experts selected, factor of the weights, sigmoid or
-   softmax scores, weights divided by their sum or not. See quantlab/runtime/cuda/choose.py. */
+/* How a router selects experts: number of experts and of groups, groups and experts selected, factor of the weights,
+   sigmoid or softmax scores, weights divided by their sum or not. See quantlab/runtime/cuda/choose.py. */
 typedef struct {
     int64_t experts, groups, top_groups, top_k;
     float scaling;

@@ -1,7 +1,7 @@
 """Python bindings of the native kernels: functions that take tensors.
 
-One call multiplies rows of activations by the matrices of a bank, group by group. Activations may have any floating dtype; the
-kernel rounds them as it needs and returns their dtype. Scales may have any floating dtype.
+One call multiplies rows of activations by the matrices of a bank, group by group. Activations may have any floating
+dtype; the kernel rounds them as it needs and returns their dtype. Scales may have any floating dtype.
 
 Legend: as in `quantlab.runtime.products`.
 """
@@ -48,7 +48,8 @@ _ARGUMENTS: Final[Mapping[str, Sequence[Any]]] = {
 class Held(Sequence[int]):
     """The elements of a contiguous int64 tensor, as a sequence.
 
-    Kernels read the tensor's memory when they run. Python may not read the elements while calls are recorded (`recording`).
+    Kernels read the tensor's memory when they run. Python may not read the elements while calls are recorded
+    (`recording`).
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -64,7 +65,7 @@ class Held(Sequence[int]):
 
 
 class Slices:
-    """Groups of rows as the kernels read them: rows start[i] to start[i] + count[i] are multiplied by matrix which[i]."""
+    """Groups of rows as the kernels read them: rows start[i] to start[i] + count[i] meet matrix which[i]."""
 
     def __init__(self, which: Sequence[int], start: Sequence[int], count: Sequence[int]) -> None:
         self.number = len(which)
@@ -89,7 +90,10 @@ def int4_product(x: Tensor, q: Tensor, scale: Tensor, shape: tuple[int, int, int
 
 
 def int4_expand(q: Tensor, scale: Tensor, shape: tuple[int, int, int], start: int, stop: int) -> Tensor:
-    """Rows `start` (a multiple of 16) to `stop` of one matrix, dequantized and transposed: [K, stop - start] in the scales' dtype."""
+    """Dequantize rows `start` (a multiple of 16) to `stop` of one matrix.
+
+    Returns the rows transposed, [K, stop - start], in the dtype of the scales.
+    """
     out = torch.empty(shape[1], stop - start, dtype=scale.dtype)
     weights = (q.data_ptr(), scale.data_ptr(), *shape, _DTYPES[scale.dtype])
     _run("quantlab_int4_expand", *weights, start, stop, out.data_ptr())
@@ -161,8 +165,8 @@ def latent_attention(
         weight: of kv_b, [H, N + V, L].
         scaling: factor of the scores.
         mask: [B, S] float32, added to the scores.
-        place: cache position of the new tokens. They attend to positions from the end of the padding up to their own; without
-            it, to all positions.
+        place: cache position of the new tokens. They attend to positions from the end of the padding up to their own;
+            without it, to all positions.
 
     Returns:
         [B, 1, H, V].
@@ -218,7 +222,7 @@ def turn(x: Tensor, place: Place, out: Tensor, *, in_pairs: bool = False, out_in
         x: of any floating dtype; rows are contiguous.
         place: cache position and angles of the tokens.
         out: [B, H, R], may be x; or a contiguous cache [B, H, S, R], which is written at the tokens' position.
-        in_pairs, out_in_pairs: whether the two elements of a pair are neighbours in x and in `out`, or else R / 2 apart.
+        in_pairs, out_in_pairs: whether the two elements of a pair are neighbours in x and in `out`, or R / 2 apart.
     """
     _put(x, place, out, (place.cos.data_ptr(), place.sin.data_ptr()), (in_pairs, out_in_pairs))
 

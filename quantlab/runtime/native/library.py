@@ -1,13 +1,14 @@
-"""Compiles and loads the native kernels: built by the system's C compiler at first use, kept in the user's cache directory.
+"""Build and load the native kernels: by the system's C compiler at first use, cached in the user's cache directory.
 
-The kernels are optional. Without a compiler, on a processor without the instructions, or with ``QUANTLAB_NATIVE=0`` in the
-environment, `library()` is None and the banks fall back to torch's operators. `status()` says which of the two is used, and why.
+The kernels are optional. Without a compiler, on a processor without the instructions, or with ``QUANTLAB_NATIVE=0`` in
+the environment, `library()` is None and the banks fall back to torch's operators. `status()` says which of the two is
+used, and why.
 
-The name of the cached file is a hash of everything it depends on: the sources, the compiler (path, size, modification time) and
-the flags. The file appears by an atomic rename, so processes that build at the same time only waste a second.
+The name of the cached file is a hash of everything it depends on: the sources, the compiler (path, size, modification
+time) and the flags. The file appears by an atomic rename, so processes that build at the same time only waste a second.
 
-Threads are torch's: the kernels call, by name, the OpenMP runtime that torch has loaded into the process. If there is none, the
-library does not load and the fallback is used.
+Threads are torch's: the kernels call, by name, the OpenMP runtime that torch has loaded into the process. If there is
+none, the library does not load and the fallback is used.
 """
 
 import ctypes

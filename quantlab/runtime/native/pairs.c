@@ -1,8 +1,8 @@
-/* bfloat16 weights in oneDNN's blocked layout, times a few rows of bfloat16 activations. oneDNN multiplies many rows in the same
-   layout, so the weights are stored once.
+/* bfloat16 weights in oneDNN's blocked layout, times a few rows of bfloat16 activations. oneDNN multiplies many rows in
+   the same layout, so the weights are stored once.
 
-   Layout: rows are padded to a multiple of 64, columns to a multiple of 32. A block of 64 rows stores its pairs of neighbouring
-   columns one after the other, and each pair for all 64 rows side by side. */
+   Layout: rows are padded to a multiple of 64, columns to a multiple of 32. A block of 64 rows stores its pairs of
+   neighbouring columns one after the other, and each pair for all 64 rows side by side. */
 
 #include "kernels.h"
 #include "simd.h"

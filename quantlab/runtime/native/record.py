@@ -1,8 +1,8 @@
 """Record the operator and kernel calls of a function once, and replay them on the same memory without its Python code.
 
-This is the CPU's counterpart of a CUDA graph, as a list of calls. A decode step streams hundreds of megabytes of weights through
-the caches and evicts the interpreter's code and data. The path through modules and dispatch to the next kernel then takes as long
-as reading a small matrix.
+This is the CPU's counterpart of a CUDA graph, as a list of calls. A decode step streams hundreds of megabytes of
+weights through the caches and evicts the interpreter's code and data. The path through modules and dispatch to the next
+kernel then takes as long as reading a small matrix.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,11 +27,12 @@ class CannotRepeatError(Exception):
 
 
 class Recorded:
-    """The calls of native kernels and torch operators that a function made, with their memory. All its tensors are kept alive.
+    """The calls of native kernels and torch operators that a function made; keeps all its tensors alive.
 
     Args:
-        function: called once, by the constructor. Its calls may depend on nothing but shapes: a replay sees other contents of the
-            tensors that existed before. Reads that bypass operators (`Tensor.tolist`, numpy) go undetected.
+        function: called once, by the constructor. Its calls may depend on nothing but shapes: a replay sees other
+            contents of the tensors that existed before. Reads that bypass operators (`Tensor.tolist`, numpy) go
+            undetected.
 
     Attributes:
         result: the tensor that the function returned.
@@ -89,7 +90,7 @@ def _again(call: Callable[[], object], results: Sequence[Tensor]) -> None:
 def _memories(tensors: Sequence[Tensor]) -> set[int]:
     """Addresses of the tensors' storages. A view shares its base's storage.
 
-    Operators that return their input's storage compute nothing. An operator's schema does not always tell (`reshape`, `to`).
+    Operators that return their input's storage compute nothing. Their schema does not always say so (`reshape`, `to`).
     """
     return {one.untyped_storage().data_ptr() for one in tensors if one.layout == torch.strided}
 

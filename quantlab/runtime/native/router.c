@@ -49,12 +49,13 @@ static int64_t argmax(const float *x, int64_t count) {
     return found;
 }
 
-/* Preference of an expert whose group was not selected or whose score is NaN: below that of all other experts, above that of an
-   expert that has already been selected (-inf). So top_k experts are always found, and a token of NaNs gets NaN weights. */
+/* Preference of an expert whose group was not selected or whose score is NaN: below that of all other experts, above
+   that of an expert that has already been selected (-inf). So top_k experts are always found, and a token of NaNs gets
+   NaN weights. */
 #define LOWEST -3e38f
 
-/* Select the experts of one token. scores [E]: logits on entry, overwritten by the scores; preference [E], group_score [groups]:
-   scratch. */
+/* Select the experts of one token. scores [E]: logits on entry, overwritten by the scores; preference [E], group_score
+   [groups]: scratch. */
 static void select_experts(float *scores, const float *bias, const Choice *how, int64_t *index, float *weights,
                            float *preference, float *group_score) {
     const int64_t experts = how->experts, group_size = experts / how->groups;
@@ -103,7 +104,8 @@ static void select_experts(float *scores, const float *bias, const Choice *how, 
         weights[k] = scores[index[k]] * how->scaling / (how->normed ? total + 1e-20f : 1);
 }
 
-/* index, weights [T, top_k]: the experts of x [T, H] and their weights, by the router's weight [E, H] and bias [E] (or NULL). */
+/* index, weights [T, top_k]: the experts of x [T, H] and their weights, by the router's weight [E, H] and bias [E] (or
+   NULL). */
 void quantlab_choose(const void *x, int64_t tokens, int64_t hidden, int dtype, const void *weight, int weight_dtype,
                      const float *bias, const Choice *how, int64_t *index, float *weights) {
     const int64_t x_stride = round_up(hidden, 32);

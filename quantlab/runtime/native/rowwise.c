@@ -1,11 +1,12 @@
-/* Row-wise operations between the matrix products, for a few rows. In torch each of them is several small operators, whose
-   overhead at one row exceeds the arithmetic. They run in the calling thread. */
+/* Row-wise operations between the matrix products, for a few rows. In torch each of them is several small operators,
+   whose overhead at one row exceeds the arithmetic. They run in the calling thread. */
 
 #include "kernels.h"
 #include "simd.h"
 
-/* RMS norm: out [T, K] = x / sqrt(mean(x^2) + epsilon), rounded to the dtype of x, times weight [K]. `x_stride` and `out_stride`
-   are row strides in elements. If `position` is not NULL, the output of each row is shifted by *position rows of K elements. */
+/* RMS norm: out [T, K] = x / sqrt(mean(x^2) + epsilon), rounded to the dtype of x, times weight [K]. `x_stride` and
+   `out_stride` are row strides in elements. If `position` is not NULL, the output of each row is shifted by *position
+   rows of K elements. */
 void quantlab_norm(const void *x, int64_t x_stride, const void *weight, int64_t rows, int64_t columns, float epsilon, int dtype,
                    void *out, int64_t out_stride, const int64_t *position) {
     for (int64_t row = 0; row < rows; row++) {
@@ -90,9 +91,10 @@ INLINE void turn(const void *x, int64_t from, int in_pairs, float *out, int out_
     }
 }
 
-/* Rotary embedding: out row (t, h) = x row (t, h), its pairs rotated by the angles of token t; out may be x. Row (t, h) is written
-   at cache position *position. The first padding[t] positions of the cache are empty, so the angles are those of
-   *position - padding[t], from the tables cos, sin [·, width / 2]. If cos is NULL, rows are copied without rotation. */
+/* Rotary embedding: out row (t, h) = x row (t, h), its pairs rotated by the angles of token t; out may be x. Row (t, h)
+   is written at cache position *position. The first padding[t] positions of the cache are empty, so the angles are
+   those of *position - padding[t], from the tables cos, sin [·, width / 2]. If cos is NULL, rows are copied without
+   rotation. */
 void quantlab_turn(const void *x, const RotaryStrides *of, void *out, const RotaryStrides *to, int64_t tokens, int64_t heads, int64_t width,
                    const float *cos, const float *sin, const int64_t *position, const int64_t *padding, int dtype) {
     const int64_t pairs = width / 2;

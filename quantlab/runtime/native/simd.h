@@ -1,7 +1,8 @@
-/* Shared by all kernels: work distribution over threads, groups of a bank, and conversions between 16-bit types and float32.
+/* Shared by all kernels: work distribution over threads, groups of a bank, and conversions between 16-bit types and
+   float32.
 
-   Threads belong to the OpenMP runtime that torch has loaded. Nothing is linked: the functions declared below are resolved in the
-   process. So torch's number of threads applies here too, and both use the same threads. */
+   Threads belong to the OpenMP runtime that torch has loaded. Nothing is linked: the functions declared below are
+   resolved in the process. So torch's number of threads applies here too, and both use the same threads. */
 
 #ifndef QUANTLAB_SIMD_H
 #define QUANTLAB_SIMD_H
@@ -15,7 +16,7 @@ void GOMP_parallel(void (*work)(void *), void *job, unsigned threads, unsigned f
 int omp_get_num_threads(void);
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLLED _Pragma("GCC unroll 16") /* arrays of accumulators become registers only if all loops over them are unrolled */
+#define UNROLLED _Pragma("GCC unroll 16") /* keeps arrays of accumulators in registers */
 
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
@@ -25,8 +26,8 @@ typedef struct {
     int64_t number;
 } Groups;
 
-/* Claim the next chunk of `units` units of work; false when none is left. Chunks shrink towards the end: long chunks are long
-   memory streams, and short ones bound the wait for a thread that was interrupted. */
+/* Claim the next chunk of `units` units of work; false when none is left. Chunks shrink towards the end: long chunks
+   are long memory streams, and short ones bound the wait for a thread that was interrupted. */
 INLINE int next_chunk(int64_t *next_unit, int64_t units, int64_t *from, int64_t *to) {
     const int64_t threads = omp_get_num_threads(), least = units / (32 * threads) + 1;
     *from = __atomic_load_n(next_unit, __ATOMIC_RELAXED);
@@ -37,12 +38,12 @@ INLINE int next_chunk(int64_t *next_unit, int64_t units, int64_t *from, int64_t 
     return *from < units;
 }
 
-/* Multiply rows top … last of a matrix, `wide` rows at a time and the rest one by one, by calling
-   kernel(job, matrix, row, row_step, token, wide, tokens), where row_step is the distance between the rows of one call.
+/* Multiply rows top … last of a matrix, `wide` rows at a time and the rest one by one, by calling kernel(job, matrix,
+   row, row_step, token, wide, tokens), where row_step is the distance between the rows of one call.
 
-   One or two tokens are memory-bound, and bandwidth is highest for a few separate streams. So the range is divided into `wide`
-   parts and a call takes one row of each. Adjacent rows would be streams 2^n bytes apart, which costs a third of the bandwidth.
-   For more tokens the rows of a call are adjacent and stay in the cache for the next tokens. */
+   One or two tokens are memory-bound, and bandwidth is highest for a few separate streams. So the range is divided into
+   `wide` parts and a call takes one row of each. Adjacent rows would be streams 2^n bytes apart, which costs a third of
+   the bandwidth. For more tokens the rows of a call are adjacent and stay in the cache for the next tokens. */
 #define EACH_ROW(kernel, wide, tokens)                                                                        \
     {                                                                                                         \
         const int64_t row_step = few ? (last - top) / wide : 1, end = few ? top + row_step : last - wide + 1; \
@@ -56,15 +57,15 @@ INLINE int next_chunk(int64_t *next_unit, int64_t units, int64_t *from, int64_t 
 
 #define FEW_TOKENS 2 /* up to this many, a product is memory-bound */
 
-/* How many of the blocks `unit` … `to` are processed together: all of the same matrix (of `blocks` blocks) if its tokens are few,
-   else one. */
+/* How many of the blocks `unit` … `to` are processed together: all of the same matrix (of `blocks` blocks) if its
+   tokens are few, else one. */
 INLINE int64_t blocks_at_once(const Groups *groups, int64_t unit, int64_t to, int64_t blocks) {
     const int64_t left = blocks - unit % blocks;
     return groups->count[unit / blocks] > FEW_TOKENS ? 1 : to - unit < left ? to - unit : left;
 }
 
-/* Uninitialized memory, aligned to 64 bytes. Copies of activations are padded by 64 bytes per row: rows 2^n bytes apart would
-   compete for the same cache sets. */
+/* Uninitialized memory, aligned to 64 bytes. Copies of activations are padded by 64 bytes per row: rows 2^n bytes apart
+   would compete for the same cache sets. */
 INLINE void *scratch(size_t bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }
 
 INLINE int64_t round_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
@@ -140,7 +141,7 @@ INLINE void narrow(const void *x, int dtype, int64_t count, int64_t padded, uint
 
 /* e^x, to about one ulp of float32; overflows to infinity and underflows to zero. */
 INLINE __m512 exponential(__m512 x) {
-    x = _mm512_min_ps(_mm512_set1_ps(200), _mm512_max_ps(_mm512_set1_ps(-200), x)); /* max and min return their second operand if one is NaN */
+    x = _mm512_min_ps(_mm512_set1_ps(200), _mm512_max_ps(_mm512_set1_ps(-200), x)); /* keeps NaN, the second operand */
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
