@@ -1,4 +1,4 @@
-"""How integers lie on a CUDA device, and how products are cut: no GPU is needed to know."""
+"""Memory layout of packed integers on a CUDA device, and tile sizes of products; no GPU is needed."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -33,10 +33,10 @@ def test_packing_is_undone_by_unpacking(shape: tuple[int, int]) -> None:
 
 
 def test_a_thread_finds_its_weights_in_sixteen_bytes() -> None:
-    """Thread by thread, as PTX lays out the first operand of m64n_k16: the eight words of a thread, in register order."""
+    """Every thread's eight words, in register order, against PTX's fragment layout of the left operand of m64n_k16."""
     q = torch.randint(-8, 8, (64, 128), dtype=torch.int8)
     words = layout.pack_int4(q)[0, 0].to(torch.int32) & 0xFFFF
-    for half in range(2):  # of the 32 columns of a quarter
+    for half in range(2):  # halves of the 32 columns of a quarter
         for thread in range(128):
             warp, i, j = thread // 32, thread % 32 // 4, thread % 4
             found = words[half * 1024 + thread * 8 :][:8].tolist()
@@ -71,10 +71,10 @@ def test_every_cut_fits_the_chip(kind: Kind, chip: Chip) -> None:
                 assert tiles.stages * stage <= chip.shared_bytes
                 assert tiles.tokens == 8 or tiles.tokens < 2 * tokens
                 assert 1 <= tiles.parts <= -(-columns // 128)
-                assert not gated or tiles.rows in {16, 128}, "half a tile of the gate's rows and half of up's"
+                assert not gated or tiles.rows in {16, 128}, "half of the rows are gate rows, half are up rows"
                 count = -(-rows // tiles.rows) * -(-tokens // tiles.tokens)
-                assert tiles.parts == 1 or tiles.runs or count <= 4096, "counters of a bank"
-                assert not tiles.pairs or count * tiles.parts <= chip.multiprocessors, "half of the chip would be idle"
+                assert tiles.parts == 1 or tiles.runs or count <= 4096, "no more than the counters of a bank"
+                assert not tiles.pairs or count * tiles.parts <= chip.multiprocessors, "not more than one wave"
 
 
 def test_experts_share_one_size_of_block() -> None:
@@ -103,7 +103,7 @@ def test_bands_stay_small() -> None:
 @pytest.mark.parametrize("multiprocessors", [3, 114, 132])
 @pytest.mark.parametrize("kind", [Kind.INT4, Kind.INT8])
 def test_every_tile_is_dealt_out_once(kind: Kind, multiprocessors: int) -> None:
-    """Run by run, as `hopper_shares.work`, `item_of` and `run_of` count; tiles not shared are taken in rounds."""
+    """Simulates `hopper_stream_k.program_work`, `item_range` and `range_owning` for every range of every schedule."""
     chip = replace(H100, multiprocessors=multiprocessors)
     shapes = ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (11008, 4096), (576, 2048), (8, 128))
     for (rows, columns), tokens in product(shapes, (65, 128, 129, 300, 512, 1100, 2048, 2049, 8192)):
@@ -121,14 +121,16 @@ def test_every_tile_is_dealt_out_once(kind: Kind, multiprocessors: int) -> None:
             assert 1 <= schedule.sharers <= schedule.programs <= multiprocessors
             assert 0 <= schedule.shared <= tiles
             assert schedule.shared == tiles or schedule.programs == min(multiprocessors, tiles)
-            assert all(first < last for first, last in runs) or not schedule.shared, "who collects waits for all"
+            assert all(first < last for first, last in runs) or not schedule.shared, (
+                "the program that adds the shares waits for all ranges"
+            )
             left: list[int] = []
             for unit in range(0, units, blocks):
                 owner, last_owner = (((end + 1) * schedule.sharers - 1) // units for end in (unit, unit + blocks - 1))
-                assert runs[owner][0] <= unit < runs[owner][1], "who collects"
+                assert runs[owner][0] <= unit < runs[owner][1], "this program adds the shares"
                 assert runs[last_owner][0] < unit + blocks <= runs[last_owner][1]
                 left += range(owner + 1, last_owner + 1)
-            assert len(left) == len(set(left)), "a run leaves one share at most: there is room for one of each"
+            assert len(left) == len(set(left)), "a range writes at most one share: there is room for one of each"
             assert left == [run for run, (first, _) in enumerate(runs) if schedule.shared and first % blocks]
 
 
@@ -139,7 +141,9 @@ def test_tiles_that_fill_no_round_are_shared() -> None:
     assert chosen(18432, 7168, 1024).tokens == 256
     assert chosen(24576, 1536, 512).shared == 0
     assert (chosen(4096, 7168, 512).shared, chosen(4096, 7168, 512).sharers) == (64, 128)
-    assert chosen(7168, 18432, 2048).shared < 132, "75 MB of activations are walked in step"
+    assert chosen(7168, 18432, 2048).shared < 132, (
+        "75 MB of activations do not fit the L2 cache, so programs stay in step"
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300, 640, 1024, 1025, 5000])
@@ -155,7 +159,7 @@ def test_turns_take_every_token_once(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [64, 320, 448, 640])
 @pytest.mark.parametrize("kind", [Kind.INT4, Kind.INT8])
 def test_no_other_turns_cost_less(kind: Kind, tokens: int) -> None:
-    """Against every way to cut the tokens into multiples of 64."""
+    """Against all divisions of the tokens into multiples of 64."""
     for matrix in ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (7168, 2048)):
 
         def cost(counts: Iterable[int], matrix: tuple[int, int] = matrix) -> float:

@@ -72,7 +72,7 @@ def words_layout(PAIRS):
 
 @gluon.jit
 def load_packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, PART: gl.constexpr):
-    """Word pairs of a block of columns from row `top`, in memory order; for int4 also the scales [BN] of its quarters."""
+    """Word pairs of a block of columns from row `top`, in memory order; for int4 also the scales [BN] of quarters."""
     PAIRS: gl.constexpr = 16 if INT4 else 32
     size: gl.constexpr = 64 * PAIRS
     slabs = (N + 63) // 64

@@ -202,7 +202,7 @@ def store_tile(
     sums, per_row, per_token, valid, added, out, out_row, tile_n, N,
     KIND: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile where `valid`: scaled by row (int8) and token (INT8_TOKENS), gated if GATED, plus `added` if ADDED."""
+    """Store a tile where `valid`: scaled by row and token (by KIND), gated if GATED, plus `added` if ADDED."""
     BN: tl.constexpr = sums.shape[0]
     BM: tl.constexpr = sums.shape[1]
     if KIND == INT8_TOKENS:

@@ -41,7 +41,7 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Routing:
-    """Rows sorted by expert, as `routing.route` writes them, for blocks of `tokens` rows.
+    """Rows sorted by expert, as `sort_by_expert.route` writes them, for blocks of `tokens` rows.
 
     If `alone`, all rows belong to one token: each is a block of its own, and `block_expert` is the index itself.
     """

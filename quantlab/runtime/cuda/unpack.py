@@ -43,7 +43,7 @@ shr.u32 t, $2, 8; lop3.b32 $1, t, 0x00ff00ff, 0x64806480, 0x6a; sub.rn.f16x2 $1,
 
 @triton.jit
 def from_int4(words, dtype: tl.constexpr):
-    """Words [BN, 32] int16 of four nibbles -> four tensors [BN, 32] of integers -8 … 7 in `dtype`, lowest bits first."""
+    """Words [BN, 32] int16 of four nibbles -> four tensors [BN, 32] of integers -8 … 7 in `dtype`, low bits first."""
     if INTERPRETED:
         a = ((words & 15) - 8).to(tl.float32).to(dtype)
         b = (((words >> 4) & 15) - 8).to(tl.float32).to(dtype)

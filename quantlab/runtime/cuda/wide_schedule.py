@@ -6,9 +6,9 @@ the tokens may be divided into chunks that suit the tiles, for example 640 into 
 Tiles rarely fill whole waves of programs, and a wave takes long. So the last tiles are shared (stream-K). Where they
 are too few for a wave, they are divided into halves, thirds, quarters or two thirds; or, alone or together with the
 tiles of the previous wave, into as many equal ranges of blocks of columns as there are programs. Shared tiles cost
-memory traffic and a wait. Ranges that do not
-begin and end with tiles also put programs out of step: at any time they load different columns of the activations. The
-constants were measured on one H100 at the shapes of DeepSeek models (`eval/results/cuda-linears-h100.md`).
+memory traffic and a wait. Ranges that do not begin and end with tiles also put programs out of step: at any time they
+load different columns of the activations. The constants were measured on one H100 at the shapes of DeepSeek models
+(`eval/results/cuda-linears-h100.md`).
 """
 
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ _OUT_OF_STEP: Final = {
 }
 """Up to this many bytes of activations, programs may be out of step, since the L2 cache holds them."""
 _NARROW: Final = {Kind.INT4: 16 << 20, Kind.INT8: 12 << 20}
-"""Up to this many bytes of activations, tiles of 128 tokens, with half the arithmetic intensity, are not memory-bound."""
+"""Up to this many bytes of activations, tiles of 128 tokens, of low arithmetic intensity, are not memory-bound."""
 
 
 @dataclass(frozen=True)

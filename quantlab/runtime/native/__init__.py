@@ -1,1 +1,1 @@
-"""Matrix products, attention, routing and row-wise operations for CPUs with AVX-512: C sources, their build and Python bindings."""
+"""Native kernels for CPUs with AVX-512, in C: sources, build, Python bindings and the replay of recorded calls."""
