@@ -1,19 +1,17 @@
 """Triton kernels that multiply rows of activations by packed matrices, for linears and for routed experts.
 
 A program computes a tile of the transposed product ``W x^T``: BN rows of a matrix times BM rows of activations. As the
-left operand, weights go to the tensor cores from the registers in which the integers were expanded. Few tokens fill
-only few columns of a tile, so one kernel serves from one token to thousands.
+left operand, weights come from the registers in which the integers were expanded. Few tokens fill only few columns of a
+tile, so one kernel serves from one token to thousands.
 
-Integers are stored in slabs of 64 rows and 128 columns; all slabs of a block of columns are contiguous. Words within a
-slab are in the order of the tensor-core fragments (`quantlab.runtime.cuda.layout`): a thread loads 16 bytes and has the
-words of its own fragment, in order. Integers that share a word are a quarter (int4) or half (int8) of the block apart,
+Integers are stored in the order of the tensor-core fragments (`quantlab.runtime.cuda.layout`): a thread loads 16 bytes
+and has the words of its own fragment. Integers that share a word are a quarter (int4) or half (int8) of a block apart,
 so that words [BN, 32] expand to four tiles [BN, 32] of neighbouring columns. No data moves between threads.
 
 Launches of few rows overlap (CHAINED; programmatic dependent launch): a kernel launches before its predecessor has
-finished. Every program of such a kernel waits for its predecessor before it reads any other kernel's output and before
-it writes, so ordering holds for all later kernels too. Only weights and their scales, which no kernel of a step writes,
-are read before the wait. A kernel that calls `gdc_launch_dependents` lets its successor launch at that point; otherwise
-the successor launches when it ends.
+finished. Every program waits for the predecessor before it reads another kernel's output and before it writes, so order
+holds for all later kernels too. Only weights and their scales, which no kernel of a step writes, are read before the
+wait. A kernel's successor launches when it calls `gdc_launch_dependents`, or else when it ends.
 
 Legend: E matrices, N rows (outputs), K columns (inputs), T rows of activations, tile sizes BN and BM.
 """
@@ -34,8 +32,7 @@ INT8: tl.constexpr = tl.constexpr(1)
 INT8_TOKENS: tl.constexpr = tl.constexpr(2)
 FLOAT: tl.constexpr = tl.constexpr(3)
 FEW_ROWS: tl.constexpr = tl.constexpr(64)
-"""Up to this many rows of activations in a tile, scales are loaded before the main loop to hide their latency; beyond,
-the accumulators need the registers."""
+"""Up to this many rows of activations in a tile, there are registers to load scales before the main loop."""
 
 
 @triton.jit
@@ -71,8 +68,7 @@ def int4_sums(
 ):  # fmt: skip
     """Rows n [BN] of an int4 matrix times rows of x, over blocks `first` to `last`: [BN, BM] float32.
 
-    With few rows of activations the sums of each group are scaled; with many, the weights are scaled and rounded as the
-    number format defines it.
+    With few rows of activations group sums are scaled; with many, weights are, rounded as the number format defines it.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     BN: tl.constexpr = n.shape[0]
@@ -131,8 +127,7 @@ def int8_sums(
 def integer_sums(x, row, valid, w, n, first, last, N, K, EVEN: tl.constexpr, STAGES: tl.constexpr, PAIRS: tl.constexpr):
     """Rows n [BN] of an int8 matrix times rows of int8 x, over blocks `first` to `last`: [BN, BM] int32, exact.
 
-    PAIRS: two blocks per iteration. If their number is odd, the last iteration loads its block twice, once with zero
-    activations.
+    PAIRS: two blocks per iteration; an odd last block is loaded twice, once with zero activations.
     """
     weights_at = w + n[:, None] * 128 + tl.arange(0, 128)[None, :]
     sums = tl.zeros((n.shape[0], row.shape[0]), tl.int32)
@@ -239,9 +234,7 @@ def tile_rows(tile_n, N, GATED: tl.constexpr, BN: tl.constexpr):
 def reduce_partials(sums, valid, partial, slot, first_slot, arrived, contributors):
     """Write the partial sums [BN, BM] of one of `contributors` to its slot; the last to arrive adds all, in slot order.
 
-    The contributors' slots are consecutive from `first_slot`, so the order of additions is fixed.
-
-    Args: partial: scratch; slot: this program's; arrived: a counter, zero before and after.
+    Args: slots of the contributors are consecutive from `first_slot`; arrived: a counter, zero before and after.
     Returns: the sums, and whether they are complete, which they are for exactly one contributor.
     """
     size: tl.constexpr = sums.shape[0] * sums.shape[1]
@@ -273,8 +266,7 @@ def product(
     out: [T, N], or [T, N / 2] where GATED: ``silu(gate) * up`` for a matrix with the gate rows first, then the up rows.
     added: [T, N] of out's dtype, added to the product where ADDED.
     partial: [tiles, splits, BM, BN] scratch; arrived: [tiles] int32, zero before and after.
-    CHAINED: see above. Where KIND is INT8_TOKENS, the weights of the first AHEAD blocks are prefetched before the wait.
-    PAIRS: for INT8_TOKENS, see `integer_sums`.
+    CHAINED: see above; of INT8_TOKENS, the first AHEAD blocks are prefetched before the wait. PAIRS: see `integer_sums`.
     """
     row_blocks = tl.cdiv(T, BM)
     tile = tl.program_id(0)
@@ -352,16 +344,13 @@ def run_product(
 ):  # fmt: skip
     """As `product`, by any number of programs (stream-K); where ROUTED, rows are multiplied by their experts' matrices.
 
-    The number of routed blocks of rows is known only on the device. So the work units, all blocks of columns of all
-    tiles, are divided into equal contiguous ranges. Where a range ends inside a tile, `reduce_partials` adds the
-    partial sums.
+    The number of routed blocks of rows is known only on the device. So all blocks of columns of all tiles are divided
+    into equal contiguous ranges. Where a range ends inside a tile, `reduce_partials` adds the partial sums.
 
     w, scale: where ROUTED, of E matrices. partial: [2 * programs, BM, BN] scratch; arrived: [programs] int32 zeros.
     order, block_expert, block_first, block_end, block_count: written by `sort_by_expert.route`. With TOP_K, row p of
-    the product reads row ``order[p] / TOP_K`` of x and is written to row p; without, it reads row p and is written to
-    row ``order[p]``.
-    ALONE: all T rows belong to one token; row p is block p, its expert is ``block_expert[p]``, and the other tables are
-    not read.
+    the product reads row ``order[p] / TOP_K`` of x and is written to p; without, it reads row p and writes ``order[p]``.
+    ALONE: all T rows belong to one token; row p is block p with expert ``block_expert[p]``. Other tables are not read.
     """
     if CHAINED:
         gdc_wait()
