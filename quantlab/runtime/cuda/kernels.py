@@ -388,13 +388,11 @@ def run_product(
             per_token, per_row = token_scales(x_scale, row, valid, KIND), row_scales(tile_scale, n, KIND)
         complete = last - first == blocks
         if last - first < blocks:
-            first_program = program_owning(unit, per_program, remainder)
-            contributors = program_owning(unit + blocks - 1, per_program, remainder) - first_program + 1
-            # shared tiles start in different programs, so their slots, from 2 * first_program on, do not overlap
-            slot = (first_program + program).to(tl.int64)
-            first_slot = slot - program + first_program
-            sums, complete = reduce_partials(
-                sums, valid, partial, slot, first_slot, arrived + first_program, contributors
-            )
+            owner = program_owning(unit, per_program, remainder)
+            contributors = program_owning(unit + blocks - 1, per_program, remainder) - owner + 1
+            # shared tiles start in different programs, so their slots, from 2 * owner on, do not overlap
+            slot = (owner + program).to(tl.int64)
+            first_slot = slot - program + owner
+            sums, complete = reduce_partials(sums, valid, partial, slot, first_slot, arrived + owner, contributors)
         if complete:
             store_tile(sums, per_row, per_token, valid, x, out, out_row, tile_n, N, KIND, GATED, False)
