@@ -1,8 +1,9 @@
-"""Routed experts of a layer on a GPU over torch's BF16 grouped_mm: python tests/benchmarks/cuda_experts.py [--out PREFIX]
+"""Routed experts of a layer on a GPU against torch's BF16 grouped_mm: python tests/benchmarks/cuda_experts.py [--out
+PREFIX]
 
-Both products (gate and up, down) at the shapes of DeepSeek-V3 and V2-Lite. torch's side are its two grouped products alone,
-on rows already sorted; ours is the whole module: sorting, both products, gating and the weighted sum. Every launch of a
-captured graph has a routing of its own.
+Both products (gate and up; down) at the shapes of DeepSeek-V3 and V2-Lite. torch's time is that of its two grouped
+products alone, on sorted rows; ours is that of the whole module: sorting, both products, gating and the weighted sum.
+Every launch in a captured graph has its own routing.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def packed(scheme: SchemeName, experts: int, rows: int, columns: int) -> nn.Modu
 
 
 def grouped(x: Tensor, index: Tensor, first: Tensor, second: Tensor, middle: Tensor) -> list[functools.partial[Tensor]]:
-    """torch's two products for a routing."""
+    """Calls of torch's two grouped products for one routing."""
     flat = index.flatten()
     ends = torch.bincount(flat, minlength=first.shape[0]).cumsum(0).to(torch.int32)
     rows = x[flat.argsort(stable=True) // index.shape[1]].contiguous()
@@ -108,7 +109,7 @@ def table(lines: list[dict[str, object]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="prefix of a .json and a .md file")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
     torch.manual_seed(0)
     head = f"{hardware()}; device copy {copy_rate():.2f} TB/s."

@@ -1,7 +1,8 @@
-"""Packed linears on a GPU over torch's BF16 linear: python tests/benchmarks/cuda_linears.py [--out PREFIX]
+"""Packed linears on a GPU against torch's BF16 linear: python tests/benchmarks/cuda_linears.py [--out PREFIX]
 
-Weights are rotated beyond the second-level cache, launches captured in CUDA graphs, all sides of a shape and number of tokens
-interleaved. W8A8 includes rounding the tokens. Bytes are the weights with their scales and the activations, once.
+Launches rotate through more weights than the L2 cache holds and are captured in CUDA graphs; all kinds of a shape and
+number of tokens are interleaved. W8A8 includes the quantization of tokens. Bytes count weights, scales and activations
+once.
 """
 
 import argparse
@@ -27,7 +28,7 @@ ROTATED_BYTES = 200_000_000
 
 
 def banks(scheme: SchemeName, rows: int, columns: int) -> list[CudaMatrices]:
-    """As many random banks of one matrix as do not fit the cache together."""
+    """Random banks of one matrix each, together larger than the L2 cache."""
     made = []
     while not made or sum(bank.q.nbytes for bank in made) < ROTATED_BYTES or len(made) < 3:
         bank = quantized_matrices(
@@ -72,7 +73,7 @@ def measure(rows: int, columns: int) -> list[dict[str, object]]:
 
 
 def table(lines: list[dict[str, object]]) -> str:
-    """A row per shape and kind: speed over BF16 and bytes per second, by number of tokens."""
+    """A row per shape and kind: speed relative to BF16, time and bytes per second, by number of tokens."""
     text = [
         "| (N, K) | | " + " | ".join(f"{tokens} tokens" for tokens in TOKENS) + " |",
         "|" + "---|" * (2 + len(TOKENS)),
@@ -90,7 +91,7 @@ def table(lines: list[dict[str, object]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="prefix of a .json and a .md file")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
     torch.manual_seed(0)
     rate = copy_rate()

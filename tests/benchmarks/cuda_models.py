@@ -1,9 +1,10 @@
-"""Whole models on a GPU, decoding by captured steps: python tests/benchmarks/cuda_models.py [--models …] [--out PREFIX]
+"""Whole models on a GPU, decoding in captured steps: python tests/benchmarks/cuda_models.py [--models …] [--out PREFIX]
 
-Random weights at the true width of a model. Each side is timed in turns with two of BF16, step by step, from a cache of `PROMPT`
-tokens: BF16 in transformers' own steps, captured, and BF16 in the fused steps that the packed sides take too. Beside the time
-stand the bytes a step has to read (all weights but the embeddings; of routed experts those that the tokens hit, which are nearly
-the same on every side) and what the kernels of one step took, longest first.
+Random weights at the true width of a model, from a cache of `PROMPT` tokens. Each scheme is timed interleaved with two
+baselines in
+BF16: transformers' own steps, captured, and the fused steps that the packed schemes use too. The report adds the bytes
+that a step has to read (all weights except the embeddings; of routed experts those that the tokens hit, which are
+nearly the same for every scheme) and the times of the kernels of one step, longest first.
 """
 
 import argparse
@@ -112,13 +113,13 @@ def quantization(scheme: SchemeName) -> QuantizationConfig:
 
 
 def twin(name: str, scheme: SchemeName | None) -> torch.nn.Module:
-    """A model of random weights."""
+    """A model with random weights."""
     chosen = None if scheme is None else quantization(scheme)
     return random_twin(MODELS[name], chosen, dtype=torch.bfloat16, seed=0, device="cuda")
 
 
 def filled(model: torch.nn.Module, *, fuse: bool) -> dict[int, Decoder]:
-    """A filled cache for every batch, its step captured."""
+    """A decoder for every batch size, with a filled cache and a captured step."""
     decoders = {}
     for batch in BATCHES:
         ids = torch.randint(1000, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
@@ -129,12 +130,12 @@ def filled(model: torch.nn.Module, *, fuse: bool) -> dict[int, Decoder]:
 
 
 def some_tokens(batch: int) -> torch.Tensor:
-    """[B, 1], another token for each sequence: experts are hit as by different texts."""
+    """[B, 1], a different token for each sequence, so that experts are hit as by different texts."""
     return torch.randint(1000, (batch, 1), generator=torch.Generator().manual_seed(0)).cuda()
 
 
 def timed(decoder: Decoder) -> float:
-    """Microseconds of a step, over `STEPS` of them."""
+    """Microseconds per step, averaged over `STEPS` - 1 steps."""
     tokens = some_tokens(decoder.batch)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     decoder.step(tokens)
@@ -148,7 +149,7 @@ def timed(decoder: Decoder) -> float:
 
 
 def kernels(decoder: Decoder) -> list[dict[str, Any]]:
-    """What the kernels of one step take: name, launches, microseconds."""
+    """The kernels of one step, longest first: name, launches, microseconds."""
     tokens = some_tokens(decoder.batch)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
@@ -168,7 +169,7 @@ def kernels(decoder: Decoder) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def bytes_of_a_step(model: torch.nn.Module, batch: int) -> float:
-    """Bytes of weights that one step reads: of routed experts those that `some_tokens` hit, without a context before them."""
+    """Bytes of weights that one step reads; of routed experts those that `some_tokens` hit without a context."""
     total = float(weight_bytes(model).total) - model.model.embed_tokens.weight.nbytes
     shares: list[float] = []
     hooks = [
@@ -184,7 +185,7 @@ def bytes_of_a_step(model: torch.nn.Module, batch: int) -> float:
 
 
 def measured(name: str) -> list[dict[str, Any]]:
-    """All sides of one model."""
+    """Measurements of all schemes of one model."""
     baseline = twin(name, None)
     plain, fused = (filled(baseline, fuse=fuse) for fuse in (False, True))
     lines = []
@@ -240,7 +241,7 @@ def row(line: Mapping[str, Any]) -> str:
 
 
 def as_markdown(lines: list[dict[str, Any]], head: str) -> str:
-    """A table per model, and what the kernels of its steps take."""
+    """A table per model, and the times of the kernels of its steps."""
     text = ["# Whole models decoding on one GPU", "", "Written by `tests/benchmarks/cuda_models.py`. " + head, ""]
     for name in dict.fromkeys(line["model"] for line in lines):
         of_model = [line for line in lines if line["model"] == name]

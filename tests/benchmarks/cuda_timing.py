@@ -1,4 +1,4 @@
-"""Timing on a GPU: captured launches over rotated operands, the sides interleaved, medians."""
+"""Timing on a GPU: captured launches over rotating operands, interleaved candidates, medians."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ _LEAST_LAUNCHES = 16
 
 
 def captured(calls: Calls) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph that makes every call at least once, and how many it makes."""
+    """A graph of every call, repeated to at least `_LEAST_LAUNCHES` calls, and their number."""
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -25,7 +25,7 @@ def captured(calls: Calls) -> tuple[torch.cuda.CUDAGraph, int]:
 
 
 def interleaved(sides: Mapping[str, Calls], *, rounds: int = 15) -> dict[str, float]:
-    """Median microseconds of a call of each side; in every round each side runs once."""
+    """Median microseconds per call of each candidate; in every round each candidate runs once."""
     graphs = {name: captured(calls) for name, calls in sides.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
@@ -40,7 +40,7 @@ def interleaved(sides: Mapping[str, Calls], *, rounds: int = 15) -> dict[str, fl
 
 
 def copy_rate() -> float:
-    """Terabytes per second of a copy on the device, bytes read and written."""
+    """Terabytes per second of a copy on the device, counting bytes read and written."""
     source = torch.empty(1 << 29, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.empty_like(source)
     microseconds = interleaved({"copy": [lambda: target.copy_(source)]}, rounds=5)["copy"]
@@ -48,7 +48,7 @@ def copy_rate() -> float:
 
 
 def hardware() -> str:
-    """The GPU and the versions that matter."""
+    """The GPU, and the versions of torch and triton."""
     import triton
 
     return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"

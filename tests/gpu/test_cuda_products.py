@@ -1,4 +1,4 @@
-"""Every packed product on a GPU against the float64 product of the matrix it stands for; skipped where there is no GPU."""
+"""Every packed product on a GPU against the float64 product of the dequantized matrix; skipped without a GPU."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
-from quantlab.runtime.cuda.shares import turns, ways
 from quantlab.runtime.cuda.tiles import Chip
+from quantlab.runtime.cuda.wide_schedule import candidates, token_chunks
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.int8 import quantize_tokens
 from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
@@ -50,7 +50,7 @@ def exact(matrix: QuantizedMatrix) -> Tensor:
 
 
 def seen(x: Tensor, scheme: SchemeName) -> Tensor:
-    """What the activations are for a scheme, float64."""
+    """The activations as a scheme rounds them, in float64."""
     if scheme != "int8":
         return x.double()
     q, scale = quantize_tokens(x.cpu())
@@ -124,11 +124,17 @@ def test_every_way_to_deal_out_many_rows(
         x = torch.randn(tokens, shape[1], device=GPU).to(dtype)
         expected = x.double() @ weight.t()
         like = expected.to(dtype)
-        every = [way for size in (128, 192, 256) for way in ways(bank.kind, *shape, tokens, wide_chip, size)]
-        found = [launch.wide_product(m, x, way, torch.full_like(like, torch.nan)) for way in every for _ in range(2)]
+        every = [
+            schedule for size in (128, 192, 256) for schedule in candidates(bank.kind, *shape, tokens, wide_chip, size)
+        ]
+        found = [
+            launch.wide_product(m, x, schedule, torch.full_like(like, torch.nan))
+            for schedule in every
+            for _ in range(2)
+        ]
         assert not bank.arrived.any()
-        for way, one, again in zip(every, found[::2], found[1::2], strict=True):
-            assert error(one, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-3), (tokens, way)
+        for schedule, one, again in zip(every, found[::2], found[1::2], strict=True):
+            assert error(one, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-3), (tokens, schedule)
             assert torch.equal(one, again), "equal inputs, equal outputs"
 
 
@@ -141,18 +147,20 @@ def test_products_that_begin_while_the_one_before_runs(scheme: SchemeName, wide_
     m = bank.on_device(0)
     x = torch.randn(700, 1024, device=GPU).bfloat16()
     expected = x.double() @ exact(matrix).t()
-    every = [way for size in (128, 192, 256) for way in ways(bank.kind, 4096, 1024, 700, wide_chip, size)]
-    outs = [launch.wide_product(m, x, way, expected.bfloat16()) for way in every]  # all are compiled
+    every = [
+        schedule for size in (128, 192, 256) for schedule in candidates(bank.kind, 4096, 1024, 700, wide_chip, size)
+    ]
+    outs = [launch.wide_product(m, x, schedule, expected.bfloat16()) for schedule in every]  # compiles all kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for way, out in zip(every, outs, strict=True):
-            launch.wide_product(m, x, way, out)
+        for schedule, out in zip(every, outs, strict=True):
+            launch.wide_product(m, x, schedule, out)
     for out in outs:
         out.fill_(torch.nan)
     graph.replay()
     assert not bank.arrived.any()
-    for way, out in zip(every, outs, strict=True):
-        assert error(out, expected) < 4e-3, way
+    for schedule, out in zip(every, outs, strict=True):
+        assert error(out, expected) < 4e-3, schedule
 
 
 @pytest.mark.parametrize("scheme", ["int4_g128", "int8_weight"])
@@ -162,7 +170,7 @@ def test_turns_of_different_tiles(scheme: SchemeName, wide_chip: Chip) -> None:
     bank = bank_of(scheme, [matrix])
     weight = exact(matrix)
     tiles = {
-        count: {way.tokens for _, way in turns(bank.kind, rows, columns, count, wide_chip)}
+        count: {schedule.tokens for _, schedule in token_chunks(bank.kind, rows, columns, count, wide_chip)}
         for count in range(256, 2049, 64)
     }
     mixed = [count for count, each in tiles.items() if len(each) > 1][:4]
@@ -175,7 +183,7 @@ def test_turns_of_different_tiles(scheme: SchemeName, wide_chip: Chip) -> None:
 @pytest.mark.parametrize("scheme", ALL)
 @pytest.mark.parametrize("tokens", [65, 300])
 def test_rows_that_the_copy_engine_does_not_take(scheme: SchemeName, tokens: int) -> None:
-    """Rows of the result or of x that begin between multiples of 16 bytes."""
+    """Rows of the result or of x that are not aligned to 16 bytes, as TMA requires."""
     for rows, columns, offset in ((130, 256, 0), (192, 256, 1)):
         matrix = made(scheme, rows, columns, torch.bfloat16)
         x = torch.randn(tokens * columns + offset, device=GPU).bfloat16()[offset:].view(tokens, columns)
@@ -211,7 +219,7 @@ def test_activations_that_are_not_finite_are_not_hidden(scheme: SchemeName) -> N
 
 
 SHAPES_OF_EXPERTS = [(12, 256, 128, 3), (12, 256, 192, 3), (12, 256, 128, 1), (8, 2048, 1408, 6)]
-"""Experts, hidden size, their width and how many a token goes to: plain; ragged in its columns; one expert; V2-Lite's width."""
+"""Experts, hidden size, intermediate size, experts per token: plain; ragged columns; one per token; V2-Lite's width."""
 
 
 def experts_of(
@@ -221,7 +229,7 @@ def experts_of(
     *,
     scale_dtype: torch.dtype | None = None,
 ) -> tuple[Experts, Tensor, Tensor]:
-    """Experts with the float64 weights they stand for, skipped where the group does not divide their width."""
+    """Experts and their dequantized float64 weights; skips the test where the group does not divide the width."""
     experts, hidden, width, _ = shape
     if scheme is not None and width % (SCHEMES[scheme].format.group_size or 1):
         pytest.skip("the group does not divide the columns")
@@ -243,7 +251,7 @@ def experts_of(
 def routed(
     x: Tensor, index: Tensor, weights: Tensor, first: Tensor, second: Tensor, *, scheme: SchemeName | None
 ) -> Tensor:
-    """What experts compute, one after the other, in float64 but for the rounding of what lies between."""
+    """Oracle: the experts one after the other, in float64, with intermediate activations rounded as in the kernels."""
     kind, out = scheme or "int8_weight", torch.zeros(x.shape, dtype=torch.float64, device=GPU)
     rows = seen(x, kind)
     for expert in range(first.shape[0]):
@@ -270,7 +278,7 @@ def test_experts(scheme: SchemeName | None, shape: tuple[int, int, int, int], dt
         alike = torch.arange(top_k, device=GPU).expand(tokens, -1).contiguous()
         for index in (even, alike):
             expected = routed(x, index, weights, first, second, scheme=scheme)
-            # int8 rounds what lies between again: a step of rounding may fall on the other side
+            # int8 quantizes the intermediate activations too: some round to the neighbouring integer
             assert error(module(x, index, weights), expected) < (3e-2 if scheme == "int8" else 8e-3), tokens
 
 
@@ -337,7 +345,7 @@ def test_a_step_is_captured_and_follows_the_routing() -> None:
 @pytest.mark.parametrize("scheme", ALL)
 @pytest.mark.parametrize("tokens", [1, 16, 256, 2048])
 def test_there_is_never_an_expanded_copy(scheme: SchemeName, tokens: int) -> None:
-    """A product takes its result, its activations once more and a quarter of the matrix at most."""
+    """A product allocates its result, a copy of its activations and at most a quarter of the 16-bit matrix."""
     rows, columns = 18432, 7168
     bank = bank_of(scheme, [made(scheme, rows, columns, torch.bfloat16)])
     x = torch.randn(tokens, columns, device=GPU).bfloat16()
@@ -371,7 +379,7 @@ def test_there_is_never_an_expanded_expert(scheme: SchemeName, tokens: int) -> N
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     module(x, index, weights)
-    between = 3 * tokens * top_k * (hidden + width)  # 16-bit rows of both products, and their integers
+    between = 3 * tokens * top_k * (hidden + width)  # 16-bit outputs of both products, and their int8 copies
     in_16_bits = 2 * experts * 3 * hidden * width
     assert torch.cuda.max_memory_allocated() - held < between + 0.1 * in_16_bits
 

@@ -1,4 +1,4 @@
-"""Cells on a GPU, through the worker: their numbers beside those of the CPU. Skipped where there is no GPU."""
+"""Evaluation on a GPU through the worker process, against the CPU's records. Skipped without a GPU."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def evaluated(directory: Path, source: Path, suite: Path, device: str) -> dict[s
 def records(
     tmp_path_factory: pytest.TempPathFactory, source: Path, suite: Path
 ) -> tuple[dict[str, Record], dict[str, Record]]:
-    """Those of the GPU and those of the CPU."""
+    """Records of the GPU and of the CPU."""
     directory = tmp_path_factory.mktemp("runs")
     return evaluated(directory, source, suite, "cuda"), evaluated(directory, source, suite, "cpu")
 

@@ -1,4 +1,4 @@
-"""A model on a GPU that is not the current one. Skipped where there are not two."""
+"""A model on a GPU that is not the current device. Skipped without two GPUs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("scheme", ["int4_g128", "int8", "int8_weight"])
 def test_a_model_on_the_second_gpu_computes_as_on_the_first(scheme: str, artifact: Callable[[str], Path]) -> None:
-    """Logits and captured steps, with the first GPU as the current one throughout."""
+    """Prefill and captured steps, with the first GPU as the current device throughout."""
     directory = artifact(scheme)
     found = []
     for device in ("cuda:0", "cuda:1"):

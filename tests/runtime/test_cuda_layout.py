@@ -1,4 +1,4 @@
-"""How integers lie on a CUDA device, and how products are cut: no GPU is needed to know."""
+"""Memory layout of packed integers on a CUDA device, and tile sizes of products; no GPU is needed."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from quantlab.runtime.cuda import layout
-from quantlab.runtime.cuda.shares import _TURN, ROWS, TOKENS_AT_ONCE, Shares, shares, turns, ways
 from quantlab.runtime.cuda.tiles import Chip, Kind, Tiles, band_rows, expert_tiles, fitting, linear_tiles
+from quantlab.runtime.cuda.wide_schedule import (
+    _CHUNK_COST,
+    MAX_CHUNK_TOKENS,
+    ROWS,
+    Schedule,
+    best_schedule,
+    candidates,
+    token_chunks,
+)
 
 H100 = Chip(132, 232448, overlaps=True, wide=True)
 SMALL = Chip(46, 101376, overlaps=False)
@@ -25,10 +33,10 @@ def test_packing_is_undone_by_unpacking(shape: tuple[int, int]) -> None:
 
 
 def test_a_thread_finds_its_weights_in_sixteen_bytes() -> None:
-    """Thread by thread, as PTX lays out the first operand of m64n_k16: the eight words of a thread, in register order."""
+    """Every thread's eight words, in register order, against PTX's fragment layout of the left operand of m64n_k16."""
     q = torch.randint(-8, 8, (64, 128), dtype=torch.int8)
     words = layout.pack_int4(q)[0, 0].to(torch.int32) & 0xFFFF
-    for half in range(2):  # of the 32 columns of a quarter
+    for half in range(2):  # halves of the 32 columns of a quarter
         for thread in range(128):
             warp, i, j = thread // 32, thread % 32 // 4, thread % 4
             found = words[half * 1024 + thread * 8 :][:8].tolist()
@@ -63,10 +71,10 @@ def test_every_cut_fits_the_chip(kind: Kind, chip: Chip) -> None:
                 assert tiles.stages * stage <= chip.shared_bytes
                 assert tiles.tokens == 8 or tiles.tokens < 2 * tokens
                 assert 1 <= tiles.parts <= -(-columns // 128)
-                assert not gated or tiles.rows in {16, 128}, "half a tile of the gate's rows and half of up's"
+                assert not gated or tiles.rows in {16, 128}, "half of the rows are gate rows, half are up rows"
                 count = -(-rows // tiles.rows) * -(-tokens // tiles.tokens)
-                assert tiles.parts == 1 or tiles.runs or count <= 4096, "counters of a bank"
-                assert not tiles.pairs or count * tiles.parts <= chip.multiprocessors, "half of the chip would be idle"
+                assert tiles.parts == 1 or tiles.runs or count <= 4096, "no more than the counters of a bank"
+                assert not tiles.pairs or count * tiles.parts <= chip.multiprocessors, "not more than one wave"
 
 
 def test_experts_share_one_size_of_block() -> None:
@@ -95,64 +103,73 @@ def test_bands_stay_small() -> None:
 @pytest.mark.parametrize("multiprocessors", [3, 114, 132])
 @pytest.mark.parametrize("kind", [Kind.INT4, Kind.INT8])
 def test_every_tile_is_dealt_out_once(kind: Kind, multiprocessors: int) -> None:
-    """Run by run, as `hopper_shares.work`, `item_of` and `run_of` count; tiles not shared are taken in rounds."""
+    """Simulates `hopper_stream_k.program_work`, `item_range` and `range_owning` for every range of every schedule."""
     chip = replace(H100, multiprocessors=multiprocessors)
     shapes = ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (11008, 4096), (576, 2048), (8, 128))
     for (rows, columns), tokens in product(shapes, (65, 128, 129, 300, 512, 1100, 2048, 2049, 8192)):
-        every = [way for size in (128, 192, 256) for way in ways(kind, rows, columns, tokens, chip, size)]
-        assert shares(kind, rows, columns, tokens, chip)[1] in every
-        for way in every:
-            tiles, blocks = -(-rows // ROWS) * -(-tokens // way.tokens), -(-columns // 128)
-            units = way.shared * blocks
-            runs = [(run * units // way.sharers, (run + 1) * units // way.sharers) for run in range(way.sharers)]
-            assert 1 <= way.sharers <= way.programs <= multiprocessors
-            assert 0 <= way.shared <= tiles
-            assert way.shared == tiles or way.programs == min(multiprocessors, tiles)
-            assert all(first < last for first, last in runs) or not way.shared, "who collects waits for all"
+        every = [
+            schedule for size in (128, 192, 256) for schedule in candidates(kind, rows, columns, tokens, chip, size)
+        ]
+        assert best_schedule(kind, rows, columns, tokens, chip)[1] in every
+        for schedule in every:
+            tiles, blocks = -(-rows // ROWS) * -(-tokens // schedule.tokens), -(-columns // 128)
+            units = schedule.shared * blocks
+            runs = [
+                (run * units // schedule.sharers, (run + 1) * units // schedule.sharers)
+                for run in range(schedule.sharers)
+            ]
+            assert 1 <= schedule.sharers <= schedule.programs <= multiprocessors
+            assert 0 <= schedule.shared <= tiles
+            assert schedule.shared == tiles or schedule.programs == min(multiprocessors, tiles)
+            assert all(first < last for first, last in runs) or not schedule.shared, (
+                "the program that adds the shares waits for all ranges"
+            )
             left: list[int] = []
             for unit in range(0, units, blocks):
-                starter, ender = (((end + 1) * way.sharers - 1) // units for end in (unit, unit + blocks - 1))
-                assert runs[starter][0] <= unit < runs[starter][1], "who collects"
-                assert runs[ender][0] < unit + blocks <= runs[ender][1]
-                left += range(starter + 1, ender + 1)
-            assert len(left) == len(set(left)), "a run leaves one share at most: there is room for one of each"
-            assert left == [run for run, (first, _) in enumerate(runs) if way.shared and first % blocks]
+                owner, last_owner = (((end + 1) * schedule.sharers - 1) // units for end in (unit, unit + blocks - 1))
+                assert runs[owner][0] <= unit < runs[owner][1], "this program adds the shares"
+                assert runs[last_owner][0] < unit + blocks <= runs[last_owner][1]
+                left += range(owner + 1, last_owner + 1)
+            assert len(left) == len(set(left)), "a range writes at most one share: there is room for one of each"
+            assert left == [run for run, (first, _) in enumerate(runs) if schedule.shared and first % blocks]
 
 
 def test_tiles_that_fill_no_round_are_shared() -> None:
-    def way(rows: int, columns: int, tokens: int) -> Shares:
-        return shares(Kind.INT4, rows, columns, tokens, H100)[1]
+    def chosen(rows: int, columns: int, tokens: int) -> Schedule:
+        return best_schedule(Kind.INT4, rows, columns, tokens, H100)[1]
 
-    assert way(18432, 7168, 1024).tokens == 256
-    assert way(24576, 1536, 512).shared == 0
-    assert (way(4096, 7168, 512).shared, way(4096, 7168, 512).sharers) == (64, 128)
-    assert way(7168, 18432, 2048).shared < 132, "75 MB of activations are walked in step"
+    assert chosen(18432, 7168, 1024).tokens == 256
+    assert chosen(24576, 1536, 512).shared == 0
+    assert (chosen(4096, 7168, 512).shared, chosen(4096, 7168, 512).sharers) == (64, 128)
+    assert chosen(7168, 18432, 2048).shared < 132, (
+        "75 MB of activations do not fit the L2 cache, so programs stay in step"
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300, 640, 1024, 1025, 5000])
 def test_turns_take_every_token_once(tokens: int) -> None:
     for kind, (rows, columns) in product((Kind.INT4, Kind.INT8), ((18432, 7168), (4096, 7168), (8, 128))):
-        each = turns(kind, rows, columns, tokens, H100)
+        each = token_chunks(kind, rows, columns, tokens, H100)
         assert sum(count for count, _ in each) == tokens
-        assert all(1 <= count <= TOKENS_AT_ONCE for count, _ in each)
-        for count, way in each:
-            assert way in ways(kind, rows, columns, -(-count // 64) * 64, H100, way.tokens)
+        assert all(1 <= count <= MAX_CHUNK_TOKENS for count, _ in each)
+        for count, schedule in each:
+            assert schedule in candidates(kind, rows, columns, -(-count // 64) * 64, H100, schedule.tokens)
 
 
 @pytest.mark.parametrize("tokens", [64, 320, 448, 640])
 @pytest.mark.parametrize("kind", [Kind.INT4, Kind.INT8])
 def test_no_other_turns_cost_less(kind: Kind, tokens: int) -> None:
-    """Against every way to cut the tokens into multiples of 64."""
+    """Against all divisions of the tokens into multiples of 64."""
     for matrix in ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (7168, 2048)):
 
         def cost(counts: Iterable[int], matrix: tuple[int, int] = matrix) -> float:
-            return sum(shares(kind, *matrix, count, H100)[0] + _TURN for count in counts)
+            return sum(best_schedule(kind, *matrix, count, H100)[0] + _CHUNK_COST for count in counts)
 
         cuts = (cut for count in range(tokens // 64) for cut in combinations(range(64, tokens, 64), count))
         least = min(cost(last - first for first, last in pairwise((0, *cut, tokens))) for cut in cuts)
-        assert cost(count for count, _ in turns(kind, *matrix, tokens, H100)) == pytest.approx(least)
+        assert cost(count for count, _ in token_chunks(kind, *matrix, tokens, H100)) == pytest.approx(least)
 
 
 def test_tokens_that_fill_no_tiles_are_multiplied_in_turns() -> None:
-    assert len(turns(Kind.INT4, 18432, 7168, 640, H100)) == 2
-    assert len(turns(Kind.INT4, 18432, 7168, 512, H100)) == 1
+    assert len(token_chunks(Kind.INT4, 18432, 7168, 640, H100)) == 2
+    assert len(token_chunks(Kind.INT4, 18432, 7168, 512, H100)) == 1

@@ -18,7 +18,7 @@ from tests.runtime.tiny import FAMILIES, Artifact, dense_reference, relative_err
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 Maker = Callable[[str, SchemeName], Artifact]
-# 650 MB in 16 bits, most of it experts of V2-Lite's width
+# 650 MB in 16 bits, mostly experts of V2-Lite's width
 LARGE = WIDE | {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -49,9 +49,11 @@ def test_sixteen_bits_compute_what_the_dense_model_does(
     artifacts: Maker,
     checkpoints: dict[str, Path],
 ) -> None:
-    """Packed against dequantized weights, both in 16 bits on CUDA; of the plain checkpoint, against transformers' own model.
+    """Packed against dequantized weights, both in 16 bits on CUDA; the plain checkpoint against transformers' own
+    model.
 
-    On a rounding a router may send a token elsewhere, and its logits are then others; the median token says how the rest do.
+    Rounding may make the router select other experts for a token, which changes its logits. So the median over tokens
+    is compared.
     """
     ids = tokens(8, 32).cuda()
     with torch.no_grad():
@@ -63,7 +65,7 @@ def test_sixteen_bits_compute_what_the_dense_model_does(
             found = load(artifact.directory, dtype=dtype, device="cuda")(input_ids=ids).logits.float()
             expected = load(artifact.dense, dtype=dtype, device="cuda")(input_ids=ids).logits.float()
     relative = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    # activations of int8 are rounded to 127 steps, those of the dense model are not
+    # the scheme int8 quantizes activations, the dense model does not
     assert relative.median() <= (0.06 if scheme == "int8" else 0.03)
 
 
@@ -98,7 +100,7 @@ def test_loading_takes_the_model_and_one_matrix(artifacts: Maker) -> None:
         torch.cuda.reset_peak_memory_stats()
         model = load(directory, device="cuda")
         held = torch.cuda.memory_allocated() - before
-        assert held <= 1.3 * weight_bytes(model).total + 2**20, "torch rounds small tensors up"
+        assert held <= 1.3 * weight_bytes(model).total + 2**20, "the allocator rounds small tensors up"
         assert torch.cuda.max_memory_allocated() - before <= held + 12 * 256 * 128 + 2**20
         del model
 
@@ -112,7 +114,7 @@ def test_weights_take_the_bytes_of_their_format(scheme: SchemeName, limit: float
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("scheme", ["int4_g128", "int8", "int8_weight"])
 def test_a_decode_step_expands_nothing(scheme: SchemeName, capture: bool) -> None:
-    """The peak of whole steps, the first one and its capture included: a fifth of a copy leaves room for libraries' workspaces."""
+    """Peak memory of whole steps, including the first and its capture; a fifth of a copy is left for workspaces."""
     model = random_twin(LARGE, quantization(scheme), dtype=torch.bfloat16, seed=0, device="cuda")
     in_16_bits = weight_bytes(model).quantized_fp16
     decoder = Decoder(model, batch=4, length=64, capture=capture)

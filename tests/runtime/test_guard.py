@@ -1,4 +1,4 @@
-"""Launches happen on the device of their tensors, whichever is the current one."""
+"""Kernels launch on the device of their tensors, whichever device is current."""
 
 import ast
 from contextlib import nullcontext

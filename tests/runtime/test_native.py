@@ -1,4 +1,4 @@
-"""The native kernels against float64 products of the matrices they stand for, and what holds without them."""
+"""The native kernels against float64 products of the dequantized matrices, and the fallback without native kernels."""
 
 import os
 import subprocess
@@ -30,12 +30,12 @@ needed = pytest.mark.skipif(library() is None, reason=status())
 
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """A mean that is not zero: what cancels must cancel."""
+    """Random numbers with a mean of 0.5, so that errors in the correction of offsets show."""
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + 0.5).to(dtype)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Root mean square of the differences over that of the truth."""
+    """Relative root-mean-square error."""
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
@@ -53,7 +53,7 @@ def test_weight_only_products(
     bank = quantized_matrices(SCHEMES[scheme].format, 1, *shape, scale_dtype=scale_dtype)
     bank.fill(0, matrix)
     for count in range(1, 10):
-        x = numbers(count, shape[1], dtype=torch.bfloat16).to(dtype)  # nothing left to round
+        x = numbers(count, shape[1], dtype=torch.bfloat16).to(dtype)  # no rounding to bfloat16 is left to the kernel
         found = bank.products(x, single(count))
         assert found.dtype == dtype
         assert error(found, x.double() @ meant.T) <= ROUNDING[dtype]
@@ -135,7 +135,7 @@ def test_dense_products(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_bfloat16_linears_are_right_whatever_the_layout(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """oneDNN lays weights out as the processor likes them; the native kernel reads one of the layouts in place."""
+    """oneDNN's weight layout depends on the processor; the native kernel reads one of the layouts in place."""
     weight, bias = numbers(*shape, dtype=torch.bfloat16), numbers(shape[0], dtype=torch.bfloat16, seed=2)
     layer = dense_linear(weight, bias)
     if not isinstance(layer, ReorderedLinear):
@@ -161,7 +161,7 @@ SCHEME_NAMES: tuple[SchemeName | None, ...] = (None, "int4_g64", "int8", "int8_w
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 @pytest.mark.parametrize("counts", [(1, 2, 9), (300, 1, 2), (0, 3, 200), (1,)])
 def test_groups_of_few_and_of_many_rows(scheme: SchemeName | None, counts: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Groups in one native call, and one among them that has too many rows for it."""
+    """Several groups in one native call, and groups with too many rows for it."""
     which = (3, 0, 2)[: len(counts)]
     matrices = [made(scheme or "int8_weight", 80, 192, seed=seed) for seed in range(4)]
     if scheme is None:
@@ -193,7 +193,7 @@ def test_one_row_for_all_groups_and_no_row(scheme: SchemeName | None) -> None:
     assert torch.equal(bank.products(x.expand(2, -1), groups), bank.products(x.repeat(2, 1), groups))
     assert bank.products(x[:0], Groups((), (), torch.empty(0, dtype=torch.int64))).shape == (0, 48)
     assert bank.products(x[:0], Groups((1,), (0,), torch.empty(0, dtype=torch.int64))).shape == (0, 48)
-    across = numbers(64, 3, dtype=torch.float16).t()  # rows that are not contiguous
+    across = numbers(64, 3, dtype=torch.float16).t()  # rows are not contiguous
     both = Groups((1,), (3,), torch.tensor([1, 1, 1]))
     assert torch.equal(bank.products(across, both), bank.products(across.contiguous(), both))
 
@@ -281,12 +281,12 @@ def test_processes_that_build_at_once_all_get_the_kernels(tmp_path: Path) -> Non
         for _ in range(3)
     ]
     assert [process.communicate()[0] for process in running] == ["native kernels\n"] * 3
-    assert [path.suffix for path in (tmp_path / "quantlab").iterdir()] == [".so"], "one library and nothing left over"
+    assert [path.suffix for path in (tmp_path / "quantlab").iterdir()] == [".so"], "one library and no leftovers"
 
 
 @needed
 def test_threads_are_those_of_torch() -> None:
-    """One OpenMP runtime in the process, and with one thread of torch's no other computes."""
+    """The process has one OpenMP runtime, and with one torch thread no other thread computes."""
     code = (
         "import pathlib, torch\n"
         "torch.set_num_threads(1)\n"

@@ -1,4 +1,4 @@
-"""The C prototypes of the native kernels and the signatures Python calls them with say the same."""
+"""The ctypes signatures that Python calls the native kernels with match the C prototypes."""
 
 import ctypes
 import re
@@ -12,7 +12,7 @@ COMMENT = re.compile(r"/\*.*?\*/", flags=re.DOTALL)
 
 
 def ctype_of(declared: str) -> object:
-    """The ctypes type of a declared argument: `const float *mask` is a pointer, `int64_t rows` a 64-bit integer."""
+    """The ctypes type of an argument's declaration: `const float *mask` is a pointer, `int64_t rows` a 64-bit integer."""
     return ctypes.c_void_p if "*" in declared else SCALARS[declared.split()[0]]
 
 
@@ -22,13 +22,13 @@ def prototypes() -> dict[str, list[object]]:
     return {name: [ctype_of(argument.strip()) for argument in arguments.split(",")] for name, arguments in found}
 
 
-def test_every_signature_is_that_of_its_prototype() -> None:
+def test_every_signature_matches_its_prototype() -> None:
     assert len(prototypes()) >= 14
     assert {name: list(signature) for name, signature in kernels._ARGUMENTS.items()} == prototypes()
 
 
 def test_every_function_of_the_sources_is_declared() -> None:
-    """Each source includes the header, so that the compiler compares a definition with its prototype."""
+    """Each source includes the header, so that the compiler checks definitions against prototypes."""
     defined = set()
     for source in HEADER.parent.glob("*.c"):
         assert '#include "kernels.h"' in source.read_text(), source.name
@@ -38,7 +38,7 @@ def test_every_function_of_the_sources_is_declared() -> None:
 
 def test_structures_have_the_fields_of_the_header() -> None:
     text = COMMENT.sub("", HEADER.read_text())
-    for structure, name in ((kernels._Rows, "Rows"), (kernels._Choice, "Choice")):
+    for structure, name in ((kernels._RotaryStrides, "RotaryStrides"), (kernels._Choice, "Choice")):
         body = re.search(rf"typedef struct \{{([^}}]*)\}} {name};", text)
         assert body is not None
         declared = []

@@ -1,4 +1,4 @@
-"""What was recorded, run again on other numbers, against the function itself."""
+"""A replay of recorded calls on other contents, against the function itself."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from quantlab.runtime.native.record import CannotRepeatError, Recorded
 
 
 def mixed(x: Tensor, index: Tensor) -> Tensor:
-    """Views that are none of their schema's words and copies that are views by it, in-place operators, several results."""
+    """Views and copies that the operators' schemas do not tell apart, in-place operators, several results."""
     wide = x.to(torch.float32)
     same = wide.to(torch.float32).contiguous()
     crossed = same.t().reshape(x.shape)
@@ -57,4 +57,4 @@ def test_what_python_reads_of_tensors_is_not_recorded() -> None:
     for reads in (lambda: x * int(x[0]), lambda: x * kernels.Held(x)[1], lambda: x * sum(kernels.Held(x))):
         with pytest.raises(CannotRepeatError):
             Recorded(reads)
-    assert list(kernels.Held(x)) == [3, 1], "outside of it that is allowed"
+    assert list(kernels.Held(x)) == [3, 1], "reading elements is allowed outside a recording"

@@ -1,0 +1,1 @@
+"""Triton kernels for the sequential inner loops of GPTQ and of coordinate descent."""

@@ -1,7 +1,7 @@
-"""The innermost loops of GPTQ and of coordinate descent: 128 columns, one after the other, on a GPU in one launch.
+"""The inner loops of GPTQ and of coordinate descent on a GPU: up to 128 columns in turn, in one launch.
 
-In PyTorch the same loops are nine launches a column, which at 7168 columns is more time than the arithmetic. Imported only
-where tensors are on a GPU; the loops in `gptq` and `quantease` are the reference.
+In PyTorch the same loops take nine launches per column, whose overhead at 7168 columns exceeds the arithmetic. This
+module is imported only where tensors are on a GPU; the loops in `gptq` and `quantease` are the reference.
 
 Legend: B matrices, C columns of the block (at most 128), N rows.
 """
@@ -20,17 +20,17 @@ _ROWS: Final = 32
 def round_columns(
     target: Tensor, step: Tensor, U: Tensor, removed: Tensor | None, limits: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """One block of GPTQ's columns.
+    """Quantize one block of columns by GPTQ.
 
     Args:
-        target: [B, C, N] float32, what is left of the weights.
-        step: [B, C, N] float32, the scale of each.
-        U: [B, C, C] float32, upper triangular, of the inverse Hessian.
-        removed: [B, C, N] bool, weights that become zero; None for none.
-        limits: least and largest integer.
+        target: [B, C, N] float32, the weights, updated by the errors of all previous blocks.
+        step: [B, C, N] float32, the scale of each weight.
+        U: [B, C, C] float32, the block of the upper triangular Cholesky factor of the inverse Hessian.
+        removed: [B, C, N] bool, pruned weights, which become zero; None for none.
+        limits: least and largest integer of the quantization grid.
 
     Returns:
-        Integers [B, C, N] int8 and errors over the diagonal of U [B, C, N] float32.
+        Integers [B, C, N] int8, and the errors divided by the diagonal of U, [B, C, N] float32.
     """
     q = torch.empty(target.shape, dtype=torch.int8, device=target.device)
     errors = torch.empty_like(target, memory_format=torch.contiguous_format)
@@ -41,18 +41,18 @@ def round_columns(
 def descend_columns(
     residual: Tensor, step: Tensor, H: Tensor, removed: Tensor | None, q: Tensor, limits: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """One block of coordinate descent.
+    """Update one block of columns by coordinate descent.
 
     Args:
         residual: [B, C, N] float32, H (w - q s) of these columns.
-        step: [B, C, N] float32, the scale of each.
-        H: [B, C, C] float32.
-        removed: [B, C, N] bool, weights that stay zero; None for none.
-        q: [B, C, N] int8.
-        limits: least and largest integer.
+        step: [B, C, N] float32, the scale s of each weight.
+        H: [B, C, C] float32, the block of the Hessian.
+        removed: [B, C, N] bool, pruned weights, which stay zero; None for none.
+        q: [B, C, N] int8, the present integers.
+        limits: least and largest integer of the quantization grid.
 
     Returns:
-        The new integers [B, C, N] int8 and the change of q s [B, C, N] float32.
+        The new integers [B, C, N] int8, and the change of q s, [B, C, N] float32.
     """
     q = q.contiguous().clone()
     moved = torch.empty_like(residual, memory_format=torch.contiguous_format)

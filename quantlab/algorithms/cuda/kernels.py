@@ -1,7 +1,7 @@
-"""The kernels of `blocks`, in Triton.
+"""Triton kernels of `blocks`.
 
-Rows do not depend on each other, so each program takes some rows of a block through all of its columns without leaving the
-registers; a column is picked out of them by a sum over a mask.
+Rows are independent, so each program processes some rows of a block through all of its columns in registers. A column
+is extracted by a masked sum.
 
 Legend: C columns of the block, R rows of a program; tensors are [B, C, N] and contiguous.
 """
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def nearest(x, low, high):
-    """The nearest integer within limits, ties to even: beyond 2^23 a float32 has no fraction left."""
+    """The nearest integer within limits, ties to even: adding 1.5 * 2^23 to a float32 rounds away its fraction."""
     x = tl.minimum(tl.maximum(x, low), high)
     return (x + 12582912.0) - 12582912.0
 
@@ -33,7 +33,7 @@ def round_columns(
     C: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Algorithm 1 of GPTQ within a block: every column is rounded, its error goes to the columns after it."""
+    """Algorithm 1 of GPTQ within a block: round each column and propagate its error to the later columns."""
     batch = tl.program_id(1).to(tl.int64)
     c, r = tl.arange(0, C), tl.program_id(0) * R + tl.arange(0, R)
     inside = (c < columns)[:, None] & (r < rows)[None, :]
@@ -74,7 +74,7 @@ def descend_columns(
     C: tl.constexpr,
     R: tl.constexpr,
 ):
-    """One integer after the other to its best value, the residuals of the columns after it kept up to date."""
+    """Set the integers of each column to their optimum in turn, and update the residuals of the later columns."""
     batch = tl.program_id(1).to(tl.int64)
     c, r = tl.arange(0, C), tl.program_id(0) * R + tl.arange(0, R)
     inside = (c < columns)[:, None] & (r < rows)[None, :]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT4, INT8, ROW, Activations, NumberFormat
 from quantlab.runtime.cuda import layout
-from quantlab.runtime.cuda.shares import WIDE_TOKENS, turns
 from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, FEW_TOKENS, Kind, band_rows, linear_tiles
+from quantlab.runtime.cuda.wide_schedule import WIDE_TOKENS, token_chunks
 from quantlab.runtime.products import Groups, joined, split
 
 COUNTERS: Final = 4096
@@ -145,7 +145,7 @@ class CudaMatrices(nn.Module):
         out = torch.empty(tokens, self.shape[1], dtype=x.dtype, device=x.device)
         m, chip = self.on_device(index), launch.chip(x.device)
         first = 0
-        for count, way in turns(self.kind, *self.shape[1:], tokens, chip):
+        for count, way in token_chunks(self.kind, *self.shape[1:], tokens, chip):
             launch.wide_product(m, x[first : first + count], way, out[first : first + count])
             first += count
         return out

@@ -1,21 +1,22 @@
-"""The router of a mixture of experts for few tokens: scores, groups, the best experts and their weights in one launch."""
+"""The router of a mixture of experts for few tokens: scores, groups, top-k experts and weights in one launch."""
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-LEAST: tl.constexpr = tl.constexpr(-3e38)
-"""What is wanted of an expert of a group that was not chosen, or with a score that is no number: less than of others, more than
-of one that is chosen already. So there are always TOP_K experts, and a token of NaNs gets weights of NaN."""
+LOWEST: tl.constexpr = tl.constexpr(-3e38)
+"""Preference of an expert whose group was not selected or whose score is NaN: below that of all other experts, above
+that of an expert that has already been selected (-inf). So TOP_K experts are always found, and a token of NaNs gets NaN
+weights."""
 
 
 @triton.jit
-def pick(
+def select_experts(
     logits, bias, index, weights, scaling,
     E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr, SIGMOID: tl.constexpr,
     NORMED: tl.constexpr, GW: tl.constexpr, PW: tl.constexpr, KW: tl.constexpr,
 ):  # fmt: skip
-    """The experts of one row by its logits [E]; see `choose`."""
+    """Select the experts of one row from its logits [E]; see `choose`."""
     per: tl.constexpr = E // GROUPS
     g = tl.arange(0, GW)
     p = tl.arange(0, PW)
@@ -24,34 +25,34 @@ def pick(
     read = tl.load(logits + expert, mask=real, other=float("-inf"), cache_modifier=".cg")
     if SIGMOID:
         scores = tl.where(real, 1.0 / (1.0 + tl.exp(-read)), 0.0)
-        wanted = scores + tl.load(bias + expert, mask=real, other=0)
+        preference = scores + tl.load(bias + expert, mask=real, other=0)
     else:
-        above = tl.exp(read - tl.max(tl.max(read, axis=1), axis=0))
-        scores = above / tl.sum(tl.sum(above, axis=1), axis=0)
-        wanted = scores
-    wanted = tl.where(real, tl.where(wanted == wanted, wanted, LEAST), float("-inf"))
+        exponentials = tl.exp(read - tl.max(tl.max(read, axis=1), axis=0))
+        scores = exponentials / tl.sum(tl.sum(exponentials, axis=1), axis=0)
+        preference = scores
+    preference = tl.where(real, tl.where(preference == preference, preference, LOWEST), float("-inf"))
     if TOP_GROUPS < GROUPS:
-        group = tl.max(wanted, axis=1)
+        group = tl.max(preference, axis=1)
         if SIGMOID:
-            at = tl.min(tl.where(wanted == group[:, None], p[None, :], PW), axis=1)
-            group += tl.max(tl.where(p[None, :] == at[:, None], float("-inf"), wanted), axis=1)
-        left = group
+            at = tl.min(tl.where(preference == group[:, None], p[None, :], PW), axis=1)
+            group += tl.max(tl.where(p[None, :] == at[:, None], float("-inf"), preference), axis=1)
+        remaining = group
         for _ in tl.static_range(TOP_GROUPS):
-            best = tl.min(tl.where(left == tl.max(left, axis=0), g, GW), axis=0)
-            left = tl.where(g == best, float("-inf"), left)
-        lost = (left > float("-inf"))[:, None]
+            best = tl.min(tl.where(remaining == tl.max(remaining, axis=0), g, GW), axis=0)
+            remaining = tl.where(g == best, float("-inf"), remaining)
+        group_dropped = (remaining > float("-inf"))[:, None]
         if SIGMOID:
-            wanted = tl.where(lost & real, LEAST, wanted)
+            preference = tl.where(group_dropped & real, LOWEST, preference)
         else:
-            scores = tl.where(lost, 0.0, scores)
-            wanted = tl.where(lost & real, 0.0, wanted)
+            scores = tl.where(group_dropped, 0.0, scores)
+            preference = tl.where(group_dropped & real, 0.0, preference)
     total = 0.0
     for k in tl.static_range(TOP_K):
-        best = tl.max(tl.max(wanted, axis=1), axis=0)
-        found = tl.min(tl.min(tl.where(wanted == best, expert, E), axis=1), axis=0)
+        best = tl.max(tl.max(preference, axis=1), axis=0)
+        found = tl.min(tl.min(tl.where(preference == best, expert, E), axis=1), axis=0)
         chosen = (expert == found) & real
         score = tl.sum(tl.sum(tl.where(chosen, scores, 0.0), axis=1), axis=0)
-        wanted = tl.where(chosen, float("-inf"), wanted)
+        preference = tl.where(chosen, float("-inf"), preference)
         total += score
         tl.store(index + k, found.to(tl.int64))
         tl.store(weights + k, score * scaling)
@@ -69,13 +70,15 @@ def choose(
     NORMED: tl.constexpr, GW: tl.constexpr, PW: tl.constexpr, KW: tl.constexpr,
     BE: tl.constexpr, BH: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """TOP_K of E experts for each row of x [T, H]. The grid is (T, ceil(E / BE)).
+    """Select TOP_K of E experts for each row of x [T, H]. The grid is (T, ceil(E / BE)). All arithmetic is float32.
 
-    SIGMOID: DeepSeek-V3 (report, eq. 14–16 and 2.1.2): scores are sigmoids, chosen by score + `bias` [E], a group counts its
-    two best. Else DeepSeek-V2: scores are a softmax, a group counts its best. Only experts of the TOP_GROUPS best groups are chosen.
-    NORMED: the weights are divided by their sum. All in float32.
+    SIGMOID: as in DeepSeek-V3 (report, eq. 14–16 and 2.1.2): scores are sigmoids, experts are ranked by score + `bias`
+    [E], and a group by the sum of its two best. Else as in DeepSeek-V2: scores are a softmax, and a group is ranked by
+    its best expert. Experts are selected from the TOP_GROUPS best groups only. NORMED: the weights are divided by their
+    sum.
 
-    weight: [E, H]; logits: [T, E] float32 scratch; index: [T, TOP_K] int64; weights: [T, TOP_K] float32, times `scaling`.
+    weight: [E, H]; logits: [T, E] float32 scratch; index: [T, TOP_K] int64; weights: [T, TOP_K] float32, times
+    `scaling`.
     arrived: [T] int32, zero before and after. GW, PW, KW: powers of two, at least GROUPS, E / GROUPS and TOP_K.
     """
     if CHAINED:
@@ -92,7 +95,7 @@ def choose(
     tl.debug_barrier()
     if tl.atomic_add(arrived + t, 1) == tl.num_programs(1) - 1:
         tl.store(arrived + t, 0)
-        pick(
+        select_experts(
             logits + t * E, bias, index + t * TOP_K, weights + t * TOP_K, scaling,
             E, GROUPS, TOP_GROUPS, TOP_K, SIGMOID, NORMED, GW, PW, KW,
         )  # fmt: skip

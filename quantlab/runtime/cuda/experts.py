@@ -1,6 +1,6 @@
-"""The routed experts of a layer on a CUDA device: four launches, whatever the routing, and none that waits for the host.
+"""The routed experts of a layer on a CUDA device: four kernel launches for any routing, without host synchronization.
 
-One token's rows need no sorting, which leaves three. Rounding activations to int8 is one more before each product.
+A single token needs no sorting, which leaves three. Quantizing activations to int8 adds one launch before each product.
 """
 
 from typing import Final
@@ -14,11 +14,11 @@ from quantlab.runtime.cuda.tiles import Kind, expert_tiles
 from quantlab.runtime.matrices import DenseMatrices, Matrices
 
 _ROWS_AT_ONCE: Final = 32768
-"""Rows (tokens times experts per token) computed at once: bounds what lies between the two products."""
+"""Rows (tokens times experts per token) computed at once: bounds the size of the intermediate activations."""
 
 
 def takes(gate_up: Matrices, down: Matrices, dtype: torch.dtype) -> bool:
-    """Whether `routed` computes the experts of these banks, on a CUDA device, for activations of this dtype."""
+    """Whether `routed` supports the experts of these banks on a CUDA device, for activations of this dtype."""
     fits = [
         isinstance(bank, CudaMatrices) or (isinstance(bank, DenseMatrices) and bank.weight.dtype == dtype)
         for bank in (gate_up, down)
@@ -73,12 +73,12 @@ def routed(
     return launch.combine(outputs, top_k_weights, added)
 
 
-def _on_device(bank: Matrices):  # type: ignore[no-untyped-def]  # noqa: ANN202 - triton's types come late
+def _on_device(bank: Matrices):  # type: ignore[no-untyped-def]  # noqa: ANN202 - triton is imported late
     from quantlab.runtime.cuda import launch
 
     if isinstance(bank, CudaMatrices):
         return bank.on_device()
-    assert isinstance(bank, DenseMatrices), "`takes` says so"
+    assert isinstance(bank, DenseMatrices), "checked by `takes`"
     return launch.Matrices(Kind.FLOAT, bank.shape, BLOCK, bank.weight, bank.weight, bank.arrived)
 
 

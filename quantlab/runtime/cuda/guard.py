@@ -1,4 +1,4 @@
-"""Launches where their tensors are: triton launches on the current device, whatever device its arguments are on."""
+"""Launch on the device of the tensors: triton launches on the current device, whatever device its arguments are on."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -12,21 +12,22 @@ Result = TypeVar("Result")
 
 
 class HasWeight(Protocol):
-    """Matrices as the kernels read them."""
+    """An object with a weight tensor, such as `launch.Matrices`."""
 
     @property
     def weight(self) -> Tensor: ...
 
 
 def on_its_device(launch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Run a function whose first argument is a tensor, or has a `weight`, with that tensor's device as the current one.
+    """Run a function with the device of its first argument as the current device.
 
-    Where it already is, as always with one GPU, that costs two questions.
+    The argument is a tensor or an object with a `weight`. Where its device is already current, as always with one
+    GPU, the check costs two queries.
     """
 
     @wraps(launch)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        index = device_index(args[0])  # type: ignore[arg-type]  # a decorator cannot say what its function takes
+        index = device_index(args[0])  # type: ignore[arg-type]  # the type of the first argument is not expressible
         if index < 0 or index == torch.cuda.current_device():
             return launch(*args, **kwargs)
         with torch.cuda.device(index):
@@ -36,6 +37,6 @@ def on_its_device(launch: Callable[Arguments, Result]) -> Callable[Arguments, Re
 
 
 def device_index(first: Tensor | HasWeight) -> int:
-    """Number of the GPU a tensor or its weight is on, -1 for the CPU."""
+    """Index of the GPU that holds a tensor, or an object's weight; -1 for the CPU."""
     tensor = first if isinstance(first, Tensor) else first.weight
     return tensor.get_device()

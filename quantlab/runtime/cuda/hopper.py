@@ -1,19 +1,20 @@
-"""The product of many rows of activations with a packed matrix on GPUs of compute capability 9, written in Gluon.
+"""A warp-specialized Gluon kernel for GPUs of compute capability 9: many rows of activations times a packed matrix.
 
-At many tokens a product costs arithmetic, and the tensor cores must never wait: neither for activations, nor for the
-integers to be expanded. So warps have roles. One warp (`fetch`) has the copy engine bring activations, half a block of
-columns at a time, into a ring of places in shared memory. Eight warps (`consume`) expand and multiply: each four own 64
-rows of the matrix, read the words of their part straight into registers, as they lie, a block ahead
-(`quantlab.runtime.cuda.hopper_words`), and expand half a block while the tensor cores still multiply the half before. With
-tiles of 256 activations products take 93 % of the cycles of such a program, beginning and end included, with tiles of 192
-85 %, of 128 75 %: behind fewer products expanding is hidden less.
+At many tokens a product is compute-bound, and the tensor cores must wait neither for activations nor for the expansion
+of integers. So warps have roles. One producer warp (`produce`) has the tensor memory accelerator (TMA) copy
+activations, half a block of columns at a time, into a ring of shared-memory slots. Eight consumer warps (`consume`)
+expand and multiply: each group of four owns 64 rows of the matrix, loads the words of its fragments straight into
+registers one block ahead (`quantlab.runtime.cuda.hopper_unpack`), and expands half a block while the tensor cores still
+multiply the previous half. Matrix instructions take 93 % of a program's cycles, prologue and epilogue included, with
+tiles of 256 activations, 85 % with tiles of 192 and 75 % with tiles of 128: fewer products hide less of the expansion.
 
-As in `quantlab.runtime.cuda.kernels` the product is transposed, ``W x^T``, since weights can come from registers only on the
-left, and launches overlap: there is no room for a second program beside one, but the next takes the place of the first that
-ends, and reads its first words while others still write. Programs stay, one per multiprocessor. First each takes whole
-tiles; the last tiles, too few for all programs, are cut into equal runs of blocks of columns. Where a run begins inside a
-tile, its program leaves its share in memory; the program whose run begins with the tile has all shares copied into the ring,
-after its activations, and adds them.
+As in `quantlab.runtime.cuda.kernels` the product is transposed, ``W x^T``, since only the left operand can come from
+registers. Launches overlap: two programs do not fit on a multiprocessor, but a program of the next launch starts where
+the first one ends, and loads its first words while others still write. The kernel is persistent, with one program per
+multiprocessor. Programs first process whole tiles; the last tiles, too few for all programs, are divided into equal
+ranges of blocks of columns (stream-K). Where a range begins inside a tile, its program writes its share of the sums to
+memory. The program whose range begins with the tile has all shares copied into the ring, after its activations, and
+adds them.
 
 Legend: N rows (outputs), K columns (inputs), T rows of activations; tiles of BN = 128 rows of the matrix and BM of
 activations, whose columns are walked in blocks of 128.
@@ -32,105 +33,119 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantlab.runtime.cuda.hopper_shares import (
+from quantlab.runtime.cuda.hopper_stream_k import (
     QUARTERS,
-    UNTIL,
-    after,
+    WAIT_UNTIL,
+    add_shares,
     as_quarter,
-    before,
-    collect,
-    item_of,
-    leave,
-    run_of,
-    work,
+    item_range,
+    next_slot,
+    previous_slot,
+    program_work,
+    range_owning,
+    store_share,
 )
-from quantlab.runtime.cuda.hopper_words import BN, expanded, in_rows, packed, parts_of, sums_layout, weights_layout
+from quantlab.runtime.cuda.hopper_unpack import (
+    BN,
+    expand_half,
+    load_packed,
+    sums_layout,
+    tile_parts,
+    to_rows,
+    weights_layout,
+)
 
-RING: gl.constexpr = gl.constexpr(1344)
-"""Rows of 64 activations in shared memory, at most: 168 KB, which with results of 192 or 256 tokens is nearly all there is."""
-SEND_FOR: gl.constexpr = gl.constexpr("""{ .reg .pred one; elect.sync _|one, 0xffffffff;
+RING_ROWS: gl.constexpr = gl.constexpr(1344)
+"""Capacity of the ring in rows of 64 activations: 168 KB. An output tile of 192 or 256 tokens nearly fills the rest."""
+PREFETCH: gl.constexpr = gl.constexpr("""{ .reg .pred one; elect.sync _|one, 0xffffffff;
 @one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""")
 
 
-def boxes(matrix: Tensor, tokens: int, columns: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
-    """A matrix as the copy engine reads and writes it, in boxes of columns and as many rows as both parts of a tile have."""
+def descriptors(matrix: Tensor, tokens: int, columns: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """TMA descriptors of a matrix, for boxes of `columns` columns and the rows of each of the two parts of a tile.
+
+    The second is None where tiles of `tokens` activations have one part only; see `hopper_unpack.tile_parts`.
+    """
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * matrix.element_size(), rank=2)
-    first, second = parts_of(tokens)
-    of_second = TensorDescriptor.from_tensor(matrix, [second, columns], layout) if second else None
-    return TensorDescriptor.from_tensor(matrix, [first, columns], layout), of_second
+    first, second = tile_parts(tokens)
+    second_descriptor = TensorDescriptor.from_tensor(matrix, [second, columns], layout) if second else None
+    return TensorDescriptor.from_tensor(matrix, [first, columns], layout), second_descriptor
 
 
 @gluon.jit
-def copied(sources, row, second_row, column, places, ready, free, phase, BM: gl.constexpr):
-    """Have a box of each source copied to its place once that is free; the second only if tiles have a second part."""
+def copy_boxes(sources, row, second_row, column, slots, ready, free, phase, BM: gl.constexpr):
+    """Start copying a box of each source to its slot once the slot is free; the second only if tiles have two parts."""
     mbarrier.wait(free, phase)
     mbarrier.expect(ready, BM * 128)
-    tma.async_copy_global_to_shared(sources[0], [row, column], ready, places[0])
-    if parts_of(BM)[1]:
-        tma.async_copy_global_to_shared(sources[1], [second_row, column], ready, places[1])
+    tma.async_copy_global_to_shared(sources[0], [row, column], ready, slots[0])
+    if tile_parts(BM)[1]:
+        tma.async_copy_global_to_shared(sources[1], [second_row, column], ready, slots[1])
 
 
 @gluon.jit
-def fetch(
-    x, left, rings, ready, free, handed, w, arrived, T, N, K, shared, sharers,
-    INT4: gl.constexpr, BM: gl.constexpr, PLACES: gl.constexpr,
+def produce(
+    x, share_boxes, rings, ready, free, share_written, w, arrived, T, N, K, shared, sharers,
+    INT4: gl.constexpr, BM: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Have activations copied, 64 columns at a time, to each place of the rings as soon as it is free.
+    """Producer warp: copy activations, 64 columns at a time, to each slot of the rings as soon as it is free.
 
-    The words of the same block are sent for: they come to the second-level cache before `consume` asks for them. Shares of a
-    tile go the same way: when `consume` has left one, its arrival is counted; where all are to be added, they are copied.
+    Also prefetches the words of the same block into the L2 cache, before `consume` loads them. Handles the shares of a
+    tile too: counts an arrival when `consume` has written a share, and copies all shares to the rings for the program
+    that adds them.
     """
     PAIRS: gl.constexpr = 16 if INT4 else 32
-    A: gl.constexpr = parts_of(BM)[0]
-    B: gl.constexpr = parts_of(BM)[1]
+    A: gl.constexpr = tile_parts(BM)[0]
+    B: gl.constexpr = tile_parts(BM)[1]
     blocks = (K + 127) // 128
     slabs = (N + 63) // 64
     row_blocks = (T + BM - 1) // BM
-    whole_tiles, whole, items, run, begin, end = work(T, N, K, shared, sharers, BM)
+    whole_tiles, whole, items, range_index, begin, end = program_work(T, N, K, shared, sharers, BM)
     gdc_wait()
-    place = 0
-    phase = 1  # the phase before the first has passed: at first all places are free
-    starter = -1  # the run that begins the tile of which a share is left and not yet counted
+    slot = 0
+    phase = 1  # initially all slots are free: the phase before the first counts as completed
+    owner = -1  # range whose program adds a share that is written but not yet counted; -1 for none
     for item in range(items):
-        tile, first, last = item_of(item, whole_tiles, whole, begin, end, blocks)
+        tile, first, last = item_range(item, whole_tiles, whole, begin, end, blocks)
         row = tile % row_blocks * BM
         slab = tile // row_blocks * (BN // 64)
         for block in range(first, last):
             words = w + (block.to(gl.int64) * slabs + slab) * (64 * PAIRS)
             size = gl.minimum(slabs - slab, BN // 64) * (256 * PAIRS)
-            gl.inline_asm_elementwise(SEND_FOR, "=r,l,r", [words, size], dtype=gl.int32, is_pure=False, pack=1)
+            gl.inline_asm_elementwise(PREFETCH, "=r,l,r", [words, size], dtype=gl.int32, is_pure=False, pack=1)
             for half in gl.static_range(2):
-                places = (rings[0].index(place), rings[1].index(place))
-                copied(
-                    x, row, row + A, block * 128 + half * 64, places, ready.index(place), free.index(place), phase, BM
+                slots = (rings[0].index(slot), rings[1].index(slot))
+                copy_boxes(
+                    x, row, row + A, block * 128 + half * 64, slots, ready.index(slot), free.index(slot), phase, BM
                 )
-                place, phase = after(place, phase, PLACES)
-            if (starter >= 0) & (block >= gl.minimum(first + 3, last - 1)):  # its sums have been written meanwhile
-                mbarrier.wait(handed, 0)
-                gl.atomic_add(arrived + starter, 1, sem="release")
-                starter = -1
-        unit = (tile - whole_tiles) * blocks
+                slot, phase = next_slot(slot, phase, SLOTS)
+            if (owner >= 0) & (block >= gl.minimum(first + 3, last - 1)):  # the share has been written by now
+                mbarrier.wait(share_written, 0)
+                gl.atomic_add(arrived + owner, 1, sem="release")
+                owner = -1
+        first_unit = (tile - whole_tiles) * blocks
         if first > 0:
-            starter = run_of(unit, shared, sharers, blocks)
+            owner = range_owning(first_unit, shared, sharers, blocks)
         elif last < blocks:
-            others = run_of(unit + blocks - 1, shared, sharers, blocks) - run
-            gl.inline_asm_elementwise(UNTIL, "=r,l,r", [arrived + run, others], dtype=gl.int32, is_pure=False, pack=1)
-            gl.store(arrived + run, 0)
-            for share in range(run + 1, run + 1 + others):
+            others = range_owning(first_unit + blocks - 1, shared, sharers, blocks) - range_index
+            gl.inline_asm_elementwise(
+                WAIT_UNTIL, "=r,l,r", [arrived + range_index, others], dtype=gl.int32, is_pure=False, pack=1
+            )
+            gl.store(arrived + range_index, 0)
+            for share in range(range_index + 1, range_index + 1 + others):
                 for quarter in gl.static_range(QUARTERS):
                     top = share * (QUARTERS * BM) + quarter * A
                     second_top = share * (QUARTERS * BM) + QUARTERS * A + quarter * B
-                    places = (as_quarter(rings[0].index(place), A), as_quarter(rings[1].index(place), B))
-                    copied(left, top, second_top, 0, places, ready.index(place), free.index(place), phase, BM)
-                    place, phase = after(place, phase, PLACES)
-    if starter >= 0:
-        mbarrier.wait(handed, 0)
-        gl.atomic_add(arrived + starter, 1, sem="release")
+                    slots = (as_quarter(rings[0].index(slot), A), as_quarter(rings[1].index(slot), B))
+                    copy_boxes(share_boxes, top, second_top, 0, slots, ready.index(slot), free.index(slot), phase, BM)
+                    slot, phase = next_slot(slot, phase, SLOTS)
+    if owner >= 0:
+        mbarrier.wait(share_written, 0)
+        gl.atomic_add(arrived + owner, 1, sem="release")
 
 
 @gluon.jit
-def scaled(sums, scale, out_tile, top, N, INT4: gl.constexpr, PART: gl.constexpr):
-    """Sums [BN, PART], int8 scaled, to shared memory."""
+def store_scaled(sums, scale, out_tile, top, N, INT4: gl.constexpr, PART: gl.constexpr):
+    """Store sums [BN, PART], scaled by row for int8, to shared memory."""
     if not INT4:
         n = gl.minimum(top + gl.arange(0, BN, layout=gl.SliceLayout(1, sums_layout(PART))), N - 1)
         sums *= gl.load(scale + n).to(gl.float32).expand_dims(1)
@@ -138,15 +153,15 @@ def scaled(sums, scale, out_tile, top, N, INT4: gl.constexpr, PART: gl.constexpr
 
 
 @gluon.jit
-def write(sums, more, scale, out, out_tiles, row, top, N, INT4: gl.constexpr, BM: gl.constexpr):
-    """Have a tile copied to its place, int8 scaled, once the one before has left `out_tiles`."""
-    A: gl.constexpr = parts_of(BM)[0]
-    B: gl.constexpr = parts_of(BM)[1]
+def store_tile(sums, more, scale, out, out_tiles, row, top, N, INT4: gl.constexpr, BM: gl.constexpr):
+    """Start the copy of a finished tile to `out`, once the copy of the previous one has left `out_tiles`."""
+    A: gl.constexpr = tile_parts(BM)[0]
+    B: gl.constexpr = tile_parts(BM)[1]
     tma.store_wait(0)
     gl.thread_barrier()
-    scaled(sums, scale, out_tiles[0], top, N, INT4, A)
+    store_scaled(sums, scale, out_tiles[0], top, N, INT4, A)
     if B:
-        scaled(more, scale, out_tiles[1], top, N, INT4, B)
+        store_scaled(more, scale, out_tiles[1], top, N, INT4, B)
     fence_async_shared()
     tma.async_copy_shared_to_global(out[0], [row, top], out_tiles[0])
     if B:
@@ -154,123 +169,125 @@ def write(sums, more, scale, out, out_tiles, row, top, N, INT4: gl.constexpr, BM
 
 
 @gluon.jit
-def multiplied(weights, rings, place, sums, more, BM: gl.constexpr):
-    """Weights [BN, 64] times a place of the rings, added to the sums; products begun before have ended, these have not.
+def multiply_slot(weights, rings, slot, sums, more, BM: gl.constexpr):
+    """Issue sums += weights [BN, 64] times a slot of the rings. Waits for earlier products, not for these.
 
-    The larger part comes last: while its last product runs, weights are expanded for the next. Weights must not be carried over
-    a loop: that merges their registers with those of the next while products still read them.
+    The larger part is issued last: while it runs, the weights of the next half are expanded. Weights must not be
+    loop-carried: the compiler would reuse their registers for the next ones while products still read them.
     """
-    B: gl.constexpr = parts_of(BM)[1]
+    B: gl.constexpr = tile_parts(BM)[1]
     if B:
         same = gl.convert_layout(weights, weights_layout(B), assert_trivial=True)
-        more = warpgroup_mma(same, rings[1].index(place).permute((1, 0)), more, is_async=True)
-        sums = warpgroup_mma(weights, rings[0].index(place).permute((1, 0)), sums, is_async=True)
+        more = warpgroup_mma(same, rings[1].index(slot).permute((1, 0)), more, is_async=True)
+        sums = warpgroup_mma(weights, rings[0].index(slot).permute((1, 0)), sums, is_async=True)
         return warpgroup_mma_wait(2, deps=[sums, more])
     else:
-        sums = warpgroup_mma(weights, rings[0].index(place).permute((1, 0)), sums, is_async=True)
+        sums = warpgroup_mma(weights, rings[0].index(slot).permute((1, 0)), sums, is_async=True)
         return warpgroup_mma_wait(1, deps=[sums]), more
 
 
 @gluon.jit
 def consume(
-    rings, ready, free, handed, w, scale, out, out_tiles, shares, T, N, K, shared, sharers,
-    INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, PLACES: gl.constexpr,
+    rings, ready, free, share_written, w, scale, out, out_tiles, shares, T, N, K, shared, sharers,
+    INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Expand and multiply; write the tiles of this program, or leave its share of a tile that another begins."""
-    A: gl.constexpr = parts_of(BM)[0]
-    B: gl.constexpr = parts_of(BM)[1]
+    """Consumer warps: expand, multiply, and store this program's tiles, or its share of another program's tile."""
+    A: gl.constexpr = tile_parts(BM)[0]
+    B: gl.constexpr = tile_parts(BM)[1]
     BFLOAT16: gl.constexpr = rings[0].dtype == gl.bfloat16
     blocks = (K + 127) // 128
     row_blocks = (T + BM - 1) // BM
-    whole_tiles, whole, items, run, begin, end = work(T, N, K, shared, sharers, BM)
-    place = 0
+    whole_tiles, whole, items, range_index, begin, end = program_work(T, N, K, shared, sharers, BM)
+    slot = 0
     phase = 0
-    tile, first, last = item_of(0, whole_tiles, whole, begin, end, blocks)
-    words, scales = packed(w, scale, first, tile // row_blocks * BN, N, INT4, GROUP, A)
+    tile, first, last = item_range(0, whole_tiles, whole, begin, end, blocks)
+    words, scales = load_packed(w, scale, first, tile // row_blocks * BN, N, INT4, GROUP, A)
     gdc_wait()
     for item in range(items):
-        tile, first, last = item_of(item, whole_tiles, whole, begin, end, blocks)
+        tile, first, last = item_range(item, whole_tiles, whole, begin, end, blocks)
         top = tile // row_blocks * BN
         sums = gl.zeros((BN, A), gl.float32, layout=sums_layout(A))
         more = gl.zeros((BN, B), gl.float32, layout=sums_layout(B)) if B else 0
         for block in range(first, last):
             next_block = gl.minimum(block + 1, last - 1)
-            next_words, next_scales = packed(w, scale, next_block, top, N, INT4, GROUP, A)
-            rows = in_rows(words, INT4, A)
+            next_words, next_scales = load_packed(w, scale, next_block, top, N, INT4, GROUP, A)
+            rows = to_rows(words, INT4, A)
             for half in gl.static_range(2):
-                weights = expanded(rows, scales[2 * half], scales[2 * half + 1], half, INT4, A, BFLOAT16)
-                mbarrier.wait(ready.index(place), phase)
-                sums, more = multiplied(weights, rings, place, sums, more, BM)
-                mbarrier.arrive(free.index(before(place, PLACES)), pred=(half == 1) | (block > first))
-                place, phase = after(place, phase, PLACES)
+                weights = expand_half(rows, scales[2 * half], scales[2 * half + 1], half, INT4, A, BFLOAT16)
+                mbarrier.wait(ready.index(slot), phase)
+                sums, more = multiply_slot(weights, rings, slot, sums, more, BM)
+                mbarrier.arrive(free.index(previous_slot(slot, SLOTS)), pred=(half == 1) | (block > first))
+                slot, phase = next_slot(slot, phase, SLOTS)
             words = next_words
             scales = next_scales
-        next_tile, next_first, _ = item_of(gl.minimum(item + 1, items - 1), whole_tiles, whole, begin, end, blocks)
-        words, scales = packed(w, scale, next_first, next_tile // row_blocks * BN, N, INT4, GROUP, A)
+        next_tile, next_first, _ = item_range(gl.minimum(item + 1, items - 1), whole_tiles, whole, begin, end, blocks)
+        words, scales = load_packed(w, scale, next_first, next_tile // row_blocks * BN, N, INT4, GROUP, A)
         if B:
             sums, more = warpgroup_mma_wait(0, deps=[sums, more])
         else:
             sums = warpgroup_mma_wait(0, deps=[sums])
-        mbarrier.arrive(free.index(before(place, PLACES)))
+        mbarrier.arrive(free.index(previous_slot(slot, SLOTS)))
         if first > 0:
-            share = shares + run.to(gl.int64) * (BN * BM)
-            leave(sums, share, A)
+            share = shares + range_index.to(gl.int64) * (BN * BM)
+            store_share(sums, share, A)
             if B:
-                leave(more, share + BN * A, B)
+                store_share(more, share + BN * A, B)
             gl.thread_barrier()
-            mbarrier.arrive(handed)
+            mbarrier.arrive(share_written)
         else:
             if last < blocks:
-                others = run_of((tile - whole_tiles + 1) * blocks - 1, shared, sharers, blocks) - run
-                sums, more, place, phase = collect(sums, more, others, rings, ready, free, place, phase, BM, PLACES)
-            write(sums, more, scale, out, out_tiles, tile % row_blocks * BM, top, N, INT4, BM)
+                others = range_owning((tile - whole_tiles + 1) * blocks - 1, shared, sharers, blocks) - range_index
+                sums, more, slot, phase = add_shares(sums, more, others, rings, ready, free, slot, phase, BM, SLOTS)
+            store_tile(sums, more, scale, out, out_tiles, tile % row_blocks * BM, top, N, INT4, BM)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["T", "N", "K", "shared", "sharers"])
 def wide_product(
-    x, second_x, w, scale, out, second_out, shares, left, second_left, arrived, T, N, K, shared, sharers,
+    x, second_x, w, scale, out, second_out, shares, share_boxes, second_share_boxes, arrived, T, N, K, shared, sharers,
     INT4: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr,
 ):  # fmt: skip
-    """``x W^T`` by programs that stay; the last `shared` tiles are cut into equal runs for `sharers` of them.
+    """``x W^T`` by persistent programs; the last `shared` tiles are divided into ranges for `sharers` of them.
 
-    Tiles have a part of A activations and one of B or none (`parts_of`), for which `second_` descriptors are, or None.
+    A tile has a first part of A activations and a second of B, or none (`tile_parts`). Arguments `second_…` are the TMA
+    descriptors for the second part, or None.
 
-    x: descriptor of [T, K] for boxes [A, 64], and [B, 64]; out: of [T, N] for boxes [A, BN], and [B, BN].
+    x: descriptor of [T, K] for boxes [A, 64] ([B, 64]); out: of [T, N] for boxes [A, BN] ([B, BN]).
     w: see `quantlab.runtime.cuda.layout`, two words in each int32; scale: [K / g, N] of x's dtype (INT4) or [N].
-    shares: float32 scratch for a tile of each run, [sharers * BN * BM / 32, 32]; left: of it for boxes [A, 32], and [B, 32].
-    arrived: [sharers] int32, by run, zero before and after.
+    shares: float32 scratch, one tile for each range, [sharers * BN * BM / 32, 32]; share_boxes: its descriptor for
+    boxes [A, 32] ([B, 32]).
+    arrived: [sharers] int32 counters, one for each range, zero before and after.
     """
     gdc_launch_dependents()
-    A: gl.constexpr = parts_of(BM)[0]
-    B: gl.constexpr = parts_of(BM)[1]
-    PLACES: gl.constexpr = RING // BM
-    ring = gl.allocate_shared_memory(x.dtype, (PLACES, A, 64), x.layout)
+    A: gl.constexpr = tile_parts(BM)[0]
+    B: gl.constexpr = tile_parts(BM)[1]
+    SLOTS: gl.constexpr = RING_ROWS // BM
+    ring = gl.allocate_shared_memory(x.dtype, (SLOTS, A, 64), x.layout)
     out_tile = gl.allocate_shared_memory(x.dtype, (A, BN), out.layout)
     if B:
-        rings = (ring, gl.allocate_shared_memory(x.dtype, (PLACES, B, 64), x.layout))
+        rings = (ring, gl.allocate_shared_memory(x.dtype, (SLOTS, B, 64), x.layout))
         out_tiles = (out_tile, gl.allocate_shared_memory(x.dtype, (B, BN), out.layout))
     else:
         rings = (ring, ring)
         out_tiles = (out_tile, out_tile)
-    ready = gl.allocate_shared_memory(gl.int64, (PLACES, 1), mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, (PLACES, 1), mbarrier.MBarrierLayout())
-    handed = gl.allocate_shared_memory(gl.int64, (1,), mbarrier.MBarrierLayout())
-    for place in gl.static_range(PLACES):
-        mbarrier.init(ready.index(place), count=1)
-        mbarrier.init(free.index(place), count=1)
-    mbarrier.init(handed, count=1)
+    ready = gl.allocate_shared_memory(gl.int64, (SLOTS, 1), mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, (SLOTS, 1), mbarrier.MBarrierLayout())
+    share_written = gl.allocate_shared_memory(gl.int64, (1,), mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(ready.index(slot), count=1)
+        mbarrier.init(free.index(slot), count=1)
+    mbarrier.init(share_written, count=1)
     gl.warp_specialize(
         [
             (
                 consume,
-                (rings, ready, free, handed, w, scale, (out, second_out), out_tiles, shares, T, N, K, shared, sharers,
-                 INT4, GROUP, BM, PLACES),
+                (rings, ready, free, share_written, w, scale, (out, second_out), out_tiles, shares, T, N, K, shared, sharers,
+                 INT4, GROUP, BM, SLOTS),
             ),
             (
-                fetch,
-                ((x, second_x), (left, second_left), rings, ready, free, handed, w, arrived, T, N, K, shared, sharers,
-                 INT4, BM, PLACES),
+                produce,
+                ((x, second_x), (share_boxes, second_share_boxes), rings, ready, free, share_written, w, arrived, T, N, K, shared, sharers,
+                 INT4, BM, SLOTS),
             ),
         ],
         [1],

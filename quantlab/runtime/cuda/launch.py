@@ -1,4 +1,4 @@
-"""Launches of the kernels: tensors in and out."""
+"""Launchers of the kernels: functions that take and return tensors."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,15 +8,14 @@ import torch
 import triton
 from torch import Tensor
 
-from quantlab.runtime.cuda import expand, kernels, routing
-from quantlab.runtime.cuda import rows as row_kernels
+from quantlab.runtime.cuda import expand, kernels, rowwise, sort_by_expert
 from quantlab.runtime.cuda.guard import on_its_device
 from quantlab.runtime.cuda.layout import blocks
-from quantlab.runtime.cuda.shares import ROWS, Shares
 from quantlab.runtime.cuda.tiles import FEW_TOKENS, Chip, Kind, Tiles
+from quantlab.runtime.cuda.wide_schedule import ROWS, Schedule
 
 GLUON: Final = "3.6."
-"""Releases of triton whose Gluon, which is experimental, `hopper` is written in."""
+"""Prefix of the triton versions that `hopper` supports: Gluon is experimental and changes between releases."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +23,12 @@ class Matrices:
     """E matrices [N, K] on the device, as the kernels read them.
 
     Attributes:
-        kind: what the numbers are.
+        kind: the kind of the stored numbers.
         shape: E, N, K.
         group: columns per scale of INT4.
         weight, scale: see `kernels.product` and `kernels.run_product`.
-        arrived: [n] int32 zeros: one for every tile of a linear that is split, or for every program. Products of the same
-            matrices are not to run at the same time.
+        arrived: [n] int32 counters, all zero, one for each tile of a split linear or for each program. Products of the
+            same matrices must not run concurrently.
     """
 
     kind: Kind
@@ -42,9 +41,9 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Routing:
-    """Rows sorted by expert, as `routing.route` writes them, for blocks of `tokens` rows.
+    """Rows sorted by expert, as `sort_by_expert.route` writes them, for blocks of `tokens` rows.
 
-    Where `alone`, all rows are of one token: each is a block of its own, and `block_expert` is the index itself.
+    If `alone`, all rows belong to one token: each is a block of its own, and `block_expert` is the index itself.
     """
 
     order: Tensor
@@ -59,7 +58,7 @@ class Routing:
 
 @on_its_device
 def route(index: Tensor, experts: int, tokens: int) -> Routing:
-    """Sort the rows of index [T, k] by expert, in blocks of `tokens` rows; one token's are left as they are."""
+    """Sort the rows of index [T, k] by expert, in blocks of `tokens` rows; those of a single token are not sorted."""
     rows, index = index.numel(), index.contiguous()
     if index.shape[0] == 1:
         flat = index.view(-1)
@@ -69,7 +68,7 @@ def route(index: Tensor, experts: int, tokens: int) -> Routing:
     written = [torch.empty(size, dtype=torch.int32, device=index.device) for size in sizes]
     chunk = min(max(power(rows), 16), 1024)
     bins = max(power(experts), 16)
-    routing.route[(experts,)](
+    sort_by_expert.route[(experts,)](
         index, *written, rows,
         BINS=bins, CHUNK=chunk, BM=tokens, num_warps=4 if chunk > 128 else 1, **chained(index),
     )  # fmt: skip
@@ -79,11 +78,11 @@ def route(index: Tensor, experts: int, tokens: int) -> Routing:
 
 @on_its_device
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """[T, K] with weight [K] of the same dtype -> [T, K]; see `rows.rms_norm`."""
+    """RMS norm of x [T, K] with weight [K] of the same dtype: [T, K]; see `rowwise.rms_norm`."""
     rows, columns = x.shape
     out = torch.empty_like(x)
     width = power(columns)
-    row_kernels.rms_norm[(rows,)](
+    rowwise.rms_norm[(rows,)](
         x, weight, out, columns, epsilon, WIDTH=width, num_warps=min(max(width // 512, 1), 16), **chained(x)
     )
     return out
@@ -91,12 +90,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 @on_its_device
 def combine(rows: Tensor, weights: Tensor, added: Tensor | None = None) -> Tensor:
-    """rows [T * k, H] with weights [T, k], and added [T, H] if given -> [T, H]."""
+    """Weighted sums [T, H] of rows [T * k, H] with weights [T, k], plus `added` [T, H]; see `rowwise.combine`."""
     tokens, top_k = weights.shape
     out = rows.new_empty(tokens, rows.shape[1])
     width = 512
     grid = (tokens, -(-rows.shape[1] // width))
-    row_kernels.combine[grid](
+    rowwise.combine[grid](
         rows, weights.contiguous(), rows if added is None else added, out, rows.shape[1],
         TOP_K=top_k, BH=width, ADDED=added is not None, num_warps=2, **chained(weights),
     )  # fmt: skip
@@ -105,12 +104,12 @@ def combine(rows: Tensor, weights: Tensor, added: Tensor | None = None) -> Tenso
 
 @on_its_device
 def quantize_tokens(x: Tensor, *, early: bool = False) -> tuple[Tensor, Tensor]:
-    """[T, K] of any floating dtype -> integers [T, K] int8 and scales [T] float32; `early`: see `rows.quantize_tokens`."""
+    """Integers [T, K] int8 and scales [T] float32 of x [T, K], of any floating dtype; see `rowwise.quantize_tokens`."""
     rows, columns = x.shape
     q = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     width = power(columns)
-    row_kernels.quantize_tokens[(rows,)](
+    rowwise.quantize_tokens[(rows,)](
         x, q, scale, columns, WIDTH=width, EARLY=early, num_warps=min(max(width // 512, 1), 16), **chained(x)
     )
     return q, scale
@@ -127,16 +126,16 @@ def product(
     gated: bool = False,
     added: Tensor | None = None,
 ) -> Tensor:
-    """Products of all rows of x with the only matrix of m.
+    """Multiply all rows of x by the only matrix of m.
 
     Args:
         m: the matrix.
-        x: [T, K], int8 with `x_scale` [T] where m is INT8_TOKENS.
-        x_scale: of integers.
-        tiles: how the product is cut.
+        x: [T, K]; int8 where m is INT8_TOKENS.
+        x_scale: [T], scales of int8 x.
+        tiles: tile sizes and split of the product.
         dtype: of the result.
         gated: see `kernels.product`.
-        added: to the product, of its shape and dtype.
+        added: tensor of the result's shape and dtype that is added to the product.
 
     Returns:
         [T, N], or [T, N / 2] if gated.
@@ -148,7 +147,7 @@ def product(
     count = -(-x.shape[0] // tiles.tokens) * -(-rows // tiles.rows)
     partial, arrived = out, m.arrived
     if tiles.parts > 1:
-        assert count <= arrived.shape[0], "a counter for every tile"
+        assert count <= arrived.shape[0], "one counter per tile"
         partial = _scratch(m, count * tiles.parts, tiles)
     kernels.product[(count, tiles.parts)](
         x, arrived if x_scale is None else x_scale, m.weight, m.scale, out if added is None else added, out, partial, arrived,
@@ -171,20 +170,22 @@ def run_product(
     routed: Routing | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """Products of all rows of x with the only matrix of m, or of routed rows with the matrices of their experts.
+    """Multiply all rows of x by the only matrix of m, or routed rows by the matrices of their experts.
 
     Args:
         m: the matrices.
-        x: rows, int8 with `x_scale` where m is INT8_TOKENS.
-        x_scale: of integers.
-        tiles: how the product is cut.
+        x: rows; int8 where m is INT8_TOKENS.
+        x_scale: scales of int8 x.
+        tiles: tile sizes of the product.
         dtype: of the result.
-        routed: which rows meet which matrix, in blocks of as many rows as tiles have.
-        gated: see `kernels.product`. With routing, this is the first product of experts: sorted row p is row
-            ``order[p] // k`` of x [T, K]. Else the second: sorted row p of x [T * k, K] is written to row ``order[p]``.
+        routed: the matrix of each row, in blocks of `tiles.tokens` rows; None for a single matrix.
+        gated: see `kernels.product`. With routing, a gated product is the first of the experts' two: sorted row p is
+            row ``order[p] // k`` of x [T, K]. Otherwise it is the second: sorted row p of x [T * k, K] is written to
+            row ``order[p]``.
 
     Returns:
-        As many rows as x has or are routed, sorted by expert if `gated` and routed; [·, N], or [·, N / 2] if gated.
+        [·, N], or [·, N / 2] if gated, with a row for each row of x or each routed row; sorted by expert if gated and
+        routed.
     """
     _, rows, columns = m.shape
     count = x.shape[0] if routed is None else routed.order.shape[0]
@@ -192,7 +193,7 @@ def run_product(
     if not count:
         return out
     programs = tiles.parts * chip(x.device).multiprocessors
-    assert programs <= m.arrived.shape[0], "a counter for every program"
+    assert programs <= m.arrived.shape[0], "one counter per program"
     none = m.arrived
     tables = (
         (routed.order, routed.block_expert, routed.block_first, routed.block_end, routed.block_count)
@@ -211,35 +212,37 @@ def run_product(
 
 
 @on_its_device
-def wide_product(m: Matrices, x: Tensor, way: Shares, out: Tensor) -> Tensor:
-    """Products of all rows of x [T, K], at least one, with the only matrix of m, written into out [T, N] of x's dtype.
+def wide_product(m: Matrices, x: Tensor, schedule: Schedule, out: Tensor) -> Tensor:
+    """Multiply the rows of x [T, K], T > 0, by the only matrix of m, into out [T, N] of x's dtype; returns out.
 
-    All rows begin at multiples of 16 bytes: the copy engine asks for that.
+    All rows must be aligned to 16 bytes, as TMA requires.
     """
     from quantlab.runtime.cuda import hopper
 
     _, rows, columns = m.shape
-    shares = torch.empty(way.sharers * way.tokens * ROWS // 32, 32, dtype=torch.float32, device=x.device)
-    assert way.sharers <= min(m.arrived.shape[0], way.programs), "a counter for every program that shares"
-    assert not way.shared or way.sharers <= way.shared * blocks(columns), "programs wait for the shares of all runs"
-    hopper.wide_product[(way.programs,)](
-        *hopper.boxes(x, way.tokens, 64), m.weight.view(torch.int32), m.scale, *hopper.boxes(out, way.tokens, ROWS),
-        shares, *hopper.boxes(shares, way.tokens, 32), m.arrived,
-        x.shape[0], rows, columns, way.shared, way.sharers,
-        INT4=m.kind == Kind.INT4, GROUP=m.group, BM=way.tokens, num_warps=8, launch_pdl=True,
+    shares = torch.empty(schedule.sharers * schedule.tokens * ROWS // 32, 32, dtype=torch.float32, device=x.device)
+    assert schedule.sharers <= min(m.arrived.shape[0], schedule.programs), "one counter per program that shares"
+    assert not schedule.shared or schedule.sharers <= schedule.shared * blocks(columns), (
+        "programs wait for the shares of all ranges"
+    )
+    hopper.wide_product[(schedule.programs,)](
+        *hopper.descriptors(x, schedule.tokens, 64), m.weight.view(torch.int32), m.scale, *hopper.descriptors(out, schedule.tokens, ROWS),
+        shares, *hopper.descriptors(shares, schedule.tokens, 32), m.arrived,
+        x.shape[0], rows, columns, schedule.shared, schedule.sharers,
+        INT4=m.kind == Kind.INT4, GROUP=m.group, BM=schedule.tokens, num_warps=8, launch_pdl=True,
     )  # fmt: skip
     return out
 
 
 def _scratch(m: Matrices, slots: int, tiles: Tiles) -> Tensor:
-    """Room for the sums of tiles."""
+    """Scratch memory for the sums of `slots` tiles."""
     dtype = torch.int32 if m.kind == Kind.INT8_TOKENS else torch.float32
     return torch.empty(slots, tiles.tokens, tiles.rows, dtype=dtype, device=m.weight.device)
 
 
 @on_its_device
 def expanded(m: Matrices, index: int, first: int, count: int, out: Tensor) -> Tensor:
-    """Rows `first`, a multiple of 64, to ``first + count`` of matrix `index`, written into out [count, K]."""
+    """Dequantize rows `first` (a multiple of 64) to ``first + count`` of matrix `index` into out [count, K]."""
     _, rows, columns = m.shape
     expand.expand[(-(-count // 64), blocks(columns))](
         m.weight[index], m.scale[index], out, first, count, rows, columns,
@@ -250,7 +253,7 @@ def expanded(m: Matrices, index: int, first: int, count: int, out: Tensor) -> Te
 
 @cache
 def chip(device: torch.device) -> Chip:
-    """What of a GPU decides how products are cut; the same for tensors on the CPU, where kernels are interpreted."""
+    """The properties of a GPU that tile sizes depend on; invented ones for the CPU, where triton's interpreter runs."""
     if device.type != "cuda":
         return Chip(3, 232448, overlaps=False)
     properties = torch.cuda.get_device_properties(device)
@@ -260,11 +263,11 @@ def chip(device: torch.device) -> Chip:
 
 
 def chained(x: Tensor) -> dict[str, bool]:
-    """For a launch that reads few rows x [T, ·]: whether it begins before the kernel ahead of it has ended, and waits inside."""
+    """Launch options: programmatic dependent launch for few rows x [T, ·], if the GPU supports it; see `kernels`."""
     overlaps = chip(x.device).overlaps and x.shape[0] <= FEW_TOKENS
     return {"CHAINED": overlaps, "launch_pdl": overlaps}
 
 
 def power(number: int) -> int:
-    """The smallest power of two that is not less."""
+    """The smallest power of two that is at least `number`."""
     return 1 << max(number - 1, 0).bit_length()

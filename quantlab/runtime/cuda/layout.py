@@ -1,15 +1,16 @@
-"""The order in which integers lie on the device.
+"""Memory layout of packed integers on the device.
 
-Blocks of 128 columns follow one another; in a block, slabs of 64 rows. K and N are padded to whole slabs. A slab of int4
-holds 64 x 32 words of 16 bits, word [r, c] with columns c, c + 32, c + 64 and c + 96 of row r, lowest bits first, each as
-q + 8; a slab of int8 64 x 64 words, word [r, c] with columns c and c + 64.
+A matrix is stored as consecutive blocks of 128 columns, each as consecutive slabs of 64 rows. K and N are padded to
+whole slabs. A slab of int4 holds 64 x 32 words of 16 bits; word [r, c] packs columns c, c + 32, c + 64 and c + 96 of
+row r, lowest bits first, each as q + 8. A slab of int8 holds 64 x 64 words; word [r, c] packs columns c and c + 64.
 
-The words of a slab lie in the order in which 128 threads of a tensor-core product want them (m64n_k16 with the weights in
-registers, PTX ISA "Register fragments for wgmma"; m16n8k16 of older devices is the same per warp): thread 32 v + 4 i + j
-of warp v multiplies, of each 16 columns, columns 2 j, 2 j + 1, 2 j + 8, 2 j + 9 of rows 16 v + i and 16 v + i + 8. Those
-eight words lie together, 16 bytes, and those of neighbouring threads after one another.
+Within a slab, words are in the order of the tensor-core fragments of 128 threads (m64n_k16 with the weights in
+registers, PTX ISA "Register fragments for wgmma"; m16n8k16 of older devices is the same per warp). Of each 16 columns,
+thread 32 v + 4 i + j of warp v multiplies columns 2 j, 2 j + 1, 2 j + 8, 2 j + 9 of rows 16 v + i and 16 v + i + 8.
+These eight words are contiguous, 16 bytes, and follow those of the previous thread.
 
-int8 weights for int8 activations are read by the tensor cores themselves and lie in rows: ``[K / 128, N, 128]``.
+int8 weights for int8 activations are read by the tensor cores without conversion and stored by rows:
+``[K / 128, N, 128]``.
 """
 
 from typing import Final
@@ -25,16 +26,16 @@ SLAB: Final = 64
 
 _ROW: Final = (4, 2, 8)
 _COLUMN: Final = (2, 4, 2)
-"""A row is (warp, half, i), a column within 16 is (half, j, odd)."""
+"""Factors of a row index in a slab, (warp, half, i), and of a column index within 16, (half, j, odd)."""
 
 
 def blocks(columns: int) -> int:
-    """How many blocks hold `columns` columns."""
+    """The number of blocks of `columns` columns."""
     return -(-columns // BLOCK)
 
 
 def slabs(rows: int) -> int:
-    """How many slabs hold `rows` rows."""
+    """The number of slabs of `rows` rows."""
     return -(-rows // SLAB)
 
 
@@ -79,7 +80,7 @@ def unpack_int8(words: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _in_rows(words: Tensor) -> Tensor:
-    """[blocks, slabs, words] as they lie -> [blocks, rows, words per row]."""
+    """Words [blocks, slabs, words] in memory order -> [blocks, rows, words per row]."""
     split = words.view(*words.shape[:2], -1, 4, 8, 4, 2, 2, 2)
     return split.permute(0, 1, 3, 7, 4, 2, 6, 5, 8).reshape(words.shape[0], words.shape[1] * SLAB, -1)
 

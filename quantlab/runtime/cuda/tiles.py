@@ -1,9 +1,9 @@
-"""How products are cut into tiles, by shape and number of tokens: a fixed choice, since a captured step cannot try.
+"""Tile sizes of a product by shape and number of tokens: a fixed choice, since a captured step cannot autotune.
 
-The numbers were measured on one H100 at the shapes of DeepSeek models (`eval/results/cuda-linears-h100.md`). At few tokens a
-product costs the bytes of its matrix, and all that matters is that enough of them are asked for at once: the columns are
-split until there are a few programs per multiprocessor. At many tokens it costs arithmetic, and tiles are large; the
-choice is the one whose rounds of tiles cost least.
+The constants were measured on one H100 at the shapes of DeepSeek models (`eval/results/cuda-linears-h100.md`). At few
+tokens a product is memory-bound, and all that matters is that enough loads are in flight: the columns are split
+(split-K) until there are a few programs per multiprocessor. At many tokens it is compute-bound and tiles are large; the
+choice minimizes the estimated time of all waves of tiles.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from quantlab.runtime.cuda.layout import SLAB, blocks
 
 
 class Kind(IntEnum):
-    """What the numbers of a bank are, as the kernels call it."""
+    """The kind of numbers in a bank: a constexpr argument of the kernels."""
 
     INT4 = 0
     INT8 = 1
@@ -25,15 +25,16 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product is cut: tiles of `rows` matrix rows times `tokens` tokens.
+    """The division of a product into tiles of `rows` matrix rows times `tokens` tokens.
 
     Attributes:
-        parts: into how many the columns are cut (`kernels.product`), or programs per multiprocessor (`kernels.run_product`).
-        warps: of a program: 1, 4 or 8.
-        stages: how many steps ahead memory is asked for.
-        ahead: of INT8_TOKENS, how many blocks of columns are sent for while the tokens are being rounded.
-        runs: whether the work is cut into equal runs (`kernels.run_product`) and not into tiles.
-        pairs: of INT8_TOKENS, whether a step takes two blocks of columns and not one.
+        parts: into how many parts the columns are split (`kernels.product`), or programs per multiprocessor
+            (`kernels.run_product`).
+        warps: per program: 1, 4 or 8.
+        stages: stages of the software pipeline of loads.
+        ahead: for INT8_TOKENS, how many blocks of columns are prefetched while the tokens are being quantized.
+        runs: whether the work is divided into equal ranges (stream-K, `kernels.run_product`) instead of tiles.
+        pairs: for INT8_TOKENS, whether an iteration takes two blocks of columns instead of one.
     """
 
     rows: int
@@ -48,12 +49,12 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Chip:
-    """What of a GPU decides.
+    """The properties of a GPU that the choice depends on.
 
     Attributes:
-        multiprocessors: how many it has.
-        shared_bytes: of shared memory that a program can have.
-        overlaps: whether a kernel can be launched while the one before still runs (compute capability 9 and later).
+        multiprocessors: their number.
+        shared_bytes: maximum shared memory of a program.
+        overlaps: whether it supports programmatic dependent launch (compute capability 9 and later).
         wide: whether it runs `hopper.wide_product`.
     """
 
@@ -64,25 +65,25 @@ class Chip:
 
 
 FEW_TOKENS: Final = 64
-"""Up to this many tokens a product costs the bytes of its matrix."""
+"""Up to this many tokens a product is memory-bound."""
 EXPANDED_TOKENS: Final = 1536
-"""From this many tokens on, expanding a matrix in bands and a library's product are faster than `kernels.product`."""
+"""From this many tokens on, expanding a matrix in bands for a library's product is faster than `kernels.product`."""
 _BAND_ELEMENTS: Final = 1 << 25
 
 _WIDE: Final = {Kind.INT4: Tiles(128, 256, warps=8), Kind.INT8: Tiles(256, 128, warps=8)}
 _SQUARE: Final = Tiles(128, 128, warps=8)
 _NARROW: Final = Tiles(64, 128)
 _MICROSECONDS: Final = {_WIDE[Kind.INT4]: 1.75, _WIDE[Kind.INT8]: 1.9, _SQUARE: 1.05, _NARROW: 0.75}
-"""Of a tile, per block of columns."""
+"""Time of a tile per block of columns."""
 
 
 def band_rows(columns: int) -> int:
-    """How many rows of a matrix are expanded at once: their products fill rounds of tiles, and they take 64 MB at most."""
+    """How many rows of a matrix are expanded at once: enough to fill waves of tiles, in 64 MB at most."""
     return max((rows for rows in (8192, 4096, 2048) if rows * columns <= _BAND_ELEMENTS), default=2048)
 
 
 def linear_tiles(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip, *, gated: bool = False) -> Tiles:
-    """How the product of one matrix [rows, columns] with `tokens` rows is cut; `gated`, at few tokens: see `kernels.product`."""
+    """The tiles of one matrix [rows, columns] times `tokens` rows; `gated` (few tokens only): see `kernels.product`."""
     if tokens > FEW_TOKENS:
         found = (
             _integer_tiles(rows, columns, tokens, chip)
@@ -108,9 +109,9 @@ def linear_tiles(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip, *
 
 
 def expert_tiles(kinds: Sequence[Kind], rows_per_expert: float, chip: Chip) -> list[Tiles]:
-    """How the products of routed rows with banks of such kinds are cut, where an expert gets so many rows on average.
+    """The tiles of the products of routed rows with banks of these kinds, given the average number of rows per expert.
 
-    All have blocks of as many rows.
+    All have the same number of tokens, since they share the blocks of rows.
     """
     tokens = next((size for size in (8, 16, 32, 64) if rows_per_expert <= 0.75 * size), 128)
     if Kind.FLOAT in kinds:
@@ -122,7 +123,7 @@ def expert_tiles(kinds: Sequence[Kind], rows_per_expert: float, chip: Chip) -> l
 
 
 def fitting(tiles: Tiles, kind: Kind, chip: Chip) -> Tiles:
-    """The same with no more stages, then one block of columns a step, then no more tokens, than shared memory has room for."""
+    """Shrink tiles to fit shared memory: fewer stages, then one block of columns per iteration, then fewer tokens."""
     weight = {Kind.INT4: 64, Kind.INT8: 128, Kind.INT8_TOKENS: 128, Kind.FLOAT: 256}[kind]
     activation = 128 if kind == Kind.INT8_TOKENS else 256
     stage = (tiles.rows * weight + tiles.tokens * activation) * (2 if tiles.pairs else 1)
@@ -135,9 +136,9 @@ def fitting(tiles: Tiles, kind: Kind, chip: Chip) -> Tiles:
 
 
 def _gated(tiles: Tiles) -> Tiles:
-    """The same with as many of the gate's rows in a tile as of up's: a slab of each, unless tiles are lower or have two slabs.
+    """The tiles for a gated product, which hold as many gate rows as up rows.
 
-    Many tokens in a tile of twice the rows want fewer parts.
+    Tiles of one slab grow to two, one of each. With more than 16 tokens the larger tiles need half the parts.
     """
     if tiles.rows != SLAB:
         return tiles
@@ -146,11 +147,13 @@ def _gated(tiles: Tiles) -> Tiles:
 
 
 def _few_integers(rows: int, columns: int, tokens: int, chip: Chip, *, gated: bool) -> Tiles:
-    """Columns are cut only where there are too few tiles: while sums are shared, the next kernel waits.
+    """The tiles of INT8_TOKENS at few tokens.
 
-    The fewer tiles a multiprocessor has, the more each asks for at once. Low tiles, for a warp each, are as fast for few
-    tokens and fill the chip where high ones would not; but all tiles read all tokens, so for more tokens they are high. From
-    33 on, from 17 where gated, two tiles have half of the tokens each if high ones would leave half of the chip idle.
+    Columns are split only where there are too few tiles, since the next kernel waits while partial sums are reduced.
+    The fewer tiles per multiprocessor, the more stages each has. Tiles of 16 rows, one warp each, are as fast at few
+    tokens and fill the GPU where tiles of 64 would not; but every tile loads all tokens, so at more tokens tiles have
+    64 rows. From 33 tokens (17 if gated), where these would leave half of the GPU idle, two tiles have half of the
+    tokens each.
     """
     size, steps, high, low = _power(tokens), blocks(columns), -(-rows // SLAB), -(-rows // 16)
     room = chip.shared_bytes // -(-high // chip.multiprocessors) // ((SLAB + size) * 128)
@@ -175,14 +178,16 @@ def _integer_tiles(rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
 
 
 def _large(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> Tiles:
-    """The cut whose rounds of tiles cost least; where they would not fill the chip, equal runs or a split."""
+    """The tiles with the least estimated time; where waves would not fill the GPU, these are stream-K or split-K."""
     steps = blocks(columns)
 
     def cost(tiles: Tiles) -> float:
         count = -(-rows // tiles.rows) * -(-tokens // tiles.tokens) * tiles.parts
         if tiles.runs:
             return count * steps / chip.multiprocessors * _MICROSECONDS[_SQUARE] + 20
-        shared = 8e-6 / 3 * tiles.parts * tokens * rows if tiles.parts > 1 else 0.0  # sums written and read, 3 TB/s
+        shared = (
+            8e-6 / 3 * tiles.parts * tokens * rows if tiles.parts > 1 else 0.0
+        )  # partial sums written and read at 3 TB/s
         each = _MICROSECONDS[replace(tiles, parts=1)] * steps / tiles.parts
         return -(-count // chip.multiprocessors) * each + shared
 
@@ -193,7 +198,10 @@ def _large(kind: Kind, rows: int, columns: int, tokens: int, chip: Chip) -> Tile
 
 
 def _parts(rows: int, columns: int, tile: int, *, programs: float, least: int) -> int:
-    """Into how many the columns are cut for about so many programs, each with at least `least` blocks; even cuts first."""
+    """Into how many parts to split the columns for about `programs` programs, each with at least `least` blocks.
+
+    Among nearby numbers, one that divides the blocks evenly is preferred.
+    """
     steps = blocks(columns)
     parts = max(min(round(programs / -(-rows // tile)), steps // least), 1)
     if parts < 5:
@@ -202,5 +210,5 @@ def _parts(rows: int, columns: int, tile: int, *, programs: float, least: int) -
 
 
 def _power(number: int) -> int:
-    """The smallest power of two that is not less, from 8 on."""
+    """The smallest power of two that is at least `number`, and at least 8."""
     return max(1 << (number - 1).bit_length(), 8)

@@ -1,7 +1,7 @@
-"""Calls of the native kernels with tensors.
+"""Python bindings of the native kernels: functions that take tensors.
 
-A kernel multiplies rows of activations with the matrices of a bank, group by group, in one call, whatever the dtype of the
-activations: it rounds them as it needs them and answers in their dtype. Scales are of any floating dtype.
+One call multiplies rows of activations by the matrices of a bank, group by group. Activations may have any floating
+dtype; the kernel rounds them as it needs and returns their dtype. Scales may have any floating dtype.
 
 Legend: as in `quantlab.runtime.products`.
 """
@@ -46,7 +46,11 @@ _ARGUMENTS: Final[Mapping[str, Sequence[Any]]] = {
 
 
 class Held(Sequence[int]):
-    """The numbers of a contiguous tensor of int64: kernels read those it holds when they run; Python must not while they are recorded."""
+    """The elements of a contiguous int64 tensor, as a sequence.
+
+    Kernels read the tensor's memory when they run. Python may not read the elements while calls are recorded
+    (`recording`).
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -54,7 +58,7 @@ class Held(Sequence[int]):
     def __len__(self) -> int:
         return len(self.tensor)
 
-    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - a number, or those of a slice
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - int, or a list for a slice
         if (error := getattr(_recording, "error", None)) is not None:
             raise error
         return self.tensor[index].tolist()
@@ -71,14 +75,14 @@ class Slices:
 
 
 def int4_product(x: Tensor, q: Tensor, scale: Tensor, shape: tuple[int, int, int], groups: Slices, out: Tensor) -> None:
-    """Rows of `out` [T, N] named by the groups = the rows of x [T, K] times their int4 matrices.
+    """Multiply the rows of x [T, K] in the groups by their int4 matrices, into the same rows of `out` [T, N].
 
     Args:
-        x: activations, rounded to bfloat16.
+        x: activations, of any floating dtype; rounded to bfloat16.
         q: in the layout of `int4.c`.
         scale: [E, N / 16, G, 16] float16 or bfloat16.
         shape: N, K and the group size.
-        groups: which rows, and their matrices.
+        groups: the rows and their matrices.
         out: in the dtype of x.
     """
     weights = (q.data_ptr(), scale.data_ptr(), *shape, _DTYPES[scale.dtype])
@@ -86,7 +90,10 @@ def int4_product(x: Tensor, q: Tensor, scale: Tensor, shape: tuple[int, int, int
 
 
 def int4_expand(q: Tensor, scale: Tensor, shape: tuple[int, int, int], start: int, stop: int) -> Tensor:
-    """Rows start to stop of one matrix (start a multiple of 16), transposed: [K, stop - start] in the dtype of the scales."""
+    """Dequantize rows `start` (a multiple of 16) to `stop` of one matrix.
+
+    Returns the rows transposed, [K, stop - start], in the dtype of the scales.
+    """
     out = torch.empty(shape[1], stop - start, dtype=scale.dtype)
     weights = (q.data_ptr(), scale.data_ptr(), *shape, _DTYPES[scale.dtype])
     _run("quantlab_int4_expand", *weights, start, stop, out.data_ptr())
@@ -94,25 +101,30 @@ def int4_expand(q: Tensor, scale: Tensor, shape: tuple[int, int, int], start: in
 
 
 def int8_product(x: Tensor, q: Tensor, scale: Tensor, groups: Slices, out: Tensor) -> None:
-    """W8A8: as `int4_product` with q [E, N, K] int8, scale [E, N]; the activations are rounded to int8 per row."""
+    """W8A8: like `int4_product`, with q [E, N, K] int8 and scale [E, N]; activations are quantized to int8 per row."""
     weights = (q.data_ptr(), scale.data_ptr(), *q.shape[1:], _DTYPES[scale.dtype])
     _call("quantlab_int8_product", weights, x, groups, out)
 
 
 def int8_weight_product(x: Tensor, q: Tensor, scale: Tensor, groups: Slices, out: Tensor) -> None:
-    """W8A16: as `int8_product` with the activations rounded to bfloat16."""
+    """W8A16: like `int8_product`, with the activations rounded to bfloat16."""
     weights = (q.data_ptr(), scale.data_ptr(), *q.shape[1:], _DTYPES[scale.dtype])
     _call("quantlab_int8_weight_product", weights, x, groups, out)
 
 
 def dense_product(x: Tensor, weight: Tensor, groups: Slices, out: Tensor) -> None:
-    """The same with weight [E, N, K]; weights, x and out of one 16-bit dtype."""
+    """Like `int4_product`, with weight [E, N, K]; weight, x and out have the same 16-bit dtype."""
     _call("quantlab_dense_product", (weight.data_ptr(), *weight.shape[1:]), x, groups, out)
 
 
 def paired_product(x: Tensor, weight: int, rows: int, bias: Tensor | None) -> Tensor:
-    """x [T, K] bfloat16 times one matrix [rows, K] in the layout of `pairs.c`, given by its address,
-    and bias [rows] added: [T, rows].
+    """x [T, K] bfloat16 times one matrix [rows, K] in the layout of `pairs.c`, plus bias [rows]: [T, rows].
+
+    Args:
+        x: activations.
+        weight: the address of the matrix.
+        rows: of the matrix.
+        bias: [rows], or None.
     """
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -142,16 +154,19 @@ def latent_attention(
     mask: Tensor | None = None,
     place: Place | None = None,
 ) -> Tensor:
-    """`quantlab.runtime.attention.absorbed` for one new token and contiguous tensors of one 16-bit dtype.
+    """`quantlab.runtime.attention.absorbed` for one new token per sequence.
+
+    Tensors are contiguous and have the same 16-bit dtype.
 
     Args:
         query: [B, H, 1, N + R].
         latents: [B, 1, S, L].
         rotary: [B, 1, S, R].
-        weight: kv_b's, [H, N + V, L].
-        scaling: of the scores.
+        weight: of kv_b, [H, N + V, L].
+        scaling: factor of the scores.
         mask: [B, S] float32, added to the scores.
-        place: of the tokens, which attend to what stands up to there behind the padding; None: they attend to all.
+        place: cache position of the new tokens. They attend to positions from the end of the padding up to their own;
+            without it, to all positions.
 
     Returns:
         [B, 1, H, V].
@@ -174,13 +189,15 @@ def latent_attention(
 
 
 def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, place: Place, *, scaling: float) -> Tensor:
-    """Attention of one new token per sequence to a cache, in contiguous tensors of one 16-bit dtype.
+    """Grouped-query attention of one new token per sequence to a cache.
+
+    Tensors are contiguous and have the same 16-bit dtype.
 
     Args:
         query: [B, H, D].
-        keys, values: [B, G, S, D]; H / G heads each attend to one.
-        place: of the tokens, which attend to what stands up to there behind the padding.
-        scaling: of the scores.
+        keys, values: [B, G, S, D]; H / G query heads share a key head.
+        place: cache position of the new tokens. They attend to positions from the end of the padding up to their own.
+        scaling: factor of the scores.
 
     Returns:
         [B, H, D].
@@ -199,28 +216,28 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, place: Place,
 
 
 def turn(x: Tensor, place: Place, out: Tensor, *, in_pairs: bool = False, out_in_pairs: bool = False) -> None:
-    """Rotary embedding of x [B, H, R], rows contiguous, by the angles of each token, into `out`.
+    """Rotary embedding: rotate x [B, H, R] by the angles of each token, into `out`.
 
     Args:
-        x: of any floating dtype.
-        place: of the tokens.
-        out: [B, H, R], may be x; or a contiguous cache [B, H, S, R], of which the place of the tokens is written.
-        in_pairs, out_in_pairs: whether numbers that are turned together are neighbours in x and in `out`; half of R apart if not.
+        x: of any floating dtype; rows are contiguous.
+        place: cache position and angles of the tokens.
+        out: [B, H, R], may be x; or a contiguous cache [B, H, S, R], which is written at the tokens' position.
+        in_pairs, out_in_pairs: whether the two elements of a pair are neighbours in x and in `out`, or R / 2 apart.
     """
     _put(x, place, out, (place.cos.data_ptr(), place.sin.data_ptr()), (in_pairs, out_in_pairs))
 
 
 def put(x: Tensor, place: Place, out: Tensor) -> None:
-    """x [B, H, R] into the place of the tokens in a contiguous cache [B, H, S, R]."""
+    """Write x [B, H, R] to a contiguous cache [B, H, S, R] at the tokens' position."""
     _put(x, place, out, (None, None), (False, False))
 
 
 def _put(
     x: Tensor, place: Place, out: Tensor, angles: tuple[int | None, int | None], in_pairs: tuple[bool, bool]
 ) -> None:
-    between_places = out.shape[-1] if out.dim() == 4 else 0
-    of = _Rows(x.stride(0), x.stride(1), 0, in_pairs[0])
-    to = _Rows(out.stride(0), out.stride(1), between_places, in_pairs[1])
+    position_stride = out.shape[-1] if out.dim() == 4 else 0
+    of = _RotaryStrides(x.stride(0), x.stride(1), 0, in_pairs[0])
+    to = _RotaryStrides(out.stride(0), out.stride(1), position_stride, in_pairs[1])
     _run(
         "quantlab_turn",
         *(x.data_ptr(), ctypes.byref(of), out.data_ptr(), ctypes.byref(to)),
@@ -231,14 +248,14 @@ def _put(
     )
 
 
-class _Rows(ctypes.Structure):
-    """`Rows` of rows.c."""
+class _RotaryStrides(ctypes.Structure):
+    """`RotaryStrides` of kernels.h."""
 
-    _fields_ = (("token", _Long), ("head", _Long), ("place", _Long), ("in_pairs", _Code))
+    _fields_ = (("token", _Long), ("head", _Long), ("position", _Long), ("in_pairs", _Code))
 
 
 class _Choice(ctypes.Structure):
-    """`Choice` of router.c."""
+    """`Choice` of kernels.h."""
 
     _fields_ = (
         *((name, _Long) for name in ("experts", "groups", "top_groups", "top_k")),
@@ -273,36 +290,36 @@ def choose(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> 
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMS norm of x [..., K], contiguous or [T, K] with contiguous rows, with weight [K] of its dtype."""
+    """RMS norm of x with weight [K] of the same dtype; x is contiguous [..., K], or [T, K] with contiguous rows."""
     out = torch.empty(x.shape, dtype=x.dtype)
     _norm(x, weight, epsilon, (out.data_ptr(), x.shape[-1], None))
     return out
 
 
 def put_norm(x: Tensor, weight: Tensor, epsilon: float, place: Place, out: Tensor) -> None:
-    """RMS norm of x [B, K] into the place of the tokens in a contiguous cache [B, 1, S, K]."""
+    """RMS norm of x [B, K], written to a contiguous cache [B, 1, S, K] at the tokens' position."""
     _norm(x, weight, epsilon, (out.data_ptr(), out.stride(0), place.position.data_ptr()))
 
 
 def _norm(x: Tensor, weight: Tensor, epsilon: float, out: tuple[int, int, int | None]) -> None:
     columns = x.shape[-1]
-    apart = x.stride(0) if x.dim() == 2 else columns
+    row_stride = x.stride(0) if x.dim() == 2 else columns
     _run(
         "quantlab_norm",
-        *(x.data_ptr(), apart, weight.data_ptr(), x.numel() // columns, columns, epsilon),
+        *(x.data_ptr(), row_stride, weight.data_ptr(), x.numel() // columns, columns, epsilon),
         _DTYPES[x.dtype],
         *out,
     )
 
 
 def add(out: Tensor, x: Tensor) -> Tensor:
-    """out plus x, contiguous and of one shape and dtype, in place."""
+    """Add x to `out` in place; both are contiguous and have the same shape and dtype."""
     _run("quantlab_add", out.data_ptr(), x.data_ptr(), out.numel(), _DTYPES[out.dtype])
     return out
 
 
 def gate(x: Tensor) -> Tensor:
-    """SiLU of the first half of contiguous rows [T, 2 K] times the second: [T, K]."""
+    """``silu(gate) * up`` [T, K], where gate and up are the halves of contiguous rows x [T, 2 K]."""
     rows, columns = x.shape[0], x.shape[1] // 2
     out = torch.empty(rows, columns, dtype=x.dtype)
     _run("quantlab_gate", x.data_ptr(), rows, columns, _DTYPES[x.dtype], out.data_ptr())
@@ -310,7 +327,7 @@ def gate(x: Tensor) -> Tensor:
 
 
 def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
-    """The sum of contiguous rows [T, K] with weights [T] float32: [1, K]."""
+    """The weighted sum [1, K] of contiguous rows x [T, K], with weights [T] float32."""
     rows, columns = x.shape
     out = torch.empty(1, columns, dtype=x.dtype)
     code = _DTYPES[x.dtype]
@@ -330,9 +347,9 @@ _recording = threading.local()
 
 @contextmanager
 def recording(calls: list[Callable[[], object]], error: type[Exception]) -> Iterator[None]:
-    """Kernels that this thread runs in the block are added to `calls`, to be run again on the same memory.
+    """Append every kernel call of this thread within the block to `calls`; each can be repeated on the same memory.
 
-    Where Python reads which matrices are met, of a `Held`, `error` is raised: the next run may meet others.
+    Reading an element of a `Held` in Python raises `error`, since a repetition may find another element there.
     """
     _recording.calls, _recording.error = calls, error
     try:

@@ -1,13 +1,14 @@
-"""The native kernels: compiled by the system's C compiler at first use, kept in the user's cache directory.
+"""Build and load the native kernels: by the system's C compiler at first use, cached in the user's cache directory.
 
-No kernel is a must. Without a compiler, on another processor, or with ``QUANTLAB_NATIVE=0`` in the environment `library()`
-is None, and the banks compute with torch's operators; `status()` says which of the two it is, and why.
+The kernels are optional. Without a compiler, on a processor without the instructions, or with ``QUANTLAB_NATIVE=0`` in
+the environment, `library()` is None and the banks fall back to torch's operators. `status()` says which of the two is
+used, and why.
 
-The file in the cache is named after everything it depends on: the sources, the compiler (its path, size and time) and the
-flags. It appears by an atomic rename, so processes that build at once only waste a second.
+The name of the cached file is a hash of everything it depends on: the sources, the compiler (path, size, modification
+time) and the flags. The file appears by an atomic rename, so processes that build at the same time only waste a second.
 
-Threads are torch's: the kernels call the OpenMP runtime that torch has brought into the process, by name. If there is none
-the library does not load, and the fallback holds.
+Threads are torch's: the kernels call, by name, the OpenMP runtime that torch has loaded into the process. If there is
+none, the library does not load and the fallback is used.
 """
 
 import ctypes
@@ -21,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-import torch  # noqa: F401 - the kernels find the OpenMP runtime it brings
+import torch  # noqa: F401 - loads the OpenMP runtime that the kernels call
 
 SWITCH: Final = "QUANTLAB_NATIVE"
 _CPU: Final = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "fma", "f16c"})
@@ -35,22 +36,22 @@ _SOURCES: Final = (
     "int4.c",
     "int8.c",
     "kernels.h",
-    "lanes.h",
     "pairs.c",
     "router.c",
-    "rows.c",
+    "rowwise.c",
+    "simd.h",
 )
 _SECONDS: Final = 120
-"""A compiler that takes longer is given up."""
+"""Timeout of the compiler."""
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels, None if they cannot be had here."""
+    """The library of kernels; None where it is not available (see `status`)."""
     return _loaded()[0]
 
 
 def status() -> str:
-    """Whether the native kernels are used; if not, the reason."""
+    """Whether native or torch's kernels are used; for the latter, with the reason."""
     return _loaded()[1]
 
 
@@ -74,7 +75,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _cpu_flags() -> frozenset[str]:
-    """What /proc/cpuinfo lists for the first processor; nothing where there is no such file."""
+    """The flags of the first processor in /proc/cpuinfo; empty where there is no such file."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     found = next((line for line in lines if line.startswith("flags")), "")
@@ -88,7 +89,7 @@ def _compiler() -> str | None:
 
 
 def _built(compiler: str) -> Path:
-    """The shared library, compiled if the cache does not have it."""
+    """The path of the shared library, which is compiled if it is not in the cache."""
     sources = Path(__file__).parent
     identity = Path(compiler).resolve().stat()
     digest = hashlib.sha256(repr((compiler, identity.st_size, identity.st_mtime_ns, _FLAGS)).encode())
@@ -102,7 +103,7 @@ def _built(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=directory, prefix="building-") as building:
         made = Path(building) / target.name
         objects = [made.with_name(f"{name}.o") for name in _SOURCES if name.endswith(".c")]
-        with ThreadPoolExecutor() as pool:  # the compiler itself uses one core
+        with ThreadPoolExecutor() as pool:  # one compiler process uses one core
             commands = [[compiler, *_FLAGS, "-c", str(sources / to.stem), "-o", str(to)] for to in objects]
             list(pool.map(_run, commands))
         _run([compiler, "-shared", *map(str, objects), "-o", str(made)])

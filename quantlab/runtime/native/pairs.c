@@ -1,24 +1,25 @@
-/* bfloat16 weights in the blocks oneDNN multiplies at many rows, times few rows of bfloat16 activations.
+/* bfloat16 weights in oneDNN's blocked layout, times a few rows of bfloat16 activations. oneDNN multiplies many rows in
+   the same layout, so the weights are stored once.
 
-   Layout: rows padded to a multiple of 64, columns to one of 32; blocks of 64 rows, in a block the pairs of neighbouring
-   columns one after the other, each pair with its 64 rows side by side. */
+   Layout: rows are padded to a multiple of 64, columns to a multiple of 32. A block of 64 rows stores its pairs of
+   neighbouring columns one after the other, and each pair for all 64 rows side by side. */
 
 #include "kernels.h"
-#include "lanes.h"
+#include "simd.h"
 
-#define TOKENS 4 /* rows of activations multiplied in one pass over a block */
+#define TOKENS 4 /* rows of activations multiplied per pass over a block */
 
 typedef struct {
     const uint16_t *weight;
     int64_t rows, padded; /* N, and K rounded up to a multiple of 32 */
-    const uint16_t *x; /* [T, stride], zeros behind K */
+    const uint16_t *x; /* [T, stride], zero beyond K */
     int64_t x_stride, tokens;
     const uint16_t *bias; /* [N], or NULL */
     uint16_t *out;
-    int64_t taken;
+    int64_t next_unit;
 } Pairs;
 
-INLINE void block(const Pairs *job, int64_t top, int64_t token, const int tokens) {
+INLINE void multiply_block(const Pairs *job, int64_t top, int64_t token, const int tokens) {
     const uint16_t *w = job->weight + top * job->padded, *x = job->x + token * job->x_stride;
     __m512 sum[4][TOKENS][2];
     UNROLLED
@@ -43,7 +44,7 @@ INLINE void block(const Pairs *job, int64_t top, int64_t token, const int tokens
                 const __m512bh rows = (__m512bh)_mm512_loadu_si512(at);
                 UNROLLED
                 for (int m = 0; m < tokens; m++) {
-                    __m512 *to = &sum[s][m][tokens == 1 ? i : 0]; /* two chains where one would wait for itself */
+                    __m512 *to = &sum[s][m][tokens == 1 ? i : 0]; /* one token: two chains hide the latency */
                     *to = _mm512_dpbf16_ps(*to, rows, pair[m]);
                 }
             }
@@ -56,36 +57,36 @@ INLINE void block(const Pairs *job, int64_t top, int64_t token, const int tokens
             __m512 both = _mm512_add_ps(sum[s][m][0], sum[s][m][1]);
             if (left > 0) {
                 if (job->bias)
-                    both = _mm512_add_ps(both, load(job->bias, BFLOAT16, top + 16 * s, first(left)));
-                store(job->out, BFLOAT16, (token + m) * job->rows + top + 16 * s, first(left), both);
+                    both = _mm512_add_ps(both, load(job->bias, BFLOAT16, top + 16 * s, lane_mask(left)));
+                store(job->out, BFLOAT16, (token + m) * job->rows + top + 16 * s, lane_mask(left), both);
             }
         }
 }
 
-static void work(void *argument) {
+static void worker(void *argument) {
     Pairs *job = argument;
     int64_t from, to;
-    while (take(&job->taken, (job->rows + 63) / 64, &from, &to))
+    while (next_chunk(&job->next_unit, (job->rows + 63) / 64, &from, &to))
         for (int64_t unit = from; unit < to; unit++)
             for (int64_t token = 0; token < job->tokens; token += TOKENS)
                 switch (job->tokens - token) {
-                case 1: block(job, unit * 64, token, 1); break;
-                case 2: block(job, unit * 64, token, 2); break;
-                case 3: block(job, unit * 64, token, 3); break;
-                default: block(job, unit * 64, token, 4);
+                case 1: multiply_block(job, unit * 64, token, 1); break;
+                case 2: multiply_block(job, unit * 64, token, 2); break;
+                case 3: multiply_block(job, unit * 64, token, 3); break;
+                default: multiply_block(job, unit * 64, token, 4);
                 }
 }
 
-/* out [T, N] = x [T, K], rows `stride` numbers apart, times one matrix, and the bias added. */
+/* out [T, N] = x [T, K] times one matrix, plus the bias; `stride` is the row stride of x in elements. */
 void quantlab_paired_product(const uint16_t *weight, int64_t rows, int64_t columns, const uint16_t *x, int64_t stride,
                              int64_t tokens, const uint16_t *bias, uint16_t *out) {
-    const int64_t padded = round_up(columns, 32), apart = padded + 32;
-    uint16_t *copy = scratch(tokens * apart * 2);
+    const int64_t padded = round_up(columns, 32), copy_stride = padded + 32;
+    uint16_t *copy = scratch(tokens * copy_stride * 2);
     for (int64_t t = 0; t < tokens; t++) {
-        memcpy(copy + t * apart, x + t * stride, columns * 2);
-        memset(copy + t * apart + columns, 0, (padded - columns) * 2);
+        memcpy(copy + t * copy_stride, x + t * stride, columns * 2);
+        memset(copy + t * copy_stride + columns, 0, (padded - columns) * 2);
     }
-    Pairs job = {weight, rows, padded, copy, apart, tokens, bias, out, 0};
-    GOMP_parallel(work, &job, 0, 0);
+    Pairs job = {weight, rows, padded, copy, copy_stride, tokens, bias, out, 0};
+    GOMP_parallel(worker, &job, 0, 0);
     free(copy);
 }

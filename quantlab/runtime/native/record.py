@@ -1,8 +1,8 @@
-"""A computation on tensors that stay where they are, run again without the Python that led to it.
+"""Record the operator and kernel calls of a function once, and replay them on the same memory without its Python code.
 
-As a CUDA graph, but a list of calls. A step of one token streams hundreds of megabytes through the caches, and what is left of
-Python in them afterwards is little: the way to the next kernel, through modules and dispatch, then takes as long as reading a
-small matrix does.
+This is the CPU's counterpart of a CUDA graph, as a list of calls. A decode step streams hundreds of megabytes of
+weights through the caches and evicts the interpreter's code and data. The path through modules and dispatch to the next
+kernel then takes as long as reading a small matrix.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,22 +19,26 @@ from quantlab.runtime.native import kernels
 _MAKERS: Final = frozenset(
     {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default}
 )
-"""Operators that only take memory."""
+"""Operators that only allocate memory."""
 
 
 class CannotRepeatError(Exception):
-    """Python read what a tensor holds, and may do something else where it holds something else."""
+    """Python read an element of a tensor, so the calls may depend on the tensor's contents."""
 
 
 class Recorded:
-    """What a function came to: kernels and operators of torch, on the memory they had. All tensors it made are kept.
+    """The calls of native kernels and torch operators that a function made; keeps all its tensors alive.
 
     Args:
-        function: runs once, now. Its next run may differ in nothing but the contents of tensors made before. What it looks at by
-            other ways than operators (`Tensor.tolist`, numpy) is not seen.
+        function: called once, by the constructor. Its calls may depend on nothing but shapes: a replay sees other
+            contents of the tensors that existed before. Reads that bypass operators (`Tensor.tolist`, numpy) go
+            undetected.
+
+    Attributes:
+        result: the tensor that the function returned.
 
     Raises:
-        CannotRepeatError: it read a number of a tensor.
+        CannotRepeatError: the function read an element of a tensor.
     """
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
@@ -44,14 +48,14 @@ class Recorded:
         self._calls, self._kept = mode.calls, mode.kept
 
     def run(self) -> Tensor:
-        """The result of the function on what the tensors hold now: the same tensor every time."""
+        """Replay the calls on the tensors' present contents; returns `result`, the same tensor every time."""
         for call in self._calls:
             call()
         return self.result
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operators, and notes those that compute; all tensors they make are kept."""
+    """Runs operators, records those that compute, and keeps all tensors they return alive."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -60,7 +64,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
-        func: Any,  # noqa: ANN401 - as of torch
+        func: Any,  # noqa: ANN401 - torch's signature
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
@@ -84,7 +88,10 @@ def _again(call: Callable[[], object], results: Sequence[Tensor]) -> None:
 
 
 def _memories(tensors: Sequence[Tensor]) -> set[int]:
-    """Of views it is that of what they look at; whether an operator gives one its schema does not always say (reshape, to)."""
+    """Addresses of the tensors' storages. A view shares its base's storage.
+
+    Operators that return their input's storage compute nothing. Their schema does not always say so (`reshape`, `to`).
+    """
     return {one.untyped_storage().data_ptr() for one in tensors if one.layout == torch.strided}
 
 

@@ -1,4 +1,4 @@
-"""What is done to each row of activations between the products.
+"""Row-wise kernels between the matrix products: quantization of tokens, weighted sum of expert outputs, RMS norm.
 
 CHAINED: see `quantlab.runtime.cuda.kernels`.
 """
@@ -7,23 +7,24 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-SMALLEST: tl.constexpr = tl.constexpr(2.0**-120)
-"""The least scale of a token."""
+MIN_SCALE: tl.constexpr = tl.constexpr(2.0**-120)
+"""Lower bound of a token's scale."""
 
 
 @triton.jit
-def larger(a, b):
-    """The larger of two; NaN if one is."""
+def nan_max(a, b):
+    """The larger of two numbers; NaN if either is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def quantize_tokens(x, q, scale, K, WIDTH: tl.constexpr, CHAINED: tl.constexpr, EARLY: tl.constexpr):
-    """Each row of x [T, K] on its own int8 grid, ``scale = max|x| / 127``: q [T, K] int8, scale [T] float32.
+    """Quantize each row of x [T, K] to int8 with ``scale = max|x| / 127``: q [T, K] int8, scale [T] float32.
 
-    As `quantlab.runtime.int8.quantize_tokens`: in float32, ties to even, a row that is not finite gets an infinite scale.
-    Quotients are rounded as a division's are, by Markstein's two steps from the reciprocal (IBM J. Res. Dev. 34(1), 1990).
-    EARLY: the next kernel may begin at once, else when the row is read.
+    Equal to `quantlab.runtime.int8.quantize_tokens`: in float32, ties to even; a row that is not finite gets an
+    infinite scale. Quotients are correctly rounded, by Markstein's correction of a product with the reciprocal (IBM J.
+    Res. Dev. 34(1), 1990).
+    EARLY: the next kernel may launch at once, else after the row has been read.
     """
     if CHAINED and EARLY:
         gdc_launch_dependents()
@@ -34,12 +35,14 @@ def quantize_tokens(x, q, scale, K, WIDTH: tl.constexpr, CHAINED: tl.constexpr, 
     values = tl.load(x + row * K + k, mask=k < K, other=0).to(tl.float32)
     if CHAINED and not EARLY:
         gdc_launch_dependents()
-    s = tl.div_rn(tl.reduce(tl.abs(values), 0, larger), 127.0)
-    s = tl.where(s == s, tl.maximum(s, SMALLEST), float("inf"))
+    s = tl.div_rn(tl.reduce(tl.abs(values), 0, nan_max), 127.0)
+    s = tl.where(s == s, tl.maximum(s, MIN_SCALE), float("inf"))
     reciprocal = tl.div_rn(1.0, s)
     quotient = values * reciprocal
     quotient = tl.fma(tl.fma(-quotient, s, values), reciprocal, quotient)
-    shifted = quotient + 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, ties to even, in the lowest bits
+    shifted = (
+        quotient + 12582912.0
+    )  # adding 1.5 * 2^23 leaves the integer, rounded with ties to even, in the lowest bits
     tl.store(q + row * K + k, shifted.to(tl.int32, bitcast=True).to(tl.int8), mask=k < K)
     tl.store(scale + row, s)
 
@@ -48,9 +51,10 @@ def quantize_tokens(x, q, scale, K, WIDTH: tl.constexpr, CHAINED: tl.constexpr, 
 def combine(
     rows, weights, added, out, H, TOP_K: tl.constexpr, BH: tl.constexpr, ADDED: tl.constexpr, CHAINED: tl.constexpr
 ):
-    """``out[t] = sum_k weights[t, k] * rows[t * TOP_K + k]``, in float32: rows [T * TOP_K, H], weights [T, TOP_K], out [T, H].
+    """``out[t] = sum_k weights[t, k] * rows[t * TOP_K + k]``, in float32: rows [T * TOP_K, H], weights [T, TOP_K], out
+    [T, H].
 
-    added: [T, H], added to the sums where ADDED.
+    added: [T, H], added to the result where ADDED.
     """
     if CHAINED:
         gdc_wait()
@@ -66,8 +70,12 @@ def combine(
 
 
 @triton.jit
-def norm_of(x, weight, width, epsilon):
-    """``weight * (x / sqrt(mean(x^2) + epsilon))`` of a row, zero beyond its width: float32, rounded to x's dtype before the weight."""
+def normalize_row(x, weight, width, epsilon):
+    """RMS norm of a row: ``weight * (x / sqrt(mean(x^2) + epsilon))`` in float32, rounded to x's dtype before the
+    weight.
+
+    x must be zero beyond `width`.
+    """
     values = x.to(tl.float32)
     scaled = values * tl.rsqrt(tl.sum(values * values, axis=0) / width + epsilon)
     return (weight.to(tl.float32) * scaled.to(x.dtype).to(tl.float32)).to(x.dtype)
@@ -75,7 +83,7 @@ def norm_of(x, weight, width, epsilon):
 
 @triton.jit
 def rms_norm(x, weight, out, K, epsilon, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
-    """`norm_of` each row of x [T, K]."""
+    """RMS norm of each row of x [T, K]; see `normalize_row`."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, WIDTH)
     factors = tl.load(weight + k, mask=k < K, other=0)
@@ -84,4 +92,4 @@ def rms_norm(x, weight, out, K, epsilon, WIDTH: tl.constexpr, CHAINED: tl.conste
     read = tl.load(x + row * K + k, mask=k < K, other=0)
     if CHAINED:
         gdc_launch_dependents()
-    tl.store(out + row * K + k, norm_of(read, factors, K, epsilon), mask=k < K)
+    tl.store(out + row * K + k, normalize_row(read, factors, K, epsilon), mask=k < K)

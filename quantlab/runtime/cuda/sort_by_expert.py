@@ -1,7 +1,7 @@
-"""From the experts of each token to blocks of rows that meet one expert, and back: on the device, without the host.
+"""Sort the rows of activations by expert into blocks of one expert each, on the device.
 
-Whatever the routing, the same launches run: sizes that depend on it live in tensors that the products read. So a step can
-be captured in a CUDA graph.
+The launches do not depend on the routing: sizes that do are in tensors that the products read. So a step can be
+captured in a CUDA graph.
 """
 
 import triton
@@ -14,12 +14,12 @@ def route(
     index, order, block_expert, block_first, block_end, block_count, R,
     BINS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Sort R rows by expert and cut them into blocks of at most BM rows of one expert. One program per expert.
+    """Sort R rows by expert and divide them into blocks of at most BM rows of one expert. One program per expert.
 
-    index: [R] the expert of each row.
-    order: [R] int32, the rows sorted by expert, those of one expert in their order.
-    block_expert: int32, the expert of each block; block_first, block_end: int32, where its rows begin and end in `order`;
-    block_count: [1] int32, how many.
+    index: [R], the expert of each row.
+    order: [R] int32, the rows sorted by expert; the sort is stable.
+    block_expert: int32, the expert of each block; block_first, block_end: int32, the range of its rows in `order`;
+    block_count: [1] int32, the number of blocks.
     """
     if CHAINED:
         gdc_wait()

@@ -1,28 +1,29 @@
-/* What lies between the products, for few rows: each of these is several small operations of torch's, which at one row cost
-   more than the arithmetic. They run in the calling thread. */
+/* Row-wise operations between the matrix products, for a few rows. In torch each of them is several small operators,
+   whose overhead at one row exceeds the arithmetic. They run in the calling thread. */
 
 #include "kernels.h"
-#include "lanes.h"
+#include "simd.h"
 
-/* RMS norm: out [T, K] = x / sqrt(mean(x^2) + epsilon), rounded to the dtype of x, times weight [K]. Rows of x and of out lie
-   some numbers apart; out begins `position` rows later, if there is one. */
-void quantlab_norm(const void *x, int64_t x_apart, const void *weight, int64_t rows, int64_t columns, float epsilon, int dtype,
-                   void *out, int64_t out_apart, const int64_t *position) {
+/* RMS norm: out [T, K] = x / sqrt(mean(x^2) + epsilon), rounded to the dtype of x, times weight [K]. `x_stride` and
+   `out_stride` are row strides in elements. If `position` is not NULL, the output of each row is shifted by *position
+   rows of K elements. */
+void quantlab_norm(const void *x, int64_t x_stride, const void *weight, int64_t rows, int64_t columns, float epsilon, int dtype,
+                   void *out, int64_t out_stride, const int64_t *position) {
     for (int64_t row = 0; row < rows; row++) {
-        const int64_t at = row * x_apart, to = row * out_apart + (position ? *position * columns : 0);
+        const int64_t row_offset = row * x_stride, out_offset = row * out_stride + (position ? *position * columns : 0);
         __m512 sum = _mm512_setzero_ps();
         for (int64_t k = 0; k < columns; k += 16) {
-            const __m512 value = load(x, dtype, at + k, first(columns - k));
+            const __m512 value = load(x, dtype, row_offset + k, lane_mask(columns - k));
             sum = _mm512_fmadd_ps(value, value, sum);
         }
         const __m128 mean = _mm_set_ss(_mm512_reduce_add_ps(sum) / columns + epsilon);
         const __m512 scale = _mm512_set1_ps(1 / _mm_cvtss_f32(_mm_sqrt_ss(mean)));
         for (int64_t k = 0; k < columns; k += 16) {
-            const __mmask16 mask = first(columns - k);
-            __m512 value = _mm512_mul_ps(load(x, dtype, at + k, mask), scale);
+            const __mmask16 mask = lane_mask(columns - k);
+            __m512 value = _mm512_mul_ps(load(x, dtype, row_offset + k, mask), scale);
             if (dtype != FLOAT32)
                 value = from_sixteen(to_sixteen(value, dtype), dtype);
-            store(out, dtype, to + k, mask, _mm512_mul_ps(value, load(weight, dtype, k, mask)));
+            store(out, dtype, out_offset + k, mask, _mm512_mul_ps(value, load(weight, dtype, k, mask)));
         }
     }
 }
@@ -32,7 +33,7 @@ void quantlab_gate(const void *x, int64_t rows, int64_t columns, int dtype, void
     const __m512 one = _mm512_set1_ps(1);
     for (int64_t row = 0; row < rows; row++)
         for (int64_t k = 0; k < columns; k += 16) {
-            const __mmask16 mask = first(columns - k);
+            const __mmask16 mask = lane_mask(columns - k);
             const __m512 gate = load(x, dtype, 2 * row * columns + k, mask);
             const __m512 up = load(x, dtype, (2 * row + 1) * columns + k, mask);
             const __m512 sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate))));
@@ -40,10 +41,10 @@ void quantlab_gate(const void *x, int64_t rows, int64_t columns, int dtype, void
         }
 }
 
-/* out [K] = the rows of x [T, K], each times its weight, added in float32. */
+/* out [K] = the sum of the rows of x [T, K], each times its weight, in float32. */
 void quantlab_weighted_sum(const void *x, const float *weights, int64_t rows, int64_t columns, int dtype, void *out) {
     for (int64_t k = 0; k < columns; k += 16) {
-        const __mmask16 mask = first(columns - k);
+        const __mmask16 mask = lane_mask(columns - k);
         __m512 sum = _mm512_setzero_ps();
         for (int64_t row = 0; row < rows; row++)
             sum = _mm512_fmadd_ps(load(x, dtype, row * columns + k, mask), _mm512_set1_ps(weights[row]), sum);
@@ -54,12 +55,12 @@ void quantlab_weighted_sum(const void *x, const float *weights, int64_t rows, in
 /* out [count] += x. */
 void quantlab_add(void *out, const void *x, int64_t count, int dtype) {
     for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 mask = first(count - i);
+        const __mmask16 mask = lane_mask(count - i);
         store(out, dtype, i, mask, _mm512_add_ps(load(out, dtype, i, mask), load(x, dtype, i, mask)));
     }
 }
 
-/* Rows [T, H] of a tensor: numbers between neighbours, and between the places of a cache. */
+/* Rotate one row: x [2 * half] by half angles. A pair of elements is either two neighbours or half the width apart. */
 INLINE void turn(const void *x, int64_t from, int in_pairs, float *out, int out_in_pairs, const float *cos, const float *sin,
                  int64_t half, int dtype) {
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
@@ -68,7 +69,7 @@ INLINE void turn(const void *x, int64_t from, int in_pairs, float *out, int out_
     const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
     for (int64_t k = 0; k < half; k += 16) {
         const int64_t left = half - k;
-        const __mmask16 mask = first(left), low = first(2 * left), high = left > 8 ? first(2 * left - 16) : 0;
+        const __mmask16 mask = lane_mask(left), low = lane_mask(2 * left), high = left > 8 ? lane_mask(2 * left - 16) : 0;
         const __m512 c = _mm512_maskz_loadu_ps(mask, cos + k), s = _mm512_maskz_loadu_ps(mask, sin + k);
         __m512 a, b;
         if (in_pairs) {
@@ -90,22 +91,24 @@ INLINE void turn(const void *x, int64_t from, int in_pairs, float *out, int out_
     }
 }
 
-/* Rotary embedding: row (t, h) of x, its pairs turned by the angles of token t, becomes row (t, h) of out, which may be x. Token t
-   stands at `position`, padding[t] places before it are empty: out is that place of a cache, and the angles are those of the place
-   less the padding, from tables cos, sin [·, width / 2]. Without tables rows are copied. */
-void quantlab_turn(const void *x, const Rows *of, void *out, const Rows *to, int64_t tokens, int64_t heads, int64_t width,
+/* Rotary embedding: out row (t, h) = x row (t, h), its pairs rotated by the angles of token t; out may be x. Row (t, h)
+   is written at cache position *position. The first padding[t] positions of the cache are empty, so the angles are
+   those of *position - padding[t], from the tables cos, sin [·, width / 2]. If cos is NULL, rows are copied without
+   rotation. */
+void quantlab_turn(const void *x, const RotaryStrides *of, void *out, const RotaryStrides *to, int64_t tokens, int64_t heads, int64_t width,
                    const float *cos, const float *sin, const int64_t *position, const int64_t *padding, int dtype) {
-    const int64_t half = width / 2;
-    float *turned = scratch(width * 4);
+    const int64_t pairs = width / 2;
+    float *rotated = scratch(width * 4);
     for (int64_t row = 0; row < tokens * heads; row++) {
         const int64_t t = row / heads, h = row % heads, from = t * of->token + h * of->head;
-        const int64_t target = t * to->token + h * to->head + *position * to->place, angles = (*position - padding[t]) * half;
+        const int64_t target = t * to->token + h * to->head + *position * to->position;
+        const int64_t angles = (*position - padding[t]) * pairs;
         if (cos)
-            turn(x, from, of->in_pairs, turned, to->in_pairs, cos + angles, sin + angles, half, dtype);
+            turn(x, from, of->in_pairs, rotated, to->in_pairs, cos + angles, sin + angles, pairs, dtype);
         for (int64_t k = 0; k < width; k += 16) {
-            const __mmask16 mask = first(width - k);
-            store(out, dtype, target + k, mask, cos ? _mm512_maskz_loadu_ps(mask, turned + k) : load(x, dtype, from + k, mask));
+            const __mmask16 mask = lane_mask(width - k);
+            store(out, dtype, target + k, mask, cos ? _mm512_maskz_loadu_ps(mask, rotated + k) : load(x, dtype, from + k, mask));
         }
     }
-    free(turned);
+    free(rotated);
 }

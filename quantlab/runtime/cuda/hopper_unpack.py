@@ -1,16 +1,16 @@
-"""How warps of `quantlab.runtime.cuda.hopper` read packed words and expand them, in the layouts of its tensor cores.
+"""Load packed words and expand them, in the register layouts of the tensor cores, for `quantlab.runtime.cuda.hopper`.
 
 Legend: tiles of BN = 128 rows of the matrix and BM of activations, in one or two parts of PART of them; blocks of 128 columns,
-whose words lie as `quantlab.runtime.cuda.layout` says, two in each int32.
+whose words are in the order of `quantlab.runtime.cuda.layout`, two in each int32.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 BN: gl.constexpr = gl.constexpr(128)
-"""Rows of a tile: 64 for each four warps."""
+"""Matrix rows of a tile: 64 for each group of four warps."""
 
-# Two quarters of int4 words, scaled; the constants are explained in `quantlab.runtime.cuda.words`.
+# Two quarters of int4 words, scaled; `quantlab.runtime.cuda.unpack` explains the constants.
 _BFLOAT16_FROM_INT4 = """
 {{ .reg .b32 t, one, m; mov.b32 one, 0x3f803f80; mov.b32 m, 0xc308c308;
 {0} lop3.b32 t, {2}, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, t, one, m; mul.rn.bf16x2 $0, $0, $3;
@@ -40,29 +40,29 @@ FLOAT16_FROM_INT8: gl.constexpr = gl.constexpr([_FLOAT16_FROM_INT8.format(*shift
 
 
 @gluon.constexpr_function
-def parts_of(BM):
-    """The activations of a tile in two parts, of which the second may be none: sizes of tensors are powers of two."""
+def tile_parts(BM):
+    """Sizes of the two parts of a tile's activations; the second may be 0. Tensor sizes must be powers of two."""
     return (128, 64) if BM == 192 else (BM, 0)
 
 
 @gluon.constexpr_function
 def sums_layout(PART):
-    """Of sums [BN, PART]."""
+    """Register layout of the sums [BN, PART]."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, PART, 16])
 
 
 @gluon.constexpr_function
 def weights_layout(PART):
-    """Of weights [BN, ·] in registers."""
+    """Register layout of the weights [BN, ·], as left operand."""
     return gl.DotOperandLayout(operand_index=0, parent=sums_layout(PART), k_width=2)
 
 
 @gluon.constexpr_function
 def words_layout(PAIRS):
-    """Of the pairs of words of two slabs, one after the other: 16 bytes a thread, a slab for each four warps."""
-    apart = [[512], [1024]][: PAIRS // 16]
+    """Register layout of the word pairs of two consecutive slabs: 16 bytes per thread, one slab for each four warps."""
+    slab_bases = [[512], [1024]][: PAIRS // 16]
     return gl.DistributedLinearLayout(
-        reg_bases=[[1], [2], *apart],
+        reg_bases=[[1], [2], *slab_bases],
         lane_bases=[[4], [8], [16], [32], [64]],
         warp_bases=[[128], [256], [64 * PAIRS]],
         block_bases=[],
@@ -71,14 +71,14 @@ def words_layout(PAIRS):
 
 
 @gluon.jit
-def packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, PART: gl.constexpr):
-    """The words of a block of columns from row `top` on, in pairs as they lie; for int4 the scales [BN] of its quarters."""
+def load_packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, PART: gl.constexpr):
+    """Word pairs of a block of columns from row `top`, in memory order; for int4 also the scales [BN] of quarters."""
     PAIRS: gl.constexpr = 16 if INT4 else 32
     size: gl.constexpr = 64 * PAIRS
     slabs = (N + 63) // 64
     i = gl.arange(0, BN * PAIRS, layout=words_layout(PAIRS))
-    place = gl.minimum(top // 64 + i // size, slabs - 1) * size + i % size
-    words = gl.load(w + block.to(gl.int64) * slabs * size + place)
+    offset = gl.minimum(top // 64 + i // size, slabs - 1) * size + i % size
+    words = gl.load(w + block.to(gl.int64) * slabs * size + offset)
     n = gl.minimum(top + gl.arange(0, BN, layout=gl.SliceLayout(1, weights_layout(PART))), N - 1)
     first = scale + block * (128 // GROUP) * N + n
     if not INT4:
@@ -95,8 +95,8 @@ def packed(w, scale, block, top, N, INT4: gl.constexpr, GROUP: gl.constexpr, PAR
 
 
 @gluon.jit
-def in_rows(words, INT4: gl.constexpr, PART: gl.constexpr):
-    """Pairs of words as they lie -> words [BN, ·]; nothing moves."""
+def to_rows(words, INT4: gl.constexpr, PART: gl.constexpr):
+    """Word pairs in memory order -> words [BN, ·]; no data moves between threads."""
     PAIRS: gl.constexpr = 16 if INT4 else 32
     single = gl.join((words & 0xFFFF).to(gl.int16), (words >> 16).to(gl.int16))
     parts = single.reshape((BN // 64, PAIRS // 8, 4, 8, 4, 2, 2, 2)).permute((0, 2, 6, 3, 1, 5, 4, 7))
@@ -104,8 +104,8 @@ def in_rows(words, INT4: gl.constexpr, PART: gl.constexpr):
 
 
 @gluon.jit
-def expanded(words, s0, s1, HALF: gl.constexpr, INT4: gl.constexpr, PART: gl.constexpr, BFLOAT16: gl.constexpr):
-    """Weights [BN, 64] of a half of a block, int4 scaled by the scales of its quarters and rounded as the format says."""
+def expand_half(words, s0, s1, HALF: gl.constexpr, INT4: gl.constexpr, PART: gl.constexpr, BFLOAT16: gl.constexpr):
+    """Weights [BN, 64] of half a block; int4 is scaled by quarter and rounded as the number format defines it."""
     if INT4:
         s0, _ = gl.broadcast(s0.expand_dims(1), words)
         s1, _ = gl.broadcast(s1.expand_dims(1), words)
