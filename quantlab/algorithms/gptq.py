@@ -190,11 +190,7 @@ def gptq_batch(
     q, scale = _refined(problem, q, scale, options.rounds)
     rtn_error, error = judged.errors(nearest.steps.mT, nearest.scale.mT), judged.errors(q, scale)
     kept = ~(error <= rtn_error) | factor.failed[:, None]
-    chosen = _Rounded(
-        torch.where(kept[:, :, None], nearest.steps, q.mT),
-        torch.where(kept[:, :, None], nearest.scale, scale.mT),
-        None if nearest.zero is None or first.zero is None else torch.where(kept[:, :, None], nearest.zero, first.zero),
-    )
+    chosen = nearest.where(kept, _Rounded(q.mT, scale.mT, first.zero))
     return GptqResult(
         q=chosen.integers(),
         scale=chosen.scale,
@@ -223,6 +219,13 @@ class _Rounded:
     steps: Tensor
     scale: Tensor
     zero: Tensor | None
+
+    def where(self, kept: Tensor, other: "_Rounded") -> "_Rounded":
+        """These rows where `kept` [B, N] is true, the other's elsewhere."""
+        rows, zero = kept[:, :, None], None
+        if self.zero is not None and other.zero is not None:
+            zero = torch.where(rows, self.zero, other.zero)
+        return _Rounded(torch.where(rows, self.steps, other.steps), torch.where(rows, self.scale, other.scale), zero)
 
     def integers(self) -> Tensor:
         """q [B, N, K] int8."""

@@ -28,7 +28,7 @@ EVERYTHING = "targets: [attention, kv_b, dense_mlp, shared_experts, routed_exper
 def planned(checkpoint: Path, variants: str, root: Path) -> Plan:
     recipe = root / "recipe.yaml"
     recipe.write_text(f"model: {checkpoint}\nvariants:\n{variants}")
-    return compile_plan(load_recipe(recipe).recipe, open_checkpoint(checkpoint), code_version="test")
+    return compile_plan(load_recipe(recipe).recipe, open_checkpoint(checkpoint))
 
 
 def made(checkpoint: Path, passes: str, root: Path) -> Path:
