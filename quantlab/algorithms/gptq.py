@@ -41,7 +41,7 @@ from quantlab.algorithms.quantease import (
     limits_of_column,
     refit_scales,
 )
-from quantlab.algorithms.rtn import round_to_nearest
+from quantlab.algorithms.rtn import round_batch
 from quantlab.algorithms.scales import GridOptions
 from quantlab.numerics.integer import QuantizedMatrix
 
@@ -240,12 +240,11 @@ def _by_column(zero: Tensor, columns: int) -> Tensor:
 def _round_all(W: Tensor, grid: GridOptions, importance: Tensor, removed: Tensor | None) -> _Rounded:
     """Round to nearest what is not removed, the rest to zero."""
     W = W if removed is None else W.masked_fill(removed, 0)
-    each = [round_to_nearest(W[b], grid, importance=importance[b]) for b in range(W.shape[0])]
-    q, scale = torch.stack([one.q for one in each]), torch.stack([one.scale for one in each])
-    zeros = [one.zero for one in each if one.zero is not None]
-    if not zeros:
+    rounded = round_batch(W, grid, importance=importance)
+    q, scale = rounded.q.view(W.shape), rounded.scale.view(*W.shape[:2], -1)
+    if rounded.zero is None:
         return _Rounded(q, scale, None)
-    zero = torch.stack(zeros)
+    zero = rounded.zero.view(scale.shape)
     return _Rounded(q - _by_column(zero, q.shape[2]), scale, zero)
 
 

@@ -42,28 +42,33 @@ def rtn(
 
 
 def round_to_nearest(W: Tensor, options: GridOptions, *, importance: Tensor | None = None) -> QuantizedMatrix:
-    """Quantize a matrix by rounding to nearest.
+    """Quantize a matrix by rounding to nearest; as `round_batch` for B = 1: W [N, K], importance [K]."""
+    return round_batch(W[None], options, importance=None if importance is None else importance[None])
+
+
+def round_batch(W: Tensor, options: GridOptions, *, importance: Tensor | None = None) -> QuantizedMatrix:
+    """Quantize matrices of one shape by rounding to nearest.
 
     Args:
-        W: [N, K] of any floating dtype, finite.
+        W: [B, N, K] of any floating dtype, finite.
         options: the grid and the search of its scales.
-        importance: [K] float32 on W's device, not negative, such as the diagonal of H: the weight of each column's
+        importance: [B, K] float32 on W's device, not negative, such as the diagonal of H: the weight of each column's
             squared error in the search; None for 1 everywhere.
 
     Returns:
-        The matrix on its grid; with a search never worse, in every group, than without.
+        The matrices on their grids, concatenated by rows: [B * N, K]; with a search never worse, in every group, than without.
     """
-    rows, columns = W.shape
-    groups = columns // (options.group_size or columns)
-    q = torch.empty(rows, columns, dtype=torch.int8, device=W.device)
-    scale = torch.empty(rows, groups, dtype=options.scale_dtype, device=W.device)
-    zero = torch.empty(rows, groups, dtype=torch.int8, device=W.device) if options.grid == "minmax" else None
-    m = None if importance is None else importance.to(torch.float32).view(groups, -1)
+    batch, rows, columns = W.shape
+    flat, groups = W.reshape(batch * rows, columns), columns // (options.group_size or columns)
+    q = torch.empty(flat.shape, dtype=torch.int8, device=W.device)
+    scale = torch.empty(len(flat), groups, dtype=options.scale_dtype, device=W.device)
+    zero = torch.empty(len(flat), groups, dtype=torch.int8, device=W.device) if options.grid == "minmax" else None
+    m = None if importance is None else importance.to(torch.float32).view(batch, groups, -1)
     height = max(1, _BAND_WEIGHTS.get(W.device.type, 1 << 20) // columns)
-    for start in range(0, rows, height):
-        band = slice(start, start + height)
-        grouped = W[band].to(torch.float32).view(-1, groups, columns // groups)
-        points = searched_points(grouped, options, m)
+    for start in range(0, len(flat), height):
+        band = slice(start, min(start + height, len(flat)))
+        grouped = flat[band].to(torch.float32).view(-1, groups, columns // groups)
+        points = searched_points(grouped, options, _of_rows(m, band, rows=rows))
         scale[band] = points.scale
         steps = quantize_to_grid(grouped, points.scale, bits=options.bits, zero=points.zero)
         if zero is not None and points.zero is not None:
@@ -71,3 +76,14 @@ def round_to_nearest(W: Tensor, options: GridOptions, *, importance: Tensor | No
             steps += points.zero[:, :, None]
         q[band] = steps.view(-1, columns).to(torch.int8)
     return QuantizedMatrix(q, scale, options.bits, zero)
+
+
+def _of_rows(importance: Tensor | None, band: slice, *, rows: int) -> Tensor | None:
+    """The importance [B, G, g] of the rows of a band, counted over all matrices: [1, G, g] within one matrix, else [n, G, g]."""
+    if importance is None:
+        return None
+    first, last = band.start // rows, (band.stop - 1) // rows
+    if first == last:
+        return importance[first : first + 1]
+    index = torch.arange(band.start, band.stop, device=importance.device) // rows
+    return importance.index_select(0, index)

@@ -102,7 +102,7 @@ def searched_points(grouped: Tensor, options: GridOptions, importance: Tensor | 
     Args:
         grouped: [N, G, g] float32.
         options: the grid.
-        importance: m [G, g] float32, not negative; None for 1 everywhere.
+        importance: m [1 or N, G, g] float32, not negative; None for 1 everywhere.
 
     Returns:
         Of least ``Σ m ((q - z) s - w)²`` among the scales ``f * s`` for f = 1 ... clip_floor, then refitted; never worse

@@ -12,7 +12,7 @@ from quantlab.algorithms.gptq import GptqOptions, GptqResult, gptq_batch
 from quantlab.algorithms.magnitude import magnitude_mask
 from quantlab.algorithms.rtn import round_to_nearest
 from quantlab.algorithms.scales import GridOptions
-from quantlab.algorithms.sparsegpt import sparsegpt
+from quantlab.algorithms.sparsegpt import SparseGptResult, sparsegpt_batch
 from quantlab.algorithms.wanda import wanda_mask
 from quantlab.numerics.fp8 import quantize_blocks
 from quantlab.numerics.integer import QuantizedMatrix
@@ -149,6 +149,9 @@ def apply_passes(
         if isinstance(step, Quantize) and isinstance(step.algorithm, Gptq):
             _gptq_all(works, step, step.algorithm, dtype)
             continue
+        if isinstance(step, Prune) and isinstance(step.algorithm, SparseGpt):
+            _sparsegpt_all(works, step, step.algorithm)
+            continue
         for work in works:
             match step:
                 case Prune():
@@ -179,6 +182,23 @@ def _gptq_all(works: Sequence["_Work"], step: Quantize, algorithm: Gptq, dtype: 
     )
     for index, work in enumerate(works):
         work.take(done.member(index), algorithm)
+
+
+def _sparsegpt_all(works: Sequence["_Work"], step: Prune, algorithm: SparseGpt) -> None:
+    """SparseGPT of matrices of one shape at once."""
+    pruned = sparsegpt_batch(
+        torch.stack([work.original for work in works]),
+        _stacked([work.shrunk().hessian for work in works]),
+        ratio=step.ratio,
+        pattern=_pattern(step),
+        damping=algorithm.damping,
+    )
+    for index, work in enumerate(works):
+        work.take_pruned(pruned.member(index), algorithm)
+
+
+def _pattern(step: Prune) -> tuple[int, int] | None:
+    return None if step.pattern is None else (step.pattern.removed, step.pattern.of)
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -221,7 +241,7 @@ class _Work:
 
     def prune(self, step: Prune) -> None:
         """Remove weights."""
-        ratio, pattern = step.ratio, None if step.pattern is None else (step.pattern.removed, step.pattern.of)
+        ratio, pattern = step.ratio, _pattern(step)
         algorithm = step.algorithm
         assert not isinstance(algorithm, ExpertRemoval), "the plan turns it into fewer experts"
         match algorithm:
@@ -229,17 +249,10 @@ class _Work:
                 masks = [magnitude_mask(part, ratio=ratio, pattern=pattern) for part in self._apart(self._dense)]
                 self.mask = masks[0] if len(masks) == 1 else torch.cat(masks)
             case Wanda():
-                squares = self._shrunk().mean_square
+                squares = self.shrunk().mean_square
                 self.mask = wanda_mask(self._dense, squares, ratio=ratio, pattern=pattern)
-            case SparseGpt(damping=damping):
-                H = self._shrunk().hessian
-                assert H is not None, "asked for by needs_of"
-                pruned = sparsegpt(self._dense, H, ratio=ratio, pattern=pattern, damping=damping)
-                self._matrix, self.mask = pruned.W, pruned.mask
-                self._damped(float(pruned.damping), damping)
-                if pruned.failed:
-                    self._note("pruned without making good, the Hessian is singular at every damping")
-                return
+            case SparseGpt():
+                raise AssertionError("done for all matrices at once")
             case _:
                 assert_never(algorithm)
         self._matrix = self._dense.masked_fill(self.mask, 0)
@@ -251,7 +264,7 @@ class _Work:
             case Gptq():
                 raise AssertionError("done for all matrices at once")
             case Rtn(clip="activations") | Awq(clip="activations"):
-                squares = self._shrunk().mean_square
+                squares = self.shrunk().mean_square
                 self._matrix = round_to_nearest(self._dense, grid_of(step, dtype), importance=squares)
             case Rtn() if not SCHEMES[step.quantize].format.is_integer:
                 granularity = SCHEMES[step.quantize].format.granularity
@@ -261,7 +274,8 @@ class _Work:
             case _:
                 assert_never(algorithm)
 
-    def _shrunk(self) -> SiteStatistics:
+    def shrunk(self) -> SiteStatistics:
+        """Statistics of its inputs, shrunk towards the prior where it is an expert's."""
         self._leans = True
         return self.known.shrunk(_PRIOR_STRENGTH)
 
@@ -269,6 +283,13 @@ class _Work:
         """Note damping above what the recipe says; λ comes back in float32."""
         if needed > 1.001 * wanted:
             self._damping = _four_digits(max(needed, self._damping or 0.0))
+
+    def take_pruned(self, done: SparseGptResult, algorithm: SparseGpt) -> None:
+        """Put the result of SparseGPT in the place of the matrix."""
+        self._matrix, self.mask = done.W, done.mask
+        self._damped(float(done.damping), algorithm.damping)
+        if done.failed:
+            self._note("pruned without making good, the Hessian is singular at every damping")
 
     def take(self, done: GptqResult, algorithm: Gptq) -> None:
         """Put the result of GPTQ in the place of the matrix."""
