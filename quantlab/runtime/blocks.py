@@ -1,7 +1,8 @@
-"""bfloat16 weights in the blocks oneDNN multiplies.
+"""oneDNN's blocked layout of bfloat16 weights.
 
-From rows, oneDNN has to block a bfloat16 weight again for every product. Our native kernel for few rows reads its blocks too, if they
-are laid out as it thinks; that is not documented, so it is looked at.
+From a row-major bfloat16 weight, oneDNN makes its blocked layout for every product. The native kernel for few rows can
+read the blocked weight too, if the blocks have the layout it expects. oneDNN does not document its layout, so it is
+inspected at run time.
 """
 
 import ctypes
@@ -13,15 +14,15 @@ from torch.nn import functional
 
 
 def address(weight: Tensor) -> int:
-    """Where a weight in blocks lies in memory."""
+    """Memory address of a blocked weight."""
     return int(torch.ops.mkldnn.data_ptr(weight))
 
 
 @cache
 def lies_in_pairs(rows: int, columns: int) -> bool:
-    """Whether oneDNN lays a weight [rows, columns] out as the native kernel reads it.
+    """Whether oneDNN's layout of a weight [rows, columns] is the one that the native kernel reads.
 
-    The layout may depend on the shape, so numbers of this shape are reordered and looked at.
+    The layout may depend on the shape, so a known matrix of this shape is reordered and compared.
     """
     numbers = torch.arange(rows * columns, dtype=torch.int32).remainder(32749).to(torch.int16).view(rows, columns)
     reordered = torch.ops.mkldnn._reorder_linear_weight(numbers.view(torch.bfloat16), None)
@@ -35,5 +36,5 @@ def lies_in_pairs(rows: int, columns: int) -> bool:
 
 @cache
 def reorders_bfloat16() -> bool:
-    """Whether this CPU and this build of torch multiply blocked bfloat16 weights natively."""
+    """Whether this CPU and this build of torch support blocked bfloat16 weights."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # type: ignore[no-untyped-call]

@@ -1,9 +1,9 @@
-"""The routed experts of a layer, answering the call transformers makes.
+"""The routed experts of a layer, with the call signature of transformers' experts module.
 
-A token goes to `top_k` of E experts. Rows of activations are sorted by expert once, so that each expert that was hit
-multiplies one contiguous slice; everything between the matrix products works on all rows at once. At batch 1 there is
-nothing to sort, and what would be loops of small operations costs as much as the weights: the one token is handed to
-each of its experts as a view, and the results are added by one product with the routing weights.
+Each token is routed to `top_k` of E experts. Rows of activations are sorted by expert once, so that each expert in use
+multiplies one contiguous slice, and the operations between the two matrix products run on all rows at once. A single
+token needs no sorting, and a loop of small operations would take as long as reading the weights: each of its experts
+reads the token as a view, and one product with the routing weights sums the results.
 """
 
 from typing import Final
@@ -19,7 +19,7 @@ from quantlab.runtime.native.library import library
 from quantlab.runtime.products import Groups
 
 _ROWS_AT_ONCE: Final = 8192
-"""Rows (tokens times experts per token) computed at once: bounds what lies between the two products."""
+"""Rows (tokens x experts per token) computed at once; bounds the size of the activations between the two products."""
 
 
 class Experts(nn.Module):
@@ -37,16 +37,19 @@ class Experts(nn.Module):
         self.num_experts = gate_up.shape[0]
 
     def routes_on_device(self, dtype: torch.dtype) -> bool:
-        """Whether kernels of CUDA do all for activations of `dtype`; else the host waits to learn which experts were hit."""
+        """Whether CUDA kernels compute the whole module for activations of `dtype`.
+
+        Otherwise the host reads the routing and therefore waits for the device.
+        """
         return is_silu(self.act_fn) and takes(self.gate_up, self.down, dtype)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs.
+        """Weighted sum of the outputs of each token's experts.
 
         Args:
             hidden_states: [tokens, H].
             top_k_index: [tokens, k] int64, the experts of each token.
-            top_k_weights: [tokens, k], their weights.
+            top_k_weights: [tokens, k], the weights of these experts.
 
         Returns:
             [tokens, H] in the dtype of `hidden_states`; summed in float32.

@@ -1,4 +1,4 @@
-"""The banks of matrices, and which of them holds a weight."""
+"""Banks of dense and of expanded matrices, and the choice of a bank for a number format, shape and device."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -27,7 +27,7 @@ from quantlab.runtime.products import (
 
 
 class DenseMatrices(nn.Module):
-    """Floating-point matrices: weight [E, N, K] of `dtype`; on CUDA also counters of the kernels."""
+    """Floating-point matrices: weight [E, N, K] of `dtype`; on CUDA also the counters of the kernels."""
 
     weight: nn.Parameter
     arrived: Tensor
@@ -46,7 +46,7 @@ class DenseMatrices(nn.Module):
         self.weight[index].copy_(matrix)
 
     def products(self, x: Tensor, groups: Groups) -> Tensor:
-        """[T, K] -> [T, N], row by row with the matrix of its group."""
+        """[T, K] -> [T, N], each row times the matrix of its group."""
         limit = native_dense_limit(x, self.weight)
         if limit < 0:
             parts = zip(split(x, groups), groups.which, strict=True)
@@ -62,15 +62,15 @@ class DenseMatrices(nn.Module):
 
 
 class ExpandedMatrices(nn.Module):
-    """Integers that no kernel takes: stored small, expanded band by band for every product.
+    """Fallback for integer formats without a kernel: stored packed, expanded band by band for every product.
 
-    Slow at few rows, and exact. int4 is stored two to a byte, so K is even.
+    Products are exact, and slow for few rows. int4 is stored two to a byte, so K is even.
 
-    Buffers: q [E, N, K] int8 or [E, N, K/2] uint8; scale [E, N, G] in its stored dtype; zero [E, N, G] int8, None without
-    zero points.
+    Buffers: q [E, N, K] int8 or [E, N, K/2] uint8; scale [E, N, G] in its stored dtype; zero [E, N, G] int8, None
+    without zero points.
 
     Attributes:
-        reasons: why each bank of the device declined.
+        reasons: the reason of each bank of the device for declining.
     """
 
     q: Tensor
@@ -108,11 +108,11 @@ class ExpandedMatrices(nn.Module):
             self.zero[index].copy_(matrix.zero)
 
     def integers(self, index: int) -> Tensor:
-        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        """The stored integers of matrix `index`; every bit pattern is valid."""
         return self.q[index]
 
     def set_scales(self, index: int, scale: float) -> None:
-        """Give every group of matrix `index` one scale."""
+        """Set the scale of every group of matrix `index`."""
         self.scale[index] = scale
 
     def dense(self, index: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -124,7 +124,7 @@ class ExpandedMatrices(nn.Module):
         return QuantizedMatrix(q, self.scale[index, start:stop], self.number.bits, zero).dequantize(dtype)
 
     def products(self, x: Tensor, groups: Groups) -> Tensor:
-        """[T, K] -> [T, N], row by row with the matrix of its group."""
+        """[T, K] -> [T, N], each row times the matrix of its group."""
         compute = compute_dtype(x)
         rows = split(x.to(compute), groups)
         return joined([self._product(part, index) for part, index in zip(rows, groups.which, strict=True)], x.dtype)
@@ -143,13 +143,16 @@ _BANKS: Final[Mapping[tuple[str, Element], tuple[type[KernelMatrices], ...]]] = 
     ("cuda", INT4): (CudaMatrices,),
     ("cuda", INT8): (CudaMatrices,),
 }
-"""The banks with kernels for an element type on a device, best first."""
+"""Banks with kernels for an element type on a device, fastest first."""
 
 
 def choose_bank(
     number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype, device_type: str
 ) -> tuple[type[KernelMatrices] | None, tuple[str, ...]]:
-    """The best bank that holds matrices [N, K] of a format on a device, None if there is none; and why the others decline."""
+    """The first bank that can hold matrices [N, K] of a format on a device, and the reasons of the banks before it.
+
+    The bank is None if every bank declines.
+    """
     banks = _BANKS.get((device_type, number.element), ())
     reasons = [] if banks else [f"no kernel for {number.element} on {device_type}"]
     for bank in banks:
@@ -169,7 +172,7 @@ def quantized_matrices(
     scale_dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> QuantizedMatrices:
-    """An unfilled bank of integers on `device` (the CPU if None): the best there is for the format at this shape."""
+    """An uninitialized bank on `device` (the CPU if None): the first of `choose_bank`, else `ExpandedMatrices`."""
     device = torch.device("cpu") if device is None else device
     bank, reasons = choose_bank(number, (rows, columns), scale_dtype, device.type)
     with device:

@@ -1,4 +1,4 @@
-"""Which operators compute on this processor, and where one of them is not torch's first choice, as records name it."""
+"""Descriptions of the operators that compute on this processor, for records."""
 
 from quantlab.runtime.blocks import lies_in_pairs, reorders_bfloat16
 from quantlab.runtime.integer_products import operator_is_exact
@@ -6,10 +6,12 @@ from quantlab.runtime.native.library import library, status
 
 
 def cpu_operators() -> tuple[str, ...]:
-    """One phrase for the kernels, and one for every substitute: what a number was computed with on the CPU."""
+    """One phrase for the native kernels, and one for every operator that a slower one replaces on this CPU."""
     phrases = [status()]
     if not operator_is_exact():
         phrases.append("int8 products in float32 (torch's int8 operator saturates on this processor)")
     if library() is not None and reorders_bfloat16() and not lies_in_pairs(64, 64):
-        phrases.append("bfloat16 products by oneDNN alone (its layout here is not the one the native kernel reads)")
+        phrases.append(
+            "bfloat16 products by oneDNN alone (the native kernel does not read its layout on this processor)"
+        )
     return tuple(phrases)

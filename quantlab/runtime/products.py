@@ -1,23 +1,23 @@
-"""Matrices as the runtime holds them, and what a row of activations costs against each.
+"""Banks of matrices: groups of rows, dispatch by the number of rows, and products of floating-point matrices.
 
-A *bank* is E matrices [N, K] of one shape and one number format: the routed experts of a layer (E of them) or a single
-linear (E = 1). Every bank answers the same call, `products(x, groups)`: rows of activations, sorted by the matrix they
-are meant for, times those matrices. That is all the modules above need to know, so a linear, an MLP and the experts of
-a layer are each written once, for dense and quantized weights alike.
+A *bank* holds E matrices [N, K] of one shape and one number format: the routed experts of a layer (E of them) or a
+single linear (E = 1). Every bank implements `products(x, groups)`: rows of activations, sorted by matrix, times these
+matrices. Linears, MLPs and experts use nothing else of a bank, so each is written once for dense and quantized weights.
 
-What decides the shape of the code is the CPU:
+On the CPU the fastest way to multiply depends on the number of rows and the dtype of the activations:
 
-- At one row a product costs the bytes of its matrix, so integers are multiplied as they lie, by torch's packed
-  operators. Those are fast for bfloat16 activations only (with float16 or float32 they fall to scalar loops, 10 to 40
-  times slower), so activations are rounded to bfloat16 around them.
-- At many rows it costs arithmetic, and there the packed operators are slower than expanding a band of rows, multiplying
-  it and dropping it again. A band is small enough to stay in the cache; never is a whole expanded matrix kept.
-- float32 activations ask for exact numbers (that is what quality is measured with): always expanded, ``x @ (q * scale)^T``
-  with the product formed as the format defines it (`QuantizedMatrix.dequantize`).
-- float16 has no arithmetic on x86 before AVX512-FP16: beyond a few rows a float16 matrix is expanded to float32 in bands.
+- With one row, a product is bound by reading its matrix, so torch's packed operators multiply the integers as stored.
+  They are fast for bfloat16 activations only (float16 and float32 take scalar loops, 10 to 40 times slower), so
+  activations are rounded to bfloat16.
+- With many rows, a product is bound by arithmetic. The packed operators are then slower than expanding a band of rows
+  to floating point, multiplying by it and discarding it. A band fits into the cache; a whole expanded matrix is never
+  kept.
+- With float32 activations, results must be exact, because quality is measured with them. Weights are always expanded:
+  ``x @ (q * scale)^T``, with ``q * scale`` formed as the format defines it (`QuantizedMatrix.dequantize`).
+- x86 has no float16 arithmetic before AVX512-FP16: beyond a few rows a float16 matrix is expanded to float32 in bands.
 
-Where the native kernels are to be had (`quantlab.runtime.native`), they take the few rows, at the rate the weights come from
-memory and for all groups in one call. What is said of torch's operators above holds everywhere else.
+If the native kernels (`quantlab.runtime.native`) are available, they compute products of few rows, at memory bandwidth
+and for all groups in one call. Otherwise torch's operators do, as described above.
 
 Legend: E matrices, N rows (outputs), K columns (inputs), g columns per scale, G = K / g, T rows of activations.
 """
@@ -45,17 +45,17 @@ _NATIVE_ROWS: Final = {torch.float16: 128, torch.bfloat16: 48}
 _BAND_ELEMENTS: Final = 1 << 19
 """Weights expanded at once: 2 MB in float32."""
 BAND_ROWS: Final = 64
-"""Bands start and end at multiples of this: torch's int4 layout interleaves rows in blocks of up to 64."""
+"""Bands start and end at multiples of this number of rows: torch's int4 layout interleaves up to 64 rows."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Which matrix of a bank each row of activations meets; the rows are sorted by matrix.
+    """The matrix of a bank that each row of activations is multiplied by; rows are sorted by matrix.
 
     Attributes:
-        which: index of each matrix that is met, no index twice.
-        counts: how many consecutive rows meet it; they add up to T.
-        of_row: [T] int64, the index of the matrix of each row; None for a bank of one.
+        which: index of the matrix of each group, without duplicates.
+        counts: number of consecutive rows in each group; they sum to T.
+        of_row: [T] int64, the index of the matrix of each row; None for a bank of one matrix.
     """
 
     which: Sequence[int]
@@ -64,11 +64,11 @@ class Groups:
 
     @cached_property
     def slices(self) -> Slices:
-        """The same, for the native kernels."""
+        """The groups in the form that the native kernels read."""
         return Slices(self.which, [0, *accumulate(self.counts)][:-1], self.counts)
 
     def portions(self, most: int) -> Slices:
-        """The same, with no more than `most` rows in a group: larger ones meet their matrix several times."""
+        """The groups for the native kernels, larger ones split into several of at most `most` rows."""
         if max(self.counts, default=0) <= most:
             return self.slices
         starts = [0, *accumulate(self.counts)]
@@ -82,18 +82,21 @@ class Groups:
 
 @cache
 def single(rows: int) -> Groups:
-    """All rows meet the only matrix of a bank of one."""
+    """One group of `rows` rows, for a bank of one matrix."""
     return Groups((0,), (rows,), None)
 
 
 def by_count(
     x: Tensor, rows: int, groups: Groups, *, limit: int, few: Callable[[Slices, Tensor], None], many: Product
 ) -> Tensor:
-    """Products [T, rows] of x [T, K] with the matrices of its groups.
+    """Products [T, rows] of x [T, K], computed by one of two functions depending on the number of rows of a group.
 
     Args:
-        limit: of rows in a group that is left to `few`.
-        few: writes the rows of some groups into the result.
+        x: [T, K].
+        rows: N, rows of a matrix.
+        groups: of the rows of x.
+        limit: largest number of rows of a group that `few` computes.
+        few: writes the products of all small groups to the result in one call.
         many: the product of the rows of one group with the matrix of an index.
     """
     if max(groups.counts, default=0) <= limit:
@@ -113,14 +116,17 @@ def by_count(
 
 
 def native_dense_limit(x: Tensor, weight: Tensor) -> int:
-    """Up to how many rows the native kernel multiplies weight [..., N, K] with x fastest; -1 if it cannot."""
+    """Number of rows of x up to which the native kernel is fastest for weight [..., N, K]; -1 if it is unavailable."""
     if x.dtype != weight.dtype or x.device.type != "cpu" or library() is None:
         return -1
     return _NATIVE_ROWS.get(weight.dtype, -1)
 
 
 def dense_product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight^T``: [..., K] and [N, K] of one dtype -> [..., N]; float16 is expanded to float32 where that is faster."""
+    """``x @ weight^T``: [..., K] and [N, K] of one dtype -> [..., N].
+
+    A float16 weight is expanded to float32 in bands if that is faster.
+    """
     if x.numel() <= native_dense_limit(x, weight) * weight.shape[1]:
         flat = x.reshape(-1, x.shape[-1])
         out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
@@ -142,12 +148,19 @@ def _torch_dense_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def band_rows(columns: int) -> int:
-    """How many rows of a matrix with `columns` columns are expanded at once."""
+    """Number of rows in a band of a matrix with `columns` columns: the rows that are expanded at once."""
     return max(_BAND_ELEMENTS // columns // BAND_ROWS, 1) * BAND_ROWS
 
 
 def in_bands(x: Tensor, rows: int, band: Callable[[int, int], Tensor], *, dtype: torch.dtype) -> Tensor:
-    """``x @ W^T`` [T, N] of `dtype`, where `band(start, stop)` gives rows of W [stop - start, K] in the dtype of x [T, K]."""
+    """``x @ W^T`` [T, N] of `dtype`, with W expanded band by band.
+
+    Args:
+        x: [T, K].
+        rows: N.
+        band: returns rows start to stop of W, [stop - start, K] in the dtype of x.
+        dtype: of the result.
+    """
     step = band_rows(x.shape[1])
     if rows <= step:
         return functional.linear(x, band(0, rows)).to(dtype)
@@ -159,7 +172,7 @@ def in_bands(x: Tensor, rows: int, band: Callable[[int, int], Tensor], *, dtype:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What expanded integers are multiplied in: float32 for exactness, else bfloat16 as the packed operators do."""
+    """The dtype of products with expanded integers: float32 for float32 activations, else bfloat16."""
     return torch.float32 if x.dtype == torch.float32 else torch.bfloat16
 
 
@@ -169,10 +182,10 @@ def split(x: Tensor, groups: Groups) -> tuple[Tensor, ...]:
 
 
 def joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The inverse of `split`, cast to `dtype`."""
+    """Concatenate the results of groups, the inverse of `split`, and cast to `dtype`."""
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 
 def centred(nibbles: Tensor) -> Tensor:
-    """Stored 0 … 15 (uint8, changed in place) to the integers -8 … 7 (int8) they stand for."""
+    """Stored nibbles 0 … 15 (uint8, overwritten) -> the integers -8 … 7 (int8) that they encode."""
     return nibbles.view(torch.int8).sub_(8)

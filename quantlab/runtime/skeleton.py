@@ -1,7 +1,7 @@
-"""From a config to a model that computes: transformers' modules on the meta device, filled and replaced one by one.
+"""Build a model from a config: instantiate transformers' model on the meta device, then fill or replace its modules.
 
-Where the weights come from is behind one small protocol, so a model read from files and one of random numbers are built
-by the same code: what is measured on the second is what runs in the first.
+Weights come from a small protocol, so the same code builds a model from files and a twin with random weights:
+measurements of the twin hold for the loaded model.
 """
 
 import copy
@@ -40,14 +40,14 @@ _MALFORMED: Final = (
     TypeError,
     ValueError,
 )
-"""What transformers raises for a config it cannot make a model of."""
+"""Exceptions that transformers raises for an invalid config."""
 _FUSED_EXPERTS: Final = "gate_up_proj"
-"""The parameter [E, 2I, H] in which transformers holds the gates and ups of all experts of a layer, of whatever family."""
+"""Parameter [E, 2I, H] in which transformers, for every family, holds gate and up of all experts of a layer."""
 _INT4_GROUPS: Final = (128, 64, 32)
 
 
 class Weights(Protocol):
-    """Where a model's weights come from, by their names in the checkpoint (``….weight``)."""
+    """Source of a model's weights, by their names in the checkpoint (``….weight``)."""
 
     def format_of(self, name: str) -> NumberFormat | None:
         """The number format of the weight `name`, None if it is not quantized."""
@@ -57,29 +57,32 @@ class Weights(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are handed out, and with them the model."""
+        """Device of the returned weights, and therefore of the model."""
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A floating-point tensor."""
 
     def fill(self, matrices: Matrices, index: int, names: Sequence[str], rows: Sequence[int] | None = None) -> None:
-        """Set matrix `index` of a bank to the weights `names`, one below the other; of as many rows, all of the same if None."""
+        """Set matrix `index` of a bank to the weights `names`, stacked row-wise.
+
+        `rows` are the numbers of rows of the weights; None if all have the same number.
+        """
 
 
 def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
-    """The transformers config of a config.json, as one of a model that is not quantized.
+    """The transformers config for the fields of a config.json, without its quantization.
 
     Raises:
-        ArtifactError: the model type is none the runtime knows, or the fields describe no model.
+        ArtifactError: the runtime does not support the model type, or the fields are invalid.
     """
     model_type = fields.get("model_type")
     architecture = of_model_type(model_type)
     if architecture is None:
         raise ArtifactError(
-            "the runtime does not know this model",
+            "the runtime does not support this model",
             where=f"{where}, model_type",
             found=repr(model_type),
-            fix="known: " + ", ".join(known.name for known in ARCHITECTURES),
+            fix="supported: " + ", ".join(known.name for known in ARCHITECTURES),
         )
     plain = {key: copy.deepcopy(value) for key, value in fields.items() if key != "quantization_config"}
     try:
@@ -91,17 +94,17 @@ def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
 def build(
     config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype, attention: str = LATENT_SDPA
 ) -> PreTrainedModel:
-    """A model of `config` in evaluation mode on the device of the weights, every parameter taken from `weights` once.
+    """A model of `config` in evaluation mode on the device of the weights; takes every parameter from `weights` once.
 
     Args:
         config: without quantization.
-        weights: where the parameters come from.
-        dtype: of activations and unquantized weights.
-        attention: its implementation, one of `quantlab.runtime.attention.IMPLEMENTATIONS`.
+        weights: source of the parameters.
+        dtype: dtype of activations and unquantized weights.
+        attention: attention implementation, one of `IMPLEMENTATIONS` of the runtime's attention module.
 
     Raises:
-        ArtifactError: the config describes no model.
-        DeviceError: there is no such implementation of attention here.
+        ArtifactError: the config is invalid.
+        DeviceError: the attention implementation is not available.
     """
     register(attention)
     try:
@@ -127,7 +130,7 @@ def build(
 
 def _no_model(error: Exception, *, where: str) -> ArtifactError:
     return ArtifactError(
-        "the config describes no model",
+        "transformers cannot build a model from the config",
         where=where,
         found=" ".join(f"{type(error).__name__}: {error}".split())[:200],
         fix="use the config.json the weights were released with",
@@ -142,15 +145,15 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _materialize(
     module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype, skip: set[str], same_input: Sequence[str]
 ) -> None:
-    """Fill the module's own tensors and replace or fill its children.
+    """Fill the tensors of a module, then replace or fill its children.
 
     Args:
-        module: of transformers.
-        path: its name in the model.
-        weights: where the tensors come from.
-        dtype: of activations and unquantized weights.
-        skip: paths of modules that are left alone.
-        same_input: names of the linears of an attention module that read its input.
+        module: a module of transformers.
+        path: name of the module in the model.
+        weights: source of the tensors.
+        dtype: dtype of activations and unquantized weights.
+        skip: paths of modules that stay unchanged.
+        same_input: names of the linears in an attention module that read its input.
     """
     prefix = f"{path}." if path else ""
     for name, parameter in list(module.named_parameters(recurse=False)):
@@ -174,7 +177,7 @@ def _materialize(
 
 
 def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> nn.Module | None:
-    """What stands in the place of a transformers module, None if the module itself stays."""
+    """The module that replaces a transformers module; None if it is kept."""
     if isinstance(getattr(module, _FUSED_EXPERTS, None), nn.Parameter):
         return _experts(module, path, weights, dtype=dtype)
     if all(_plain_linear(module, name) for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down)):
@@ -191,9 +194,9 @@ def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch
 def _stacked(
     module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype, names: Sequence[str]
 ) -> dict[str, PartOfStack]:
-    """The linears `names` of an attention module, which read its input, as parts of one matrix.
+    """The linears `names` of an attention module, which read the same input, stacked into one matrix.
 
-    Only on CUDA, where a launch costs what that saves.
+    Empty if they are not stacked. They are stacked only on CUDA, to save kernel launches.
     """
     linears = [linear for name in names if isinstance(linear := getattr(module, name, None), nn.Linear)]
     of_names = [f"{path}.{name}.weight" for name in names]
@@ -224,19 +227,19 @@ def _plain_linear(module: nn.Module, name: str) -> bool:
 
 
 def _one_kind(names: Sequence[str], weights: Weights) -> bool:
-    """Whether the weights can lie in one bank: all of one integer format with scales of one dtype, or all floating point."""
+    """Whether one bank can hold the weights: one integer format and one dtype of scales, or all floating point."""
     formats = {_packed_format(name, weights) for name in names}
     return formats == {None} or (len(formats) == 1 and len({weights.scale_dtype_of(name) for name in names}) == 1)
 
 
 def _packed_format(name: str, weights: Weights) -> NumberFormat | None:
-    """The format of a weight that is held as integers, None for one that is held in floating point."""
+    """The format of a weight that the model holds as integers; None if it holds the weight in floating point."""
     number = weights.format_of(name)
     return number if number is not None and number.is_integer else None
 
 
 def _bank(name: str, shape: tuple[int, int, int], weights: Weights, *, dtype: torch.dtype) -> Matrices:
-    """An unfilled bank of the kind the weight `name` needs."""
+    """An uninitialized bank [E, N, K] for the weight `name`."""
     number = _packed_format(name, weights)
     if number is None:
         with weights.device:
@@ -249,7 +252,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def _marked(module: M, name: str, weights: Weights) -> M:
-    """The module of a weight held in floating point, with the reason where the weight is quantized."""
+    """Return a module that holds a weight in floating point; if the weight is quantized, record the reasons on it."""
     number = weights.format_of(name)
     if number is not None:
         mark_unpacked(module, number, weights.device.type)
@@ -257,9 +260,10 @@ def _marked(module: M, name: str, weights: Weights) -> M:
 
 
 def held_as(number: NumberFormat, columns: int) -> NumberFormat:
-    """The format a matrix is held in: int4 with one scale per row as int4 in groups that share it, which kernels take.
+    """The format that the model holds a matrix in.
 
-    The numbers are the same, and no other format is changed; groups of 128 cost 3 % of the bytes.
+    int4 with one scale per row is held as int4 with groups of columns that repeat this scale, because kernels require
+    groups. The values are the same; groups of 128 add 3 % to the bytes. Other formats are unchanged.
     """
     if number.element != INT4 or not number.by_row or number.group_size is not None:
         return number
@@ -274,7 +278,7 @@ def _linear(module: nn.Linear, path: str, weights: Weights, *, dtype: torch.dtyp
     matrices = None if _packed_format(name, weights) is None else _bank(name, (1, *shape), weights, dtype=dtype)
     if not isinstance(matrices, QuantizedMatrices):
         weight = weights.tensor(name, shape, dtype)
-        # attention multiplies by parts of this matrix, which therefore stays in rows
+        # attention multiplies by slices of this matrix, which therefore stays row-major
         linear = (
             DenseLinear(nn.Parameter(weight, requires_grad=False), bias)
             if path.endswith(LatentAttention.LATENT_UP)
@@ -301,14 +305,14 @@ def _experts(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dty
     names = {kind: [f"{path}.{index}.{name}.weight" for index in range(count)] for kind, name in linears.items()}
     if not (_one_kind(names["gate"] + names["up"], weights) and _one_kind(names["down"], weights)):
         raise ArtifactError(
-            "the experts of a layer are quantized in different ways",
+            "the experts of a layer have different number formats",
             where=path,
             found=", ".join(
                 sorted(
                     {str(getattr(weights.format_of(name), "name", None)) for kind in names.values() for name in kind}
                 )
             ),
-            fix="give all experts of a layer one scheme, as serving engines ask too",
+            fix="use one scheme for all experts of a layer, as serving engines require",
         )
     gate_up_bank = _bank(names["gate"][0], (count, double_width, hidden), weights, dtype=dtype)
     down_bank = _bank(names["down"][0], (count, hidden, double_width // 2), weights, dtype=dtype)

@@ -1,20 +1,21 @@
-"""A step of one new token per sequence, in few operations.
+"""A fused decode step: one new token per sequence, computed in few operations.
 
-transformers' code runs some thirty small operations in a layer besides the matrix products. At a few tokens each of them takes as
-long as reading a small matrix: on a GPU to launch and to run it, on the CPU to pass through Python, which takes a millisecond per
-layer.
+transformers' code runs about thirty small operations per layer besides the matrix products. For a few tokens, each of
+them takes as long as reading a small matrix: on a GPU because of the kernel launch, on the CPU because of Python, which
+takes a millisecond per layer.
 
-Here, on CUDA, a dense layer is seven kernel launches on the same modules and the same cache (nine with norms of heads), one with
-experts seventeen, sixteen for one token: norms; one product for all linears that read the same input; rotation, cache and
-attention in one launch; the router in one launch; the last product of each half adds to the residual stream. Launches of our own
-kernels overlap (`quantlab.runtime.cuda.kernels`). On the CPU a layer is a dozen calls of native kernels, which the first step
-records and the next steps repeat (`quantlab.runtime.native.record`), unless the calls depend on the tokens: those of experts do
-where there are several tokens.
+On CUDA a fused step runs a dense layer in seven kernel launches (nine with norms of heads) and a layer with experts in
+seventeen (sixteen for one token), on the same modules and the same cache. One product computes all linears that read
+the same input; one launch rotates queries and keys, writes the cache and attends; one launch computes the router; the
+last product of each half of a layer adds to the residual stream. Launches of this package's kernels overlap
+(`quantlab.runtime.cuda.kernels`). On the CPU a layer is a dozen calls of native kernels. The first step records these
+calls and later steps replay them (`quantlab.runtime.native.record`), unless the calls depend on the tokens, as those of
+experts do for several tokens.
 
-A fused step computes the same as transformers' forward functions, with fewer roundings in between. It does so for models of
-which every part is known (`quantlab.runtime.step_parts`).
+A fused step computes the same function as transformers' forward methods, with fewer roundings in between. It exists
+only for models whose every part is recognized (`quantlab.runtime.step_parts`).
 
-Legend: B sequences, H hidden width, V vocabulary.
+Legend: B sequences, H hidden width, V vocabulary size.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,9 +37,9 @@ from quantlab.runtime.step_kernels import Kernels, Latents, Place, RowNorm
 from quantlab.runtime.step_parts import ExpertParts, GroupedParts, LatentParts, LayerParts, ModelParts
 
 Into = Callable[[Tensor, Tensor], Tensor]
-"""Reads [B, ·] and adds a function of it to the residual stream [B, H]."""
+"""(x [B, ·], residual stream [B, H]) -> the residual stream plus a function of x."""
 Attention = Callable[[Tensor, Tensor, Place], Tensor]
-"""The same, at a place in the cache."""
+"""The same function, with the position of the new tokens in the cache."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,17 @@ class _Layer:
 
 
 class FusedStep:
-    """A step of a model from a fixed cache.
+    """The fused decode step of a model with a cache of fixed size.
 
-    It reads the weights of the model's modules and does not call all modules: hooks on them see nothing of it, and a module or a
-    weight that is replaced later may not be used.
+    The step reads weights from the model's modules but does not call every module: hooks on modules may not fire, and
+    modules or weights that are replaced later may not take effect.
 
     Args:
-        model: whose parts are given.
-        parts: of `parts_of`.
-        cache: holds the prompts.
-        position: [1] int64, where the next tokens stand in the cache.
-        padding: [B, 1] int64, how many places of the cache are empty before each prompt.
+        model: the model that `parts` belong to.
+        parts: result of `parts_of(model)`.
+        cache: contains the prompts.
+        position: [1] int64, index in the cache of the next tokens.
+        padding: [B, 1] int64, number of empty positions in the cache before each prompt.
     """
 
     def __init__(
@@ -76,10 +77,10 @@ class FusedStep:
         self._records = not self._on_cuda and _repeats(model, padding.shape[0])
         self._recorded: tuple[Tensor, Recorded] | None = None
         weights = (*model.parameters(), *model.buffers()) if self._records else ()
-        self._weights = [weight.detach() for weight in weights]  # recorded calls know addresses only
+        self._weights = [weight.detach() for weight in weights]  # recorded calls hold addresses only
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, 1] at `position` -> logits [B, V] of those after; nothing waits for the device."""
+        """Tokens [B, 1] at `position` -> logits [B, V] of the next tokens, without waiting for the device."""
         hidden = self._parts.embeddings(tokens.flatten())
         if not self._records:
             return self._logits(hidden)
@@ -118,17 +119,20 @@ def _kernels(device: torch.device) -> Kernels:
 
 
 def _repeats(model: PreTrainedModel, batch: int) -> bool:
-    """Whether the calls of a step are the same for all tokens, and keep no large tensors.
+    """Whether every step makes the same kernel calls and a recording keeps no large tensors alive.
 
-    Which experts several tokens hit decides which kernels are called. A record would keep expanded matrices: those of some schemes
-    are always expanded, those of the others at many rows.
+    With several tokens, the routing decides which kernels are called. A recording would also keep expanded matrices:
+    those of formats without a kernel, and those of all formats for many rows.
     """
     parts = [type(module) for module in model.modules()]
     return batch <= (1 if Experts in parts else FEW_ROWS) and ExpandedMatrices not in parts
 
 
 def _angles(rotary: nn.Module, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, n] float32 of the angles of n pairs at every place of a cache [·, ·, S, ·], rounded as transformers rounds them."""
+    """Cosine and sine [S, n] float32 of the angles of n rotary pairs at each position of a cache [·, ·, S, ·].
+
+    They are rounded to the dtype of the cache, as transformers rounds them.
+    """
     like = torch.empty(1, 1, 1, dtype=keys.dtype, device=keys.device)
     found = rotary(like, position_ids=torch.arange(keys.shape[2], device=keys.device)[None])
     if isinstance(found, Tensor):  # complex
@@ -149,7 +153,7 @@ def _layer(parts: LayerParts, held: StaticLayer, kernels: Kernels) -> _Layer:
 
 
 def _into(module: nn.Module, kernels: Kernels) -> Into:
-    """A linear or MLP whose output is added to the residual stream: by its last product, where the kernels can do that."""
+    """A linear or MLP that adds its output to the residual stream, in its last product if the kernels support it."""
     if isinstance(module, PackedLinear) and isinstance(module.matrices, CudaMatrices) and module.bias is None:
         matrices = module.matrices
         return lambda x, hidden: matrices.product(x, added=hidden)
@@ -161,7 +165,7 @@ def _into(module: nn.Module, kernels: Kernels) -> Into:
 
 
 def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Linears that read the same input: one product where they are a stack."""
+    """Outputs of linears that read the same input, from one product if they are stacked."""
     first = linears[0]
     if isinstance(first, PartOfStack):
         return first.stack

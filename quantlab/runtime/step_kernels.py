@@ -1,7 +1,10 @@
-"""The kernels of a step of one new token per sequence, attention and router, on any device, with the types of their arguments.
+"""Interface of the kernels that a fused decode step calls on a device, with the types of their arguments.
 
-Legend: B sequences, H hidden width, S tokens a cache has room for, h heads, G of keys, D their width, L latent width, N, V and R
-widths of a head's keys without the rotary part, of its values, and of that part, K columns, E experts, k of which each token meets.
+A step decodes one new token per sequence.
+
+Legend: B sequences, H hidden width, S capacity of the cache in tokens, h query heads, G key-value heads, D head width,
+L latent width, N width of a head's keys without the rotary part, V width of a head's values, R width of the rotary
+part, K columns, E experts, k experts per token.
 """
 
 from collections.abc import Callable
@@ -13,18 +16,19 @@ from torch import Tensor
 from quantlab.architectures.layer import RotaryLayout, Routing
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""x [B, H] -> the experts [B, k] int64 and their weights [B, k] float32."""
+"""x [B, H] -> indices of the chosen experts [B, k] int64 and their weights [B, k] float32."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Position in the cache of one new token of each of B sequences.
+    """Position in the cache of the new token of each of B sequences.
 
     Attributes:
-        cos, sin: [B, n] float32, contiguous, of the angles of the n rotated pairs; on the CPU a table of all positions, [S, n].
+        cos, sin: [B, n] float32, contiguous: cosine and sine of the angles of the n rotated pairs; on the CPU a table
+            of all positions, [S, n].
         position: [1] int64, index in the cache.
-        padding: [B, 1] int64, how many positions at the start of the cache are empty.
-        arrived: int32 zeros, a counter for every sequence and head, for the CUDA kernels.
+        padding: [B, 1] int64, number of empty positions at the start of the cache.
+        arrived: int32 zeros, one counter per sequence and head, used by the CUDA kernels.
     """
 
     cos: Tensor
@@ -36,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Latents:
-    """A cache of latent attention: latents [B, 1, S, L], rotary keys [B, 1, S, R], and where rotated numbers lie."""
+    """Cache of a layer of latent attention: latents [B, 1, S, L], rotary keys [B, 1, S, R], order of rotary pairs."""
 
     latents: Tensor
     rotary: Tensor
@@ -45,30 +49,30 @@ class Latents:
 
 @dataclass(frozen=True)
 class RowNorm:
-    """An RMS norm of rows: weight [K], and epsilon."""
+    """Parameters of an RMS norm over rows: weight [K] and epsilon."""
 
     weight: Tensor
     epsilon: float
 
 
 class Kernels(Protocol):
-    """The kernels of a device: `quantlab.runtime.cuda.launch_step`, `quantlab.runtime.native.step`."""
+    """Kernels of one device, implemented by `quantlab.runtime.cuda.launch_step` and `quantlab.runtime.native.step`."""
 
     def norm_heads(self, x: Tensor, norm: RowNorm) -> Tensor:
-        """RMS norm of every head of x [B, h * D], whose rows may have any stride, with a weight [D]: [B, h * D]."""
+        """RMS norm of each head of x [B, h * D] with a weight [D] -> [B, h * D]; rows of x may have any stride."""
         ...
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float
     ) -> Tensor:
-        """Rotate queries and keys of one token per sequence, write its keys and values to the cache, and attend to the cache.
+        """Rotate the queries and keys of the new tokens, write keys and values to the cache, and attend to the cache.
 
         Args:
-            q: [B, h * D]; rows may have any stride, as those of k and v.
+            q: [B, h * D]; rows of q, k and v may have any stride.
             k, v: [B, G * D].
-            place: of the tokens.
+            place: position of the new tokens.
             keys, values: the cache, [B, G, S, D].
-            scaling: factor of the scores.
+            scaling: factor of the attention scores.
 
         Returns:
             [B, h * D].
@@ -84,22 +88,22 @@ class Kernels(Protocol):
         q_a: Tensor | None = None,
         q_norm: RowNorm | None = None,
     ) -> Tensor | None:
-        """Write the normed latents and the rotated rotary keys of kv [B, L + R] to the cache.
+        """Normalize the latents and rotate the rotary keys of kv [B, L + R], and write both to the cache.
 
         Returns:
-            The normed q_a [B, Q], None without one.
+            The normalized query latent q_a [B, Q]; None if q_a is None.
         """
         ...
 
     def attend_absorbed(self, q: Tensor, weight: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
-        """Attention of all heads of one token per sequence to the latents; those of the token are in the cache already.
+        """Attention of all heads of the new tokens to the cached latents.
 
         Args:
-            q: [B, h, N + R] contiguous, not rotated; its memory may be overwritten.
-            weight: of kv_b, [h, N + V, L].
-            place: of the tokens.
-            cache: with the tokens' own latents.
-            scaling: factor of the scores.
+            q: [B, h, N + R] contiguous, not yet rotated; its memory may be overwritten.
+            weight: weight of kv_b, [h, N + V, L].
+            place: position of the new tokens.
+            cache: already contains the latents of the new tokens.
+            scaling: factor of the attention scores.
 
         Returns:
             [B, h * V].
@@ -107,13 +111,13 @@ class Kernels(Protocol):
         ...
 
     def router(self, weight: Tensor, bias: Tensor | None, routing: Routing) -> Router:
-        """The router with a weight [E, H] and a bias [E].
+        """A router with weight [E, H] and bias [E].
 
-        Scores are the sigmoid of the logits where there is a bias, groups then judged by their two best experts; the softmax
-        without a bias, groups judged by their best expert.
+        With a bias, scores are the sigmoid of the logits and a group of experts is ranked by the sum of its two best
+        scores. Without a bias, scores are the softmax of the logits and a group is ranked by its best score.
         """
         ...
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + y [B, H]; x may be changed."""
+        """x + y, [B, H]; x may be overwritten."""
         ...

@@ -1,11 +1,11 @@
-"""A model of the right shape with random weights, for measuring speed.
+"""Twins: models with random weights and the shapes of a given model, for measuring speed.
 
-The time of a step depends on the shapes and formats of the weights and on how many experts a batch of tokens hits, so speed
-is measured at the width of the target model on a few layers that never existed on disk. Integers are random bits;
-floating-point weights have a random sign and mantissa and one exponent, chosen so that activations keep their size from layer
-to layer and stay finite in float16, but for the logits of a tied head. A tensor's numbers depend on the seed and its name
-alone, and embeddings outweigh whatever the layers add to them: so in 16-bit twins of every format the same tokens go to the same
-experts, almost all of them.
+The time of a step depends on the shapes and formats of the weights and on the number of experts that a batch of tokens
+is routed to. Speed is therefore measured on a few layers of the width of the target model, generated in memory.
+Integers are random bits. Floating-point weights have a random sign and mantissa and a fixed exponent, chosen so that
+activations keep their magnitude from layer to layer and stay finite in float16, except for the logits of a tied head.
+The values of a tensor depend on the seed and its name only, and embeddings are much larger than the outputs of the
+layers, so 16-bit twins in all formats route almost all tokens to the same experts.
 """
 
 import math
@@ -36,19 +36,20 @@ def random_twin(
     attention: str = LATENT_SDPA,
     layers: Sequence[int] = (),
 ) -> PreTrainedModel:
-    """A model of `config` with random weights, in the form `runtime.load` would hold them.
+    """A model of `config` with random weights, held as `runtime.load` would hold them.
 
     Args:
-        config: as in config.json; its own `quantization_config` is ignored.
-        quantization: which linears are quantized, and how; None for none.
-        dtype: of activations and unquantized weights.
-        seed: of the weights; another kind of device makes other numbers of it.
-        device: where they are made and stay.
-        attention: its implementation, one of `quantlab.runtime.attention.IMPLEMENTATIONS`.
-        layers: for each layer the number by which `quantization` knows it; its own if empty.
+        config: fields of config.json; its `quantization_config` is ignored.
+        quantization: the quantized linears and their formats; None if nothing is quantized.
+        dtype: dtype of activations and unquantized weights.
+        seed: seed of the weights; CPU and CUDA generate different values from it.
+        device: device on which the weights are generated and kept.
+        attention: attention implementation, one of `IMPLEMENTATIONS` of the runtime's attention module.
+        layers: for each layer of the twin, the index of the layer of `quantization` whose formats it uses; its own if
+            empty.
 
     Raises:
-        DeviceError: there is no such device or attention here.
+        DeviceError: the device or attention implementation is not available.
     """
     found = find_device(device)
     weights = _RandomWeights(quantization, torch.Generator(found), seed, layers)
@@ -56,18 +57,18 @@ def random_twin(
 
 
 _DRAWN: Final = 8 * ((1 << 17) - 1)
-"""Bytes that are drawn for a tensor, about a megabyte: eight times a prime, so that no two rows of a matrix begin alike."""
+"""Random bytes generated per tensor and then repeated: 8 times a prime, so that no two rows of a matrix start alike."""
 _LAYER: Final = re.compile(r"\blayers\.(\d+)\.")
 _EMBEDDING: Final = 256.0
-"""Size of the embeddings, where layers add numbers of about 1."""
+"""Magnitude of the embeddings; the layers add values of about 1."""
 
 
 _ROOT_MEAN_SQUARES: Final = {4: 4.6, 8: 74.0}
-"""Of all integers of so many bits."""
+"""Root mean square of all signed integers of a number of bits."""
 
 
 class _Float(NamedTuple):
-    """Bits of a floating-point format."""
+    """Bit layout of a floating-point dtype: integer dtype of its size, mantissa bits, exponent bias."""
 
     integer: torch.dtype
     mantissa: int
@@ -119,11 +120,11 @@ class _RandomWeights:
         matrices.set_scales(index, columns**-0.5 / _ROOT_MEAN_SQUARES[matrices.number.bits])
 
     def _begin(self, name: str) -> None:
-        """Draw for this tensor from here on."""
+        """Seed the generator for the tensor `name`."""
         self._generator.manual_seed(self._seed + zlib.crc32(name.encode()))
 
     def _random_bits(self, tensor: Tensor) -> None:
-        """Fill a contiguous tensor with random bytes; those of a large one repeat, since drawing is slower than copying."""
+        """Fill a contiguous tensor with random bytes; in a large tensor they repeat, because copying is faster."""
         self._draw(tensor)
         _repeat(tensor)
 
@@ -138,9 +139,9 @@ class _RandomWeights:
         drawn[whole:].random_(0, 256, generator=self._generator)
 
     def _randomize(self, tensor: Tensor, *, size: float) -> None:
-        """Fill with numbers of random sign and magnitude in [s, 2s), where 1.5 s is about `size`.
+        """Fill with values of random sign and magnitude in [s, 2s), where 1.5 s is about `size`.
 
-        The highest bits that are drawn become the mantissa: bfloat16 numbers are the float16 ones, rounded towards zero.
+        The highest random bits become the mantissa, so bfloat16 values are the float16 values rounded towards zero.
         """
         self._draw(tensor)
         layout = _FLOATS[tensor.dtype]
@@ -154,7 +155,7 @@ class _RandomWeights:
 
 
 def _repeat(tensor: Tensor) -> None:
-    """Copy what was drawn for a tensor over the rest of it."""
+    """Repeat the first `_DRAWN` bytes over the rest of a tensor."""
     flat = tensor.view(-1).view(torch.uint8)
     repeats = flat.numel() // _DRAWN
     if repeats:

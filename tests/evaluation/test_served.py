@@ -141,7 +141,7 @@ def test_a_fault_of_the_plain_step_is_found(source: Path, suite: Path, monkeypat
 
     monkeypatch.setattr(measure, "Decoder", Off)
     found = served(source, suite)
-    assert found.served_steps == "single steps, not fused: fused steps were not asked for"
+    assert found.served_steps == "single steps, not fused: fused steps are turned off"
     assert found.served_kl.low > 1e-2
 
 

@@ -105,7 +105,7 @@ def test_steps_from_what_a_growing_cache_holds(family: str, dtype: torch.dtype, 
             assert relative_error(shared.step(following), each.step(following)) <= (
                 1e-5 if dtype == torch.float32 else 0.02
             )
-    with pytest.raises(CacheError, match="3 sequences of 7 tokens, made for 2"):
+    with pytest.raises(CacheError, match="3 sequences of 7 tokens, the cache has room for 2"):
         Decoder(model, batch=2, length=12).fill(others)
     with pytest.raises(CacheError, match="0 sequences of 0 tokens"):
         shared.fill(DynamicCache(config=model.config))
@@ -154,11 +154,13 @@ def test_what_does_not_fit_is_told_before_anything_is_computed(models: dict[str,
     with pytest.raises(CacheError, match="the cache is empty"):
         decoder.step(torch.zeros(2, dtype=torch.int64))
     for shape in ((3, 4), (1, 4), (2, 9), (2, 0)):
-        with pytest.raises(CacheError, match=rf"{shape[0]} sequences of {shape[1]} tokens, made for 2 of 1 … 8"):
+        with pytest.raises(
+            CacheError, match=rf"{shape[0]} sequences of {shape[1]} tokens, the cache has room for 2 of 1 … 8"
+        ):
             decoder.prefill(torch.zeros(shape, dtype=torch.int64))
     with pytest.raises(CacheError, match=r"does not fit[^$]*6 and 4 new tokens, room for 8"):
         decoder.generate(tokens(2, 6), 4)
-    with pytest.raises(CacheError, match="3 sequences of 4 tokens, made for 2"):
+    with pytest.raises(CacheError, match="3 sequences of 4 tokens, the cache has room for 2"):
         decoder.generate(tokens(3, 4), 3)
     assert decoder.used == 0
     decoder.prefill(tokens(2, 8))
@@ -254,10 +256,10 @@ def test_capture_is_refused_where_it_cannot_be(
     models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not Decoder(models["deepseek_v3"], batch=1, length=8).captures
-    with pytest.raises(CacheError, match=r"cannot be captured[^$]*a model on cpu[^$]*leave `capture` out"):
+    with pytest.raises(CacheError, match=r"cannot be captured[^$]*a model on cpu[^$]*omit `capture`"):
         Decoder(models["deepseek_v3"], batch=1, length=8, capture=True)
     error = _not_capturable(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32))  # type: ignore[arg-type]
-    assert "experts whose kernels do not take torch.float32" in str(error)
+    assert "experts without a kernel for their layout and torch.float32" in str(error)
     assert "load the model in bfloat16" in str(error)
 
 

@@ -114,23 +114,25 @@ def test_a_part_nobody_knows_is_computed_by_transformers(
 def test_a_part_that_is_missing_is_a_reason(checkpoints: dict[str, Path]) -> None:
     model = load(checkpoints["llama"], dtype=torch.bfloat16)
     del model.model.layers[1].self_attn.o_proj
-    assert parts_of(model) == NotFused("fused steps look for model.layers.1.self_attn.o_proj, which is not there")
+    assert parts_of(model) == NotFused("fused steps require model.layers.1.self_attn.o_proj, which does not exist")
 
 
 def test_reasons_are_kept(checkpoints: dict[str, Path]) -> None:
     wide = load(checkpoints["llama"], dtype=torch.float32)
-    assert Decoder(wide, batch=1, length=8).not_fused == "fused steps compute in 16 bits, the model in float32"
+    assert Decoder(wide, batch=1, length=8).not_fused == "fused steps compute in 16 bits, the model computes in float32"
     model = load(checkpoints["llama"], dtype=torch.bfloat16)
     assert Decoder(model, batch=1, length=8).not_fused is None
-    assert Decoder(model, batch=1, length=8, fuse=False).not_fused == "fused steps were not asked for"
+    assert Decoder(model, batch=1, length=8, fuse=False).not_fused == "fused steps are turned off"
     eager = load(checkpoints["deepseek_v2"], dtype=torch.bfloat16, attention="eager")
-    assert Decoder(eager, batch=1, length=8).not_fused == "fused steps have attention of their own, not eager"
+    assert (
+        Decoder(eager, batch=1, length=8).not_fused == "fused steps do not support the attention implementation eager"
+    )
     model.model.layers[0].input_layernorm.weight.data = model.model.layers[0].input_layernorm.weight.data.float()
-    assert parts_of(model) == NotFused("model.layers.0.input_layernorm is in float32, the model in bfloat16")
+    assert parts_of(model) == NotFused("model.layers.0.input_layernorm is float32, the model bfloat16")
 
 
 def test_a_family_that_nobody_declared_is_a_reason(checkpoints: dict[str, Path]) -> None:
     model = load(checkpoints["llama"], dtype=torch.bfloat16)
     with_forward(model, lambda _, old, args, kwargs: old(*args, **kwargs))
     type(model).__name__ = "OtherForCausalLM"
-    assert parts_of(model) == NotFused("OtherForCausalLM is no family that fused steps know")
+    assert parts_of(model) == NotFused("fused steps do not support OtherForCausalLM")
