@@ -75,7 +75,7 @@ class Expanded:
 
 
 def expanded(model: nn.Module) -> tuple[Expanded, ...]:
-    """The expanded matrices of a model made by `runtime.load` or `runtime.random_twin`, grouped by format and reasons."""
+    """The expanded matrices of a model made by `runtime.load` or `runtime.random_twin`, by format and reasons."""
     found: Counter[tuple[str, tuple[str, ...], Literal["packed", "dense"]]] = Counter()
     for module in model.modules():
         if isinstance(module, ExpandedMatrices):

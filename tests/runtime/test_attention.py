@@ -1,4 +1,4 @@
-"""Latent attention against transformers' own, which expands the cache."""
+"""Latent attention, compared with transformers' attention, which expands the cache."""
 
 import copy
 from pathlib import Path
@@ -21,7 +21,7 @@ LATENT = ("deepseek_v2", "deepseek_v3")
 
 
 def steps(model: PreTrainedModel, lengths: tuple[int, ...], *, batch: int, padding: int) -> list[Tensor]:
-    """Logits of each step of a cached run that reads `lengths` tokens at a time; the first sequence starts with padding."""
+    """Logits of each step of a cached run that reads `lengths` tokens at a time; the first sequence has padding."""
     whole = tokens(batch, sum(lengths))
     mask = torch.ones_like(whole)
     mask[0, :padding] = 0
@@ -44,7 +44,7 @@ def steps(model: PreTrainedModel, lengths: tuple[int, ...], *, batch: int, paddi
 
 @pytest.fixture
 def expansions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of new tokens of every call that attends to the latents themselves."""
+    """The number of new tokens of every call of `absorbed`."""
     seen: list[int] = []
     whole = attention.absorbed
 
@@ -139,7 +139,7 @@ def test_one_new_token_expands_nothing(checkpoints: dict[str, Path], monkeypatch
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
-def test_other_implementations_compute_the_same(
+def test_other_implementations_give_the_same_result(
     implementation: str, family: str, checkpoints: dict[str, Path], expansions: list[int]
 ) -> None:
     expected = steps(dense_reference(checkpoints[family]), (7, 1, 1), batch=2, padding=3)
@@ -151,7 +151,7 @@ def test_other_implementations_compute_the_same(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention may be installed")
-def test_an_implementation_that_is_not_here(checkpoints: dict[str, Path]) -> None:
+def test_an_unknown_implementation_is_an_error(checkpoints: dict[str, Path]) -> None:
     for name, found in (("flash_attention_2", "not installed"), ("fast", "an unknown name")):
         with pytest.raises(DeviceError, match=rf"implementation is not available[^$]*{name}[^$]*{found}[^$]*eager"):
             load(checkpoints["llama"], attention=name)

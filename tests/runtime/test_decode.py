@@ -1,4 +1,4 @@
-"""Decoding with a fixed cache against transformers' growing one, and what does not fit."""
+"""Decoding with a fixed cache, compared with transformers' growing cache, and errors for prompts that do not fit."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,7 +90,9 @@ def test_after_rewinding_a_step_is_the_same_again(family: str, models: dict[str,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
-def test_steps_from_what_a_growing_cache_holds(family: str, dtype: torch.dtype, checkpoints: dict[str, Path]) -> None:
+def test_a_fixed_cache_is_filled_from_a_growing_cache(
+    family: str, dtype: torch.dtype, checkpoints: dict[str, Path]
+) -> None:
     model, ids = load(checkpoints[family], dtype=dtype), tokens(1, 5)
     one, others = DynamicCache(config=model.config), DynamicCache(config=model.config)
     with torch.inference_mode():
@@ -120,7 +122,7 @@ def test_a_whole_cache_can_be_used(models: dict[str, PreTrainedModel]) -> None:
     )
 
 
-def test_latents_are_what_a_fixed_cache_of_mla_holds(
+def test_a_fixed_cache_of_mla_holds_latents(
     models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = models["deepseek_v3"]
@@ -149,7 +151,7 @@ def test_sixteen_bit_steps(dtype: torch.dtype, checkpoints: dict[str, Path]) -> 
             assert (one - other).norm() / other.norm() <= 0.02
 
 
-def test_what_does_not_fit_is_told_before_anything_is_computed(models: dict[str, PreTrainedModel]) -> None:
+def test_prompts_that_do_not_fit_are_refused_before_anything_is_computed(models: dict[str, PreTrainedModel]) -> None:
     decoder = Decoder(models["llama"], batch=2, length=8)
     with pytest.raises(CacheError, match="the cache is empty"):
         decoder.step(torch.zeros(2, dtype=torch.int64))
@@ -158,7 +160,7 @@ def test_what_does_not_fit_is_told_before_anything_is_computed(models: dict[str,
             CacheError, match=rf"{shape[0]} sequences of {shape[1]} tokens, the cache has room for 2 of 1 … 8"
         ):
             decoder.prefill(torch.zeros(shape, dtype=torch.int64))
-    with pytest.raises(CacheError, match=r"does not fit[^$]*6 and 4 new tokens, room for 8"):
+    with pytest.raises(CacheError, match=r"does not fit[^$]*6 prompt tokens and 4 new ones[^$]*room for 8"):
         decoder.generate(tokens(2, 6), 4)
     with pytest.raises(CacheError, match="3 sequences of 4 tokens, the cache has room for 2"):
         decoder.generate(tokens(3, 4), 3)
@@ -166,11 +168,11 @@ def test_what_does_not_fit_is_told_before_anything_is_computed(models: dict[str,
     decoder.prefill(tokens(2, 8))
     with pytest.raises(CacheError, match=r"the cache is full[^$]*8 of 8 tokens"):
         decoder.step(torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(CacheError, match="attends to 1 … 128"):
+    with pytest.raises(CacheError, match="supports 1 … 128"):
         Decoder(models["llama"], batch=1, length=129)
 
 
-def test_a_cache_that_memory_has_no_room_for(
+def test_a_cache_that_does_not_fit_into_memory(
     models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "free_bytes", lambda _: 4096)
@@ -180,7 +182,7 @@ def test_a_cache_that_memory_has_no_room_for(
         decoder.prefill(tokens(1, 7))
 
 
-def test_room_for_the_cache_is_looked_for_before_the_prompt_is_read(
+def test_free_memory_is_checked_before_the_prompt_is_read(
     models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
@@ -227,8 +229,8 @@ def test_memory_that_runs_out_while_a_prompt_is_read(
     assert decoder.used == 9
 
 
-def test_what_cannot_be_captured_is_not_captured() -> None:
-    """Float32, other activation functions and layouts without kernels make the host wait for the routing."""
+def test_models_that_make_the_host_wait_are_not_captured() -> None:
+    """The host reads the routing in float32, with other activation functions, and for layouts without kernels."""
 
     def model(dtype: torch.dtype, *, columns: int = 128, act_fn: nn.Module | None = None) -> nn.Module:
         int4 = SCHEMES["int4_g128"].format
@@ -245,14 +247,14 @@ def test_what_cannot_be_captured_is_not_captured() -> None:
     assert not capturable(model(torch.bfloat16, act_fn=nn.GELU()))
 
 
-def test_rotary_embeddings_that_wait_for_the_length_are_not_captured() -> None:
+def test_rotary_embeddings_that_depend_on_the_length_are_not_captured() -> None:
     scaled = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
     config = {"model_type": "llama", **FAMILIES["llama"]}
     assert capturable(random_twin(config, None, dtype=torch.float32, seed=0))
     assert not capturable(random_twin(config | scaled, None, dtype=torch.float32, seed=0))
 
 
-def test_capture_is_refused_where_it_cannot_be(
+def test_requesting_an_impossible_capture_is_an_error(
     models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not Decoder(models["deepseek_v3"], batch=1, length=8).captures
@@ -263,7 +265,7 @@ def test_capture_is_refused_where_it_cannot_be(
     assert "load the model in bfloat16" in str(error)
 
 
-def test_attention_a_fixed_cache_cannot_serve_is_refused() -> None:
+def test_attention_without_support_for_a_fixed_cache_is_an_error() -> None:
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
     model = random_twin({"model_type": "qwen2", **FAMILIES["qwen2"]} | windows, None, dtype=torch.float32, seed=0)
     with pytest.raises(CacheError, match=r"does not serve[^$]*StaticSlidingWindowLayer"):

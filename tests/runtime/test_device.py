@@ -1,4 +1,4 @@
-"""Devices that are not there, models that do not fit, and what loading takes at its peak."""
+"""Missing devices, models that do not fit into memory, and peak memory of loading."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ Maker = Callable[[str, SchemeName], Artifact]
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A machine with two GPUs, as far as torch says."""
+    """torch.cuda patched to report two GPUs."""
     told = SimpleNamespace(capability=(9, 0), free=10**9, reserved=10**6, allocated=10**5)
     for name, answer in {
         "is_available": lambda: True,
@@ -44,7 +44,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_where_there_is_none(artifacts: Maker) -> None:
+def test_cuda_on_a_machine_without_cuda(artifacts: Maker) -> None:
     directory = artifacts("llama", "int4_g128").directory
     with pytest.raises(DeviceError, match=r"no such device[^$]*device cuda[^$]*(without CUDA|no usable GPU)"):
         load(directory, device="cuda")
@@ -69,7 +69,7 @@ def test_devices_of_a_machine_with_gpus(cuda: SimpleNamespace) -> None:
         device.find_device("cuda")
 
 
-def test_free_memory_of_a_gpu_counts_what_torch_holds_unused(cuda: SimpleNamespace) -> None:
+def test_free_memory_of_a_gpu_includes_unused_reserved_memory(cuda: SimpleNamespace) -> None:
     assert device.free_bytes(torch.device("cuda", 0)) == 10**9 + 10**6 - 10**5
     device.check_room(10**9, torch.device("cuda", 0), where="here")
     with pytest.raises(DeviceError, match=r"2,000,000,000 bytes needed, 1,000,900,000 bytes free on cuda:0"):
@@ -107,7 +107,7 @@ def test_a_model_that_does_not_fit(
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
 )
-def test_memory_that_runs_out_while_loading_leaves_nothing(
+def test_running_out_of_memory_while_loading_frees_the_loaded_tensors(
     error: Exception, artifacts: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[weakref.ref[Matrices]] = []
@@ -129,7 +129,9 @@ def test_memory_that_runs_out_while_loading_leaves_nothing(
     assert not any(reference() for reference in made), "the weights are gone while the error is still at hand"
 
 
-def test_other_errors_of_torch_are_not_called_memory(artifacts: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_torch_are_not_reported_as_out_of_memory(
+    artifacts: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -138,7 +140,7 @@ def test_other_errors_of_torch_are_not_called_memory(artifacts: Maker, monkeypat
         load(artifacts("llama", "int4_g128").directory)
 
 
-def test_the_peak_of_loading_is_the_model_and_one_matrix(tmp_path: Path) -> None:
+def test_peak_memory_of_loading_is_the_model_plus_one_matrix(tmp_path: Path) -> None:
     hidden, width, layers = 1024, 4096, 8
     config = FAMILIES["llama"] | {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
     shapes = {"mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width)}

@@ -1,4 +1,4 @@
-"""The experts module against a loop over tokens."""
+"""The experts module, compared with a loop over tokens."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def fake_int8(x: Tensor) -> Tensor:
 
 
 def build(scheme: SchemeName | None, dtype: torch.dtype) -> tuple[Experts, Tensor, Tensor]:
-    """Experts with the float64 weights they stand for: gate_up [E, 2I, H] and down [E, H, I]."""
+    """Experts and their dequantized float64 weights: gate_up [E, 2I, H] and down [E, H, I]."""
     generator = torch.Generator().manual_seed(0)
     banks: list[Matrices] = []
     meant = []

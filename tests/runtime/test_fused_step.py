@@ -1,4 +1,4 @@
-"""The kernels of a fused step against float64, and whole steps against transformers'; on a GPU and on the CPU, where it has them."""
+"""Fused decode steps: kernels compared with float64, whole steps with transformers' forward, on the CPU and on CUDA."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ FOREIGN = (
     Scheme(NumberFormat(INT4, ROW), "pack-quantized", "signed"),
     *(Scheme(NumberFormat(INT8, group(size)), "pack-quantized", "absmax") for size in (128, 64, 32)),
 )
-"""Formats that are read, and that no recipe names."""
+"""Formats that the runtime reads but recipes cannot name."""
 DTYPES = (torch.bfloat16, torch.float16)
 DEVICES = (
     pytest.param("cpu", marks=pytest.mark.skipif(library() is None, reason=status())),
@@ -44,7 +44,7 @@ DEVICES = (
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where new tensors are made."""
+    """The device under test, set as torch's default device."""
     torch.manual_seed(0)
     if request.param == "cuda":
         request.getfixturevalue("poisoned_gpu")
@@ -53,7 +53,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """[..., D] float64, its halves turned by angles [..., D / 2]."""
+    """Rotary embedding of x [..., D] in float64: rotate its halves by angles [..., D / 2]."""
     first, second = x.double().chunk(2, dim=-1)
     cos, sin = angles.double().cos(), angles.double().sin()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -64,14 +64,14 @@ def in_halves(x: Tensor, *, pairs: bool) -> Tensor:
 
 
 def softmaxed(scores: Tensor, place: Place) -> Tensor:
-    """Over the places from padding to position of scores [B, ..., S]."""
+    """Softmax of scores [B, ..., S] over the positions from padding to position."""
     where = torch.arange(scores.shape[-1])
     seen = (where <= place.position) & (where >= place.padding)
     return scores.masked_fill(~seen.view(seen.shape[0], *(1 for _ in scores.shape[2:]), -1), float("-inf")).softmax(-1)
 
 
 def place_at(position: int, batch: int, pairs: int) -> tuple[Place, Tensor]:
-    """A place of tokens with some padding, and the angles [B, n] that belong to each."""
+    """A cache position with some padding, and the rotary angles [B, n] of its tokens."""
     padding = torch.randint(0, min(position, 4) + 1, (batch, 1))
     table = 6 * torch.rand(position + 1, pairs)
     angles = table[position - padding[:, 0]]
@@ -191,7 +191,7 @@ def test_attention_to_latents(
         ("deepseek_v2", DeepseekV2TopkRouter, 160, 8, 3, 6, "group_limited_greedy"),
     ],
 )
-def test_the_router_chooses_as_transformers_does(
+def test_the_router_chooses_the_same_experts_as_transformers(
     family: str,
     router: type,
     experts: int,
@@ -227,7 +227,7 @@ def test_the_router_chooses_as_transformers_does(
         assert torch.allclose(weights.gather(1, order), expected_weights.gather(1, expected_order), rtol=1e-4)
 
 
-def test_a_token_of_no_numbers_is_alone_in_that(device: torch.device) -> None:
+def test_a_token_of_nans_does_not_affect_other_tokens(device: torch.device) -> None:
     experts, hidden = 32, 256
     x = torch.randn(3, hidden).bfloat16()
     x[1] = float("nan")
@@ -249,10 +249,10 @@ def test_a_token_of_no_numbers_is_alone_in_that(device: torch.device) -> None:
 
 
 def same_steps(directory: Path, dtype: torch.dtype, device: str = "cpu", *, limit: float) -> PreTrainedModel:
-    """Fused steps, captured on a GPU, against those of transformers, and both against float32; each sequence has its own padding.
+    """Compare fused steps with transformers' steps, and both with float32; each sequence has its own padding.
 
-    On a rounding a router may send a token elsewhere, and its logits are then others; the median step of a sequence says how
-    the rest do.
+    On a rounding a router may send a token elsewhere, and its logits are then others; the median step of a sequence
+    says how the rest do.
     """
     model, exact = (load(directory, dtype=each, device=device) for each in (dtype, torch.float32))
     assert isinstance(parts_of(model), ModelParts), parts_of(model)
@@ -291,7 +291,7 @@ def same_steps(directory: Path, dtype: torch.dtype, device: str = "cpu", *, limi
 @pytest.mark.parametrize("scheme", [None, "int4_g128", "int4_g32", "int8", "int8_weight"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_fused_steps_equal_those_of_transformers(
+def test_fused_steps_equal_steps_of_transformers(
     family: str,
     scheme: SchemeName | None,
     dtype: torch.dtype,
@@ -308,10 +308,10 @@ def test_fused_steps_equal_those_of_transformers(
 @pytest.mark.parametrize("scheme", [*FOREIGN, SCHEMES["int4_g128_asym"]], ids=lambda one: one.name)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.skipif(library() is None, reason=status())
-def test_steps_of_what_is_expanded_to_be_multiplied_keep_nothing(
+def test_steps_with_expanded_matrices_are_not_recorded(
     family: str, scheme: Scheme, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Formats that native kernels do not take; which experts a token meets is read anew in every step."""
+    """Formats without native kernels; every step reads the routing again."""
     model = same_steps(
         quantize(checkpoints[family], tmp_path / "artifact", scheme).directory, torch.float16, limit=0.02
     )
@@ -326,10 +326,10 @@ def test_steps_of_what_is_expanded_to_be_multiplied_keep_nothing(
 
 
 @pytest.mark.skipif(library() is None, reason=status())
-def test_a_step_that_turns_out_not_to_repeat_is_not_recorded(
+def test_a_step_that_reads_tensors_in_python_is_not_recorded(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python reads there which experts one token meets, and goes on without a record, from the step it was in."""
+    """Python reads the experts of the token, so the step continues without a recording."""
     scheme = next(one for one in FOREIGN if one.name == "int8_weight_g128")
     model = load(quantize(checkpoints["deepseek_v2"], tmp_path / "artifact", scheme).directory, dtype=torch.float16)
     monkeypatch.setattr(step, "_repeats", lambda *_: True)

@@ -1,4 +1,4 @@
-"""int8 weights times many rows of 16-bit activations, by the native kernel, against float64."""
+"""The native W8A16 kernel for many rows of activations, compared with float64."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SHAPES = ((1, 32), (17, 64), (64, 96), (70, 160), (200, 1408), (576, 2048), (300
 
 
 def integers(rows: int, columns: int) -> torch.Tensor:
-    """Every int8 number, the smallest included."""
+    """Random int8 integers over the whole range, -128 included."""
     return torch.randint(-128, 128, (rows, columns), generator=torch.Generator().manual_seed(rows)).to(torch.int8)
 
 
@@ -33,7 +33,7 @@ def test_products_of_many_rows(rows: int, columns: int, scale_dtype: torch.dtype
 
 
 @needed
-def test_groups_larger_than_a_portion_are_cut() -> None:
+def test_large_groups_are_split() -> None:
     bank = Int8WeightMatrices(SCHEMES["int8_weight"].format, 3, 40, 64, scale_dtype=torch.float32)
     for index in range(3):
         bank.fill(index, QuantizedMatrix(integers(40, 64) - index, torch.rand(40, 1), 8))

@@ -63,7 +63,7 @@ def test_a_saturating_operator_is_found_and_named(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_products_hold_on_other_processors(variable: str, native: str) -> None:
-    """The products of every bank, as an older processor's instructions compute them: with our kernels where these run, and without."""
+    """Products of every bank with the instructions of older processors, with native kernels where they run and without."""
     name, _, value = variable.partition("=")
     checks = (
         "import tests.runtime.test_integer_products as i\nfor shape in i.SHAPES: i.check(i.integer_product, shape)\n"

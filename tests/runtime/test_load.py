@@ -1,4 +1,4 @@
-"""Whole models: what `load` gives against transformers' own dense model of the weights the artifact stands for."""
+"""Models of `load`, compared with transformers' model of the dequantized weights."""
 
 import shutil
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def greedy(model: PreTrainedModel, **settings: object) -> Tensor:
 
 
 def with_int8_activations(model: PreTrainedModel) -> PreTrainedModel:
-    """transformers' model with the inputs of every quantized linear, experts included, rounded as W8A8 does."""
+    """transformers' model with the inputs of every quantized linear, experts included, rounded as in W8A8."""
 
     def rounded(x: Tensor) -> Tensor:
         scale = x.abs().amax(-1, keepdim=True) / 127
@@ -151,7 +151,7 @@ def test_scales_of_other_dtypes(scale_dtype: torch.dtype, checkpoints: dict[str,
 
 
 def fp8_checkpoint(source: Path, target: Path) -> tuple[Path, Path]:
-    """The source in FP8 blocks of 128, ragged where kv_a has 144 rows, and what it stands for in bfloat16."""
+    """The source in FP8 blocks of 128 (kv_a has 144 rows: partial blocks), and its dequantized bfloat16 weights."""
     shutil.copytree(source, target)
     dense = target.with_name(target.name + "-dense")
     shutil.copytree(source, dense)
@@ -171,7 +171,7 @@ def fp8_checkpoint(source: Path, target: Path) -> tuple[Path, Path]:
     return target, dense
 
 
-def test_fp8_checkpoints_with_ragged_blocks(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_fp8_checkpoints_with_partial_blocks(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     source, dense = fp8_checkpoint(checkpoints["deepseek_v3"], tmp_path / "fp8")
     assert load_file(source / "model.safetensors")["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape == (
         144,
@@ -191,7 +191,7 @@ def test_untied_heads_and_biases_and_generation_config(checkpoints: dict[str, Pa
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
-def test_what_transformers_computes_in_float32_stays_float32(checkpoints: dict[str, Path]) -> None:
+def test_tensors_that_transformers_keeps_in_float32_stay_float32(checkpoints: dict[str, Path]) -> None:
     model = load(checkpoints["deepseek_v3"], dtype=torch.float16)
     stored = load_file(checkpoints["deepseek_v3"] / "model.safetensors")[
         "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -213,7 +213,7 @@ def test_dtype_defaults_to_the_artifact(checkpoints: dict[str, Path], tmp_path: 
         load(copy)
 
 
-def test_mtp_layers_are_left_out_only_where_the_config_has_them(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_mtp_layers_are_ignored_only_if_the_config_declares_them(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoints["deepseek_v3"], tmp_path / "copy")
     weights = load_file(copy / "model.safetensors")
     rewrite(
@@ -256,7 +256,7 @@ def test_a_missing_part_of_a_packed_weight_is_an_error(artifacts: Maker, tmp_pat
             load(copy)
 
 
-def test_a_tensor_too_many_or_of_another_shape_is_an_error(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_an_unused_tensor_or_a_wrong_shape_is_an_error(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoints["deepseek_v2"], tmp_path / "copy")
     weights = load_file(copy / "model.safetensors")
     rewrite(copy, weights | {"model.layers.1.mlp.experts.8.up_proj.weight": torch.zeros(2, 2)})
@@ -307,7 +307,7 @@ def test_an_unknown_model_is_an_error(checkpoints: dict[str, Path], tmp_path: Pa
         ("deepseek_v3", {"hidden_act": "relux"}),
     ],
 )
-def test_a_config_that_describes_no_model(
+def test_an_invalid_config(
     family: str, change: dict[str, object], checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     copy = shutil.copytree(checkpoints[family], tmp_path / "copy")
