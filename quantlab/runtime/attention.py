@@ -62,7 +62,7 @@ def register(implementation: str) -> None:
     AttentionMaskInterface.register(LATENT_SDPA, sdpa_mask)
 
 
-def keep_latents(module: nn.Module) -> None:
+def pass_latents_through(module: nn.Module) -> None:
     """Make a latent attention module pass its latents to the attention function unexpanded.
 
     The module stays unchanged if `LATENT_UP` is not a dense matrix or if the attention implementation is not that of
@@ -72,15 +72,15 @@ def keep_latents(module: nn.Module) -> None:
     if not hasattr(type(module), "expand_kv") or module.config._attn_implementation != LATENT_SDPA:  # type: ignore[union-attr]
         return
     if isinstance(up, DenseLinear) and up.bias is None:
-        module.expand_kv = _as_they_are
+        module.expand_kv = _latents_unchanged
 
 
-def hands_latents_on(module: nn.Module) -> bool:
+def passes_latents(module: nn.Module) -> bool:
     """Whether `pass_latents_through` changed an attention module."""
-    return getattr(module, "expand_kv", None) is _as_they_are
+    return getattr(module, "expand_kv", None) is _latents_unchanged
 
 
-def _as_they_are(latents: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+def _latents_unchanged(latents: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
     """Replacement of `expand_kv`: returns latents [B, 1, S, L] and rotary keys [B, 1, S, R] unchanged."""
     return latents, rotary
 
@@ -99,7 +99,7 @@ def latent_sdpa(  # type: ignore[no-untyped-def]  # noqa: ANN201
     key and value are the latents [B, 1, S, L] and rotary keys [B, 1, S, R]. The second result, the attention weights,
     is None.
     """
-    if hands_latents_on(module):
+    if passes_latents(module):
         weight = module.get_parameter(f"{LatentAttention.LATENT_UP}.weight").view(query.shape[1], -1, key.shape[3])
         if _absorbing_is_cheaper(query, key, weight, attention_mask):
             return absorbed(query, key, value, weight, mask=attention_mask, scaling=options["scaling"]), None

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def address(weight: Tensor) -> int:
+def data_address(weight: Tensor) -> int:
     """Memory address of a blocked weight."""
     return int(torch.ops.mkldnn.data_ptr(weight))
 
 
 @cache
-def lies_in_pairs(rows: int, columns: int) -> bool:
+def has_pair_layout(rows: int, columns: int) -> bool:
     """Whether oneDNN's layout of a weight [rows, columns] is the one that the native kernel reads.
 
     The layout may depend on the shape, so a known matrix of this shape is reordered and compared.
@@ -30,11 +30,11 @@ def lies_in_pairs(rows: int, columns: int) -> bool:
     expected = padded.view(-1, 64, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
     if torch.ops.mkldnn._nbytes(reordered) != expected.nbytes:
         return False
-    found = torch.frombuffer((ctypes.c_char * expected.nbytes).from_address(address(reordered)), dtype=torch.int16)
+    found = torch.frombuffer((ctypes.c_char * expected.nbytes).from_address(data_address(reordered)), dtype=torch.int16)
     return torch.equal(found, expected.flatten())
 
 
 @cache
-def reorders_bfloat16() -> bool:
+def supports_blocked_bfloat16() -> bool:
     """Whether this CPU and this build of torch support blocked bfloat16 weights."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # type: ignore[no-untyped-call]

@@ -21,7 +21,7 @@ from transformers.cache_utils import StaticLayer
 from quantlab.architectures.detect import of_model_type
 from quantlab.errors import CacheError, DeviceError
 from quantlab.runtime.cache import cached
-from quantlab.runtime.device import check_room, free_bytes, ran_out
+from quantlab.runtime.device import check_free_memory, free_bytes, is_out_of_memory
 from quantlab.runtime.experts import Experts
 from quantlab.runtime.step import FusedStep
 from quantlab.runtime.step_parts import LENGTH_DEPENDENT, ModelParts, NotFused, parts_of
@@ -78,10 +78,10 @@ class Decoder:
             )
         self.batch, self.length = batch, length
         self._model, self._device = model, model.device
-        can = self._device.type == "cuda" and capturable(model)
-        if capture and not can:
+        can_capture = self._device.type == "cuda" and capturable(model)
+        if capture and not can_capture:
             raise _not_capturable(model)
-        self.captures = can if capture is None else capture
+        self.captures = can_capture if capture is None else capture
         self._cache = StaticCache(config=model.config, max_cache_len=length)
         kinds = {type(layer).__name__ for layer in self._cache.layers} - {StaticLayer.__name__}
         if kinds or model.config._attn_implementation == "flash_attention_2":
@@ -91,12 +91,12 @@ class Decoder:
                 found=", ".join(sorted(kinds)) or "flash_attention_2",
                 fix="call generate without a fixed cache, or use another attention implementation",
             )
-        self._adds = model.config._attn_implementation == "eager"
+        self._additive_mask = model.config._attn_implementation == "eager"
         self._used = 0
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
         self._position = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._padding = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
-        self._places = torch.arange(length, device=self._device)
+        self._positions = torch.arange(length, device=self._device)
         self._parts = parts_of(model) if fuse else NotFused("fused steps are turned off")
         self.not_fused = self._parts.reason if isinstance(self._parts, NotFused) else None
         self._fused: FusedStep | None = None
@@ -181,7 +181,7 @@ class Decoder:
         """Raise DeviceError if the fixed cache does not fit, judged by the bytes per token of a growing cache."""
         count = held.get_seq_length() * held.layers[0].keys.shape[0]
         taken = sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in held.layers)
-        check_room(self.batch * self.length * taken // count, self._device, where=self._name())
+        check_free_memory(self.batch * self.length * taken // count, self._device, where=self._name())
 
     def _name(self) -> str:
         return f"a cache of {self.batch} sequences of {self.length} tokens"
@@ -206,7 +206,7 @@ class Decoder:
                 self._cache.update(layer.keys, layer.values, index)
                 layer.keys = layer.values = None
         except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             return None
         self._padding.copy_((1 - mask).sum(1, keepdim=True))
@@ -248,7 +248,7 @@ class Decoder:
     def rewind(self, used: int) -> None:
         """Drop all but the first `used` tokens, so that decoding can be repeated from there."""
         assert 0 < used <= self._used, f"{used} of {self._used} tokens"
-        self._back(self._used - used)
+        self._step_back(self._used - used)
         self._used = used
 
     def generate(self, ids: Tensor, count: int, attention_mask: Tensor | None = None) -> Tensor:
@@ -280,8 +280,8 @@ class Decoder:
             logits = self._fused(self._tokens)
             self._position += 1
             return logits
-        mask = ((self._places <= self._position) & (self._places >= self._padding))[:, None, None, :]
-        if self._adds:
+        mask = ((self._positions <= self._position) & (self._positions >= self._padding))[:, None, None, :]
+        if self._additive_mask:
             least = torch.finfo(self._model.dtype).min
             mask = torch.zeros(mask.shape, dtype=self._model.dtype, device=self._device).masked_fill(~mask, least)
         output = self._model(
@@ -293,7 +293,7 @@ class Decoder:
         self._position += 1
         return cast("Tensor", output.logits[:, -1])
 
-    def _back(self, tokens: int) -> None:
+    def _step_back(self, tokens: int) -> None:
         self._position -= tokens
         if not self.fuses:  # a fused step reads the position tensor only
             for layer in self._cache.layers:
@@ -307,7 +307,7 @@ class Decoder:
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
                     self._step()
-                    self._back(1)
+                    self._step_back(1)
             torch.cuda.current_stream(self._device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(
@@ -318,11 +318,11 @@ class Decoder:
 
 
 def _no_room_to_read(free: int | None, device: torch.device, *, where: str) -> DeviceError:
-    left = "the memory" if free is None else f"the {free:,} bytes"
+    left = "the amount" if free is None else f"the {free:,} bytes"
     return DeviceError(
         "memory ran out while prompts were read",
         where=where,
-        found=f"more bytes needed than {left} that was free on {device}",
+        found=f"more memory needed than {left} free on {device}",
         fix="read fewer or shorter prompts at once, or use a device with more memory",
     )
 
@@ -334,7 +334,7 @@ def _not_capturable(model: PreTrainedModel) -> CacheError:
         where="decoding with a fixed cache",
         found=f"a model on {model.device}"
         if on_cpu
-        else f"experts without a kernel for their layout and {model.dtype}, or rotary embeddings that depend on the length",
+        else f"experts without a kernel for their layout and {model.dtype}, or length-dependent rotary embeddings",
         fix="omit `capture`, so that steps run one by one"
         + (
             ""

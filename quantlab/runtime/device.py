@@ -74,14 +74,14 @@ def free_bytes(device: torch.device) -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
-def check_room(needed: int, device: torch.device, *, where: str) -> None:
+def check_free_memory(needed: int, device: torch.device, *, where: str) -> None:
     """Raise DeviceError if `device` has fewer than `needed` free bytes."""
     free = free_bytes(device)
     if free is not None and needed > free:
         raise out_of_memory(needed, free, device, where=where)
 
 
-def ran_out(error: RuntimeError | MemoryError) -> bool:
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether an error means that memory ran out; on the CPU torch raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.runtime.cuda.experts import routed, takes
-from quantlab.runtime.linear import Activation, gated, is_silu
+from quantlab.runtime.linear import Activation, gated_mlp, is_silu
 from quantlab.runtime.matrices import Matrices
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
-from quantlab.runtime.products import Groups
+from quantlab.runtime.products import RowGroups
 
 _ROWS_AT_ONCE: Final = 8192
 """Rows (tokens x experts per token) computed at once; bounds the size of the activations between the two products."""
@@ -60,9 +60,9 @@ class Experts(nn.Module):
         if tokens == 1:
             index = top_k_index[0]
             native = index.device.type == "cpu" and library() is not None
-            which = kernels.Held(index) if native else index.tolist()
-            groups = Groups(which, (1,) * top_k, index)
-            rows = gated(hidden_states.expand(top_k, -1), groups, self.gate_up, self.down, self.act_fn)
+            matrices = kernels.IndexTensor(index) if native else index.tolist()
+            groups = RowGroups(matrices, (1,) * top_k, index)
+            rows = gated_mlp(hidden_states.expand(top_k, -1), groups, self.gate_up, self.down, self.act_fn)
             if rows.dtype != torch.float32 and rows.device.type == "cpu" and library() is not None:
                 return kernels.weighted_sum(rows, top_k_weights.to(torch.float32))
             return torch.mm(top_k_weights.to(torch.float32), rows.to(torch.float32)).to(hidden_states.dtype)
@@ -79,9 +79,9 @@ class Experts(nn.Module):
         by_expert, order = top_k_index.flatten().sort(stable=True)
         counts = torch.bincount(by_expert, minlength=self.num_experts).tolist()
         hit = [(index, count) for index, count in enumerate(counts) if count]
-        groups = Groups([index for index, _ in hit], [count for _, count in hit], by_expert)
+        groups = RowGroups([index for index, _ in hit], [count for _, count in hit], by_expert)
         rows = hidden_states.index_select(0, order // top_k)
-        outputs = gated(rows, groups, self.gate_up, self.down, self.act_fn)
+        outputs = gated_mlp(rows, groups, self.gate_up, self.down, self.act_fn)
         per_token = torch.empty_like(outputs).index_copy_(0, order, outputs).view(*top_k_index.shape, -1)
         weights = top_k_weights.to(torch.float32).unsqueeze(1)
         return torch.bmm(weights, per_token.to(torch.float32)).squeeze(1).to(hidden_states.dtype)

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT4, NumberFormat
-from quantlab.runtime.products import BAND_ROWS, Groups, band_rows, centred, compute_dtype, joined, split
+from quantlab.runtime.products import (
+    BAND_ROWS,
+    RowGroups,
+    band_rows,
+    compute_dtype,
+    join_groups,
+    signed_nibbles,
+    split_groups,
+)
 
 _PACKED_ROWS: Final = 48
 """Number of rows up to which torch's operator is faster than expanding the matrix (Zen 4, 2816x2048)."""
@@ -18,7 +26,7 @@ _product: Final[Callable[[Tensor, Tensor, int, Tensor], Tensor]] = torch.ops.ate
 _pack: Final[Callable[[Tensor, int], Tensor]] = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
 
 
-class Int4Matrices(nn.Module):
+class TorchInt4Matrices(nn.Module):
     """int4 matrices with a scale, and optionally a zero point, per group of columns.
 
     The operator computes ``(nibble - 8) * scale + offset`` with bfloat16 pairs (scale, offset), where ``offset = -zero
@@ -86,16 +94,16 @@ class Int4Matrices(nn.Module):
         """Set the scale of every group of matrix `index`."""
         self.scale[index, :, :, 0] = scale
 
-    def products(self, x: Tensor, groups: Groups) -> Tensor:
+    def products(self, x: Tensor, groups: RowGroups) -> Tensor:
         """[T, K] -> [T, N], each row times the matrix of its group."""
         compute = compute_dtype(x)
         limit = 0 if compute == torch.float32 else _PACKED_ROWS
-        rows = split(x.to(compute), groups)
+        rows = split_groups(x.to(compute), groups)
         parts = [
             self._packed_product(part, index) if 0 < count <= limit else self._expanded_product(part, index)
-            for part, index, count in zip(rows, groups.which, groups.counts, strict=True)
+            for part, index, count in zip(rows, groups.matrices, groups.counts, strict=True)
         ]
-        return joined(parts, x.dtype)
+        return join_groups(parts, x.dtype)
 
     def _packed_product(self, x: Tensor, index: int) -> Tensor:
         result = _product(x, self._each[index], self.group_size, self._scales[index])
@@ -133,7 +141,7 @@ class Int4Matrices(nn.Module):
         pairs = words.transpose(0, 1).contiguous().view(torch.uint8).view(scale.shape[0], self.group_size, -1)
         expanded = torch.empty(scale.shape[0], self.group_size, 2, pairs.shape[2], dtype=self.scale_dtype)
         for half, nibbles in enumerate((pairs & 15, pairs >> 4)):
-            steps = centred(nibbles) if zeros is None else centred(nibbles) - zeros[:, :, half]
+            steps = signed_nibbles(nibbles) if zeros is None else signed_nibbles(nibbles) - zeros[:, :, half]
             torch.mul(steps.to(self.scale_dtype), halves[:, :, half], out=expanded[:, :, half])
         return expanded.view(columns, -1)
 

@@ -11,14 +11,14 @@ from quantlab.numerics.number_format import INT8, ROW, Activations, NumberFormat
 from quantlab.runtime.integer_products import integer_product
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
-from quantlab.runtime.products import Groups, by_count, compute_dtype, in_bands, joined, split
+from quantlab.runtime.products import RowGroups, compute_dtype, dispatch_by_rows, in_bands, join_groups, split_groups
 
 _PACKED_ROWS: Final = 24
 """Number of rows up to which torch's weight-only operator is faster than expanding the matrix (Zen 4, 2816x2048)."""
 
 _NATIVE_ROWS: Final = 128
 """Number of rows up to which the native W8A8 kernel is faster than torch's operator (Zen 4, 2816x2048)."""
-_PORTION: Final = 256
+_CHUNK_ROWS: Final = 256
 """Rows per call of the native W8A16 kernel: they stay in the last-level cache while the weights are streamed."""
 _NATIVE_COLUMNS: Final = 1 << 16
 """Number of columns up to which the 32-bit sums of the native kernel cannot overflow."""
@@ -72,20 +72,20 @@ class Int8WeightMatrices(nn.Module):
         """Set the scale of every row of matrix `index`."""
         self.scale[index] = scale
 
-    def products(self, x: Tensor, groups: Groups) -> Tensor:
+    def products(self, x: Tensor, groups: RowGroups) -> Tensor:
         """[T, K] -> [T, N], each row times the matrix of its group."""
         compute = compute_dtype(x)
         if compute == torch.bfloat16 and library() is not None:
             out = torch.empty(x.shape[0], self.shape[1], dtype=x.dtype)
-            kernels.int8_weight_product(x, self.q, self.scale, groups.portions(_PORTION), out)
+            kernels.int8_weight_product(x, self.q, self.scale, groups.chunked(_CHUNK_ROWS), out)
             return out
         limit = 0 if compute == torch.float32 else _PACKED_ROWS
-        rows = split(x.to(compute), groups)
+        rows = split_groups(x.to(compute), groups)
         parts = [
             self._packed_product(part, index) if 0 < count <= limit else self._expanded_product(part, index)
-            for part, index, count in zip(rows, groups.which, groups.counts, strict=True)
+            for part, index, count in zip(rows, groups.matrices, groups.counts, strict=True)
         ]
-        return joined(parts, x.dtype)
+        return join_groups(parts, x.dtype)
 
     def _packed_product(self, x: Tensor, index: int) -> Tensor:
         scale = self._scales[index]
@@ -146,10 +146,10 @@ class Int8Matrices(nn.Module):
         """Set the scale of every row of matrix `index`."""
         self.scale[index] = scale
 
-    def products(self, x: Tensor, groups: Groups) -> Tensor:
+    def products(self, x: Tensor, groups: RowGroups) -> Tensor:
         """[T, K] -> [T, N], each row times the matrix of its group."""
         if library() is not None and self.shape[2] <= _NATIVE_COLUMNS:
-            return by_count(
+            return dispatch_by_rows(
                 x,
                 self.shape[1],
                 groups,
@@ -159,14 +159,14 @@ class Int8Matrices(nn.Module):
             )
         return self._torch_products(x, groups)
 
-    def _torch_products(self, x: Tensor, groups: Groups) -> Tensor:
+    def _torch_products(self, x: Tensor, groups: RowGroups) -> Tensor:
         quantized, token_scale = quantize_tokens(x)
-        if len(groups.which) == 1:
-            sums = integer_product(quantized, self._each[groups.which[0]])
+        if len(groups.matrices) == 1:
+            sums = integer_product(quantized, self._each[groups.matrices[0]])
         else:
-            parts = zip(split(quantized, groups), groups.which, strict=True)
+            parts = zip(split_groups(quantized, groups), groups.matrices, strict=True)
             sums = torch.cat([integer_product(part, self._each[index]) for part, index in parts])
-        row_scale = self.scale if groups.of_row is None else self.scale.index_select(0, groups.of_row)
+        row_scale = self.scale if groups.matrix_of_row is None else self.scale.index_select(0, groups.matrix_of_row)
         return (sums * token_scale).mul_(row_scale).to(x.dtype)
 
     def _torch_product(self, x: Tensor, index: int) -> Tensor:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from quantlab.runtime.blocks import address, lies_in_pairs, reorders_bfloat16
+from quantlab.runtime.blocks import data_address, has_pair_layout, supports_blocked_bfloat16
 from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
 from quantlab.runtime.matrices import Matrices, QuantizedMatrices
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
-from quantlab.runtime.products import Groups, dense_product, single
+from quantlab.runtime.products import RowGroups, dense_product, single_group
 
 FEW_ROWS: Final = 64
 """Number of rows up to which native kernels compute the operations between products, in one thread."""
@@ -52,7 +52,7 @@ class ReorderedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, None))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._paired = library() is not None and lies_in_pairs(self.out_features, self.in_features)
+        self._paired = library() is not None and has_pair_layout(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -60,7 +60,7 @@ class ReorderedLinear(nn.Module):
             return x.new_empty(*x.shape[:-1], self.out_features)
         if self._paired and x.numel() <= _PAIRED_ROWS * self.in_features:
             flat = x.reshape(-1, self.in_features)
-            product = kernels.paired_product(flat, address(self.weight), self.out_features, self.bias)
+            product = kernels.paired_product(flat, data_address(self.weight), self.out_features, self.bias)
             return product.view(*x.shape[:-1], self.out_features)
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return result
@@ -68,7 +68,7 @@ class ReorderedLinear(nn.Module):
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> DenseLinear | ReorderedLinear:
     """The fastest module for a floating-point weight [N, K]."""
-    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and reorders_bfloat16():
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and supports_blocked_bfloat16():
         return ReorderedLinear(weight, bias)
     return DenseLinear(nn.Parameter(weight, requires_grad=False), bias)
 
@@ -85,7 +85,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]; latents of MLA have four dimensions."""
         flat = x.reshape(-1, self.in_features)
-        result = self.matrices.products(flat, single(flat.shape[0]))
+        result = self.matrices.products(flat, single_group(flat.shape[0]))
         if self.bias is not None:
             result = result + self.bias
         return result.view(*x.shape[:-1], self.out_features)
@@ -123,7 +123,7 @@ class StackedLinear(nn.Module):
         return result
 
 
-class PartOfStack(nn.Module):
+class StackedLinearPart(nn.Module):
     """One of the linears of a `StackedLinear`."""
 
     def __init__(self, stack: StackedLinear, index: int) -> None:
@@ -146,13 +146,13 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
         flat = x.reshape(-1, x.shape[-1])
-        return gated(flat, single(flat.shape[0]), self.gate_up, self.down, self.act_fn).view(x.shape)
+        return gated_mlp(flat, single_group(flat.shape[0]), self.gate_up, self.down, self.act_fn).view(x.shape)
 
 
-def gated(x: Tensor, groups: Groups, gate_up: Matrices, down: Matrices, act_fn: Activation) -> Tensor:
+def gated_mlp(x: Tensor, groups: RowGroups, gate_up: Matrices, down: Matrices, act_fn: Activation) -> Tensor:
     """Gated MLP of each row with the matrices of its group: [T, H] -> [T, H]."""
-    if isinstance(gate_up, CudaMatrices) and is_silu(act_fn) and len(groups.which) == 1:
-        return down.products(gate_up.product(x, groups.which[0], gated=True), groups)
+    if isinstance(gate_up, CudaMatrices) and is_silu(act_fn) and len(groups.matrices) == 1:
+        return down.products(gate_up.product(x, groups.matrices[0], gated=True), groups)
     both = gate_up.products(x, groups)
     if (
         is_silu(act_fn)

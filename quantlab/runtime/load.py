@@ -26,9 +26,9 @@ from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix, concatenated
 from quantlab.numerics.number_format import NumberFormat
 from quantlab.runtime.attention import LATENT_SDPA
-from quantlab.runtime.device import check_room, find_device, free_bytes, out_of_memory, ran_out
+from quantlab.runtime.device import check_free_memory, find_device, free_bytes, is_out_of_memory, out_of_memory
 from quantlab.runtime.matrices import DenseMatrices, Matrices
-from quantlab.runtime.skeleton import DTYPES, Weights, build, config_of
+from quantlab.runtime.skeleton import DTYPES, WeightSource, build, config_of
 
 Progress = Callable[[int, int], None]
 
@@ -65,12 +65,12 @@ def load(
         DeviceError: the device or attention implementation is not available, or the model does not fit into memory.
     """
     found = find_device(device)
-    with _shown(f"loading {artifact.name}") if progress is None else nullcontext(progress) as called:
+    with _progress_bar(f"loading {artifact.name}") if progress is None else nullcontext(progress) as called:
         config, weights = _artifact(artifact, found, called)
         chosen = weights.dtype if dtype is None else dtype
         needed = weights.needed_bytes(chosen)
-        check_room(needed, found, where=str(artifact))
-        model = _built(config, weights, dtype=chosen, attention=attention)
+        check_free_memory(needed, found, where=str(artifact))
+        model = _build_or_none(config, weights, dtype=chosen, attention=attention)
     if model is None:
         raise out_of_memory(needed, free_bytes(found), found, where=str(artifact))
     weights.check_all_taken()
@@ -81,11 +81,11 @@ def load(
     return model
 
 
-def _artifact(artifact: Path, device: torch.device, progress: Progress) -> tuple[PreTrainedConfig, "_Artifact"]:
+def _artifact(artifact: Path, device: torch.device, progress: Progress) -> tuple[PreTrainedConfig, "_ArtifactWeights"]:
     """The config and the weights of an artifact; only headers are read so far."""
     checkpoint = unfused(open_checkpoint(artifact))
     config = config_of(checkpoint.config, where=str(artifact / "config.json"))
-    return config, _Artifact(StoredWeights(Reader(checkpoint), device=device), config, progress)
+    return config, _ArtifactWeights(StoredWeights(Reader(checkpoint), device=device), config, progress)
 
 
 def needed_bytes(artifact: Path, dtype: torch.dtype) -> int:
@@ -105,7 +105,7 @@ def needed_bytes(artifact: Path, dtype: torch.dtype) -> int:
 
 
 @contextmanager
-def _shown(what: str) -> Iterator[Progress]:
+def _progress_bar(what: str) -> Iterator[Progress]:
     """A progress bar of the weights read."""
     console = Console(stderr=True)
     with Bar(*Bar.get_default_columns(), console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -113,7 +113,9 @@ def _shown(what: str) -> Iterator[Progress]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _built(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype, attention: str) -> PreTrainedModel | None:
+def _build_or_none(
+    config: PreTrainedConfig, weights: WeightSource, *, dtype: torch.dtype, attention: str
+) -> PreTrainedModel | None:
     """The model; None if memory ran out.
 
     The exception is not passed on, because its traceback would keep the loaded tensors alive.
@@ -121,7 +123,7 @@ def _built(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype, at
     try:
         return build(config, weights, dtype=dtype, attention=attention)
     except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         return None
 
@@ -138,7 +140,7 @@ def _dtype_of(config: Mapping[str, Any], *, where: str) -> torch.dtype:
     return DTYPES[word]
 
 
-class _Artifact:
+class _ArtifactWeights:
     """The weights of a checkpoint directory; each can be taken once."""
 
     def __init__(self, stored: StoredWeights, config: PreTrainedConfig, progress: Progress) -> None:

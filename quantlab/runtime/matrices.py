@@ -9,20 +9,20 @@ from torch import Tensor, nn
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT4, INT8, Element, NumberFormat
 from quantlab.runtime.cuda.banks import COUNTERS, CudaMatrices
-from quantlab.runtime.int4 import Int4Matrices
+from quantlab.runtime.int4 import TorchInt4Matrices
 from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native_int4 import NativeInt4Matrices
 from quantlab.runtime.products import (
-    Groups,
-    by_count,
-    centred,
+    RowGroups,
     compute_dtype,
     dense_product,
+    dispatch_by_rows,
     in_bands,
-    joined,
+    join_groups,
     native_dense_limit,
-    split,
+    signed_nibbles,
+    split_groups,
 )
 
 
@@ -45,13 +45,13 @@ class DenseMatrices(nn.Module):
         """Set matrix `index` from [N, K] of any floating dtype."""
         self.weight[index].copy_(matrix)
 
-    def products(self, x: Tensor, groups: Groups) -> Tensor:
+    def products(self, x: Tensor, groups: RowGroups) -> Tensor:
         """[T, K] -> [T, N], each row times the matrix of its group."""
         limit = native_dense_limit(x, self.weight)
         if limit < 0:
-            parts = zip(split(x, groups), groups.which, strict=True)
-            return joined([dense_product(part, self._each[index]) for part, index in parts], x.dtype)
-        return by_count(
+            parts = zip(split_groups(x, groups), groups.matrices, strict=True)
+            return join_groups([dense_product(part, self._each[index]) for part, index in parts], x.dtype)
+        return dispatch_by_rows(
             x,
             self.shape[1],
             groups,
@@ -119,26 +119,28 @@ class ExpandedMatrices(nn.Module):
         """Rows start to stop of matrix `index`, expanded: [stop - start, K] of `dtype`."""
         q = self.q[index, start:stop]
         if self.number.bits == 4:
-            q = centred(torch.stack((q & 15, q >> 4), dim=-1).flatten(1))
+            q = signed_nibbles(torch.stack((q & 15, q >> 4), dim=-1).flatten(1))
         zero = None if self.zero is None else self.zero[index, start:stop]
         return QuantizedMatrix(q, self.scale[index, start:stop], self.number.bits, zero).dequantize(dtype)
 
-    def products(self, x: Tensor, groups: Groups) -> Tensor:
+    def products(self, x: Tensor, groups: RowGroups) -> Tensor:
         """[T, K] -> [T, N], each row times the matrix of its group."""
         compute = compute_dtype(x)
-        rows = split(x.to(compute), groups)
-        return joined([self._product(part, index) for part, index in zip(rows, groups.which, strict=True)], x.dtype)
+        rows = split_groups(x.to(compute), groups)
+        return join_groups(
+            [self._product(part, index) for part, index in zip(rows, groups.matrices, strict=True)], x.dtype
+        )
 
     def _product(self, x: Tensor, index: int) -> Tensor:
         return in_bands(x, self.shape[1], lambda start, stop: self.dense(index, start, stop, x.dtype), dtype=x.dtype)
 
 
-KernelMatrices = NativeInt4Matrices | Int4Matrices | Int8WeightMatrices | Int8Matrices | CudaMatrices
+KernelMatrices = NativeInt4Matrices | TorchInt4Matrices | Int8WeightMatrices | Int8Matrices | CudaMatrices
 QuantizedMatrices = KernelMatrices | ExpandedMatrices
 Matrices = DenseMatrices | QuantizedMatrices
 
 _BANKS: Final[Mapping[tuple[str, Element], tuple[type[KernelMatrices], ...]]] = {
-    ("cpu", INT4): (NativeInt4Matrices, Int4Matrices),
+    ("cpu", INT4): (NativeInt4Matrices, TorchInt4Matrices),
     ("cpu", INT8): (Int8Matrices, Int8WeightMatrices),
     ("cuda", INT4): (CudaMatrices,),
     ("cuda", INT8): (CudaMatrices,),

@@ -10,7 +10,7 @@ from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT4, NumberFormat
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.products import Groups, band_rows, by_count, compute_dtype, joined, split
+from quantlab.runtime.products import RowGroups, band_rows, compute_dtype, dispatch_by_rows, join_groups, split_groups
 
 _ROWS: Final = 128
 """Number of rows up to which the native kernel is faster than expanding the matrix (Zen 4, 2816x2048)."""
@@ -75,14 +75,14 @@ class NativeInt4Matrices(nn.Module):
         """Set the scale of every group of matrix `index`."""
         self.scale[index] = scale
 
-    def products(self, x: Tensor, groups: Groups) -> Tensor:
+    def products(self, x: Tensor, groups: RowGroups) -> Tensor:
         """[T, K] -> [T, N], each row times the matrix of its group."""
         _, rows, columns = self.shape
         if compute_dtype(x) == torch.float32:
-            parts = zip(split(x, groups), groups.which, strict=True)
-            return joined([self._expanded_product(part, index) for part, index in parts], x.dtype)
+            parts = zip(split_groups(x, groups), groups.matrices, strict=True)
+            return join_groups([self._expanded_product(part, index) for part, index in parts], x.dtype)
         shape = (rows, columns, self.group_size)
-        return by_count(
+        return dispatch_by_rows(
             x,
             rows,
             groups,

@@ -49,45 +49,45 @@ BAND_ROWS: Final = 64
 
 
 @dataclass(frozen=True)
-class Groups:
+class RowGroups:
     """The matrix of a bank that each row of activations is multiplied by; rows are sorted by matrix.
 
     Attributes:
-        which: index of the matrix of each group, without duplicates.
+        matrices: index of the matrix of each group, without duplicates.
         counts: number of consecutive rows in each group; they sum to T.
-        of_row: [T] int64, the index of the matrix of each row; None for a bank of one matrix.
+        matrix_of_row: [T] int64, the index of the matrix of each row; None for a bank of one matrix.
     """
 
-    which: Sequence[int]
+    matrices: Sequence[int]
     counts: Sequence[int]
-    of_row: Tensor | None
+    matrix_of_row: Tensor | None
 
     @cached_property
     def slices(self) -> Slices:
         """The groups in the form that the native kernels read."""
-        return Slices(self.which, [0, *accumulate(self.counts)][:-1], self.counts)
+        return Slices(self.matrices, [0, *accumulate(self.counts)][:-1], self.counts)
 
-    def portions(self, most: int) -> Slices:
-        """The groups for the native kernels, larger ones split into several of at most `most` rows."""
-        if max(self.counts, default=0) <= most:
+    def chunked(self, max_rows: int) -> Slices:
+        """The groups for the native kernels, larger ones split into several of at most `max_rows` rows."""
+        if max(self.counts, default=0) <= max_rows:
             return self.slices
         starts = [0, *accumulate(self.counts)]
         cut = [
-            (index, start + first, min(most, count - first))
-            for index, start, count in zip(self.which, starts, self.counts, strict=False)
-            for first in range(0, count, most)
+            (index, start + first, min(max_rows, count - first))
+            for index, start, count in zip(self.matrices, starts, self.counts, strict=False)
+            for first in range(0, count, max_rows)
         ]
         return Slices(*zip(*cut, strict=True))
 
 
 @cache
-def single(rows: int) -> Groups:
+def single_group(rows: int) -> RowGroups:
     """One group of `rows` rows, for a bank of one matrix."""
-    return Groups((0,), (rows,), None)
+    return RowGroups((0,), (rows,), None)
 
 
-def by_count(
-    x: Tensor, rows: int, groups: Groups, *, limit: int, few: Callable[[Slices, Tensor], None], many: Product
+def dispatch_by_rows(
+    x: Tensor, rows: int, groups: RowGroups, *, limit: int, few: Callable[[Slices, Tensor], None], many: Product
 ) -> Tensor:
     """Products [T, rows] of x [T, K], computed by one of two functions depending on the number of rows of a group.
 
@@ -103,13 +103,13 @@ def by_count(
         out = torch.empty(x.shape[0], rows, dtype=x.dtype)
         few(groups.slices, out)
         return out
-    if len(groups.which) == 1:
-        return many(x, groups.which[0]).to(x.dtype)
+    if len(groups.matrices) == 1:
+        return many(x, groups.matrices[0]).to(x.dtype)
     out = torch.empty(x.shape[0], rows, dtype=x.dtype)
     starts = [0, *accumulate(groups.counts)]
     small = [i for i, count in enumerate(groups.counts) if count <= limit]
-    few(Slices(*([values[i] for i in small] for values in (groups.which, starts, groups.counts))), out)
-    for index, start, count in zip(groups.which, starts, groups.counts, strict=False):
+    few(Slices(*([values[i] for i in small] for values in (groups.matrices, starts, groups.counts))), out)
+    for index, start, count in zip(groups.matrices, starts, groups.counts, strict=False):
         if count > limit:
             out[start : start + count] = many(x[start : start + count], index)
     return out
@@ -130,7 +130,7 @@ def dense_product(x: Tensor, weight: Tensor) -> Tensor:
     if x.numel() <= native_dense_limit(x, weight) * weight.shape[1]:
         flat = x.reshape(-1, x.shape[-1])
         out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
-        kernels.dense_product(flat, weight.unsqueeze(0), single(flat.shape[0]).slices, out)
+        kernels.dense_product(flat, weight.unsqueeze(0), single_group(flat.shape[0]).slices, out)
         return out
     return _torch_dense_product(x, weight)
 
@@ -176,16 +176,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float32 else torch.bfloat16
 
 
-def split(x: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+def split_groups(x: Tensor, groups: RowGroups) -> tuple[Tensor, ...]:
     """The rows [T, K] of each group, as views."""
     return torch.split_with_sizes(x, groups.counts)
 
 
-def joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Concatenate the results of groups, the inverse of `split`, and cast to `dtype`."""
+def join_groups(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Concatenate the results of groups, the inverse of `split_groups`, and cast to `dtype`."""
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 
-def centred(nibbles: Tensor) -> Tensor:
+def signed_nibbles(nibbles: Tensor) -> Tensor:
     """Stored nibbles 0 … 15 (uint8, overwritten) -> the integers -8 … 7 (int8) that they encode."""
     return nibbles.view(torch.int8).sub_(8)

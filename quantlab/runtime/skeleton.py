@@ -19,9 +19,17 @@ from quantlab.architectures.layer import GATED_MLP, LatentAttention
 from quantlab.errors import ArtifactError
 from quantlab.numerics.number_format import INT4, NumberFormat, group
 from quantlab.runtime.account import mark_unpacked
-from quantlab.runtime.attention import LATENT_SDPA, keep_latents, register
+from quantlab.runtime.attention import LATENT_SDPA, pass_latents_through, register
 from quantlab.runtime.experts import Experts
-from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, PartOfStack, StackedLinear, dense_linear
+from quantlab.runtime.linear import (
+    DenseLinear,
+    GatedMLP,
+    Norm,
+    PackedLinear,
+    StackedLinear,
+    StackedLinearPart,
+    dense_linear,
+)
 from quantlab.runtime.matrices import DenseMatrices, Matrices, QuantizedMatrices, quantized_matrices
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
@@ -31,7 +39,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 
 
-_MALFORMED: Final = (
+_CONFIG_ERRORS: Final = (
     StrictDataclassError,
     ArithmeticError,
     AttributeError,
@@ -46,7 +54,7 @@ _FUSED_EXPERTS: Final = "gate_up_proj"
 _INT4_GROUPS: Final = (128, 64, 32)
 
 
-class Weights(Protocol):
+class WeightSource(Protocol):
     """Source of a model's weights, by their names in the checkpoint (``….weight``)."""
 
     def format_of(self, name: str) -> NumberFormat | None:
@@ -87,12 +95,12 @@ def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
     plain = {key: copy.deepcopy(value) for key, value in fields.items() if key != "quantization_config"}
     try:
         return CONFIG_MAPPING[architecture.name].from_dict(dict(architecture.for_transformers(plain)))
-    except _MALFORMED as error:
-        raise _no_model(error, where=where) from error
+    except _CONFIG_ERRORS as error:
+        raise _invalid_config(error, where=where) from error
 
 
 def build(
-    config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype, attention: str = LATENT_SDPA
+    config: PreTrainedConfig, weights: WeightSource, *, dtype: torch.dtype, attention: str = LATENT_SDPA
 ) -> PreTrainedModel:
     """A model of `config` in evaluation mode on the device of the weights; takes every parameter from `weights` once.
 
@@ -110,8 +118,8 @@ def build(
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except _MALFORMED as error:
-        raise _no_model(error, where=f"the config of a {config.model_type}") from error
+    except _CONFIG_ERRORS as error:
+        raise _invalid_config(error, where=f"the config of a {config.model_type}") from error
     tied = bool(config.tie_word_embeddings)
     architecture = of_model_type(config.model_type)
     assert architecture is not None, "a config of `config_of`"
@@ -122,13 +130,13 @@ def build(
             model.lm_head = DenseLinear(model.model.embed_tokens.weight, None)
     if isinstance(architecture.attention, LatentAttention):
         for layer in model.model.layers:
-            keep_latents(layer.get_submodule(architecture.halves[0].module))
+            pass_latents_through(layer.get_submodule(architecture.halves[0].module))
     left = [name for name, tensor in _tensors(model) if tensor.is_meta]
     assert not left, f"never filled: {left}"
     return model.eval().requires_grad_(False)
 
 
-def _no_model(error: Exception, *, where: str) -> ArtifactError:
+def _invalid_config(error: Exception, *, where: str) -> ArtifactError:
     return ArtifactError(
         "transformers cannot build a model from the config",
         where=where,
@@ -143,7 +151,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _materialize(
-    module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype, skip: set[str], same_input: Sequence[str]
+    module: nn.Module,
+    path: str,
+    weights: WeightSource,
+    *,
+    dtype: torch.dtype,
+    skip: set[str],
+    same_input: Sequence[str],
 ) -> None:
     """Fill the tensors of a module, then replace or fill its children.
 
@@ -162,10 +176,10 @@ def _materialize(
     for name, buffer in list(module.named_buffers(recurse=False)):
         # the only stored buffer is the router's e_score_correction_bias, which engines add in float32
         module.register_buffer(name, weights.tensor(prefix + name, buffer.shape, torch.float32))
-    for name, part in _stacked(module, path, weights, dtype=dtype, names=same_input).items():
+    for name, part in _stacked_linears(module, path, weights, dtype=dtype, names=same_input).items():
         setattr(module, name, part)
     for name, child in list(module.named_children()):
-        if prefix + name not in skip and not isinstance(child, PartOfStack):
+        if prefix + name not in skip and not isinstance(child, StackedLinearPart):
             replacement = _replacement(child, prefix + name, weights, dtype=dtype)
             if replacement is None:
                 _materialize(child, prefix + name, weights, dtype=dtype, skip=skip, same_input=same_input)
@@ -176,12 +190,12 @@ def _materialize(
             setattr(module, name, Norm(child))
 
 
-def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> nn.Module | None:
+def _replacement(module: nn.Module, path: str, weights: WeightSource, *, dtype: torch.dtype) -> nn.Module | None:
     """The module that replaces a transformers module; None if it is kept."""
     if isinstance(getattr(module, _FUSED_EXPERTS, None), nn.Parameter):
         return _experts(module, path, weights, dtype=dtype)
     if all(_plain_linear(module, name) for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down)):
-        if _one_kind([f"{path}.{GATED_MLP.gate}.weight", f"{path}.{GATED_MLP.up}.weight"], weights):
+        if _fit_one_bank([f"{path}.{GATED_MLP.gate}.weight", f"{path}.{GATED_MLP.up}.weight"], weights):
             return _gated_mlp(module, path, weights, dtype=dtype)
         return None
     if isinstance(module, nn.Linear):
@@ -191,9 +205,9 @@ def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch
     return None
 
 
-def _stacked(
-    module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype, names: Sequence[str]
-) -> dict[str, PartOfStack]:
+def _stacked_linears(
+    module: nn.Module, path: str, weights: WeightSource, *, dtype: torch.dtype, names: Sequence[str]
+) -> dict[str, StackedLinearPart]:
     """The linears `names` of an attention module, which read the same input, stacked into one matrix.
 
     Empty if they are not stacked. They are stacked only on CUDA, to save kernel launches.
@@ -205,7 +219,7 @@ def _stacked(
         or len(linears) != len(names)
         or len({linear.bias is None for linear in linears}) != 1
         or _packed_format(of_names[0], weights) is None
-        or not _one_kind(of_names, weights)
+        or not _fit_one_bank(of_names, weights)
     ):
         return {}
     sizes = [linear.out_features for linear in linears]
@@ -218,7 +232,7 @@ def _stacked(
     ]
     assert isinstance(bank, QuantizedMatrices), "the weights are integers"
     stack = StackedLinear(PackedLinear(bank, torch.cat(biases) if biases else None), sizes)
-    return {name: PartOfStack(stack, index) for index, name in enumerate(names)}
+    return {name: StackedLinearPart(stack, index) for index, name in enumerate(names)}
 
 
 def _plain_linear(module: nn.Module, name: str) -> bool:
@@ -226,32 +240,32 @@ def _plain_linear(module: nn.Module, name: str) -> bool:
     return isinstance(child, nn.Linear) and child.bias is None
 
 
-def _one_kind(names: Sequence[str], weights: Weights) -> bool:
+def _fit_one_bank(names: Sequence[str], weights: WeightSource) -> bool:
     """Whether one bank can hold the weights: one integer format and one dtype of scales, or all floating point."""
     formats = {_packed_format(name, weights) for name in names}
     return formats == {None} or (len(formats) == 1 and len({weights.scale_dtype_of(name) for name in names}) == 1)
 
 
-def _packed_format(name: str, weights: Weights) -> NumberFormat | None:
+def _packed_format(name: str, weights: WeightSource) -> NumberFormat | None:
     """The format of a weight that the model holds as integers; None if it holds the weight in floating point."""
     number = weights.format_of(name)
     return number if number is not None and number.is_integer else None
 
 
-def _bank(name: str, shape: tuple[int, int, int], weights: Weights, *, dtype: torch.dtype) -> Matrices:
+def _bank(name: str, shape: tuple[int, int, int], weights: WeightSource, *, dtype: torch.dtype) -> Matrices:
     """An uninitialized bank [E, N, K] for the weight `name`."""
     number = _packed_format(name, weights)
     if number is None:
         with weights.device:
-            return _marked(DenseMatrices(*shape, dtype=dtype), name, weights)
-    held = held_as(number, shape[2])
+            return _with_reasons(DenseMatrices(*shape, dtype=dtype), name, weights)
+    held = held_format(number, shape[2])
     return quantized_matrices(held, *shape, scale_dtype=weights.scale_dtype_of(name), device=weights.device)
 
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def _marked(module: M, name: str, weights: Weights) -> M:
+def _with_reasons(module: M, name: str, weights: WeightSource) -> M:
     """Return a module that holds a weight in floating point; if the weight is quantized, record the reasons on it."""
     number = weights.format_of(name)
     if number is not None:
@@ -259,7 +273,7 @@ def _marked(module: M, name: str, weights: Weights) -> M:
     return module
 
 
-def held_as(number: NumberFormat, columns: int) -> NumberFormat:
+def held_format(number: NumberFormat, columns: int) -> NumberFormat:
     """The format that the model holds a matrix in.
 
     int4 with one scale per row is held as int4 with groups of columns that repeat this scale, because kernels require
@@ -271,7 +285,7 @@ def held_as(number: NumberFormat, columns: int) -> NumberFormat:
     return number if size is None else replace(number, granularity=group(size))
 
 
-def _linear(module: nn.Linear, path: str, weights: Weights, *, dtype: torch.dtype) -> nn.Module:
+def _linear(module: nn.Linear, path: str, weights: WeightSource, *, dtype: torch.dtype) -> nn.Module:
     shape = (module.out_features, module.in_features)
     bias = None if module.bias is None else weights.tensor(f"{path}.bias", module.bias.shape, dtype)
     name = f"{path}.weight"
@@ -284,12 +298,12 @@ def _linear(module: nn.Linear, path: str, weights: Weights, *, dtype: torch.dtyp
             if path.endswith(LatentAttention.LATENT_UP)
             else dense_linear(weight, bias)
         )
-        return _marked(linear, name, weights)
+        return _with_reasons(linear, name, weights)
     weights.fill(matrices, 0, [name])
     return PackedLinear(matrices, bias)
 
 
-def _gated_mlp(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> GatedMLP:
+def _gated_mlp(module: nn.Module, path: str, weights: WeightSource, *, dtype: torch.dtype) -> GatedMLP:
     hidden, width = module.get_parameter(f"{GATED_MLP.down}.weight").shape
     gate, up, down = (f"{path}.{name}.weight" for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down))
     gate_up_bank = _bank(gate, (1, 2 * width, hidden), weights, dtype=dtype)
@@ -299,11 +313,11 @@ def _gated_mlp(module: nn.Module, path: str, weights: Weights, *, dtype: torch.d
     return GatedMLP(gate_up_bank, down_bank, module.get_submodule(GATED_MLP.activation))
 
 
-def _experts(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> Experts:
+def _experts(module: nn.Module, path: str, weights: WeightSource, *, dtype: torch.dtype) -> Experts:
     count, double_width, hidden = module.get_parameter(_FUSED_EXPERTS).shape
     linears = {"gate": GATED_MLP.gate, "up": GATED_MLP.up, "down": GATED_MLP.down}
     names = {kind: [f"{path}.{index}.{name}.weight" for index in range(count)] for kind, name in linears.items()}
-    if not (_one_kind(names["gate"] + names["up"], weights) and _one_kind(names["down"], weights)):
+    if not (_fit_one_bank(names["gate"] + names["up"], weights) and _fit_one_bank(names["down"], weights)):
         raise ArtifactError(
             "the experts of a layer have different number formats",
             where=path,

@@ -30,15 +30,15 @@ from quantlab.architectures.layer import MixtureOfExperts
 from quantlab.runtime.cuda.banks import CudaMatrices
 from quantlab.runtime.cuda.experts import routed
 from quantlab.runtime.experts import Experts
-from quantlab.runtime.linear import FEW_ROWS, GatedMLP, Norm, PackedLinear, PartOfStack, is_silu
+from quantlab.runtime.linear import FEW_ROWS, GatedMLP, Norm, PackedLinear, StackedLinearPart, is_silu
 from quantlab.runtime.matrices import ExpandedMatrices
 from quantlab.runtime.native.record import CannotRepeatError, Recorded
-from quantlab.runtime.step_kernels import Kernels, Latents, Place, RowNorm
+from quantlab.runtime.step_kernels import CachePosition, Kernels, Latents, RowNorm
 from quantlab.runtime.step_parts import ExpertParts, GroupedParts, LatentParts, LayerParts, ModelParts
 
-Into = Callable[[Tensor, Tensor], Tensor]
+ResidualUpdate = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ·], residual stream [B, H]) -> the residual stream plus a function of x."""
-Attention = Callable[[Tensor, Tensor, Place], Tensor]
+Attention = Callable[[Tensor, Tensor, CachePosition], Tensor]
 """The same function, with the position of the new tokens in the cache."""
 
 
@@ -47,7 +47,7 @@ class _Layer:
     before: Norm
     attention: Attention
     between: Norm
-    mlp: Into
+    mlp: ResidualUpdate
 
 
 class FusedStep:
@@ -70,25 +70,27 @@ class FusedStep:
         self._parts, self._position, self._padding = parts, position, padding
         self._on_cuda = position.device.type == "cuda"
         kernels = _kernels(position.device)
-        self._layers = [_layer(layer, held, kernels) for layer, held in zip(parts.layers, cache.layers, strict=True)]
+        self._layers = [
+            _layer(layer, cache_layer, kernels) for layer, cache_layer in zip(parts.layers, cache.layers, strict=True)
+        ]
         heads = int(model.config.num_attention_heads) if self._on_cuda else 0
         self._arrived = torch.zeros(padding.shape[0] * heads, dtype=torch.int32, device=position.device)
         self._cos, self._sin = _angles(parts.rotary, cache.layers[0].keys)
-        self._records = not self._on_cuda and _repeats(model, padding.shape[0])
+        self._recordable = not self._on_cuda and _is_recordable(model, padding.shape[0])
         self._recorded: tuple[Tensor, Recorded] | None = None
-        weights = (*model.parameters(), *model.buffers()) if self._records else ()
+        weights = (*model.parameters(), *model.buffers()) if self._recordable else ()
         self._weights = [weight.detach() for weight in weights]  # recorded calls hold addresses only
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Tokens [B, 1] at `position` -> logits [B, V] of the next tokens, without waiting for the device."""
         hidden = self._parts.embeddings(tokens.flatten())
-        if not self._records:
+        if not self._recordable:
             return self._logits(hidden)
         if self._recorded is None:
             try:
                 self._recorded = hidden, Recorded(lambda: self._logits(hidden))
             except CannotRepeatError:
-                self._records = False
+                self._recordable = False
                 return self._logits(hidden)
             return self._recorded[1].result.clone()
         read, recorded = self._recorded
@@ -98,11 +100,11 @@ class FusedStep:
     def _logits(self, hidden: Tensor) -> Tensor:
         cos, sin = self._cos, self._sin
         if self._on_cuda:
-            at = (self._position - self._padding).flatten()
-            cos, sin = cos.index_select(0, at), sin.index_select(0, at)
-        place = Place(cos, sin, self._position, self._padding, self._arrived)
+            text_position = (self._position - self._padding).flatten()
+            cos, sin = cos.index_select(0, text_position), sin.index_select(0, text_position)
+        cache_position = CachePosition(cos, sin, self._position, self._padding, self._arrived)
         for layer in self._layers:
-            hidden = layer.attention(layer.before(hidden), hidden, place)
+            hidden = layer.attention(layer.before(hidden), hidden, cache_position)
             hidden = layer.mlp(layer.between(hidden), hidden)
         logits: Tensor = self._parts.head(self._parts.norm(hidden))
         return logits
@@ -118,7 +120,7 @@ def _kernels(device: torch.device) -> Kernels:
     return step
 
 
-def _repeats(model: PreTrainedModel, batch: int) -> bool:
+def _is_recordable(model: PreTrainedModel, batch: int) -> bool:
     """Whether every step makes the same kernel calls and a recording keeps no large tensors alive.
 
     With several tokens, the routing decides which kernels are called. A recording would also keep expanded matrices:
@@ -142,17 +144,17 @@ def _angles(rotary: nn.Module, keys: Tensor) -> tuple[Tensor, Tensor]:
     return cos.float().contiguous(), sin.float().contiguous()
 
 
-def _layer(parts: LayerParts, held: StaticLayer, kernels: Kernels) -> _Layer:
+def _layer(parts: LayerParts, cache_layer: StaticLayer, kernels: Kernels) -> _Layer:
     attention = (
-        _grouped_attention(parts.attention, held, kernels)
+        _grouped_attention(parts.attention, cache_layer, kernels)
         if isinstance(parts.attention, GroupedParts)
-        else _latent_attention(parts.attention, held, kernels)
+        else _latent_attention(parts.attention, cache_layer, kernels)
     )
-    mlp = _experts(parts.mlp, kernels) if isinstance(parts.mlp, ExpertParts) else _into(parts.mlp, kernels)
+    mlp = _experts(parts.mlp, kernels) if isinstance(parts.mlp, ExpertParts) else _residual_update(parts.mlp, kernels)
     return _Layer(parts.before, attention, parts.between, mlp)
 
 
-def _into(module: nn.Module, kernels: Kernels) -> Into:
+def _residual_update(module: nn.Module, kernels: Kernels) -> ResidualUpdate:
     """A linear or MLP that adds its output to the residual stream, in its last product if the kernels support it."""
     if isinstance(module, PackedLinear) and isinstance(module.matrices, CudaMatrices) and module.bias is None:
         matrices = module.matrices
@@ -164,43 +166,45 @@ def _into(module: nn.Module, kernels: Kernels) -> Into:
     return lambda x, hidden: kernels.add(module(x), hidden)
 
 
-def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
+def _outputs_of_same_input(linears: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
     """Outputs of linears that read the same input, from one product if they are stacked."""
     first = linears[0]
-    if isinstance(first, PartOfStack):
+    if isinstance(first, StackedLinearPart):
         return first.stack
     return lambda x: [linear(x) for linear in linears]
 
 
-def _grouped_attention(parts: GroupedParts, held: StaticLayer, kernels: Kernels) -> Attention:
-    project = _together([parts.query, parts.key, parts.value])
-    add_output = _into(parts.output, kernels)
+def _grouped_attention(parts: GroupedParts, cache_layer: StaticLayer, kernels: Kernels) -> Attention:
+    project = _outputs_of_same_input([parts.query, parts.key, parts.value])
+    add_output = _residual_update(parts.output, kernels)
     norms = None if parts.head_norms is None else [_row_norm(norm) for norm in parts.head_norms]
 
-    def attention(x: Tensor, hidden: Tensor, place: Place) -> Tensor:
+    def attention(x: Tensor, hidden: Tensor, cache_position: CachePosition) -> Tensor:
         q, k, v = project(x)
         if norms is not None:
             q, k = (kernels.norm_heads(heads, norm) for heads, norm in zip((q, k), norms, strict=True))
-        return add_output(kernels.attend(q, k, v, place, held.keys, held.values, parts.scaling), hidden)
+        return add_output(
+            kernels.attend(q, k, v, cache_position, cache_layer.keys, cache_layer.values, parts.scaling), hidden
+        )
 
     return attention
 
 
-def _latent_attention(parts: LatentParts, held: StaticLayer, kernels: Kernels) -> Attention:
-    project = _together([parts.query, parts.latent])
-    add_output = _into(parts.output, kernels)
+def _latent_attention(parts: LatentParts, cache_layer: StaticLayer, kernels: Kernels) -> Attention:
+    project = _outputs_of_same_input([parts.query, parts.latent])
+    add_output = _residual_update(parts.output, kernels)
     norm, q_up = _row_norm(parts.latent_norm), parts.query_up
     q_norm = None if parts.query_norm is None else _row_norm(parts.query_norm)
-    cache = Latents(held.keys, held.values, parts.rotary)
+    cache = Latents(cache_layer.keys, cache_layer.values, parts.rotary)
 
-    def attention(x: Tensor, hidden: Tensor, place: Place) -> Tensor:
+    def attention(x: Tensor, hidden: Tensor, cache_position: CachePosition) -> Tensor:
         q, kv = project(x)
         if q_up is None:
-            kernels.keep_latents(kv, norm, place, cache)
+            kernels.write_latents(kv, norm, cache_position, cache)
         else:
-            q = q_up(kernels.keep_latents(kv, norm, place, cache, q, q_norm))
+            q = q_up(kernels.write_latents(kv, norm, cache_position, cache, q, q_norm))
         q = q.view(q.shape[0], len(parts.up), -1)
-        return add_output(kernels.attend_absorbed(q, parts.up, place, cache, parts.scaling), hidden)
+        return add_output(kernels.attend_absorbed(q, parts.up, cache_position, cache, parts.scaling), hidden)
 
     return attention
 
@@ -209,8 +213,8 @@ def _row_norm(norm: Norm) -> RowNorm:
     return RowNorm(norm.weight, norm.variance_epsilon)
 
 
-def _experts(parts: ExpertParts, kernels: Kernels) -> Into:
-    experts, add_shared = parts.experts, _into(parts.shared, kernels)
+def _experts(parts: ExpertParts, kernels: Kernels) -> ResidualUpdate:
+    experts, add_shared = parts.experts, _residual_update(parts.shared, kernels)
     choose = kernels.router(parts.weight, parts.bias, parts.routing)
     if not parts.weight.is_cuda:
         return lambda x, hidden: add_shared(x, kernels.add(experts(x, *choose(x)), hidden))

@@ -20,20 +20,20 @@ Router = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Place:
+class CachePosition:
     """Position in the cache of the new token of each of B sequences.
 
     Attributes:
         cos, sin: [B, n] float32, contiguous: cosine and sine of the angles of the n rotated pairs; on the CPU a table
             of all positions, [S, n].
-        position: [1] int64, index in the cache.
+        index: [1] int64, position in the cache.
         padding: [B, 1] int64, number of empty positions at the start of the cache.
         arrived: int32 zeros, one counter per sequence and head, used by the CUDA kernels.
     """
 
     cos: Tensor
     sin: Tensor
-    position: Tensor
+    index: Tensor
     padding: Tensor
     arrived: Tensor
 
@@ -63,14 +63,21 @@ class Kernels(Protocol):
         ...
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache_position: CachePosition,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
     ) -> Tensor:
         """Rotate the queries and keys of the new tokens, write keys and values to the cache, and attend to the cache.
 
         Args:
             q: [B, h * D]; rows of q, k and v may have any stride.
             k, v: [B, G * D].
-            place: position of the new tokens.
+            cache_position: position of the new tokens.
             keys, values: the cache, [B, G, S, D].
             scaling: factor of the attention scores.
 
@@ -79,11 +86,11 @@ class Kernels(Protocol):
         """
         ...
 
-    def keep_latents(
+    def write_latents(
         self,
         kv: Tensor,
         norm: RowNorm,
-        place: Place,
+        cache_position: CachePosition,
         cache: Latents,
         q_a: Tensor | None = None,
         q_norm: RowNorm | None = None,
@@ -95,13 +102,15 @@ class Kernels(Protocol):
         """
         ...
 
-    def attend_absorbed(self, q: Tensor, weight: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
+    def attend_absorbed(
+        self, q: Tensor, weight: Tensor, cache_position: CachePosition, cache: Latents, scaling: float
+    ) -> Tensor:
         """Attention of all heads of the new tokens to the cached latents.
 
         Args:
             q: [B, h, N + R] contiguous, not yet rotated; its memory may be overwritten.
             weight: weight of kv_b, [h, N + V, L].
-            place: position of the new tokens.
+            cache_position: position of the new tokens.
             cache: already contains the latents of the new tokens.
             scaling: factor of the attention scores.
 

@@ -28,14 +28,14 @@ from quantlab.architectures.layer import (
     RotaryLayout,
     Routing,
 )
-from quantlab.runtime.attention import LATENT_SDPA, hands_latents_on
+from quantlab.runtime.attention import LATENT_SDPA, passes_latents
 from quantlab.runtime.experts import Experts
-from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, PartOfStack, ReorderedLinear
+from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, ReorderedLinear, StackedLinearPart
 from quantlab.runtime.native.library import library, status
 
 LENGTH_DEPENDENT: Final = frozenset({"dynamic", "longrope"})
 """Types of rotary embeddings whose angles depend on the sequence length."""
-_LINEARS: Final = (DenseLinear, ReorderedLinear, PackedLinear, PartOfStack)
+_LINEARS: Final = (DenseLinear, ReorderedLinear, PackedLinear, StackedLinearPart)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class NotFused:
     reason: str
 
 
-class _Unknown(Exception):  # noqa: N818 - never leaves this file
+class _NotFusable(Exception):  # noqa: N818 - never leaves this file
     """A part that fused steps do not compute."""
 
 
@@ -151,14 +151,14 @@ def parts_of(model: PreTrainedModel) -> ModelParts | NotFused:
     if model.device.type not in {"cpu", "cuda"} or (model.device.type == "cpu" and library() is None):
         return NotFused(f"no kernels for fused steps on {model.device.type}: {status()}")
     if model.dtype not in {torch.bfloat16, torch.float16}:
-        return NotFused(f"fused steps compute in 16 bits, the model computes in {_word(model.dtype)}")
+        return NotFused(f"fused steps compute in 16 bits, the model computes in {_dtype_name(model.dtype)}")
     if model.config._attn_implementation != LATENT_SDPA:
         return NotFused(f"fused steps do not support the attention implementation {model.config._attn_implementation}")
     if architecture.attention.window(model.config.to_dict()) is not None:
         return NotFused("fused steps do not support sliding-window attention")
     try:
         return _Reader(model, architecture).model()
-    except _Unknown as found:
+    except _NotFusable as found:
         return NotFused(str(found))
 
 
@@ -171,10 +171,10 @@ class _Reader:
         self._on_cuda = model.device.type == "cuda"
 
     def model(self) -> ModelParts:
-        with _opened(self._model, "") as whole, _opened(whole.take("model"), "model") as model:
+        with _all_parts(self._model, "") as whole, _all_parts(whole.take("model"), "model") as model:
             rotary = model.take("rotary_emb")
             if getattr(rotary, "rope_type", None) in LENGTH_DEPENDENT:
-                raise _Unknown(f"rotary embeddings of type {rotary.rope_type} depend on the sequence length")
+                raise _NotFusable(f"rotary embeddings of type {rotary.rope_type} depend on the sequence length")
             layers = model.take("layers", nn.ModuleList)
             assert isinstance(layers, nn.ModuleList)
             return ModelParts(
@@ -188,7 +188,7 @@ class _Reader:
     def _layer(self, module: nn.Module, path: str) -> LayerParts:
         first, second = self._architecture.halves
         declared = self._architecture.attention
-        with _opened(module, path) as layer:
+        with _all_parts(module, path) as layer:
             before, between = self._norm(layer, first.norm), self._norm(layer, second.norm)
             attention, where = layer.take(first.module), f"{path}.{first.module}"
             taken = (
@@ -202,14 +202,16 @@ class _Reader:
         norm = parts.take(name, Norm)
         assert isinstance(norm, Norm)
         if norm.weight.dtype != self._dtype:
-            raise _Unknown(f"{parts.path(name)} is {_word(norm.weight.dtype)}, the model {_word(self._dtype)}")
+            raise _NotFusable(
+                f"{parts.path(name)} is {_dtype_name(norm.weight.dtype)}, the model {_dtype_name(self._dtype)}"
+            )
         return norm
 
     def _grouped(self, module: nn.Module, path: str, declared: GroupedAttention) -> GroupedParts:
         width = self._architecture.dimensions(self._config)["head"]
         if width % 2:
-            raise _Unknown(f"the head width {width} is odd, so heads cannot be rotated in pairs")
-        with _opened(module, path) as parts:
+            raise _NotFusable(f"the head width {width} is odd, so heads cannot be rotated in pairs")
+        with _all_parts(module, path) as parts:
             names = (declared.QUERY, declared.KEY, declared.VALUE, declared.OUTPUT)
             query, key, value, output = (parts.take(name, *_LINEARS) for name in names)
             heads = declared.head_norms
@@ -217,10 +219,10 @@ class _Reader:
             return GroupedParts(query, key, value, output, norms, float(module.scaling))  # type: ignore[arg-type]
 
     def _latent(self, module: nn.Module, path: str, declared: LatentAttention) -> LatentParts:
-        if not hands_latents_on(module):
-            raise _Unknown(f"{path}.{declared.LATENT_UP} is not a dense matrix, which attention to latents requires")
+        if not passes_latents(module):
+            raise _NotFusable(f"{path}.{declared.LATENT_UP} is not a dense matrix, which attention to latents requires")
         compressed = bool(declared.query_rank(self._config))
-        with _opened(module, path) as parts:
+        with _all_parts(module, path) as parts:
             up = parts.take(declared.LATENT_UP, DenseLinear).get_parameter("weight")
             return LatentParts(
                 query=parts.take(declared.QUERY_DOWN if compressed else declared.QUERY, *_LINEARS),
@@ -239,7 +241,7 @@ class _Reader:
         if declared is not None and hasattr(module, declared.EXPERTS):
             return self._experts(module, path, declared)
         if type(module) is not GatedMLP:
-            with _opened(module, path) as parts:
+            with _all_parts(module, path) as parts:
                 for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down):
                     parts.take(name, *_LINEARS)
                 parts.take(GATED_MLP.activation)
@@ -249,19 +251,19 @@ class _Reader:
         routing = declared.routing(self._config)
         sigmoid = routing.scoring == "sigmoid"
         if sigmoid != routing.corrected or routing.group_score not in {0, 2 if sigmoid else 1}:
-            raise _Unknown(f"no router kernel computes the routing of {path}.{declared.ROUTER}")
-        with _opened(module, path) as parts:
+            raise _NotFusable(f"no router kernel computes the routing of {path}.{declared.ROUTER}")
+        with _all_parts(module, path) as parts:
             experts, router = parts.take(declared.EXPERTS, Experts), parts.take(declared.ROUTER)
             assert isinstance(experts, Experts)
             if self._on_cuda and not experts.routes_on_device(self._dtype):
-                raise _Unknown(
+                raise _NotFusable(
                     f"no kernel routes the experts of {path} in their format, so the host must read the routing"
                 )
             shared = self._mlp(parts.take(declared.SHARED), f"{path}.{declared.SHARED}")
             assert isinstance(shared, nn.Module)
-            with _opened(router, f"{path}.{declared.ROUTER}") as of_router:
-                weight = of_router.tensor("weight")
-                bias = of_router.tensor(declared.BIAS) if routing.corrected else None
+            with _all_parts(router, f"{path}.{declared.ROUTER}") as router_parts:
+                weight = router_parts.tensor("weight")
+                bias = router_parts.tensor(declared.BIAS) if routing.corrected else None
             return ExpertParts(experts, shared, router, weight, bias, routing)
 
 
@@ -280,15 +282,15 @@ class _Parts:
         """Take a submodule, whose type must be one of `types`; any type if none is given."""
         found = self._modules.pop(name, None)
         if found is None:
-            raise _Unknown(f"fused steps require {self.path(name)}, which does not exist")
+            raise _NotFusable(f"fused steps require {self.path(name)}, which does not exist")
         if types and type(found) not in types:
-            raise _Unknown(f"fused steps do not compute {self.path(name)} ({type(found).__name__})")
+            raise _NotFusable(f"fused steps do not compute {self.path(name)} ({type(found).__name__})")
         return found
 
     def tensor(self, name: str) -> Tensor:
         """Take a parameter or buffer."""
         if name not in self._tensors:
-            raise _Unknown(f"fused steps require {self.path(name)}, which does not exist")
+            raise _NotFusable(f"fused steps require {self.path(name)}, which does not exist")
         return self._tensors.pop(name)
 
     def left(self) -> str | None:
@@ -297,13 +299,13 @@ class _Parts:
 
 
 @contextmanager
-def _opened(module: nn.Module, path: str) -> Iterator[_Parts]:
+def _all_parts(module: nn.Module, path: str) -> Iterator[_Parts]:
     """The parts of a module; the `with` block must take all of them."""
     parts = _Parts(module, path)
     yield parts
     if (left := parts.left()) is not None:
-        raise _Unknown(f"fused steps do not compute {left}")
+        raise _NotFusable(f"fused steps do not compute {left}")
 
 
-def _word(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

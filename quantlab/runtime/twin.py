@@ -56,7 +56,7 @@ def random_twin(
     return build(config_of(config, where="the config of the twin"), weights, dtype=dtype, attention=attention)
 
 
-_DRAWN: Final = 8 * ((1 << 17) - 1)
+_DRAWN_BYTES: Final = 8 * ((1 << 17) - 1)
 """Random bytes generated per tensor and then repeated: 8 times a prime, so that no two rows of a matrix start alike."""
 _LAYER: Final = re.compile(r"\blayers\.(\d+)\.")
 _EMBEDDING: Final = 256.0
@@ -106,20 +106,20 @@ class _RandomWeights:
             made = torch.ones if name.endswith("weight") else torch.zeros
             return made(*shape, dtype=dtype, device=self.device)
         tensor = torch.empty(*shape, dtype=dtype, device=self.device)
-        self._begin(name)
+        self._seed_for(name)
         self._randomize(tensor, size=_EMBEDDING if "embed" in name else shape[-1] ** -0.5)
         return tensor
 
     def fill(self, matrices: Matrices, index: int, names: Sequence[str], rows: Sequence[int] | None = None) -> None:
         columns = matrices.shape[2]
-        self._begin(names[0])
+        self._seed_for(names[0])
         if isinstance(matrices, DenseMatrices):
             self._randomize(matrices.weight[index], size=columns**-0.5)
             return
         self._random_bits(matrices.integers(index))
         matrices.set_scales(index, columns**-0.5 / _ROOT_MEAN_SQUARES[matrices.number.bits])
 
-    def _begin(self, name: str) -> None:
+    def _seed_for(self, name: str) -> None:
         """Seed the generator for the tensor `name`."""
         self._generator.manual_seed(self._seed + zlib.crc32(name.encode()))
 
@@ -130,7 +130,7 @@ class _RandomWeights:
 
     def _draw(self, tensor: Tensor) -> None:
         flat = tensor.view(-1).view(torch.uint8)
-        drawn = flat[:_DRAWN]
+        drawn = flat[:_DRAWN_BYTES]
         whole = drawn.numel() // 8 * 8
         if whole and flat.storage_offset() % 8 == 0:  # eight at a time
             drawn[:whole].view(torch.int64).random_(-(1 << 63), None, generator=self._generator)
@@ -146,7 +146,7 @@ class _RandomWeights:
         self._draw(tensor)
         layout = _FLOATS[tensor.dtype]
         width = 8 * tensor.element_size()
-        bits = tensor.view(-1).view(layout.integer)[: _DRAWN * 8 // width]
+        bits = tensor.view(-1).view(layout.integer)[: _DRAWN_BYTES * 8 // width]
         exponent = round(math.log2(size / 1.5)) + layout.bias
         sign_and_mantissa = -(1 << (width - 1)) | ((1 << layout.mantissa) - 1)
         bits.bitwise_right_shift_(width - 1 - layout.mantissa).bitwise_and_(sign_and_mantissa)
@@ -155,9 +155,9 @@ class _RandomWeights:
 
 
 def _repeat(tensor: Tensor) -> None:
-    """Repeat the first `_DRAWN` bytes over the rest of a tensor."""
+    """Repeat the first `_DRAWN_BYTES` bytes over the rest of a tensor."""
     flat = tensor.view(-1).view(torch.uint8)
-    repeats = flat.numel() // _DRAWN
+    repeats = flat.numel() // _DRAWN_BYTES
     if repeats:
-        flat[_DRAWN : repeats * _DRAWN].view(-1, _DRAWN).copy_(flat[:_DRAWN])
-        flat[repeats * _DRAWN :].copy_(flat[: flat.numel() % _DRAWN])
+        flat[_DRAWN_BYTES : repeats * _DRAWN_BYTES].view(-1, _DRAWN_BYTES).copy_(flat[:_DRAWN_BYTES])
+        flat[repeats * _DRAWN_BYTES :].copy_(flat[: flat.numel() % _DRAWN_BYTES])

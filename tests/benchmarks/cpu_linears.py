@@ -23,12 +23,12 @@ from torch import Tensor
 
 from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.runtime.device import free_bytes
-from quantlab.runtime.int4 import Int4Matrices
+from quantlab.runtime.int4 import TorchInt4Matrices
 from quantlab.runtime.int8 import Int8Matrices
 from quantlab.runtime.linear import dense_linear
 from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
 from quantlab.runtime.native.library import status
-from quantlab.runtime.products import _torch_dense_product, single
+from quantlab.runtime.products import _torch_dense_product, single_group
 
 SHAPES = ((22016, 2048), (2816, 2048), (2048, 1408), (2048, 11008), (7680, 2048))
 CACHES = Path("/sys/devices/system/cpu")
@@ -107,10 +107,10 @@ def quantized(scheme: SchemeName, name: str, shape: tuple[int, int], held: int) 
         else:
             tensor.view(torch.uint8).random_(0, 256)
     nbytes = sum(tensor.nbytes for tensor in bank.buffers()) // count
-    groups = [type(single(1))((index,), (1,), None) for index in range(count)]
+    groups = [type(single_group(1))((index,), (1,), None) for index in range(count)]
 
     def ours(x: Tensor, index: int) -> Tensor:
-        group = groups[index] if x.shape[0] == 1 else type(single(1))((index,), (x.shape[0],), None)
+        group = groups[index] if x.shape[0] == 1 else type(single_group(1))((index,), (x.shape[0],), None)
         return bank.products(x, group)
 
     found = {f"{name}, runtime": Side(ours, count, nbytes, torch.bfloat16)}
@@ -122,8 +122,8 @@ def quantized(scheme: SchemeName, name: str, shape: tuple[int, int], held: int) 
             f"{name}, torch": Side(lambda x, i: operator(x, bank.q[i], bank.scale[i]), count, nbytes, torch.bfloat16)
         } | found
     number = SCHEMES[scheme].format
-    if Int4Matrices.can_hold(number, (rows, columns), torch.bfloat16) is None:
-        packed = Int4Matrices(number, count, rows, columns, scale_dtype=torch.bfloat16)
+    if TorchInt4Matrices.can_hold(number, (rows, columns), torch.bfloat16) is None:
+        packed = TorchInt4Matrices(number, count, rows, columns, scale_dtype=torch.bfloat16)
         packed.packed.random_(0, 256)
         nbytes = (packed.packed.nbytes + packed.scale.nbytes) // count
         return {f"{name}, torch": Side(packed._packed_product, count, nbytes, torch.bfloat16)} | found

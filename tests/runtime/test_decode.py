@@ -217,7 +217,7 @@ def test_memory_that_runs_out_while_a_prompt_is_read(
 
     monkeypatch.setattr(mlp, "forward", broken)
     message = (
-        r"ran out[^$]*2 sequences of 32 tokens, prompts of 9[^$]*more bytes needed than the [\d,]+ bytes free on cpu"
+        r"ran out[^$]*2 sequences of 32 tokens, prompts of 9[^$]*more memory needed than the [\d,]+ bytes free on cpu"
     )
     with pytest.raises(DeviceError, match=message) as caught:
         decoder.prefill(tokens(2, 9))

@@ -71,9 +71,9 @@ def test_devices_of_a_machine_with_gpus(cuda: SimpleNamespace) -> None:
 
 def test_free_memory_of_a_gpu_includes_unused_reserved_memory(cuda: SimpleNamespace) -> None:
     assert device.free_bytes(torch.device("cuda", 0)) == 10**9 + 10**6 - 10**5
-    device.check_room(10**9, torch.device("cuda", 0), where="here")
+    device.check_free_memory(10**9, torch.device("cuda", 0), where="here")
     with pytest.raises(DeviceError, match=r"2,000,000,000 bytes needed, 1,000,900,000 bytes free on cuda:0"):
-        device.check_room(2 * 10**9, torch.device("cuda", 0), where="here")
+        device.check_free_memory(2 * 10**9, torch.device("cuda", 0), where="here")
 
 
 def test_free_memory_of_this_machine() -> None:

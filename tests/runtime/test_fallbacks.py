@@ -8,15 +8,15 @@ from quantlab.numerics.number_format import E4M3, INT4, INT8, ROW, Activations, 
 from quantlab.recipe.schemes import SCHEMES
 from quantlab.runtime.account import expanded
 from quantlab.runtime.cuda.banks import CudaMatrices
-from quantlab.runtime.int4 import Int4Matrices
+from quantlab.runtime.int4 import TorchInt4Matrices
 from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices
 from quantlab.runtime.load import load
 from quantlab.runtime.matrices import ExpandedMatrices, choose_bank, quantized_matrices
 from quantlab.runtime.native_int4 import NativeInt4Matrices
-from quantlab.runtime.products import Groups
+from quantlab.runtime.products import RowGroups
 from tests.checkpoints import make_checkpoint
 
-KERNELS = (CudaMatrices, NativeInt4Matrices, Int4Matrices, Int8Matrices, Int8WeightMatrices)
+KERNELS = (CudaMatrices, NativeInt4Matrices, TorchInt4Matrices, Int8Matrices, Int8WeightMatrices)
 FP8 = NumberFormat(E4M3, block(128, 128), scale="F32", activations=Activations(E4M3, 128))
 
 
@@ -70,7 +70,7 @@ def test_expanded_matrices_multiply_with_zero_points(bits: int) -> None:
         steps = q.double() - zero.double().repeat_interleave(32, 1)
         meant.append(steps * scale.double().repeat_interleave(32, 1))
     x = torch.randn(7, 96)
-    found = bank.products(x, Groups((1, 0), (3, 4), None))
+    found = bank.products(x, RowGroups((1, 0), (3, 4), None))
     expected = torch.cat([x[:3].double() @ meant[1].T, x[3:].double() @ meant[0].T])
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     (counted,) = expanded(torch.nn.ModuleList([bank]))

@@ -22,7 +22,7 @@ from quantlab.runtime.experts import Experts
 from quantlab.runtime.load import load
 from quantlab.runtime.native.library import library, status
 from quantlab.runtime.step import _kernels
-from quantlab.runtime.step_kernels import Latents, Place, RowNorm
+from quantlab.runtime.step_kernels import CachePosition, Latents, RowNorm
 from quantlab.runtime.step_parts import ModelParts, parts_of
 from tests.runtime.tiny import FAMILIES, Artifact, quantize, tokens, write_checkpoint
 
@@ -63,21 +63,21 @@ def in_halves(x: Tensor, *, pairs: bool) -> Tensor:
     return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if pairs else x
 
 
-def softmaxed(scores: Tensor, place: Place) -> Tensor:
+def softmaxed(scores: Tensor, cache_position: CachePosition) -> Tensor:
     """Softmax of scores [B, ..., S] over the positions from padding to position."""
     where = torch.arange(scores.shape[-1])
-    seen = (where <= place.position) & (where >= place.padding)
+    seen = (where <= cache_position.index) & (where >= cache_position.padding)
     return scores.masked_fill(~seen.view(seen.shape[0], *(1 for _ in scores.shape[2:]), -1), float("-inf")).softmax(-1)
 
 
-def place_at(position: int, batch: int, pairs: int) -> tuple[Place, Tensor]:
+def cache_position_at(position: int, batch: int, pairs: int) -> tuple[CachePosition, Tensor]:
     """A cache position with some padding, and the rotary angles [B, n] of its tokens."""
     padding = torch.randint(0, min(position, 4) + 1, (batch, 1))
     table = 6 * torch.rand(position + 1, pairs)
     angles = table[position - padding[:, 0]]
     read = angles if angles.is_cuda else table  # the CPU reads a table of all places
     arrived = torch.zeros(4096, dtype=torch.int32)
-    return Place(read.cos(), read.sin(), torch.tensor([position]), padding, arrived), angles
+    return CachePosition(read.cos(), read.sin(), torch.tensor([position]), padding, arrived), angles
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -110,19 +110,21 @@ def test_attention_to_a_cache_it_writes(
     sizes = [heads * width, key_heads * width, key_heads * width]
     q, k, v = torch.randn(batch, sum(sizes)).to(dtype).split(sizes, dim=1)
     keys, values = (torch.randn(batch, key_heads, length, width).to(dtype) for _ in range(2))
-    place, angles = place_at(position, batch, width // 2)
+    cache_position, angles = cache_position_at(position, batch, width // 2)
     expected_keys, expected_values = keys.clone(), values.clone()
     expected_keys[:, :, position] = turned(k.view(batch, key_heads, width), angles[:, None]).to(dtype)
     expected_values[:, :, position] = v.view(batch, key_heads, width)
     for _ in range(2):
-        found = _kernels(device).attend(q, k, v, place, keys, values, width**-0.5)
+        found = _kernels(device).attend(q, k, v, cache_position, keys, values, width**-0.5)
     query = turned(q.view(batch, heads, width), angles[:, None]).view(batch, key_heads, per_key, width)
     scores = torch.einsum("bgpd,bgsd->bgps", query, expected_keys.double()) * width**-0.5
-    expected = torch.einsum("bgps,bgsd->bgpd", softmaxed(scores, place), expected_values.double()).reshape(batch, -1)
+    expected = torch.einsum("bgps,bgsd->bgpd", softmaxed(scores, cache_position), expected_values.double()).reshape(
+        batch, -1
+    )
     assert error(found, expected) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
     assert error(keys, expected_keys.double()) < 1e-3, "an ulp of few numbers"
     assert torch.equal(values, expected_values)
-    assert not place.arrived.any()
+    assert not cache_position.arrived.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,11 +156,11 @@ def test_attention_to_latents(
     norms = [torch.randn(size).to(dtype) for size in (latent, columns)]
     latents = torch.randn(batch, 1, length, latent).to(dtype)
     rotary = torch.randn(batch, 1, length, turned_width).to(dtype)
-    place, angles = place_at(position, batch, turned_width // 2)
+    cache_position, angles = cache_position_at(position, batch, turned_width // 2)
     cache = Latents(latents, rotary, RotaryLayout(*pairs))
     others = latents.clone(), rotary.clone()
     by = [RowNorm(norm, 1e-5) for norm in norms]
-    normed = kernels.keep_latents(kv, by[0], place, cache, q_a, by[1])
+    normed = kernels.write_latents(kv, by[0], cache_position, cache, q_a, by[1])
     for found, read, norm in ((latents[:, 0, position], kv[:, :latent], norms[0]), (normed, q_a, norms[1])):
         wide = read.double()
         assert error(found, wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.double()) < 5e-3
@@ -173,11 +175,11 @@ def test_attention_to_latents(
     q_latent = torch.einsum("bhn,hnl->bhl", q[..., :nope].double(), weight[:, :nope].double())
     scores = torch.einsum("bhl,bsl->bhs", q_latent, latents[:, 0].double())
     scores += torch.einsum("bhr,bsr->bhs", query, in_halves(rotary[:, 0], pairs=pairs[1]).double())
-    seen = torch.einsum("bhs,bsl->bhl", softmaxed(scores * 0.05, place), latents[:, 0].double())
+    seen = torch.einsum("bhs,bsl->bhl", softmaxed(scores * 0.05, cache_position), latents[:, 0].double())
     expected = torch.einsum("bhl,hvl->bhv", seen, weight[:, nope:].double()).flatten(1)
-    found = kernels.attend_absorbed(q, weight, place, cache, 0.05)
+    found = kernels.attend_absorbed(q, weight, cache_position, cache, 0.05)
     assert error(found, expected) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
-    assert not place.arrived.any()
+    assert not cache_position.arrived.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -332,7 +334,7 @@ def test_a_step_that_reads_tensors_in_python_is_not_recorded(
     """Python reads the experts of the token, so the step continues without a recording."""
     scheme = next(one for one in FOREIGN if one.name == "int8_weight_g128")
     model = load(quantize(checkpoints["deepseek_v2"], tmp_path / "artifact", scheme).directory, dtype=torch.float16)
-    monkeypatch.setattr(step, "_repeats", lambda *_: True)
+    monkeypatch.setattr(step, "_is_recordable", lambda *_: True)
     ids = tokens(1, 20)
     decoders = [Decoder(model, batch=1, length=32, fuse=fuse) for fuse in (False, True)]
     for decoder in decoders:

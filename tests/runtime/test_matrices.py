@@ -13,22 +13,22 @@ from torch import Tensor
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import NumberFormat
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime.blocks import reorders_bfloat16
-from quantlab.runtime.int4 import Int4Matrices, int4_block
+from quantlab.runtime.blocks import supports_blocked_bfloat16
+from quantlab.runtime.int4 import TorchInt4Matrices, int4_block
 from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices, quantize_tokens
 from quantlab.runtime.linear import (
     DenseLinear,
     GatedMLP,
     PackedLinear,
-    PartOfStack,
     ReorderedLinear,
     StackedLinear,
+    StackedLinearPart,
     dense_linear,
 )
 from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, QuantizedMatrices, quantized_matrices
 from quantlab.runtime.native.library import library
 from quantlab.runtime.native_int4 import NativeInt4Matrices
-from quantlab.runtime.products import Groups, dense_product
+from quantlab.runtime.products import RowGroups, dense_product
 from tests.checkpoints import INTEGERS
 
 ROWS = (1, 2, 7, 16, 64, 257)
@@ -112,13 +112,13 @@ def test_kernels_are_chosen_by_shape_and_scale() -> None:
         return type(quantized_matrices(SCHEMES[scheme].format, 1, rows, columns, scale_dtype=dtype))
 
     if int4_block() is not None:
-        assert kind("int4_g128_asym", 576, 2048) is Int4Matrices, "the native kernel has no zero points"
+        assert kind("int4_g128_asym", 576, 2048) is TorchInt4Matrices, "the native kernel has no zero points"
     assert kind("int4_g128_asym", 80, 2048) is ExpandedMatrices, "and torch's layout no ragged blocks of rows"
     if library() is not None:
         assert kind("int4_g128", 576, 2048) is NativeInt4Matrices
         assert kind("int4_g128", 5, 128) is NativeInt4Matrices
     elif int4_block() is not None:
-        assert kind("int4_g128", 576, 2048) is Int4Matrices
+        assert kind("int4_g128", 576, 2048) is TorchInt4Matrices
         assert kind("int4_g128", 144, 128) is ExpandedMatrices, (
             "the number of rows is not a multiple of the layout's block"
         )
@@ -192,9 +192,9 @@ def test_rows_are_multiplied_by_the_matrix_of_their_group(scheme: SchemeName, dt
     matrices = [made(scheme, 64, 128, seed=seed) for seed in range(4)]
     bank = bank_of(scheme, matrices)
     counts, which = (3, 40, 1), (0, 2, 3)
-    of_row = torch.tensor(which).repeat_interleave(torch.tensor(counts))
+    matrix_of_row = torch.tensor(which).repeat_interleave(torch.tensor(counts))
     x = torch.randn(44, 128).to(dtype)
-    found = bank.products(x, Groups(which, counts, of_row))
+    found = bank.products(x, RowGroups(which, counts, matrix_of_row))
     each = torch.cat(
         [
             PackedLinear(bank_of(scheme, [matrices[index]]), None)(part)
@@ -221,7 +221,7 @@ def test_dense_products(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(64, 128), (96, 128), (5, 7), (144, 100)])
 @pytest.mark.parametrize("leading", [(1,), (2, 1, 9), (257,), (0,)])
 def test_reordered_bfloat16_linears(shape: tuple[int, int], leading: tuple[int, ...]) -> None:
-    if not reorders_bfloat16():
+    if not supports_blocked_bfloat16():
         pytest.skip("this CPU has no bfloat16 products")
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     x = torch.randn(*leading, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -246,11 +246,11 @@ def test_gated_mlp_equals_its_formula() -> None:
     assert torch.allclose(GatedMLP(gate_up, down, torch.nn.SiLU())(x), expected, atol=1e-6)
 
 
-def stacked(calls: list[Tensor]) -> tuple[StackedLinear, list[PartOfStack]]:
+def stacked(calls: list[Tensor]) -> tuple[StackedLinear, list[StackedLinearPart]]:
     linear = PackedLinear(bank_of("int8_weight", [made("int8_weight", 192, 128)]), torch.randn(192))
     linear.register_forward_hook(lambda module, inputs, output: calls.append(output))
     stack = StackedLinear(linear, (128, 16, 48))
-    return stack, [PartOfStack(stack, index) for index in range(3)]
+    return stack, [StackedLinearPart(stack, index) for index in range(3)]
 
 
 def test_parts_of_a_stack_compute_once_and_keep_no_outputs() -> None:

@@ -32,7 +32,7 @@ from quantlab.evaluation.statistics import Floats, median
 from quantlab.evaluation.suite import load_suite
 from quantlab.files import read_json
 from quantlab.runtime.cache import cached
-from quantlab.runtime.device import find_device, free_bytes, ran_out
+from quantlab.runtime.device import find_device, free_bytes, is_out_of_memory
 from quantlab.runtime.twin import random_twin
 
 BYTES_PER_SCORE: Final = 12
@@ -116,7 +116,7 @@ def attempt(
     except DeviceError as error:
         return failed(f"not tried: {error.found}")
     except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         return failed("out of memory")
 
