@@ -268,9 +268,9 @@ def test_requesting_an_impossible_capture_is_an_error(
 def test_attention_without_support_for_a_fixed_cache_is_an_error() -> None:
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
     model = random_twin({"model_type": "qwen2", **FAMILIES["qwen2"]} | windows, None, dtype=torch.float32, seed=0)
-    with pytest.raises(CacheError, match=r"does not serve[^$]*StaticSlidingWindowLayer"):
+    with pytest.raises(CacheError, match=r"does not support a fixed cache[^$]*StaticSlidingWindowLayer"):
         Decoder(model, batch=1, length=16)
     plain = random_twin({"model_type": "llama", **FAMILIES["llama"]}, None, dtype=torch.float32, seed=0)
     plain.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(CacheError, match=r"does not serve[^$]*flash_attention_2"):
+    with pytest.raises(CacheError, match=r"does not support a fixed cache[^$]*flash_attention_2"):
         Decoder(plain, batch=1, length=16)

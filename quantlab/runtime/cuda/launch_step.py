@@ -1,4 +1,4 @@
-"""Launches of the kernels that only a step of one new token per sequence has: `step_kernels.Kernels`."""
+"""Launches of the kernels that only a step of one new token per sequence has: the protocol `Kernels`."""
 
 from typing import Final
 
