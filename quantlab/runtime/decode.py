@@ -20,11 +20,11 @@ from transformers.cache_utils import StaticLayer
 
 from quantlab.architectures.detect import of_model_type
 from quantlab.errors import CacheError, DeviceError
-from quantlab.runtime.cache import cached
+from quantlab.runtime.cache_arguments import cache_arguments
+from quantlab.runtime.decoding.fusable_parts import LENGTH_DEPENDENT, ModelParts, NotFused, parts_of
+from quantlab.runtime.decoding.fused_step import FusedStep
 from quantlab.runtime.device import check_free_memory, free_bytes, is_out_of_memory
-from quantlab.runtime.experts import Experts
-from quantlab.runtime.step import FusedStep
-from quantlab.runtime.step_parts import LENGTH_DEPENDENT, ModelParts, NotFused, parts_of
+from quantlab.runtime.modules.experts import Experts
 
 _WARM_UPS: Final = 2
 """Steps that run before the capture, to compile kernels and allocate memory."""
@@ -138,7 +138,7 @@ class Decoder:
         self._check_size(batch, tokens, sequences={self.batch})
         if not self._cache.layers[0].is_initialized:
             one = DynamicCache(config=self._model.config)
-            self._model(input_ids=self._tokens[:1], **cached(one))
+            self._model(input_ids=self._tokens[:1], **cache_arguments(one))
             self._check_room(one)
         free, self._used = free_bytes(self._device), 0
         logits = self._read(ids, attention_mask)
@@ -198,7 +198,7 @@ class Decoder:
                 input_ids=ids.to(self._device),
                 attention_mask=None if attention_mask is None else mask.to(self._device),
                 position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(self._device),
-                **cached(growing),
+                **cache_arguments(growing),
                 logits_to_keep=1,
             )
             self._cache.reset()
@@ -288,7 +288,7 @@ class Decoder:
             input_ids=self._tokens,
             attention_mask=mask,
             position_ids=self._position - self._padding,
-            **cached(self._cache),
+            **cache_arguments(self._cache),
         )
         self._position += 1
         return cast("Tensor", output.logits[:, -1])

@@ -25,10 +25,11 @@ from quantlab.formats.fused import unfused
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix, concatenated
 from quantlab.numerics.number_format import NumberFormat
-from quantlab.runtime.attention import LATENT_SDPA
+from quantlab.runtime.banks.choice import Matrices
+from quantlab.runtime.banks.dense import DenseMatrices
 from quantlab.runtime.device import check_free_memory, find_device, free_bytes, is_out_of_memory, out_of_memory
-from quantlab.runtime.matrices import DenseMatrices, Matrices
-from quantlab.runtime.skeleton import DTYPES, WeightSource, build, config_of
+from quantlab.runtime.modules.attention import LATENT_SDPA
+from quantlab.runtime.modules.build import DTYPES, WeightSource, build, config_of
 
 Progress = Callable[[int, int], None]
 

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.numerics.number_format import NumberFormat
-from quantlab.runtime.attention import LATENT_SDPA
+from quantlab.runtime.banks.choice import Matrices
+from quantlab.runtime.banks.dense import DenseMatrices
 from quantlab.runtime.device import find_device
-from quantlab.runtime.matrices import DenseMatrices, Matrices
-from quantlab.runtime.skeleton import build, config_of
+from quantlab.runtime.modules.attention import LATENT_SDPA
+from quantlab.runtime.modules.build import build, config_of
 
 
 def random_twin(

@@ -24,8 +24,8 @@ import transformers
 from quantlab.evaluation.memory.attention import Case, attempt
 from quantlab.evaluation.record import AttentionCell
 from quantlab.evaluation.speed.models import Layout
-from quantlab.runtime.attention import IMPLEMENTATIONS
 from quantlab.runtime.device import find_device
+from quantlab.runtime.modules.attention import IMPLEMENTATIONS
 
 CONTEXTS = (2048, 8192, 32768)
 LAYOUT = Layout("bfloat16", None)

@@ -22,13 +22,15 @@ from rich.table import Table
 from torch import Tensor
 
 from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.runtime.banks.choice import quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.banks.dense_product import _torch_dense_product
+from quantlab.runtime.banks.groups import single_group
+from quantlab.runtime.banks.int4_torch import TorchInt4Matrices
+from quantlab.runtime.banks.int8 import Int8Matrices
 from quantlab.runtime.device import free_bytes
-from quantlab.runtime.int4 import TorchInt4Matrices
-from quantlab.runtime.int8 import Int8Matrices
-from quantlab.runtime.linear import dense_linear
-from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
+from quantlab.runtime.modules.linear import dense_linear
 from quantlab.runtime.native.library import status
-from quantlab.runtime.products import _torch_dense_product, single_group
 
 SHAPES = ((22016, 2048), (2816, 2048), (2048, 1408), (2048, 11008), (7680, 2048))
 CACHES = Path("/sys/devices/system/cpu")

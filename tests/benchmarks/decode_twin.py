@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.decode import Decoder
+from quantlab.runtime.inventory import weight_bytes
 from quantlab.runtime.native.library import status
 from quantlab.runtime.twin import random_twin
 from tests.checkpoints import all_linears

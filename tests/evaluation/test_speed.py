@@ -28,7 +28,7 @@ from quantlab.evaluation.speed.rates import speeds_of
 from quantlab.evaluation.suite import SpeedSuite, load_suite
 from quantlab.formats.compressed_tensors import Group, QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.runtime.linear import PackedLinear
+from quantlab.runtime.modules.linear import PackedLinear
 from quantlab.runtime.twin import random_twin
 from tests.checkpoints import FP8, all_linears
 from tests.runtime.tiny import FAMILIES, quantize, write_checkpoint

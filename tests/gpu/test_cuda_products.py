@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.runtime.banks.choice import quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.banks.groups import single_group
+from quantlab.runtime.banks.int8 import quantize_tokens
 from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
 from quantlab.runtime.cuda.tiles import Chip
 from quantlab.runtime.cuda.wide_schedule import candidates, token_chunks
-from quantlab.runtime.experts import Experts
-from quantlab.runtime.int8 import quantize_tokens
-from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
-from quantlab.runtime.products import single_group
+from quantlab.runtime.modules.experts import Experts
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,9 +10,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quantlab.errors import DeviceError
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.runtime import attention
-from quantlab.runtime.linear import PackedLinear
 from quantlab.runtime.load import load
+from quantlab.runtime.modules import attention
+from quantlab.runtime.modules.linear import PackedLinear
 from quantlab.runtime.twin import random_twin
 from tests.checkpoints import all_linears
 from tests.runtime.tiny import FAMILIES, dense_reference, relative_error, tokens

@@ -10,13 +10,14 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from quantlab.errors import CacheError, DeviceError
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.runtime import attention, device
-from quantlab.runtime.cache import cached
+from quantlab.runtime import device
+from quantlab.runtime.banks.expanded import ExpandedMatrices
+from quantlab.runtime.cache_arguments import cache_arguments
 from quantlab.runtime.cuda.banks import CudaMatrices
 from quantlab.runtime.decode import Decoder, _not_capturable, capturable
-from quantlab.runtime.experts import Experts
 from quantlab.runtime.load import load
-from quantlab.runtime.matrices import ExpandedMatrices
+from quantlab.runtime.modules import attention
+from quantlab.runtime.modules.experts import Experts
 from quantlab.runtime.twin import random_twin
 from tests.runtime.tiny import FAMILIES, relative_error, tokens
 
@@ -96,8 +97,8 @@ def test_a_fixed_cache_is_filled_from_a_growing_cache(
     model, ids = load(checkpoints[family], dtype=dtype), tokens(1, 5)
     one, others = DynamicCache(config=model.config), DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(input_ids=ids, **cached(one))
-        model(input_ids=tokens(3, 7), **cached(others))
+        model(input_ids=ids, **cache_arguments(one))
+        model(input_ids=tokens(3, 7), **cache_arguments(others))
     shared, each = (Decoder(model, batch=3, length=12) for _ in range(2))
     for prompts, held in ((ids.expand(3, -1), one), (tokens(3, 7), others), (ids.expand(3, -1), one)):
         shared.fill(held)

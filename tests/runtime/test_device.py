@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 from quantlab.errors import DeviceError
 from quantlab.recipe.schemes import SchemeName
-from quantlab.runtime import device, skeleton
-from quantlab.runtime.account import weight_bytes
+from quantlab.runtime import device
+from quantlab.runtime.banks.choice import Matrices
+from quantlab.runtime.inventory import weight_bytes
 from quantlab.runtime.load import load
-from quantlab.runtime.matrices import Matrices
+from quantlab.runtime.modules import build
 from quantlab.runtime.twin import random_twin
 from tests.runtime.foreign import compressed_description
 from tests.runtime.tiny import FAMILIES, Artifact
@@ -111,7 +112,7 @@ def test_running_out_of_memory_while_loading_frees_the_loaded_tensors(
     error: Exception, artifacts: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[weakref.ref[Matrices]] = []
-    whole = skeleton._bank
+    whole = build._bank
 
     def bank(*arguments: object, **options: object) -> Matrices:
         if len(made) == 6:
@@ -120,7 +121,7 @@ def test_running_out_of_memory_while_loading_frees_the_loaded_tensors(
         made.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(skeleton, "_bank", bank)
+    monkeypatch.setattr(build, "_bank", bank)
     with pytest.raises(DeviceError, match=r"does not fit[^$]*needed[^$]*free") as caught:
         load(artifacts("deepseek_v2", "int4_g128").directory)
     assert caught.value.__context__ is None
@@ -135,7 +136,7 @@ def test_other_errors_of_torch_are_not_reported_as_out_of_memory(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(skeleton, "_bank", broken)
+    monkeypatch.setattr(build, "_bank", broken)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         load(artifacts("llama", "int4_g128").directory)
 
@@ -160,7 +161,7 @@ def test_peak_memory_of_loading_is_the_model_plus_one_matrix(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps(fields))
     code = (
         "import resource, sys, torch; from pathlib import Path; from quantlab.runtime.load import load; "
-        "from quantlab.runtime.account import weight_bytes; torch.set_num_threads(1); "
+        "from quantlab.runtime.inventory import weight_bytes; torch.set_num_threads(1); "
         "from transformers import LlamaForCausalLM; from quantlab.runtime.native.library import library; library(); "
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; before = peak(); "
         "model = load(Path(sys.argv[1])); print(peak() - before, weight_bytes(model).total)"

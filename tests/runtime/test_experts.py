@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import quantlab.runtime.experts
+import quantlab.runtime.modules.experts
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime.experts import Experts
-from quantlab.runtime.matrices import DenseMatrices, Matrices, quantized_matrices
+from quantlab.runtime.banks.choice import Matrices, quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.modules.experts import Experts
 
 COUNT, HIDDEN, WIDTH, TOP_K = 9, 128, 64, 3
 
@@ -94,5 +95,5 @@ def test_many_tokens_are_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     experts, _, _ = build("int4_g64", torch.float32)
     x, weights = torch.randn(50, HIDDEN), torch.rand(50, TOP_K)
     whole = experts(x, routed(50, "spread"), weights)
-    monkeypatch.setattr(quantlab.runtime.experts, "_ROWS_AT_ONCE", 20)
+    monkeypatch.setattr(quantlab.runtime.modules.experts, "_ROWS_AT_ONCE", 20)
     assert torch.allclose(experts(x, routed(50, "spread"), weights), whole, atol=1e-6)

@@ -6,14 +6,15 @@ import torch
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import E4M3, INT4, INT8, ROW, Activations, NumberFormat, block, group
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.runtime.account import expanded
+from quantlab.runtime.banks.choice import choose_bank, quantized_matrices
+from quantlab.runtime.banks.expanded import ExpandedMatrices
+from quantlab.runtime.banks.groups import RowGroups
+from quantlab.runtime.banks.int4_native import NativeInt4Matrices
+from quantlab.runtime.banks.int4_torch import TorchInt4Matrices
+from quantlab.runtime.banks.int8 import Int8Matrices, Int8WeightMatrices
 from quantlab.runtime.cuda.banks import CudaMatrices
-from quantlab.runtime.int4 import TorchInt4Matrices
-from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices
+from quantlab.runtime.inventory import expanded
 from quantlab.runtime.load import load
-from quantlab.runtime.matrices import ExpandedMatrices, choose_bank, quantized_matrices
-from quantlab.runtime.native_int4 import NativeInt4Matrices
-from quantlab.runtime.products import RowGroups
 from tests.checkpoints import make_checkpoint
 
 KERNELS = (CudaMatrices, NativeInt4Matrices, TorchInt4Matrices, Int8Matrices, Int8WeightMatrices)

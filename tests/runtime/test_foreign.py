@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from quantlab.errors import ArtifactError, CheckpointError
-from quantlab.runtime.account import weight_bytes
+from quantlab.runtime.banks.choice import QuantizedMatrices
+from quantlab.runtime.banks.expanded import ExpandedMatrices
+from quantlab.runtime.inventory import weight_bytes
 from quantlab.runtime.load import load
-from quantlab.runtime.matrices import ExpandedMatrices, QuantizedMatrices
 from quantlab.runtime.native.library import library
 from tests.runtime.foreign import (
     compressed_description,

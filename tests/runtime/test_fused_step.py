@@ -16,14 +16,14 @@ from quantlab.architectures.detect import of_model_type
 from quantlab.architectures.layer import RotaryLayout, Routing
 from quantlab.numerics.number_format import INT4, INT8, ROW, NumberFormat, group
 from quantlab.recipe.schemes import SCHEMES, Scheme, SchemeName
-from quantlab.runtime import step
 from quantlab.runtime.decode import Decoder
-from quantlab.runtime.experts import Experts
+from quantlab.runtime.decoding import fused_step
+from quantlab.runtime.decoding.fusable_parts import ModelParts, parts_of
+from quantlab.runtime.decoding.fused_step import _kernels
+from quantlab.runtime.decoding.kernel_interface import CachePosition, Latents, RowNorm
 from quantlab.runtime.load import load
+from quantlab.runtime.modules.experts import Experts
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.step import _kernels
-from quantlab.runtime.step_kernels import CachePosition, Latents, RowNorm
-from quantlab.runtime.step_parts import ModelParts, parts_of
 from tests.runtime.tiny import FAMILIES, Artifact, quantize, tokens, write_checkpoint
 
 Maker = Callable[[str, SchemeName], Artifact]
@@ -334,7 +334,7 @@ def test_a_step_that_reads_tensors_in_python_is_not_recorded(
     """Python reads the experts of the token, so the step continues without a recording."""
     scheme = next(one for one in FOREIGN if one.name == "int8_weight_g128")
     model = load(quantize(checkpoints["deepseek_v2"], tmp_path / "artifact", scheme).directory, dtype=torch.float16)
-    monkeypatch.setattr(step, "_is_recordable", lambda *_: True)
+    monkeypatch.setattr(fused_step, "_is_recordable", lambda *_: True)
     ids = tokens(1, 20)
     decoders = [Decoder(model, batch=1, length=32, fuse=fuse) for fuse in (False, True)]
     for decoder in decoders:

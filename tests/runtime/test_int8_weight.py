@@ -5,9 +5,9 @@ import torch
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.runtime.int8 import Int8WeightMatrices
+from quantlab.runtime.banks.groups import RowGroups
+from quantlab.runtime.banks.int8 import Int8WeightMatrices
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.products import RowGroups
 
 needed = pytest.mark.skipif(library() is None, reason=status())
 SHAPES = ((1, 32), (17, 64), (64, 96), (70, 160), (200, 1408), (576, 2048), (300, 4128))

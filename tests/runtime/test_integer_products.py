@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantlab.runtime.integer_products import chunked_product, integer_product, operator_is_exact
-from quantlab.runtime.operators import cpu_operators
+from quantlab.runtime.banks.exact_int8 import chunked_product, integer_product, operator_is_exact
+from quantlab.runtime.cpu_operators import cpu_operators
 from tests.runtime.test_native import COMPUTE
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrain
 from quantlab.errors import ArtifactError, CheckpointError
 from quantlab.numerics.fp8 import quantize_blocks
 from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.runtime.banks.choice import QuantizedMatrices
 from quantlab.runtime.load import load
-from quantlab.runtime.matrices import QuantizedMatrices
 from tests.runtime.tiny import (
     Artifact,
     dense_reference,

@@ -13,10 +13,15 @@ from torch import Tensor
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import NumberFormat
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime.blocks import supports_blocked_bfloat16
-from quantlab.runtime.int4 import TorchInt4Matrices, int4_block
-from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices, quantize_tokens
-from quantlab.runtime.linear import (
+from quantlab.runtime.banks.choice import QuantizedMatrices, quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.banks.dense_product import dense_product
+from quantlab.runtime.banks.expanded import ExpandedMatrices
+from quantlab.runtime.banks.groups import RowGroups
+from quantlab.runtime.banks.int4_native import NativeInt4Matrices
+from quantlab.runtime.banks.int4_torch import TorchInt4Matrices, int4_block
+from quantlab.runtime.banks.int8 import Int8Matrices, Int8WeightMatrices, quantize_tokens
+from quantlab.runtime.modules.linear import (
     DenseLinear,
     GatedMLP,
     PackedLinear,
@@ -25,10 +30,8 @@ from quantlab.runtime.linear import (
     StackedLinearPart,
     dense_linear,
 )
-from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, QuantizedMatrices, quantized_matrices
+from quantlab.runtime.modules.onednn_layout import supports_blocked_bfloat16
 from quantlab.runtime.native.library import library
-from quantlab.runtime.native_int4 import NativeInt4Matrices
-from quantlab.runtime.products import RowGroups, dense_product
 from tests.checkpoints import INTEGERS
 
 ROWS = (1, 2, 7, 16, 64, 257)

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime import linear
-from quantlab.runtime.blocks import has_pair_layout
-from quantlab.runtime.int4 import TorchInt4Matrices
-from quantlab.runtime.int8 import Int8Matrices
-from quantlab.runtime.linear import Norm, ReorderedLinear, dense_linear
-from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
+from quantlab.runtime.banks.choice import quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.banks.groups import RowGroups, single_group
+from quantlab.runtime.banks.int4_native import NativeInt4Matrices
+from quantlab.runtime.banks.int4_torch import TorchInt4Matrices
+from quantlab.runtime.banks.int8 import Int8Matrices
+from quantlab.runtime.cpu_operators import cpu_operators
+from quantlab.runtime.modules import linear
+from quantlab.runtime.modules.linear import Norm, ReorderedLinear, dense_linear
+from quantlab.runtime.modules.onednn_layout import has_pair_layout
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.native_int4 import NativeInt4Matrices
-from quantlab.runtime.operators import cpu_operators
-from quantlab.runtime.products import RowGroups, single_group
 from tests.runtime.test_matrices import exact, made
 
 ROOT = Path(__file__).parents[2]
@@ -246,7 +247,7 @@ def run(code: str, **environment: str) -> str:
 SPEAK = "from quantlab.runtime.native.library import status; print(status())"
 COMPUTE = """
 import torch, tests.runtime.test_matrices as t, tests.runtime.test_experts as e
-from quantlab.runtime.blocks import supports_blocked_bfloat16
+from quantlab.runtime.modules.onednn_layout import supports_blocked_bfloat16
 for dtype in t.TOLERANCE:
     for scheme in t.WEIGHT_ONLY:
         t.test_weight_only_products_equal_the_dequantized_product(scheme, (192, 256), 2, dtype)
@@ -291,7 +292,7 @@ def test_threads_are_those_of_torch() -> None:
         "import pathlib, torch\n"
         "torch.set_num_threads(1)\n"
         "from quantlab.runtime.native import kernels\n"
-        "from quantlab.runtime.products import single_group\n"
+        "from quantlab.runtime.banks.groups import single_group\n"
         "x, w = torch.ones(1, 4096).half(), torch.ones(1, 4096, 4096).half()\n"
         "before = len(list(pathlib.Path('/proc/self/task').iterdir()))\n"
         "kernels.dense_product(x, w, single_group(1).slices, torch.empty(1, 4096).half())\n"

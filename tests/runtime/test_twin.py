@@ -9,9 +9,9 @@ import torch
 
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime.account import weight_bytes
-from quantlab.runtime.experts import Experts
+from quantlab.runtime.inventory import weight_bytes
 from quantlab.runtime.load import load
+from quantlab.runtime.modules.experts import Experts
 from quantlab.runtime.twin import random_twin
 from tests.checkpoints import INTEGERS, all_linears
 from tests.runtime.tiny import FAMILIES, IGNORE, Artifact, tokens
@@ -111,7 +111,7 @@ def test_a_tied_head_counts_once() -> None:
 def test_importing_the_runtime_does_nothing() -> None:
     code = (
         "import os, torch, transformers; before = dict(os.environ), torch.get_num_threads(), torch.get_rng_state().sum()\n"
-        "import quantlab.runtime.load, quantlab.runtime.twin, quantlab.runtime.account\n"
+        "import quantlab.runtime.load, quantlab.runtime.twin, quantlab.runtime.inventory\n"
         "assert before == (dict(os.environ), torch.get_num_threads(), torch.get_rng_state().sum())"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT4, INT8, ROW, Activations, NumberFormat
+from quantlab.runtime.banks.groups import RowGroups, join_groups, split_groups
 from quantlab.runtime.cuda import layout
 from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, FEW_TOKENS, Kind, band_rows, linear_tiles
 from quantlab.runtime.cuda.wide_schedule import WIDE_TOKENS, token_chunks
-from quantlab.runtime.products import RowGroups, join_groups, split_groups
 
 COUNTERS: Final = 4096
 """Of a bank: as many tiles of a product can be split, and as many programs share one."""

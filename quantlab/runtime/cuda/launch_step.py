@@ -11,7 +11,7 @@ from quantlab.runtime.cuda import choose as choose_kernels
 from quantlab.runtime.cuda.banks import rms_norm
 from quantlab.runtime.cuda.guard import on_its_device
 from quantlab.runtime.cuda.launch import chained, chip, power
-from quantlab.runtime.step_kernels import CachePosition, Latents, Router, RowNorm
+from quantlab.runtime.decoding.kernel_interface import CachePosition, Latents, Router, RowNorm
 
 LOG2_E: Final = 1.4426950408889634
 MOST_TOKENS: Final = 64

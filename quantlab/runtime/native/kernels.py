@@ -3,7 +3,7 @@
 One call multiplies rows of activations by the matrices of a bank, group by group. Activations may have any floating
 dtype; the kernel rounds them as it needs and returns their dtype. Scales may have any floating dtype.
 
-Legend: as in `quantlab.runtime.products`.
+Legend: as in `quantlab.runtime.banks`.
 """
 
 import ctypes
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from quantlab.architectures.layer import Routing
+from quantlab.runtime.decoding.kernel_interface import CachePosition
 from quantlab.runtime.native.library import library
-from quantlab.runtime.step_kernels import CachePosition
 
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _Pointer: Final = ctypes.c_void_p
@@ -154,7 +154,7 @@ def latent_attention(
     mask: Tensor | None = None,
     cache_position: CachePosition | None = None,
 ) -> Tensor:
-    """`quantlab.runtime.attention.absorbed` for one new token per sequence.
+    """`quantlab.runtime.modules.attention.absorbed` for one new token per sequence.
 
     Tensors are contiguous and have the same 16-bit dtype.
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from quantlab.architectures.layer import Routing
+from quantlab.runtime.decoding.kernel_interface import CachePosition, Latents, Router, RowNorm
 from quantlab.runtime.native import kernels
-from quantlab.runtime.step_kernels import CachePosition, Latents, Router, RowNorm
 
 
 def norm_heads(x: Tensor, norm: RowNorm) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import Cache, LlamaForCausalLM
 
 
-def cached(tokens: Cache) -> dict[str, Any]:
+def cache_arguments(tokens: Cache) -> dict[str, Any]:
     """Keyword arguments that make a transformers model read and extend a KV cache."""
     return {_argument(): tokens, "use_cache": True}
 

@@ -9,15 +9,8 @@ from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT4, NumberFormat
-from quantlab.runtime.products import (
-    BAND_ROWS,
-    RowGroups,
-    band_rows,
-    compute_dtype,
-    join_groups,
-    signed_nibbles,
-    split_groups,
-)
+from quantlab.runtime.banks.dense_product import BAND_ROWS, band_rows, compute_dtype, signed_nibbles
+from quantlab.runtime.banks.groups import RowGroups, join_groups, split_groups
 
 _PACKED_ROWS: Final = 48
 """Number of rows up to which torch's operator is faster than expanding the matrix (Zen 4, 2816x2048)."""

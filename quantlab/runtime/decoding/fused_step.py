@@ -13,7 +13,7 @@ calls and later steps replay them (`quantlab.runtime.native.record`), unless the
 experts do for several tokens.
 
 A fused step computes the same function as transformers' forward methods, with fewer roundings in between. It exists
-only for models whose every part is recognized (`quantlab.runtime.step_parts`).
+only for models whose every part is recognized (`quantlab.runtime.decoding.fusable_parts`).
 
 Legend: B sequences, H hidden width, V vocabulary size.
 """
@@ -27,14 +27,14 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from quantlab.architectures.layer import MixtureOfExperts
+from quantlab.runtime.banks.expanded import ExpandedMatrices
 from quantlab.runtime.cuda.banks import CudaMatrices
 from quantlab.runtime.cuda.experts import routed
-from quantlab.runtime.experts import Experts
-from quantlab.runtime.linear import FEW_ROWS, GatedMLP, Norm, PackedLinear, StackedLinearPart, is_silu
-from quantlab.runtime.matrices import ExpandedMatrices
+from quantlab.runtime.decoding.fusable_parts import ExpertParts, GroupedParts, LatentParts, LayerParts, ModelParts
+from quantlab.runtime.decoding.kernel_interface import CachePosition, Kernels, Latents, RowNorm
+from quantlab.runtime.modules.experts import Experts
+from quantlab.runtime.modules.linear import FEW_ROWS, GatedMLP, Norm, PackedLinear, StackedLinearPart, is_silu
 from quantlab.runtime.native.record import CannotRepeatError, Recorded
-from quantlab.runtime.step_kernels import CachePosition, Kernels, Latents, RowNorm
-from quantlab.runtime.step_parts import ExpertParts, GroupedParts, LatentParts, LayerParts, ModelParts
 
 ResidualUpdate = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ·], residual stream [B, H]) -> the residual stream plus a function of x."""

@@ -8,9 +8,10 @@ from torch.nn import functional
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT4, NumberFormat
+from quantlab.runtime.banks.dense_product import band_rows, compute_dtype
+from quantlab.runtime.banks.groups import RowGroups, dispatch_by_rows, join_groups, split_groups
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.products import RowGroups, band_rows, compute_dtype, dispatch_by_rows, join_groups, split_groups
 
 _ROWS: Final = 128
 """Number of rows up to which the native kernel is faster than expanding the matrix (Zen 4, 2816x2048)."""

@@ -32,7 +32,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from quantlab.architectures.layer import LatentAttention
 from quantlab.errors import DeviceError
-from quantlab.runtime.linear import DenseLinear
+from quantlab.runtime.modules.linear import DenseLinear
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantlab.runtime.decode import Decoder
-from quantlab.runtime.linear import Norm
+from quantlab.runtime.decoding.fusable_parts import ModelParts, NotFused, parts_of
 from quantlab.runtime.load import load
+from quantlab.runtime.modules.linear import Norm
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.step_parts import ModelParts, NotFused, parts_of
 from tests.runtime.tiny import FAMILIES, relative_error, tokens
 
 pytestmark = pytest.mark.skipif(library() is None, reason=status())

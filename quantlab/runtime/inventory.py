@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.numerics.number_format import NumberFormat
-from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, QuantizedMatrices, choose_bank
+from quantlab.runtime.banks.choice import QuantizedMatrices, choose_bank
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.banks.expanded import ExpandedMatrices
 
 _MARK: Final = "quantlab_unpacked"
 """Attribute of a module that holds a quantized weight in floating point: (name of the number format, reasons)."""

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT8, ROW, Activations, NumberFormat
-from quantlab.runtime.integer_products import integer_product
+from quantlab.runtime.banks.dense_product import compute_dtype, in_bands
+from quantlab.runtime.banks.exact_int8 import integer_product
+from quantlab.runtime.banks.groups import RowGroups, dispatch_by_rows, join_groups, split_groups
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
-from quantlab.runtime.products import RowGroups, compute_dtype, dispatch_by_rows, in_bands, join_groups, split_groups
 
 _PACKED_ROWS: Final = 24
 """Number of rows up to which torch's weight-only operator is faster than expanding the matrix (Zen 4, 2816x2048)."""

@@ -18,10 +18,12 @@ from quantlab.architectures.detect import ARCHITECTURES, of_model_type
 from quantlab.architectures.layer import GATED_MLP, LatentAttention
 from quantlab.errors import ArtifactError
 from quantlab.numerics.number_format import INT4, NumberFormat, group
-from quantlab.runtime.account import mark_unpacked
-from quantlab.runtime.attention import LATENT_SDPA, pass_latents_through, register
-from quantlab.runtime.experts import Experts
-from quantlab.runtime.linear import (
+from quantlab.runtime.banks.choice import Matrices, QuantizedMatrices, quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.inventory import mark_unpacked
+from quantlab.runtime.modules.attention import LATENT_SDPA, pass_latents_through, register
+from quantlab.runtime.modules.experts import Experts
+from quantlab.runtime.modules.linear import (
     DenseLinear,
     GatedMLP,
     Norm,
@@ -30,7 +32,6 @@ from quantlab.runtime.linear import (
     StackedLinearPart,
     dense_linear,
 )
-from quantlab.runtime.matrices import DenseMatrices, Matrices, QuantizedMatrices, quantized_matrices
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float16": torch.float16,

@@ -11,12 +11,12 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from quantlab.runtime.banks.choice import Matrices
+from quantlab.runtime.banks.groups import RowGroups
 from quantlab.runtime.cuda.experts import routed, takes
-from quantlab.runtime.linear import Activation, gated_mlp, is_silu
-from quantlab.runtime.matrices import Matrices
+from quantlab.runtime.modules.linear import Activation, gated_mlp, is_silu
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
-from quantlab.runtime.products import RowGroups
 
 _ROWS_AT_ONCE: Final = 8192
 """Rows (tokens x experts per token) computed at once; bounds the size of the activations between the two products."""

@@ -28,9 +28,16 @@ from quantlab.architectures.layer import (
     RotaryLayout,
     Routing,
 )
-from quantlab.runtime.attention import LATENT_SDPA, passes_latents
-from quantlab.runtime.experts import Experts
-from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, ReorderedLinear, StackedLinearPart
+from quantlab.runtime.modules.attention import LATENT_SDPA, passes_latents
+from quantlab.runtime.modules.experts import Experts
+from quantlab.runtime.modules.linear import (
+    DenseLinear,
+    GatedMLP,
+    Norm,
+    PackedLinear,
+    ReorderedLinear,
+    StackedLinearPart,
+)
 from quantlab.runtime.native.library import library, status
 
 LENGTH_DEPENDENT: Final = frozenset({"dynamic", "longrope"})

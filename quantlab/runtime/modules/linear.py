@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from quantlab.runtime.blocks import data_address, has_pair_layout, supports_blocked_bfloat16
+from quantlab.runtime.banks.choice import Matrices, QuantizedMatrices
+from quantlab.runtime.banks.dense_product import dense_product
+from quantlab.runtime.banks.groups import RowGroups, single_group
 from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
-from quantlab.runtime.matrices import Matrices, QuantizedMatrices
+from quantlab.runtime.modules.onednn_layout import data_address, has_pair_layout, supports_blocked_bfloat16
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
-from quantlab.runtime.products import RowGroups, dense_product, single_group
 
 FEW_ROWS: Final = 64
 """Number of rows up to which native kernels compute the operations between products, in one thread."""
