@@ -1,13 +1,14 @@
-"""Decoding with a cache of fixed size; on CUDA one step is captured as a graph and replayed.
+"""Decoding with a KV cache of fixed size; on CUDA one step is captured as a CUDA graph and replayed.
 
-A step of one token runs hundreds of small kernels, which the host takes longer to launch than a GPU to run. Captured once,
-a step is one launch. That asks for tensors that stay where they are: the cache is transformers' `StaticCache`, and tokens,
-position and mask are written in place. On the CPU the calls of a `FusedStep` are recorded as well, where they repeat.
+A step of one token runs hundreds of small kernels, which take longer to launch than to run. A captured step is one
+launch. A graph requires tensors at fixed addresses: the cache is transformers' `StaticCache`, and tokens, position and
+mask are updated in place. On the CPU the kernel calls of a `FusedStep` are recorded and replayed if they do not depend
+on the tokens.
 
-The prompt is read with a growing cache, whose attention costs what the prompt costs and not what the fixed cache could hold,
-and is then moved over, layer by layer.
+The prompt is read with a growing cache, so that the cost of attention depends on the length of the prompt and not on
+the capacity of the fixed cache. It is then copied to the fixed cache, layer by layer.
 
-Legend: B sequences, T tokens of the prompt, S tokens the cache has room for, V vocabulary.
+Legend: B sequences, T tokens of the prompt, S capacity of the cache in tokens, V vocabulary size.
 """
 
 from typing import Final, cast
@@ -19,21 +20,21 @@ from transformers.cache_utils import StaticLayer
 
 from quantlab.architectures.detect import of_model_type
 from quantlab.errors import CacheError, DeviceError
-from quantlab.runtime.cache import cached
-from quantlab.runtime.device import check_room, free_bytes, ran_out
-from quantlab.runtime.experts import Experts
-from quantlab.runtime.step import FusedStep
-from quantlab.runtime.step_parts import LENGTH_DEPENDENT, ModelParts, NotFused, parts_of
+from quantlab.runtime.cache_arguments import cache_arguments
+from quantlab.runtime.decoding.fusable_parts import LENGTH_DEPENDENT, ModelParts, NotFused, parts_of
+from quantlab.runtime.decoding.fused_step import FusedStep
+from quantlab.runtime.device import check_free_memory, free_bytes, is_out_of_memory
+from quantlab.runtime.modules.experts import Experts
 
 _WARM_UPS: Final = 2
-"""Steps that run before one is captured: kernels are compiled and memory is taken in the first."""
+"""Steps that run before the capture, to compile kernels and allocate memory."""
 
 
 def capturable(model: PreTrainedModel) -> bool:
-    """Whether a step of the model can be captured: nothing in it may wait for the device.
+    """Whether a step of the model can be captured, that is, no operation in it makes the host wait for the device.
 
-    Experts wait where their kernels take not the model's dtype or not the layout of their weights; rotary embeddings that depend
-    on the length of the text wait to learn it.
+    The host waits for the routing of experts whose dtype or layout the kernels do not support, and for the sequence
+    length if rotary embeddings depend on it.
     """
     return all(
         module.routes_on_device(model.dtype)
@@ -44,22 +45,22 @@ def capturable(model: PreTrainedModel) -> bool:
 
 
 class Decoder:
-    """Reads prompts into a fixed cache and decodes from it.
+    """Reads prompts into a cache of fixed size and decodes from it.
 
     Args:
-        model: of `runtime.load` or `runtime.random_twin`.
-        batch: sequences, B.
-        length: tokens per sequence, prompt included, S.
-        capture: whether a step is captured; None for yes on CUDA where the model is `capturable`.
-        fuse: whether a step is a `FusedStep` where the model has `parts_of` one; else it is transformers'. A fused step does not
-            call the modules of the model: hooks on layers see the prompts only.
+        model: made by `runtime.load` or `runtime.random_twin`.
+        batch: number of sequences, B.
+        length: capacity in tokens per sequence, prompt included, S.
+        capture: whether to capture a step as a CUDA graph; None captures on CUDA if the model is `capturable`.
+        fuse: whether to use a `FusedStep` if `parts_of(model)` returns its parts; otherwise transformers' forward
+            methods run. A fused step does not call the modules of the model, so hooks on layers fire for prompts only.
 
     Attributes:
-        not_fused: why steps are transformers', None where they are fused.
+        not_fused: the reason why steps are not fused; None if they are.
 
     Raises:
-        CacheError: the model attends to fewer than `length` tokens, in windows, or by flash attention, which takes no mask;
-            or it is to be captured and cannot be.
+        CacheError: the context length of the model is shorter than `length`; the model uses sliding-window or flash
+            attention, which take no mask; or `capture` is True and the model cannot be captured.
     """
 
     def __init__(
@@ -70,33 +71,33 @@ class Decoder:
         longest = architecture.context_length(model.config.to_dict())
         if not 0 < length <= longest or batch < 1:
             raise CacheError(
-                "the cache is of a size the model cannot use",
+                "the model does not support a cache of this size",
                 where="decoding with a fixed cache",
-                found=f"{batch} sequences of {length} tokens, the model attends to 1 … {longest}",
-                fix="ask for a shorter context",
+                found=f"{batch} sequences of {length} tokens, the model supports 1 … {longest} tokens",
+                fix="request a shorter context",
             )
         self.batch, self.length = batch, length
         self._model, self._device = model, model.device
-        can = self._device.type == "cuda" and capturable(model)
-        if capture and not can:
+        can_capture = self._device.type == "cuda" and capturable(model)
+        if capture and not can_capture:
             raise _not_capturable(model)
-        self.captures = can if capture is None else capture
+        self.captures = can_capture if capture is None else capture
         self._cache = StaticCache(config=model.config, max_cache_len=length)
         kinds = {type(layer).__name__ for layer in self._cache.layers} - {StaticLayer.__name__}
         if kinds or model.config._attn_implementation == "flash_attention_2":
             raise CacheError(
-                "the model attends in a way a fixed cache does not serve",
+                "the attention of the model does not support a fixed cache",
                 where="decoding with a fixed cache",
                 found=", ".join(sorted(kinds)) or "flash_attention_2",
-                fix="use generate, with the cache it makes itself, or another implementation of attention",
+                fix="call generate without a fixed cache, or use another attention implementation",
             )
-        self._adds = model.config._attn_implementation == "eager"
+        self._additive_mask = model.config._attn_implementation == "eager"
         self._used = 0
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
         self._position = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._padding = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
-        self._places = torch.arange(length, device=self._device)
-        self._parts = parts_of(model) if fuse else NotFused("fused steps were not asked for")
+        self._positions = torch.arange(length, device=self._device)
+        self._parts = parts_of(model) if fuse else NotFused("fused steps are turned off")
         self.not_fused = self._parts.reason if isinstance(self._parts, NotFused) else None
         self._fused: FusedStep | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -109,35 +110,35 @@ class Decoder:
 
     @property
     def used(self) -> int:
-        """Tokens per sequence in the cache, padding included."""
+        """Number of tokens per sequence in the cache, padding included."""
         return self._used
 
     @property
     def path(self) -> str:
-        """How a step runs, for people: "captured, fused steps", "fused steps", "single steps"."""
+        """Description of how steps run: "captured, fused steps", "fused steps", "single steps"."""
         ways = ["captured"] * self.captures + ["fused"] * self.fuses
         return ", ".join(ways or ["single"]) + " steps"
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Read prompts into the emptied cache.
+        """Empty the cache and read prompts into it.
 
         Args:
             ids: [B, T].
-            attention_mask: [B, T], 0 for padding, which stands before a prompt; None if there is none.
+            attention_mask: [B, T], 0 for padding, which must precede the prompt; None without padding.
 
         Returns:
             [B, V] logits of the token after each prompt.
 
         Raises:
-            CacheError: not B sequences, or more than S tokens.
+            CacheError: the number of sequences is not B, or T exceeds S.
             DeviceError: the cache does not fit into memory, or memory ran out while the prompts were read.
         """
         batch, tokens = ids.shape
         self._check_size(batch, tokens, sequences={self.batch})
         if not self._cache.layers[0].is_initialized:
             one = DynamicCache(config=self._model.config)
-            self._model(input_ids=self._tokens[:1], **cached(one))
+            self._model(input_ids=self._tokens[:1], **cache_arguments(one))
             self._check_room(one)
         free, self._used = free_bytes(self._device), 0
         logits = self._read(ids, attention_mask)
@@ -148,10 +149,10 @@ class Decoder:
 
     @torch.inference_mode()
     def fill(self, cache: DynamicCache) -> None:
-        """Begin with what a growing cache holds: prompts without padding of B sequences, or of one that all share.
+        """Copy the prompts of a growing cache, without padding: B sequences, or one that all sequences share.
 
         Raises:
-            CacheError: of neither B sequences nor one, or of more than S tokens.
+            CacheError: the number of sequences is neither B nor 1, or there are more than S tokens.
             DeviceError: the fixed cache does not fit into memory.
         """
         tokens = cache.get_seq_length()
@@ -172,21 +173,24 @@ class Decoder:
             raise CacheError(
                 "the prompts do not fit the cache",
                 where="decoding with a fixed cache",
-                found=f"{batch} sequences of {tokens} tokens, made for {self.batch} of 1 … {self.length}",
-                fix="make a cache for as many sequences and tokens",
+                found=f"{batch} sequences of {tokens} tokens, the cache has room for {self.batch} of 1 … {self.length}",
+                fix="create the decoder for this number of sequences and tokens",
             )
 
     def _check_room(self, held: DynamicCache) -> None:
-        """Whether there is room for the fixed cache, by what the tokens of a growing one take."""
+        """Raise DeviceError if the fixed cache does not fit, judged by the bytes per token of a growing cache."""
         count = held.get_seq_length() * held.layers[0].keys.shape[0]
         taken = sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in held.layers)
-        check_room(self.batch * self.length * taken // count, self._device, where=self._name())
+        check_free_memory(self.batch * self.length * taken // count, self._device, where=self._name())
 
     def _name(self) -> str:
         return f"a cache of {self.batch} sequences of {self.length} tokens"
 
     def _read(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-        """Logits of `prefill`; None if memory ran out: the error would keep what was computed alive, so it ends here."""
+        """Logits of `prefill`; None if memory ran out.
+
+        The exception is not passed on, because its traceback would keep the computed tensors alive.
+        """
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(torch.int64)
         growing = DynamicCache(config=self._model.config)
         try:
@@ -194,7 +198,7 @@ class Decoder:
                 input_ids=ids.to(self._device),
                 attention_mask=None if attention_mask is None else mask.to(self._device),
                 position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(self._device),
-                **cached(growing),
+                **cache_arguments(growing),
                 logits_to_keep=1,
             )
             self._cache.reset()
@@ -202,7 +206,7 @@ class Decoder:
                 self._cache.update(layer.keys, layer.values, index)
                 layer.keys = layer.values = None
         except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             return None
         self._padding.copy_((1 - mask).sum(1, keepdim=True))
@@ -214,10 +218,10 @@ class Decoder:
         """Decode one more token of each sequence.
 
         Args:
-            tokens: [B] or [B, 1], what follows the tokens in the cache.
+            tokens: [B] or [B, 1], the next token of each sequence.
 
         Returns:
-            [B, V] logits of the tokens after those. Where steps are captured the next one overwrites them.
+            [B, V] logits of the token after it. If steps are captured, the next step overwrites them.
 
         Raises:
             CacheError: the cache is full or empty.
@@ -227,7 +231,7 @@ class Decoder:
                 "the cache is full" if self._used else "the cache is empty",
                 where="decoding with a fixed cache",
                 found=f"{self._used} of {self.length} tokens",
-                fix="make a longer cache" if self._used else "read a prompt first",
+                fix="create the decoder with a greater length" if self._used else "read a prompt first",
             )
         self._tokens.copy_(tokens.reshape(self.batch, 1))
         if self.captures and self._graph is None:
@@ -242,23 +246,23 @@ class Decoder:
 
     @torch.inference_mode()
     def rewind(self, used: int) -> None:
-        """Forget all but the first `used` tokens; a decode can then be repeated from there."""
+        """Drop all but the first `used` tokens, so that decoding can be repeated from there."""
         assert 0 < used <= self._used, f"{used} of {self._used} tokens"
-        self._back(self._used - used)
+        self._step_back(self._used - used)
         self._used = used
 
     def generate(self, ids: Tensor, count: int, attention_mask: Tensor | None = None) -> Tensor:
-        """The prompts [B, T] with `count` tokens after each, always the likeliest: [B, T + count].
+        """Greedy decoding: the prompts [B, T] with `count` new tokens each, [B, T + count].
 
         Raises:
-            CacheError: they do not fit the cache; nothing is computed then.
+            CacheError: the tokens do not fit the cache; raised before anything is computed.
         """
         if ids.shape[1] + count - 1 > self.length:
             raise CacheError(
-                "the text does not fit the cache",
+                "the generated text does not fit the cache",
                 where="decoding with a fixed cache",
-                found=f"{ids.shape[1]} and {count} new tokens, room for {self.length}",
-                fix="make a longer cache, or ask for fewer tokens",
+                found=f"{ids.shape[1]} prompt tokens and {count} new ones, the cache has room for {self.length}",
+                fix="create the decoder with a greater length, or request fewer tokens",
             )
         logits = self.prefill(ids, attention_mask)
         found = [ids.to(self._device)]
@@ -269,54 +273,56 @@ class Decoder:
         return torch.cat(found, dim=1)
 
     def _step(self) -> Tensor:
-        """One step on the tensors that stay in place; nothing in it waits for the device."""
+        """Run one step on tensors at fixed addresses, without waiting for the device."""
         if isinstance(self._parts, ModelParts):
             if self._fused is None:
                 self._fused = FusedStep(self._model, self._parts, self._cache, self._position, self._padding)
             logits = self._fused(self._tokens)
             self._position += 1
             return logits
-        mask = ((self._places <= self._position) & (self._places >= self._padding))[:, None, None, :]
-        if self._adds:
+        mask = ((self._positions <= self._position) & (self._positions >= self._padding))[:, None, None, :]
+        if self._additive_mask:
             least = torch.finfo(self._model.dtype).min
             mask = torch.zeros(mask.shape, dtype=self._model.dtype, device=self._device).masked_fill(~mask, least)
         output = self._model(
             input_ids=self._tokens,
             attention_mask=mask,
             position_ids=self._position - self._padding,
-            **cached(self._cache),
+            **cache_arguments(self._cache),
         )
         self._position += 1
         return cast("Tensor", output.logits[:, -1])
 
-    def _back(self, tokens: int) -> None:
+    def _step_back(self, tokens: int) -> None:
         self._position -= tokens
-        if not self.fuses:  # a fused step reads the position alone
+        if not self.fuses:  # a fused step reads the position tensor only
             for layer in self._cache.layers:
                 layer.cumulative_length -= tokens
 
     def _capture_step(self) -> None:
-        """Capture a step, on the device of the model: that need not be the current one."""
+        """Capture a step on the device of the model, which may differ from the current device."""
         with torch.cuda.device(self._device):
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
                     self._step()
-                    self._back(1)
+                    self._step_back(1)
             torch.cuda.current_stream(self._device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):  # torch's own stream is of the device that captured first
+            with torch.cuda.graph(
+                graph, stream=stream
+            ):  # torch's default stream belongs to the first device that captured
                 self._logits = self._step()
             self._graph = graph
 
 
 def _no_room_to_read(free: int | None, device: torch.device, *, where: str) -> DeviceError:
-    left = "the memory" if free is None else f"the {free:,} bytes"
+    left = "the amount" if free is None else f"the {free:,} bytes"
     return DeviceError(
         "memory ran out while prompts were read",
         where=where,
-        found=f"more bytes needed than {left} free on {device} before",
+        found=f"more memory needed than {left} free on {device}",
         fix="read fewer or shorter prompts at once, or use a device with more memory",
     )
 
@@ -324,11 +330,15 @@ def _no_room_to_read(free: int | None, device: torch.device, *, where: str) -> D
 def _not_capturable(model: PreTrainedModel) -> CacheError:
     on_cpu = model.device.type != "cuda"
     return CacheError(
-        "a step of this model cannot be captured",
+        "a step of this model cannot be captured as a CUDA graph",
         where="decoding with a fixed cache",
         found=f"a model on {model.device}"
         if on_cpu
-        else f"experts whose kernels do not take {model.dtype} and their layout, or rotary embeddings that depend on the length",
-        fix="leave `capture` out: the steps then run one by one"
-        + ("" if on_cpu else ", or load the model in bfloat16 or float16, its experts of a scheme the kernels take"),
+        else f"experts without a kernel for their layout and {model.dtype}, or length-dependent rotary embeddings",
+        fix="omit `capture`, so that steps run one by one"
+        + (
+            ""
+            if on_cpu
+            else ", or load the model in bfloat16 or float16 with experts in a scheme that has a CUDA kernel"
+        ),
     )

@@ -1,4 +1,4 @@
-"""Where a model computes: the device that was named, whether it is one the runtime can use, and what memory it has left."""
+"""Selects the device of a model and checks that it is supported and has enough free memory."""
 
 from pathlib import Path
 from typing import Final
@@ -8,15 +8,17 @@ import torch
 from quantlab.errors import DeviceError
 
 _LEAST_CAPABILITY: Final = (8, 0)
-"""bfloat16 in tensor cores, which every kernel multiplies in."""
+"""Compute capability of the first GPUs with bfloat16 tensor cores, which all kernels use."""
 _MEMORY_FILE: Final = Path("/proc/meminfo")
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device of a name: "cpu", "cuda" or "cuda:1"; "cuda" is the current one, "auto" is "cuda" where there is a usable one, else "cpu".
+    """The device for a name.
+
+    Names are "cpu", "cuda" for the current CUDA device, "cuda:1", or "auto" for "cuda" if available and else "cpu".
 
     Raises:
-        DeviceError: there is no such device here, or it is not one the runtime computes on.
+        DeviceError: the device does not exist or is not supported.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +40,7 @@ def find_device(name: str | torch.device) -> torch.device:
     capability = torch.cuda.get_device_capability(index)
     if capability < _LEAST_CAPABILITY:
         raise DeviceError(
-            "the GPU is too old for the runtime",
+            "the runtime does not support this GPU",
             where=f"device {name}, {torch.cuda.get_device_name(index)}",
             found=f"compute capability {capability[0]}.{capability[1]}",
             fix="use compute capability {}.{} or newer (A100 and later), or the CPU".format(*_LEAST_CAPABILITY),
@@ -48,20 +50,20 @@ def find_device(name: str | torch.device) -> torch.device:
 
 def _no_device(name: str | torch.device, found: str) -> DeviceError:
     return DeviceError(
-        "there is no such device", where=f"device {name}", found=found, fix='use "cpu", or "cuda" where torch has it'
+        "there is no such device", where=f"device {name}", found=found, fix='use "cpu", or "cuda" if torch supports it'
     )
 
 
 def name_of(device: torch.device) -> str:
-    """A GPU's name, empty for the CPU."""
+    """Name of a GPU; empty for the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device, None where nobody says.
+    """Bytes that can be allocated on a device; None if unknown.
 
-    On the CPU what Linux calls available, which counts the page cache it would give up; on CUDA also what torch's allocator
-    holds without using it.
+    On the CPU, the memory that Linux reports as available, which includes reclaimable page cache; on CUDA, free memory
+    plus the unused memory that torch's allocator has reserved.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -72,24 +74,24 @@ def free_bytes(device: torch.device) -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
-def check_room(needed: int, device: torch.device, *, where: str) -> None:
-    """Raise DeviceError if `device` has fewer than `needed` bytes left."""
+def check_free_memory(needed: int, device: torch.device, *, where: str) -> None:
+    """Raise DeviceError if `device` has fewer than `needed` free bytes."""
     free = free_bytes(device)
     if free is not None and needed > free:
         raise out_of_memory(needed, free, device, where=where)
 
 
-def ran_out(error: RuntimeError | MemoryError) -> bool:
-    """Whether an error says that memory ran out; torch has no class of its own for this on the CPU."""
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an error means that memory ran out; on the CPU torch raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def out_of_memory(needed: int, free: int | None, device: torch.device, *, where: str) -> DeviceError:
-    """The error of a model that does not fit."""
+    """The error for a model that does not fit into memory."""
     left = "unknown" if free is None else f"{free:,} bytes"
     return DeviceError(
         "the model does not fit into memory",
         where=where,
         found=f"{needed:,} bytes needed, {left} free on {device}",
-        fix="free memory there, use a device with more of it, or an artifact of fewer bits",
+        fix="free memory, use a device with more memory, or use an artifact with fewer bits per weight",
     )

@@ -1,8 +1,8 @@
-"""An artifact or checkpoint as a transformers model that computes on the weights as they are stored.
+"""Load an artifact or checkpoint as a transformers model that computes on packed weights.
 
-transformers reads a compressed-tensors artifact by expanding it to 16 bits, misreads ragged FP8 blocks, and does not
-read INT8 experts at all. Here its model code is kept (attention, cache, generate) and its linears, MLPs and experts are
-replaced by modules that hold the integers. Tensors are read one at a time into their place, so the peak is the model and
+transformers expands a compressed-tensors artifact to 16 bits, misreads FP8 blocks at ragged edges, and does not read
+INT8 experts at all. This module keeps transformers' model code (attention, cache, generate) and replaces linears, MLPs
+and experts by modules that hold the stored integers. Tensors are read one at a time, so peak memory is the model plus
 the weights of one matrix.
 """
 
@@ -25,15 +25,16 @@ from quantlab.formats.fused import unfused
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix, concatenated
 from quantlab.numerics.number_format import NumberFormat
-from quantlab.runtime.attention import LATENT_SDPA
-from quantlab.runtime.device import check_room, find_device, free_bytes, out_of_memory, ran_out
-from quantlab.runtime.matrices import DenseMatrices, Matrices
-from quantlab.runtime.skeleton import DTYPES, Weights, build, config_of
+from quantlab.runtime.banks.choice import Matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.device import check_free_memory, find_device, free_bytes, is_out_of_memory, out_of_memory
+from quantlab.runtime.modules.attention import LATENT_SDPA
+from quantlab.runtime.modules.build import DTYPES, WeightSource, build, config_of
 
 Progress = Callable[[int, int], None]
 
 _WORK_BYTES: Final = 8
-"""Per weight of a matrix while it is unpacked and laid out."""
+"""Bytes of temporary memory per weight of a matrix while it is unpacked and laid out."""
 
 
 def load(
@@ -44,79 +45,86 @@ def load(
     attention: str = LATENT_SDPA,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """Load an artifact of quantlab, a compressed-tensors or GPTQ checkpoint made elsewhere, or a plain or FP8 checkpoint.
+    """Load an artifact of quantlab, another tool's compressed-tensors or GPTQ checkpoint, or a plain or FP8 checkpoint.
 
     Args:
-        artifact: its directory.
-        dtype: dtype of the activations and of the weights that are not quantized; the artifact's own if None, bfloat16
-            for FP8 checkpoints. With float32 the numbers are those of the expanded weights; with 16 bits, packed
-            products round activations to bfloat16.
-        device: "cpu", "cuda" or "cuda:1"; every tensor goes there as it is stored and is unpacked there.
-        attention: its implementation, one of `quantlab.runtime.attention.IMPLEMENTATIONS`.
-        progress: called with the number of weights read and their total after each; if None, a bar shows them where
-            standard error is a terminal.
+        artifact: directory of the artifact.
+        dtype: dtype of activations and unquantized weights; None for the artifact's own, bfloat16 for FP8 checkpoints.
+            With float32, results are those of the dequantized weights; with 16 bits, packed products round activations
+            to bfloat16.
+        device: "cpu", "cuda" or "cuda:1"; tensors are copied there as stored and unpacked there.
+        attention: attention implementation, one of `IMPLEMENTATIONS` of the runtime's attention module.
+        progress: called after each weight with the number of weights read and their total; if None, a progress bar is
+            shown if standard error is a terminal.
 
     Returns:
-        The transformers model in evaluation mode, without gradients. Multi-token-prediction layers are not part of it.
+        The transformers model in evaluation mode, without gradients and without multi-token-prediction layers.
 
     Raises:
-        ArtifactError: a tensor is missing, left over or of the wrong shape, or the model is of an unknown kind.
+        ArtifactError: a tensor is missing, left over or of the wrong shape, or the model type is unknown.
         CheckpointError: the files are damaged.
-        DeviceError: there is no such device or attention here, or the model does not fit into memory.
+        DeviceError: the device or attention implementation is not available, or the model does not fit into memory.
     """
     found = find_device(device)
-    with _shown(f"loading {artifact.name}") if progress is None else nullcontext(progress) as called:
+    with _progress_bar(f"loading {artifact.name}") if progress is None else nullcontext(progress) as called:
         config, weights = _artifact(artifact, found, called)
         chosen = weights.dtype if dtype is None else dtype
         needed = weights.needed_bytes(chosen)
-        check_room(needed, found, where=str(artifact))
-        model = _built(config, weights, dtype=chosen, attention=attention)
+        check_free_memory(needed, found, where=str(artifact))
+        model = _build_or_none(config, weights, dtype=chosen, attention=attention)
     if model is None:
         raise out_of_memory(needed, free_bytes(found), found, where=str(artifact))
     weights.check_all_taken()
     if (artifact / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(artifact)
-    # generate would compile a model with a static cache, and the kernels cannot be traced
+    # generate() compiles a model that has a static cache, and torch.compile cannot trace the kernels
     model.generation_config.disable_compile = True
     return model
 
 
-def _artifact(artifact: Path, device: torch.device, progress: Progress) -> tuple[PreTrainedConfig, "_Artifact"]:
-    """The config of an artifact and its weights, of which headers alone are read."""
+def _artifact(artifact: Path, device: torch.device, progress: Progress) -> tuple[PreTrainedConfig, "_ArtifactWeights"]:
+    """The config and the weights of an artifact; only headers are read so far."""
     checkpoint = unfused(open_checkpoint(artifact))
     config = config_of(checkpoint.config, where=str(artifact / "config.json"))
-    return config, _Artifact(StoredWeights(Reader(checkpoint), device=device), config, progress)
+    return config, _ArtifactWeights(StoredWeights(Reader(checkpoint), device=device), config, progress)
 
 
 def needed_bytes(artifact: Path, dtype: torch.dtype) -> int:
-    """Bytes that `load` takes of a device for an artifact, from its headers: the weights and the work of unpacking the largest.
+    """Bytes of device memory that `load` needs for an artifact, computed from its headers.
+
+    They are the weights plus the temporary memory for unpacking the largest matrix.
 
     Args:
-        artifact: its directory.
-        dtype: of the activations and of the weights that are not quantized.
+        artifact: directory of the artifact.
+        dtype: dtype of activations and unquantized weights.
 
     Raises:
-        ArtifactError: the model is of an unknown kind.
+        ArtifactError: the model type is unknown.
         CheckpointError: the files are damaged.
     """
     return _artifact(artifact, torch.device("cpu"), lambda *_: None)[1].needed_bytes(dtype)
 
 
 @contextmanager
-def _shown(what: str) -> Iterator[Progress]:
-    """A bar of the weights read."""
+def _progress_bar(what: str) -> Iterator[Progress]:
+    """A progress bar of the weights read."""
     console = Console(stderr=True)
     with Bar(*Bar.get_default_columns(), console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _built(config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype, attention: str) -> PreTrainedModel | None:
-    """The model, None if memory ran out: the error would keep what was loaded alive, so it ends here."""
+def _build_or_none(
+    config: PreTrainedConfig, weights: WeightSource, *, dtype: torch.dtype, attention: str
+) -> PreTrainedModel | None:
+    """The model; None if memory ran out.
+
+    The exception is not passed on, because its traceback would keep the loaded tensors alive.
+    """
     try:
         return build(config, weights, dtype=dtype, attention=attention)
     except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         return None
 
@@ -133,8 +141,8 @@ def _dtype_of(config: Mapping[str, Any], *, where: str) -> torch.dtype:
     return DTYPES[word]
 
 
-class _Artifact:
-    """The weights of a checkpoint directory, each handed out once."""
+class _ArtifactWeights:
+    """The weights of a checkpoint directory; each can be taken once."""
 
     def __init__(self, stored: StoredWeights, config: PreTrainedConfig, progress: Progress) -> None:
         self._stored = stored
@@ -145,7 +153,7 @@ class _Artifact:
         self._left = dict.fromkeys(
             name
             for name in stored.names()
-            # older checkpoints of llama store tables of the rotary embedding
+            # older llama checkpoints store the frequencies of the rotary embedding
             if not name.endswith(".rotary_emb.inv_freq") and not architecture.outside_the_model(name, fields)
         )
         self._total = len(self._left)
@@ -156,11 +164,11 @@ class _Artifact:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its own, as config.json names it."""
+        """The dtype of the artifact, from config.json."""
         return _dtype_of(self._stored.reader.checkpoint.config, where=f"{self._where}/config.json")
 
     def needed_bytes(self, dtype: torch.dtype) -> int:
-        """What the model takes: its weights as they are held, and the work of unpacking the largest."""
+        """Bytes of the weights as the model holds them, plus the temporary memory for unpacking the largest matrix."""
         sizes = [self._stored.held_bytes(name, dtype) for name in self._left]
         return sum(size for size, _ in sizes) + _WORK_BYTES * max((elements for _, elements in sizes), default=0)
 
@@ -174,10 +182,10 @@ class _Artifact:
         tensor = self._take(name)
         if isinstance(tensor, QuantizedMatrix):
             raise ArtifactError(
-                "a weight is quantized that the runtime computes in floating point",
+                "the artifact quantizes a weight that the runtime supports only in floating point",
                 where=f"{self._where}, {name}",
                 found=f"{tensor.bits}-bit integers",
-                fix="leave it out of the quantization: only linears and experts are computed as integers",
+                fix="exclude it from quantization: only linears and experts may be quantized",
             )
         self._check_shape(name, tensor.shape, shape)
         return tensor.to(dtype)
@@ -207,7 +215,7 @@ class _Artifact:
                 "a tensor of the model is missing",
                 where=self._where,
                 found=f"no {name}",
-                fix="make or download the artifact again",
+                fix="create or download the artifact again",
             )
         del self._left[name]
         weight = self._stored.read(name)
@@ -217,16 +225,16 @@ class _Artifact:
     def _check_shape(self, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
         if tuple(found) != tuple(expected):
             raise ArtifactError(
-                "a tensor does not fit the config",
+                "the shape of a tensor does not match the config",
                 where=f"{self._where}, {name}",
-                found=f"{list(found)}, the config asks for {list(expected)}",
+                found=f"{list(found)}, the config requires {list(expected)}",
                 fix="use the config.json the weights were released with",
             )
 
     def check_all_taken(self) -> None:
-        """Raise ArtifactError if the checkpoint holds a tensor the model has no place for.
+        """Raise ArtifactError if the checkpoint holds a tensor that the model does not use.
 
-        Biases of zeros are let pass: older tools store one for every quantized linear.
+        Biases that are all zeros are accepted: older tools store one for every quantized linear.
         """
         names = [
             name
@@ -235,7 +243,7 @@ class _Artifact:
         ]
         if names:
             raise ArtifactError(
-                "the artifact holds tensors the model has no place for",
+                "the artifact contains tensors that the model does not use",
                 where=self._where,
                 found=", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
                 fix="use the config.json the weights were released with",

@@ -1,9 +1,9 @@
-"""What reading a long context takes beyond the weights, by implementation of attention.
+"""Memory that a long context takes beyond the weights, by attention implementation.
 
-What is measured, and how, is `quantlab.evaluation.memory.attention`'s: a context of 2k, 8k and 32k tokens, one sequence, the peak of
-memory above the weights while it is read and while a token is decoded after it. Here it is done for MLA and for a dense
-model, without a recipe: on the CPU with small layers, each combination in a process of its own, on CUDA with layers as wide
-as the models'.
+`quantlab.evaluation.memory.attention` measures one sequence with contexts of 2k, 8k and 32k tokens: peak memory above
+the weights while the context is read and while one more token is decoded. This script runs it for an MLA model and a
+dense model without a recipe: on the CPU with small layers and one process per combination, on CUDA with layers of the
+models' true widths.
 
     python tests/benchmarks/attention_memory.py --out eval/results/attention-memory-cpu
     python tests/benchmarks/attention_memory.py --device cuda --out eval/results/attention-memory-cuda
@@ -24,8 +24,8 @@ import transformers
 from quantlab.evaluation.memory.attention import Case, attempt
 from quantlab.evaluation.record import AttentionCell
 from quantlab.evaluation.speed.models import Layout
-from quantlab.runtime.attention import IMPLEMENTATIONS
 from quantlab.runtime.device import find_device
+from quantlab.runtime.modules.attention import IMPLEMENTATIONS
 
 CONTEXTS = (2048, 8192, 32768)
 LAYOUT = Layout("bfloat16", None)
@@ -87,12 +87,12 @@ TRUE: Mapping[str, Mapping[str, Any]] = {
 
 
 def config_of(shape: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """All layers dense, so that experts add nothing."""
+    """The config with all layers dense, so that experts take no memory."""
     return {**shape, "num_hidden_layers": layers, "first_k_dense_replace": layers}
 
 
 def in_a_child(config: Mapping[str, Any], case: Case, device: torch.device) -> AttentionCell:
-    """`attempt` in a forked process, whose peak is its own."""
+    """Run `attempt` in a forked process, to measure its own peak memory."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -111,7 +111,7 @@ def in_a_child(config: Mapping[str, Any], case: Case, device: torch.device) -> A
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
-    """A table per kind of attention; a cell is the peak of the prefill in MB, of a decode step, and what the cache holds."""
+    """A table per kind of attention; a cell gives the peaks of prefill and of a decode step, and the cache, in MB."""
     lines = [
         f"# Memory of a long context on {result['hardware']}",
         "",
@@ -134,7 +134,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
 
 
 def cell(row: Mapping[str, Any]) -> str:
-    """One measurement for people."""
+    """Text of one measurement."""
     if "reason" in row:
         return str(row["reason"])
     decode = f" ({row['decode_peak_bytes'] / 1e6:,.0f})" if "decode_peak_bytes" in row else ""

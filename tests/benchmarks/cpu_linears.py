@@ -1,8 +1,9 @@
-"""What one linear costs at few rows on the CPU: torch's operators and the native kernels, for every number format.
+"""Time of one linear with few rows on the CPU, in every number format: torch's operators and the native kernels.
 
-All formats take turns within a round, so that other work on the machine disturbs them alike. Every turn takes other weights of a
-working set at least twice the size of the last-level cache. Where that would take too much memory, the set is smaller and its
-numbers are marked "cached". The rate is that of the weights (scales included), beside the rate of reading memory.
+All formats are timed in turn within a round, so that other load on the machine affects them equally. Each call uses the
+next matrix of a working set of at least twice the last-level cache. If that takes too much memory, the set is smaller
+and its results are marked "cached". The rate is bytes of weights (scales included) per second; the title gives the rate
+of reading memory.
 
     python tests/benchmarks/cpu_linears.py --rows 1 8
 """
@@ -21,24 +22,26 @@ from rich.table import Table
 from torch import Tensor
 
 from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.runtime.banks.choice import quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.banks.dense_product import _torch_dense_product
+from quantlab.runtime.banks.groups import single_group
+from quantlab.runtime.banks.int4_torch import TorchInt4Matrices
+from quantlab.runtime.banks.int8 import Int8Matrices
 from quantlab.runtime.device import free_bytes
-from quantlab.runtime.int4 import Int4Matrices
-from quantlab.runtime.int8 import Int8Matrices
-from quantlab.runtime.linear import dense_linear
-from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
+from quantlab.runtime.modules.linear import dense_linear
 from quantlab.runtime.native.library import status
-from quantlab.runtime.products import _torch_dense_product, single
 
 SHAPES = ((22016, 2048), (2816, 2048), (2048, 1408), (2048, 11008), (7680, 2048))
 CACHES = Path("/sys/devices/system/cpu")
 LEAST_BYTES = 160_000_000
-"""Of weights per format, also where the cache is small or its size unknown."""
+"""Smallest working set: bytes of weights per format."""
 SIDES = 10
-"""Working sets that are in memory at once: two or more for every format."""
+"""Working sets in memory at the same time: two or more for every format."""
 
 
 def last_level_cache() -> int | None:
-    """Bytes of all caches of the highest level, each counted once however many cores share it; None where nobody says."""
+    """Total bytes of the last-level caches, each counted once even if several cores share it; None if unknown."""
     found: dict[int, dict[str, int]] = {}
     for index in CACHES.glob("cpu[0-9]*/cache/index[0-9]*"):
         level, shared = (int((index / "level").read_text()), (index / "shared_cpu_list").read_text().strip())
@@ -48,13 +51,13 @@ def last_level_cache() -> int | None:
 
 
 def size_in_bytes(text: str) -> int:
-    """A size as Linux writes it: "32768K"."""
+    """Parse a size in the form of Linux, for example "32768K"."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
 
 
 def working_set() -> tuple[int, bool]:
-    """Bytes of weights per format, and whether they are at least twice the last-level cache (true where its size is unknown)."""
+    """Bytes of weights per format, and whether they are at least twice the last-level cache (True if unknown)."""
     wanted = max(2 * (last_level_cache() or 0), LEAST_BYTES)
     free = free_bytes(torch.device("cpu"))
     most = wanted if free is None else max(free // 2 // SIDES, LEAST_BYTES)
@@ -63,7 +66,7 @@ def working_set() -> tuple[int, bool]:
 
 @dataclass(frozen=True)
 class Side:
-    """One way to compute: a product with one of `count` matrices, each of `nbytes`."""
+    """One implementation: its product with one of `count` matrices of `nbytes` each."""
 
     product: Callable[[Tensor, int], Tensor]
     count: int
@@ -72,11 +75,11 @@ class Side:
 
 
 def sides(rows: int, columns: int, held: int) -> dict[str, Side]:
-    """Every format at [rows, columns], torch's way and the way a loaded model takes.
+    """For every format, torch's operator and the module or bank of a loaded model.
 
     Args:
-        rows: outputs of a matrix.
-        columns: inputs of a matrix.
+        rows: rows of a matrix.
+        columns: columns of a matrix.
         held: bytes of weights per format.
     """
     dense = max(-(-held // (2 * rows * columns)), 2)
@@ -96,7 +99,7 @@ def sides(rows: int, columns: int, held: int) -> dict[str, Side]:
 
 
 def quantized(scheme: SchemeName, name: str, shape: tuple[int, int], held: int) -> dict[str, Side]:
-    """torch's operator and the bank a loaded model uses, on random integers."""
+    """torch's operator and the bank of a loaded model, on random integers."""
     rows, columns = shape
     count = max(-(-held * 8 // (SCHEMES[scheme].format.bits * rows * columns)), 2)
     bank = quantized_matrices(SCHEMES[scheme].format, count, rows, columns, scale_dtype=torch.bfloat16)
@@ -106,10 +109,10 @@ def quantized(scheme: SchemeName, name: str, shape: tuple[int, int], held: int) 
         else:
             tensor.view(torch.uint8).random_(0, 256)
     nbytes = sum(tensor.nbytes for tensor in bank.buffers()) // count
-    groups = [type(single(1))((index,), (1,), None) for index in range(count)]
+    groups = [type(single_group(1))((index,), (1,), None) for index in range(count)]
 
     def ours(x: Tensor, index: int) -> Tensor:
-        group = groups[index] if x.shape[0] == 1 else type(single(1))((index,), (x.shape[0],), None)
+        group = groups[index] if x.shape[0] == 1 else type(single_group(1))((index,), (x.shape[0],), None)
         return bank.products(x, group)
 
     found = {f"{name}, runtime": Side(ours, count, nbytes, torch.bfloat16)}
@@ -121,8 +124,8 @@ def quantized(scheme: SchemeName, name: str, shape: tuple[int, int], held: int) 
             f"{name}, torch": Side(lambda x, i: operator(x, bank.q[i], bank.scale[i]), count, nbytes, torch.bfloat16)
         } | found
     number = SCHEMES[scheme].format
-    if Int4Matrices.can_hold(number, (rows, columns), torch.bfloat16) is None:
-        packed = Int4Matrices(number, count, rows, columns, scale_dtype=torch.bfloat16)
+    if TorchInt4Matrices.can_hold(number, (rows, columns), torch.bfloat16) is None:
+        packed = TorchInt4Matrices(number, count, rows, columns, scale_dtype=torch.bfloat16)
         packed.packed.random_(0, 256)
         nbytes = (packed.packed.nbytes + packed.scale.nbytes) // count
         return {f"{name}, torch": Side(packed._packed_product, count, nbytes, torch.bfloat16)} | found
@@ -130,7 +133,7 @@ def quantized(scheme: SchemeName, name: str, shape: tuple[int, int], held: int) 
 
 
 def read_rate(held: int) -> float:
-    """GB/s of summing a tensor of so many bytes."""
+    """GB/s of summing a tensor of `held` bytes."""
     tensor = torch.ones(held // 8, dtype=torch.int64)
     rates = []
     for _ in range(9):
@@ -141,7 +144,7 @@ def read_rate(held: int) -> float:
 
 
 def timed(chosen: dict[str, Side], rows: int, columns: int, *, rounds: int) -> Iterator[tuple[str, float]]:
-    """Median seconds of each side."""
+    """Median seconds of each implementation."""
     inputs = {dtype: torch.randn(rows, columns).to(dtype) for dtype in (torch.float16, torch.bfloat16)}
     turns = {name: itertools.cycle(range(side.count)) for name, side in chosen.items()}
     times: dict[str, list[float]] = {name: [] for name in chosen}

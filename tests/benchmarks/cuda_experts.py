@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cuda_timing import copy_rate, hardware, interleaved
 
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime.experts import Experts
-from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
+from quantlab.runtime.banks.choice import quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.modules.experts import Experts
 
 MODELS = {"DeepSeek-V3": (256, 7168, 2048, 8), "DeepSeek-V2-Lite": (64, 2048, 1408, 6)}
 TOKENS = (1, 16, 256)

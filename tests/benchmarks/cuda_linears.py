@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cuda_timing import copy_rate, hardware, interleaved
 
 from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.runtime.banks.choice import quantized_matrices
 from quantlab.runtime.cuda.banks import CudaMatrices
-from quantlab.runtime.matrices import quantized_matrices
 
 SHAPES = ((18432, 7168), (7168, 18432), (24576, 1536), (4096, 7168), (11008, 4096))
 TOKENS = (1, 16, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)

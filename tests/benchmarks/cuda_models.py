@@ -25,9 +25,9 @@ from cuda_timing import copy_rate, hardware
 
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.decode import Decoder
-from quantlab.runtime.experts import Experts
+from quantlab.runtime.inventory import weight_bytes
+from quantlab.runtime.modules.experts import Experts
 from quantlab.runtime.twin import random_twin
 from tests.checkpoints import all_linears
 

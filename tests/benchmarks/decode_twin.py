@@ -1,10 +1,10 @@
-"""Decode and prefill speed of every layout on a twin at the width of a DeepSeek model, all layouts interleaved in one run.
+"""Decode and prefill speed of every layout, on twins with the width of a DeepSeek model, interleaved in one run.
 
-A twin has two layers and a vocabulary of about the share of the head that two of the model's layers carry: of V2-Lite one
-dense and one MoE layer, with a dense intermediate size of 11008 instead of 10944 so that groups of 128 divide it; of
-DeepSeek-LLM-7B two dense ones. Steps are those of `quantlab.runtime.decode`. Layouts take turns, step by step, so that what
-else the machine does meets all of them alike; a ratio is the median of ratios within a turn, to the faster of float16 and
-bfloat16.
+A twin has two layers and a reduced vocabulary, so that the head's share of the time is about that of the whole model.
+The twin of V2-Lite has one dense and one MoE layer; its dense intermediate size is 11008 instead of 10944, a multiple
+of 128. The twin of DeepSeek-LLM-7B has two dense layers. Steps are those of `quantlab.runtime.decode`. Layouts are
+timed in turn, step by step, so that other load on the machine affects them equally. A ratio is the median of the ratios
+within a turn, to the faster of float16 and bfloat16.
 
     python tests/benchmarks/decode_twin.py --width v2-lite --rounds 30 --out eval/results/cpu-decode
 """
@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.decode import Decoder
+from quantlab.runtime.inventory import weight_bytes
 from quantlab.runtime.native.library import status
 from quantlab.runtime.twin import random_twin
 from tests.checkpoints import all_linears
@@ -100,7 +100,7 @@ def quantization(scheme: SchemeName | None) -> QuantizationConfig | None:
 
 
 def decoder(model: PreTrainedModel, *, batch: int, prompt: int) -> Callable[[], float]:
-    """A call that decodes one token per sequence at the length `prompt` and returns its seconds."""
+    """A function that decodes one token per sequence after `prompt` tokens and returns the seconds."""
     tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(batch))
     steps = Decoder(model, batch=batch, length=prompt + 1)
     steps.prefill(tokens)
@@ -116,7 +116,7 @@ def decoder(model: PreTrainedModel, *, batch: int, prompt: int) -> Callable[[], 
 
 
 def prefiller(model: PreTrainedModel, *, length: int) -> Callable[[], float]:
-    """A call that reads a prompt of `length` tokens and returns its seconds."""
+    """A function that reads a prompt of `length` tokens and returns the seconds."""
     tokens = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
     def run() -> float:
@@ -128,7 +128,7 @@ def prefiller(model: PreTrainedModel, *, length: int) -> Callable[[], float]:
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turns; the first two rounds warm up and do not count."""
+    """Seconds of every run in every round, timed in turn; the first two rounds are warm-up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds + 2):
         for name, run in runs.items():
@@ -139,7 +139,7 @@ def interleaved(runs: Mapping[str, Callable[[], float]], *, rounds: int) -> dict
 
 
 def measured(models: Mapping[str, PreTrainedModel], *, rounds: int, prompt: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every layout in every turn, by task."""
+    """Seconds of every layout in every round, by task."""
     found: dict[str, dict[str, list[float]]] = {}
     with torch.inference_mode():
         for batch in (1, 8):
@@ -153,7 +153,7 @@ def measured(models: Mapping[str, PreTrainedModel], *, rounds: int, prompt: int)
 def summary(
     models: Mapping[str, PreTrainedModel], found: Mapping[str, Mapping[str, list[float]]]
 ) -> list[dict[str, Any]]:
-    """One row per layout: bytes, and per task milliseconds with the ratio to the faster of the 16-bit layouts."""
+    """One row per layout: bytes, and per task milliseconds and the ratio to the faster 16-bit layout."""
     rows = []
     for name, model in models.items():
         held = weight_bytes(model)
@@ -176,7 +176,7 @@ def summary(
 
 
 def conditions(width: str, *, rounds: int, prompt: int, load: tuple[float, ...]) -> dict[str, Any]:
-    """What the numbers were obtained under."""
+    """The conditions of the measurement."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return {
@@ -193,7 +193,7 @@ def conditions(width: str, *, rounds: int, prompt: int, load: tuple[float, ...])
 
 
 def best_of(rows: list[dict[str, Any]], task: str) -> float:
-    """Milliseconds of the fastest step of the 16-bit layouts."""
+    """Milliseconds of the fastest 16-bit layout."""
     return min(float(row[task]["best_milliseconds"]) for row in rows if row["layout"] in ("fp16", "bf16"))
 
 

@@ -17,7 +17,7 @@ from quantlab.evaluation.processes.workers import Worker
 from quantlab.evaluation.record import AttentionCell, Record
 from quantlab.evaluation.speed.models import Layout
 from quantlab.evaluation.suite import Implementation, load_suite
-from quantlab.runtime.attention import IMPLEMENTATIONS
+from quantlab.runtime.modules.attention import IMPLEMENTATIONS
 from tests.runtime.tiny import FAMILIES
 
 CPU = torch.device("cpu")

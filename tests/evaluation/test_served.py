@@ -18,8 +18,8 @@ from quantlab.evaluation.served.measure import choose, compare, decode, greedy_s
 from quantlab.evaluation.served.metrics import Served
 from quantlab.evaluation.suite import ServedSuite, load_suite
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.runtime import step
 from quantlab.runtime.decode import Decoder
+from quantlab.runtime.decoding import fused_step
 from quantlab.runtime.load import load
 from quantlab.runtime.native.library import library
 from tests.evaluation.conftest import write_tokenizer
@@ -107,17 +107,19 @@ def test_a_fault_of_the_fused_step_is_found(
 ) -> None:
     sound = served(source, suite)
     if fault == "rotation":
-        angles = step._angles
-        monkeypatch.setattr(step, "_angles", lambda *given: turned(*angles(*given)))
+        angles = fused_step._angles
+        monkeypatch.setattr(fused_step, "_angles", lambda *given: turned(*angles(*given)))
     elif fault == "norm":
-        norm = step._row_norm
+        norm = fused_step._row_norm
         monkeypatch.setattr(
-            step, "_row_norm", lambda given: dataclasses.replace(norm(given), weight=torch.ones_like(given.weight))
+            fused_step,
+            "_row_norm",
+            lambda given: dataclasses.replace(norm(given), weight=torch.ones_like(given.weight)),
         )
     else:
-        experts = step._experts
+        experts = fused_step._experts
         monkeypatch.setattr(
-            step,
+            fused_step,
             "_experts",
             lambda parts, kernels: experts(
                 dataclasses.replace(parts, weight=parts.weight.flip(0).contiguous()), kernels
@@ -141,7 +143,7 @@ def test_a_fault_of_the_plain_step_is_found(source: Path, suite: Path, monkeypat
 
     monkeypatch.setattr(measure, "Decoder", Off)
     found = served(source, suite)
-    assert found.served_steps == "single steps, not fused: fused steps were not asked for"
+    assert found.served_steps == "single steps, not fused: fused steps are turned off"
     assert found.served_kl.low > 1e-2
 
 

@@ -28,7 +28,7 @@ from quantlab.evaluation.speed.rates import speeds_of
 from quantlab.evaluation.suite import SpeedSuite, load_suite
 from quantlab.formats.compressed_tensors import Group, QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.runtime.linear import PackedLinear
+from quantlab.runtime.modules.linear import PackedLinear
 from quantlab.runtime.twin import random_twin
 from tests.checkpoints import FP8, all_linears
 from tests.runtime.tiny import FAMILIES, quantize, write_checkpoint
@@ -96,7 +96,7 @@ def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path
         )
         for process in range(3)
     ]
-    assert all("quantized in different ways" in result.failures["mixed"] for result in results)
+    assert all("different number formats" in result.failures["mixed"] for result in results)
     assert all(SpeedResult.model_validate_json(result.model_dump_json()) == result for result in results)
     speed = load_suite(suite).suite.speed
     assert speed is not None

@@ -17,7 +17,7 @@ from quantlab.errors import ArtifactError
 from quantlab.formats.codecs.table import CODECS
 from quantlab.formats.compressed_tensors import QuantizationConfig, parse_config
 from quantlab.formats.layouts import LAYOUTS
-from quantlab.runtime.account import expanded
+from quantlab.runtime.inventory import expanded
 from quantlab.runtime.load import load
 from tests.runtime.tiny import dense_reference, edit_config, relative_error, tokens, write_checkpoint
 

@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.runtime.banks.choice import quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.banks.groups import single_group
+from quantlab.runtime.banks.int8 import quantize_tokens
 from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
 from quantlab.runtime.cuda.tiles import Chip
 from quantlab.runtime.cuda.wide_schedule import candidates, token_chunks
-from quantlab.runtime.experts import Experts
-from quantlab.runtime.int8 import quantize_tokens
-from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
-from quantlab.runtime.products import single
+from quantlab.runtime.modules.experts import Experts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,13 +78,13 @@ def test_linears(scheme: SchemeName, shape: tuple[int, int], dtype: torch.dtype)
     weight = exact(matrix)
     for tokens in (1, 2, 8, 9, 16, 33, 64, 65, 128, 257):
         x = torch.randn(tokens, shape[1], device=GPU).to(dtype)
-        found = bank.products(x, single(tokens))
+        found = bank.products(x, single_group(tokens))
         assert found.dtype == dtype
         expected = seen(x, scheme) @ weight.t()
         assert error(found, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-3), tokens
         if shape[0] % 2 == 0:
             assert error(bank.product(x, gated=True), gate(expected)) < 1e-2, tokens
-        assert torch.equal(found, bank.products(x, single(tokens))), "equal inputs, equal outputs"
+        assert torch.equal(found, bank.products(x, single_group(tokens))), "equal inputs, equal outputs"
 
 
 @pytest.mark.parametrize("scheme", ALL)
@@ -94,7 +95,7 @@ def test_many_tokens_and_float32(scheme: SchemeName) -> None:
         x = torch.randn(tokens, 1024, device=GPU).to(dtype)
         weight = exact(matrix) if scheme == "int8" else matrix.dequantize(torch.float32).double()
         limit = 1e-5 if dtype == torch.float32 else 4e-3
-        assert error(bank.products(x, single(tokens)), seen(x, scheme) @ weight.t()) < limit
+        assert error(bank.products(x, single_group(tokens)), seen(x, scheme) @ weight.t()) < limit
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ def test_rows_that_the_copy_engine_does_not_take(scheme: SchemeName, tokens: int
     for rows, columns, offset in ((130, 256, 0), (192, 256, 1)):
         matrix = made(scheme, rows, columns, torch.bfloat16)
         x = torch.randn(tokens * columns + offset, device=GPU).bfloat16()[offset:].view(tokens, columns)
-        found = bank_of(scheme, [matrix]).products(x, single(tokens))
+        found = bank_of(scheme, [matrix]).products(x, single_group(tokens))
         assert error(found, seen(x, scheme) @ exact(matrix).t()) < 4e-3
 
 
@@ -213,7 +214,7 @@ def test_activations_that_are_not_finite_are_not_hidden(scheme: SchemeName) -> N
     bank = bank_of(scheme, [made(scheme, 128, 256, torch.bfloat16)])
     x = torch.randn(3, 256, device=GPU).bfloat16()
     x[1, 7] = float("nan")
-    found = bank.products(x, single(3))
+    found = bank.products(x, single_group(3))
     assert found[[0, 2]].isfinite().all()
     assert not found[1].isfinite().any()
 
@@ -311,7 +312,7 @@ def test_scales_of_another_dtype_than_the_activations(
     bank, weight = bank_of(scheme, [matrix]), exact(matrix)
     for tokens in (1, 16, 65, 300, 2048):
         x = torch.randn(tokens, 512, device=GPU).to(dtype)
-        found = bank.products(x, single(tokens))
+        found = bank.products(x, single_group(tokens))
         assert found.dtype == dtype
         assert error(found, seen(x, scheme) @ weight.t()) < 5e-3, tokens
     module, first, second = experts_of(scheme, (12, 256, 128, 3), dtype, scale_dtype=scale_dtype)
@@ -349,7 +350,7 @@ def test_there_is_never_an_expanded_copy(scheme: SchemeName, tokens: int) -> Non
     rows, columns = 18432, 7168
     bank = bank_of(scheme, [made(scheme, rows, columns, torch.bfloat16)])
     x = torch.randn(tokens, columns, device=GPU).bfloat16()
-    bank.products(x, single(tokens))
+    bank.products(x, single_group(tokens))
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
     scales = 2 * rows * SCHEMES[scheme].format.groups(columns)
@@ -358,7 +359,7 @@ def test_there_is_never_an_expanded_copy(scheme: SchemeName, tokens: int) -> Non
         <= rows * columns * SCHEMES[scheme].format.bits / 8 + scales + 65536
     )
     torch.cuda.reset_peak_memory_stats()
-    bank.products(x, single(tokens))
+    bank.products(x, single_group(tokens))
     assert torch.cuda.max_memory_allocated() - held < 2 * tokens * rows + x.nbytes + 0.25 * 2 * rows * columns
 
 

@@ -18,7 +18,7 @@ from quantlab.plan.model import Plan
 from quantlab.recipe.load import load_recipe
 from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import make_artifacts
-from quantlab.runtime.account import expanded
+from quantlab.runtime.inventory import expanded
 from quantlab.runtime.load import load
 from tests.checkpoints import FP8, reference_dequantize
 

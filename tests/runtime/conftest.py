@@ -1,4 +1,4 @@
-"""Tiny checkpoints and artifacts, each made once for all tests of the runtime."""
+"""Fixtures of the runtime's tests: tiny checkpoints and artifacts, each created once per session."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints as other tools write them, packed here word by word in numpy."""
+"""Checkpoints in the layouts that other tools write, packed independently with numpy."""
 
 import json
 import shutil
@@ -14,11 +14,11 @@ from torch import Tensor
 from tests.runtime.tiny import LINEAR, Artifact, edit_config, rewrite
 
 Parts = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
-"""The stored parts of integers [N, K] and scales [N, G], by what follows the module's name and a dot."""
+"""(integers [N, K], scales [N, G]) -> the stored tensors, by their names after the name of the module and a dot."""
 
 
 def packed_along(q: np.ndarray, bits: int, axis: int) -> Tensor:
-    """Unsigned integers packed into int32 words along an axis, lowest bits first."""
+    """Unsigned integers packed into int32 words along an axis, least significant bits first."""
     moved = np.moveaxis(q.astype(np.uint32), axis, -1)
     words = np.zeros((*moved.shape[:-1], moved.shape[-1] * bits // 32), dtype=np.uint32)
     for position in range(32 // bits):
@@ -27,7 +27,7 @@ def packed_along(q: np.ndarray, bits: int, axis: int) -> Tensor:
 
 
 def rounded(weight: Tensor, bits: int, group: int | None, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Integers [N, K] int64 and scales [N, G]: the nearest to the weight on a grid up to its largest number."""
+    """Integers [N, K] int64 and scales [N, G]: the weight rounded to nearest on a symmetric grid."""
     rows, columns = weight.shape
     grouped = weight.float().view(rows, -1, group or columns)
     scale = (grouped.abs().amax(-1) / (2 ** (bits - 1) - 1)).to(scale_dtype)
@@ -36,7 +36,7 @@ def rounded(weight: Tensor, bits: int, group: int | None, scale_dtype: torch.dty
 
 
 def gptq_parts(bits: int, *, second: bool = False, indices: bool = True) -> Parts:
-    """How GPTQModel stores a linear, in the first or second format, with or without the index of groups."""
+    """The tensors GPTQModel stores for a linear, in its first or second format, with or without group indices."""
 
     def parts(q: Tensor, scale: Tensor) -> dict[str, Tensor]:
         rows, columns = q.shape
@@ -54,7 +54,7 @@ def gptq_parts(bits: int, *, second: bool = False, indices: bool = True) -> Part
 
 
 def compressed_parts(bits: int, *, packed: bool, shape: bool = True) -> Parts:
-    """How llm-compressor stores a linear: packed words, or int8 as they are."""
+    """The tensors llm-compressor stores for a linear: packed words, or plain int8."""
 
     def parts(q: Tensor, scale: Tensor) -> dict[str, Tensor]:
         if not packed:
@@ -76,7 +76,7 @@ def quantized(
     numbers: Callable[[str], tuple[int, int | None] | None],
     scale_dtype: torch.dtype = torch.float16,
 ) -> Artifact:
-    """A checkpoint with its linears quantized, and the float32 checkpoint it stands for.
+    """A checkpoint with quantized linears, and the float32 checkpoint of the dequantized weights.
 
     Args:
         numbers: bits and group size of the linear of a name, None to leave it.
@@ -103,7 +103,7 @@ def quantized(
 
 
 def gptq_description(bits: int, group: int | None, **changes: object) -> dict[str, Any]:
-    """The quantization_config GPTQModel writes."""
+    """The quantization_config that GPTQModel writes."""
     fields = {
         "bits": bits,
         "group_size": group or -1,
@@ -121,7 +121,7 @@ def gptq_description(bits: int, group: int | None, **changes: object) -> dict[st
 def compressed_description(
     bits: int, group: int | None, layout: str, *, ignore: list[str], tokens: bool
 ) -> dict[str, Any]:
-    """The quantization_config llm-compressor writes for one group of all Linear."""
+    """The quantization_config that llm-compressor writes for one config group that targets all Linear modules."""
     weights = {
         "actorder": None,
         "block_structure": None,
@@ -159,7 +159,7 @@ def compressed_description(
 
 
 def fuse(directory: Path) -> None:
-    """Bring the experts of a checkpoint into the names and shapes transformers holds them in."""
+    """Convert the experts of a checkpoint to the names and shapes of transformers' fused experts."""
     weights = load_file(directory / "model.safetensors")
     fields = json.loads((directory / "config.json").read_text())
     for layer in range(fields["first_k_dense_replace"], fields["num_hidden_layers"]):

@@ -1,4 +1,4 @@
-"""Latent attention against transformers' own, which expands the cache."""
+"""Latent attention, compared with transformers' attention, which expands the cache."""
 
 import copy
 from pathlib import Path
@@ -10,9 +10,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quantlab.errors import DeviceError
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.runtime import attention
-from quantlab.runtime.linear import PackedLinear
 from quantlab.runtime.load import load
+from quantlab.runtime.modules import attention
+from quantlab.runtime.modules.linear import PackedLinear
 from quantlab.runtime.twin import random_twin
 from tests.checkpoints import all_linears
 from tests.runtime.tiny import FAMILIES, dense_reference, relative_error, tokens
@@ -21,7 +21,7 @@ LATENT = ("deepseek_v2", "deepseek_v3")
 
 
 def steps(model: PreTrainedModel, lengths: tuple[int, ...], *, batch: int, padding: int) -> list[Tensor]:
-    """Logits of each step of a cached run that reads `lengths` tokens at a time; the first sequence starts with padding."""
+    """Logits of each step of a cached run that reads `lengths` tokens at a time; the first sequence has padding."""
     whole = tokens(batch, sum(lengths))
     mask = torch.ones_like(whole)
     mask[0, :padding] = 0
@@ -44,7 +44,7 @@ def steps(model: PreTrainedModel, lengths: tuple[int, ...], *, batch: int, paddi
 
 @pytest.fixture
 def expansions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of new tokens of every call that attends to the latents themselves."""
+    """The number of new tokens of every call of `absorbed`."""
     seen: list[int] = []
     whole = attention.absorbed
 
@@ -75,7 +75,7 @@ def test_decoding_equals_transformers(
 def test_sixteen_bit_attention_stays_close(family: str, dtype: torch.dtype, checkpoints: dict[str, Path]) -> None:
     exact, fast = (load(checkpoints[family], dtype=chosen) for chosen in (torch.float32, dtype))
     for model in (exact, fast):
-        assert model.model.layers[0].self_attn.expand_kv is attention._as_they_are
+        assert model.model.layers[0].self_attn.expand_kv is attention._latents_unchanged
     expected = steps(exact, (7, 1, 1), batch=2, padding=3)
     for found, truth in zip(steps(fast, (7, 1, 1), batch=2, padding=3), expected, strict=True):
         assert (found.float() - truth).norm() / truth.norm() <= 0.25  # a token's expert can flip on a rounding
@@ -139,7 +139,7 @@ def test_one_new_token_expands_nothing(checkpoints: dict[str, Path], monkeypatch
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
-def test_other_implementations_compute_the_same(
+def test_other_implementations_give_the_same_result(
     implementation: str, family: str, checkpoints: dict[str, Path], expansions: list[int]
 ) -> None:
     expected = steps(dense_reference(checkpoints[family]), (7, 1, 1), batch=2, padding=3)
@@ -151,7 +151,7 @@ def test_other_implementations_compute_the_same(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention may be installed")
-def test_an_implementation_that_is_not_here(checkpoints: dict[str, Path]) -> None:
+def test_an_unknown_implementation_is_an_error(checkpoints: dict[str, Path]) -> None:
     for name, found in (("flash_attention_2", "not installed"), ("fast", "an unknown name")):
-        with pytest.raises(DeviceError, match=rf"no such implementation[^$]*{name}[^$]*{found}[^$]*eager"):
+        with pytest.raises(DeviceError, match=rf"implementation is not available[^$]*{name}[^$]*{found}[^$]*eager"):
             load(checkpoints["llama"], attention=name)

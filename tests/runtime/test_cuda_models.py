@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from quantlab.recipe.schemes import SchemeName
-from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.decode import Decoder
+from quantlab.runtime.inventory import weight_bytes
 from quantlab.runtime.load import load
 from quantlab.runtime.twin import random_twin
 from tests.checkpoints import INTEGERS

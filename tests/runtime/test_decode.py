@@ -1,4 +1,4 @@
-"""Decoding with a fixed cache against transformers' growing one, and what does not fit."""
+"""Decoding with a fixed cache, compared with transformers' growing cache, and errors for prompts that do not fit."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +10,14 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from quantlab.errors import CacheError, DeviceError
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.runtime import attention, device
-from quantlab.runtime.cache import cached
+from quantlab.runtime import device
+from quantlab.runtime.banks.expanded import ExpandedMatrices
+from quantlab.runtime.cache_arguments import cache_arguments
 from quantlab.runtime.cuda.banks import CudaMatrices
 from quantlab.runtime.decode import Decoder, _not_capturable, capturable
-from quantlab.runtime.experts import Experts
 from quantlab.runtime.load import load
-from quantlab.runtime.matrices import ExpandedMatrices
+from quantlab.runtime.modules import attention
+from quantlab.runtime.modules.experts import Experts
 from quantlab.runtime.twin import random_twin
 from tests.runtime.tiny import FAMILIES, relative_error, tokens
 
@@ -90,12 +91,14 @@ def test_after_rewinding_a_step_is_the_same_again(family: str, models: dict[str,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
-def test_steps_from_what_a_growing_cache_holds(family: str, dtype: torch.dtype, checkpoints: dict[str, Path]) -> None:
+def test_a_fixed_cache_is_filled_from_a_growing_cache(
+    family: str, dtype: torch.dtype, checkpoints: dict[str, Path]
+) -> None:
     model, ids = load(checkpoints[family], dtype=dtype), tokens(1, 5)
     one, others = DynamicCache(config=model.config), DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(input_ids=ids, **cached(one))
-        model(input_ids=tokens(3, 7), **cached(others))
+        model(input_ids=ids, **cache_arguments(one))
+        model(input_ids=tokens(3, 7), **cache_arguments(others))
     shared, each = (Decoder(model, batch=3, length=12) for _ in range(2))
     for prompts, held in ((ids.expand(3, -1), one), (tokens(3, 7), others), (ids.expand(3, -1), one)):
         shared.fill(held)
@@ -105,7 +108,7 @@ def test_steps_from_what_a_growing_cache_holds(family: str, dtype: torch.dtype, 
             assert relative_error(shared.step(following), each.step(following)) <= (
                 1e-5 if dtype == torch.float32 else 0.02
             )
-    with pytest.raises(CacheError, match="3 sequences of 7 tokens, made for 2"):
+    with pytest.raises(CacheError, match="3 sequences of 7 tokens, the cache has room for 2"):
         Decoder(model, batch=2, length=12).fill(others)
     with pytest.raises(CacheError, match="0 sequences of 0 tokens"):
         shared.fill(DynamicCache(config=model.config))
@@ -120,7 +123,7 @@ def test_a_whole_cache_can_be_used(models: dict[str, PreTrainedModel]) -> None:
     )
 
 
-def test_latents_are_what_a_fixed_cache_of_mla_holds(
+def test_a_fixed_cache_of_mla_holds_latents(
     models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = models["deepseek_v3"]
@@ -149,26 +152,28 @@ def test_sixteen_bit_steps(dtype: torch.dtype, checkpoints: dict[str, Path]) -> 
             assert (one - other).norm() / other.norm() <= 0.02
 
 
-def test_what_does_not_fit_is_told_before_anything_is_computed(models: dict[str, PreTrainedModel]) -> None:
+def test_prompts_that_do_not_fit_are_refused_before_anything_is_computed(models: dict[str, PreTrainedModel]) -> None:
     decoder = Decoder(models["llama"], batch=2, length=8)
     with pytest.raises(CacheError, match="the cache is empty"):
         decoder.step(torch.zeros(2, dtype=torch.int64))
     for shape in ((3, 4), (1, 4), (2, 9), (2, 0)):
-        with pytest.raises(CacheError, match=rf"{shape[0]} sequences of {shape[1]} tokens, made for 2 of 1 … 8"):
+        with pytest.raises(
+            CacheError, match=rf"{shape[0]} sequences of {shape[1]} tokens, the cache has room for 2 of 1 … 8"
+        ):
             decoder.prefill(torch.zeros(shape, dtype=torch.int64))
-    with pytest.raises(CacheError, match=r"does not fit[^$]*6 and 4 new tokens, room for 8"):
+    with pytest.raises(CacheError, match=r"does not fit[^$]*6 prompt tokens and 4 new ones[^$]*room for 8"):
         decoder.generate(tokens(2, 6), 4)
-    with pytest.raises(CacheError, match="3 sequences of 4 tokens, made for 2"):
+    with pytest.raises(CacheError, match="3 sequences of 4 tokens, the cache has room for 2"):
         decoder.generate(tokens(3, 4), 3)
     assert decoder.used == 0
     decoder.prefill(tokens(2, 8))
     with pytest.raises(CacheError, match=r"the cache is full[^$]*8 of 8 tokens"):
         decoder.step(torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(CacheError, match="attends to 1 … 128"):
+    with pytest.raises(CacheError, match="supports 1 … 128"):
         Decoder(models["llama"], batch=1, length=129)
 
 
-def test_a_cache_that_memory_has_no_room_for(
+def test_a_cache_that_does_not_fit_into_memory(
     models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "free_bytes", lambda _: 4096)
@@ -178,7 +183,7 @@ def test_a_cache_that_memory_has_no_room_for(
         decoder.prefill(tokens(1, 7))
 
 
-def test_room_for_the_cache_is_looked_for_before_the_prompt_is_read(
+def test_free_memory_is_checked_before_the_prompt_is_read(
     models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
@@ -213,7 +218,7 @@ def test_memory_that_runs_out_while_a_prompt_is_read(
 
     monkeypatch.setattr(mlp, "forward", broken)
     message = (
-        r"ran out[^$]*2 sequences of 32 tokens, prompts of 9[^$]*more bytes needed than the [\d,]+ bytes free on cpu"
+        r"ran out[^$]*2 sequences of 32 tokens, prompts of 9[^$]*more memory needed than the [\d,]+ bytes free on cpu"
     )
     with pytest.raises(DeviceError, match=message) as caught:
         decoder.prefill(tokens(2, 9))
@@ -225,8 +230,8 @@ def test_memory_that_runs_out_while_a_prompt_is_read(
     assert decoder.used == 9
 
 
-def test_what_cannot_be_captured_is_not_captured() -> None:
-    """Float32, other activation functions and layouts without kernels make the host wait for the routing."""
+def test_models_that_make_the_host_wait_are_not_captured() -> None:
+    """The host reads the routing in float32, with other activation functions, and for layouts without kernels."""
 
     def model(dtype: torch.dtype, *, columns: int = 128, act_fn: nn.Module | None = None) -> nn.Module:
         int4 = SCHEMES["int4_g128"].format
@@ -243,30 +248,30 @@ def test_what_cannot_be_captured_is_not_captured() -> None:
     assert not capturable(model(torch.bfloat16, act_fn=nn.GELU()))
 
 
-def test_rotary_embeddings_that_wait_for_the_length_are_not_captured() -> None:
+def test_rotary_embeddings_that_depend_on_the_length_are_not_captured() -> None:
     scaled = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
     config = {"model_type": "llama", **FAMILIES["llama"]}
     assert capturable(random_twin(config, None, dtype=torch.float32, seed=0))
     assert not capturable(random_twin(config | scaled, None, dtype=torch.float32, seed=0))
 
 
-def test_capture_is_refused_where_it_cannot_be(
+def test_requesting_an_impossible_capture_is_an_error(
     models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not Decoder(models["deepseek_v3"], batch=1, length=8).captures
-    with pytest.raises(CacheError, match=r"cannot be captured[^$]*a model on cpu[^$]*leave `capture` out"):
+    with pytest.raises(CacheError, match=r"cannot be captured[^$]*a model on cpu[^$]*omit `capture`"):
         Decoder(models["deepseek_v3"], batch=1, length=8, capture=True)
     error = _not_capturable(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32))  # type: ignore[arg-type]
-    assert "experts whose kernels do not take torch.float32" in str(error)
+    assert "experts without a kernel for their layout and torch.float32" in str(error)
     assert "load the model in bfloat16" in str(error)
 
 
-def test_attention_a_fixed_cache_cannot_serve_is_refused() -> None:
+def test_attention_without_support_for_a_fixed_cache_is_an_error() -> None:
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
     model = random_twin({"model_type": "qwen2", **FAMILIES["qwen2"]} | windows, None, dtype=torch.float32, seed=0)
-    with pytest.raises(CacheError, match=r"does not serve[^$]*StaticSlidingWindowLayer"):
+    with pytest.raises(CacheError, match=r"does not support a fixed cache[^$]*StaticSlidingWindowLayer"):
         Decoder(model, batch=1, length=16)
     plain = random_twin({"model_type": "llama", **FAMILIES["llama"]}, None, dtype=torch.float32, seed=0)
     plain.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(CacheError, match=r"does not serve[^$]*flash_attention_2"):
+    with pytest.raises(CacheError, match=r"does not support a fixed cache[^$]*flash_attention_2"):
         Decoder(plain, batch=1, length=16)

@@ -1,4 +1,4 @@
-"""Devices that are not there, models that do not fit, and what loading takes at its peak."""
+"""Missing devices, models that do not fit into memory, and peak memory of loading."""
 
 import json
 import subprocess
@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 from quantlab.errors import DeviceError
 from quantlab.recipe.schemes import SchemeName
-from quantlab.runtime import device, skeleton
-from quantlab.runtime.account import weight_bytes
+from quantlab.runtime import device
+from quantlab.runtime.banks.choice import Matrices
+from quantlab.runtime.inventory import weight_bytes
 from quantlab.runtime.load import load
-from quantlab.runtime.matrices import Matrices
+from quantlab.runtime.modules import build
 from quantlab.runtime.twin import random_twin
 from tests.runtime.foreign import compressed_description
 from tests.runtime.tiny import FAMILIES, Artifact
@@ -27,7 +28,7 @@ Maker = Callable[[str, SchemeName], Artifact]
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A machine with two GPUs, as far as torch says."""
+    """torch.cuda patched to report two GPUs."""
     told = SimpleNamespace(capability=(9, 0), free=10**9, reserved=10**6, allocated=10**5)
     for name, answer in {
         "is_available": lambda: True,
@@ -44,7 +45,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_where_there_is_none(artifacts: Maker) -> None:
+def test_cuda_on_a_machine_without_cuda(artifacts: Maker) -> None:
     directory = artifacts("llama", "int4_g128").directory
     with pytest.raises(DeviceError, match=r"no such device[^$]*device cuda[^$]*(without CUDA|no usable GPU)"):
         load(directory, device="cuda")
@@ -69,11 +70,11 @@ def test_devices_of_a_machine_with_gpus(cuda: SimpleNamespace) -> None:
         device.find_device("cuda")
 
 
-def test_free_memory_of_a_gpu_counts_what_torch_holds_unused(cuda: SimpleNamespace) -> None:
+def test_free_memory_of_a_gpu_includes_unused_reserved_memory(cuda: SimpleNamespace) -> None:
     assert device.free_bytes(torch.device("cuda", 0)) == 10**9 + 10**6 - 10**5
-    device.check_room(10**9, torch.device("cuda", 0), where="here")
+    device.check_free_memory(10**9, torch.device("cuda", 0), where="here")
     with pytest.raises(DeviceError, match=r"2,000,000,000 bytes needed, 1,000,900,000 bytes free on cuda:0"):
-        device.check_room(2 * 10**9, torch.device("cuda", 0), where="here")
+        device.check_free_memory(2 * 10**9, torch.device("cuda", 0), where="here")
 
 
 def test_free_memory_of_this_machine() -> None:
@@ -107,11 +108,11 @@ def test_a_model_that_does_not_fit(
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
 )
-def test_memory_that_runs_out_while_loading_leaves_nothing(
+def test_running_out_of_memory_while_loading_frees_the_loaded_tensors(
     error: Exception, artifacts: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[weakref.ref[Matrices]] = []
-    whole = skeleton._bank
+    whole = build._bank
 
     def bank(*arguments: object, **options: object) -> Matrices:
         if len(made) == 6:
@@ -120,7 +121,7 @@ def test_memory_that_runs_out_while_loading_leaves_nothing(
         made.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(skeleton, "_bank", bank)
+    monkeypatch.setattr(build, "_bank", bank)
     with pytest.raises(DeviceError, match=r"does not fit[^$]*needed[^$]*free") as caught:
         load(artifacts("deepseek_v2", "int4_g128").directory)
     assert caught.value.__context__ is None
@@ -129,16 +130,18 @@ def test_memory_that_runs_out_while_loading_leaves_nothing(
     assert not any(reference() for reference in made), "the weights are gone while the error is still at hand"
 
 
-def test_other_errors_of_torch_are_not_called_memory(artifacts: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_torch_are_not_reported_as_out_of_memory(
+    artifacts: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(skeleton, "_bank", broken)
+    monkeypatch.setattr(build, "_bank", broken)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         load(artifacts("llama", "int4_g128").directory)
 
 
-def test_the_peak_of_loading_is_the_model_and_one_matrix(tmp_path: Path) -> None:
+def test_peak_memory_of_loading_is_the_model_plus_one_matrix(tmp_path: Path) -> None:
     hidden, width, layers = 1024, 4096, 8
     config = FAMILIES["llama"] | {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
     shapes = {"mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width)}
@@ -158,7 +161,7 @@ def test_the_peak_of_loading_is_the_model_and_one_matrix(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(fields))
     code = (
         "import resource, sys, torch; from pathlib import Path; from quantlab.runtime.load import load; "
-        "from quantlab.runtime.account import weight_bytes; torch.set_num_threads(1); "
+        "from quantlab.runtime.inventory import weight_bytes; torch.set_num_threads(1); "
         "from transformers import LlamaForCausalLM; from quantlab.runtime.native.library import library; library(); "
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; before = peak(); "
         "model = load(Path(sys.argv[1])); print(peak() - before, weight_bytes(model).total)"

@@ -1,14 +1,15 @@
-"""The experts module against a loop over tokens."""
+"""The experts module, compared with a loop over tokens."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import quantlab.runtime.experts
+import quantlab.runtime.modules.experts
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime.experts import Experts
-from quantlab.runtime.matrices import DenseMatrices, Matrices, quantized_matrices
+from quantlab.runtime.banks.choice import Matrices, quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.modules.experts import Experts
 
 COUNT, HIDDEN, WIDTH, TOP_K = 9, 128, 64, 3
 
@@ -19,7 +20,7 @@ def fake_int8(x: Tensor) -> Tensor:
 
 
 def build(scheme: SchemeName | None, dtype: torch.dtype) -> tuple[Experts, Tensor, Tensor]:
-    """Experts with the float64 weights they stand for: gate_up [E, 2I, H] and down [E, H, I]."""
+    """Experts and their dequantized float64 weights: gate_up [E, 2I, H] and down [E, H, I]."""
     generator = torch.Generator().manual_seed(0)
     banks: list[Matrices] = []
     meant = []
@@ -94,5 +95,5 @@ def test_many_tokens_are_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     experts, _, _ = build("int4_g64", torch.float32)
     x, weights = torch.randn(50, HIDDEN), torch.rand(50, TOP_K)
     whole = experts(x, routed(50, "spread"), weights)
-    monkeypatch.setattr(quantlab.runtime.experts, "_ROWS_AT_ONCE", 20)
+    monkeypatch.setattr(quantlab.runtime.modules.experts, "_ROWS_AT_ONCE", 20)
     assert torch.allclose(experts(x, routed(50, "spread"), weights), whole, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Formats that no kernel takes: who declines, why, and that every fallback is counted."""
+"""Number formats without a kernel: the reasons of each bank, and that every fallback is counted."""
 
 import pytest
 import torch
@@ -6,17 +6,18 @@ import torch
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import E4M3, INT4, INT8, ROW, Activations, NumberFormat, block, group
 from quantlab.recipe.schemes import SCHEMES
-from quantlab.runtime.account import expanded
+from quantlab.runtime.banks.choice import choose_bank, quantized_matrices
+from quantlab.runtime.banks.expanded import ExpandedMatrices
+from quantlab.runtime.banks.groups import RowGroups
+from quantlab.runtime.banks.int4_native import NativeInt4Matrices
+from quantlab.runtime.banks.int4_torch import TorchInt4Matrices
+from quantlab.runtime.banks.int8 import Int8Matrices, Int8WeightMatrices
 from quantlab.runtime.cuda.banks import CudaMatrices
-from quantlab.runtime.int4 import Int4Matrices
-from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices
+from quantlab.runtime.inventory import expanded
 from quantlab.runtime.load import load
-from quantlab.runtime.matrices import ExpandedMatrices, choose_bank, quantized_matrices
-from quantlab.runtime.native_int4 import NativeInt4Matrices
-from quantlab.runtime.products import Groups
 from tests.checkpoints import make_checkpoint
 
-KERNELS = (CudaMatrices, NativeInt4Matrices, Int4Matrices, Int8Matrices, Int8WeightMatrices)
+KERNELS = (CudaMatrices, NativeInt4Matrices, TorchInt4Matrices, Int8Matrices, Int8WeightMatrices)
 FP8 = NumberFormat(E4M3, block(128, 128), scale="F32", activations=Activations(E4M3, 128))
 
 
@@ -32,19 +33,19 @@ FP8 = NumberFormat(E4M3, block(128, 128), scale="F32", activations=Activations(E
     ],
     ids=lambda number: number.name,
 )
-def test_formats_that_no_kernel_takes(bank: type, number: NumberFormat) -> None:
+def test_banks_decline_unsupported_formats(bank: type, number: NumberFormat) -> None:
     assert bank.can_hold(number, (256, 384), torch.bfloat16)
 
 
 def test_cuda_kernels_decline_zero_points() -> None:
-    """Taken for symmetric integers, they would be multiplied wrongly."""
+    """The kernels would treat the integers as symmetric and give wrong products."""
     reason = CudaMatrices.can_hold(NumberFormat(INT4, group(128), symmetric=False), (256, 384), torch.bfloat16)
     assert reason == "the CUDA kernels: no zero points"
     for name in ("int4_g128", "int4_g32", "int8", "int8_weight"):
         assert CudaMatrices.can_hold(SCHEMES[name].format, (256, 384), torch.bfloat16) is None
 
 
-def test_the_choice_keeps_every_reason() -> None:
+def test_choose_bank_returns_every_reason() -> None:
     bank, reasons = choose_bank(NumberFormat(INT4, group(32), symmetric=False), (64, 96), torch.float32, "cpu")
     assert bank is None
     assert len(reasons) == 2
@@ -70,7 +71,7 @@ def test_expanded_matrices_multiply_with_zero_points(bits: int) -> None:
         steps = q.double() - zero.double().repeat_interleave(32, 1)
         meant.append(steps * scale.double().repeat_interleave(32, 1))
     x = torch.randn(7, 96)
-    found = bank.products(x, Groups((1, 0), (3, 4), None))
+    found = bank.products(x, RowGroups((1, 0), (3, 4), None))
     expected = torch.cat([x[:3].double() @ meant[1].T, x[3:].double() @ meant[0].T])
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     (counted,) = expanded(torch.nn.ModuleList([bank]))
@@ -78,7 +79,7 @@ def test_expanded_matrices_multiply_with_zero_points(bits: int) -> None:
     assert counted.reasons == bank.reasons
 
 
-def test_blocks_of_fp8_are_counted_where_they_are_expanded_when_loaded(
+def test_fp8_weights_expanded_at_load_are_counted(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     model = load(make_checkpoint(tmp_path_factory.mktemp("fp8") / "model", "deepseek_v3"), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Checkpoints other tools write, against transformers' dense model of the weights they stand for."""
+"""Checkpoints of other tools, compared with transformers' model of the dequantized weights."""
 
 import json
 import shutil
@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from quantlab.errors import ArtifactError, CheckpointError
-from quantlab.runtime.account import weight_bytes
+from quantlab.runtime.banks.choice import QuantizedMatrices
+from quantlab.runtime.banks.expanded import ExpandedMatrices
+from quantlab.runtime.inventory import weight_bytes
 from quantlab.runtime.load import load
-from quantlab.runtime.matrices import ExpandedMatrices, QuantizedMatrices
 from quantlab.runtime.native.library import library
 from tests.runtime.foreign import (
     compressed_description,
@@ -30,7 +31,7 @@ def but_kv_b(bits: int, group: int | None) -> Callable[[str], tuple[int, int | N
 
 
 def check(artifact: Artifact, *, dense: Path | None = None) -> None:
-    """Logits equal transformers' on the weights meant, and something was kept as integers."""
+    """Assert that logits equal transformers' on the dequantized weights and that some weights are held as integers."""
     model = load(artifact.directory, dtype=torch.float32)
     with torch.no_grad():
         found, expected = (
@@ -60,7 +61,7 @@ def test_gptq_of_the_second_format_without_indices(group: int, checkpoints: dict
     check(quantized(checkpoints["deepseek_v2"], tmp_path / "v2", parts, description, numbers=lambda _: (4, group)))
 
 
-def test_gptq_described_in_a_file_of_its_own_with_biases_of_zeros(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_gptq_with_quantize_config_json_and_zero_biases(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     artifact = quantized(checkpoints["llama"], tmp_path / "old", gptq_parts(4), {}, numbers=lambda _: (4, 128))
     edit_config(artifact.directory, lambda fields: fields.pop("quantization_config"))
     old = {"bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": False, "sym": True}
@@ -70,14 +71,14 @@ def test_gptq_described_in_a_file_of_its_own_with_biases_of_zeros(checkpoints: d
     rewrite(artifact.directory, weights | {name: torch.zeros(128)})
     check(artifact)
     rewrite(artifact.directory, weights | {name: torch.ones(128)})
-    with pytest.raises(ArtifactError, match=rf"no place for[^$]*{name}"):
+    with pytest.raises(ArtifactError, match=rf"does not use[^$]*{name}"):
         load(artifact.directory)
     (artifact.directory / "quantize_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"does not say of what kind[^$]*qweight"):
         load(artifact.directory)
 
 
-def test_gptq_with_numbers_of_their_own_for_some_linears(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_gptq_with_dynamic_overrides_for_some_linears(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     eight = r"+:.*self_attn\..*"
     description = gptq_description(4, 128, dynamic={eight: {"bits": 8, "group_size": 32}})
     artifact = quantized(
@@ -169,7 +170,7 @@ def test_int4_per_row_is_held_in_groups_and_exact(checkpoints: dict[str, Path], 
         ("weight_zero_point", lambda _: torch.ones(128, 1, dtype=torch.int8), "asymmetrically"),
     ],
 )
-def test_parts_that_contradict_each_other(
+def test_contradicting_tensors_are_an_error(
     part: str, change: Callable, message: str, artifacts: Callable, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(artifacts("llama", "int4_g128").directory, tmp_path / "copy")
@@ -180,7 +181,7 @@ def test_parts_that_contradict_each_other(
         load(copy)
 
 
-def test_parts_that_say_nothing_new_are_read(artifacts: Callable, tmp_path: Path) -> None:
+def test_redundant_tensors_are_read(artifacts: Callable, tmp_path: Path) -> None:
     artifact = artifacts("llama", "int4_g128")
     copy = shutil.copytree(artifact.directory, tmp_path / "copy")
     prefix = "model.layers.0.self_attn.q_proj.weight_"
@@ -189,7 +190,7 @@ def test_parts_that_say_nothing_new_are_read(artifacts: Callable, tmp_path: Path
     check(Artifact(copy, artifact.dense))
 
 
-def test_integers_config_json_says_nothing_of(artifacts: Callable, tmp_path: Path) -> None:
+def test_integers_missing_from_config_json(artifacts: Callable, tmp_path: Path) -> None:
     for scheme in ("int4_g128", "int8"):
         copy = shutil.copytree(artifacts("llama", scheme).directory, tmp_path / scheme)
         edit_config(copy, lambda fields: fields["quantization_config"]["ignore"].append("model.layers.1.mlp.up_proj"))
@@ -197,7 +198,7 @@ def test_integers_config_json_says_nothing_of(artifacts: Callable, tmp_path: Pat
             load(copy)
 
 
-def test_another_scheme_than_the_tensors_have(artifacts: Callable, tmp_path: Path) -> None:
+def test_a_scheme_that_contradicts_the_tensors(artifacts: Callable, tmp_path: Path) -> None:
     copy = shutil.copytree(artifacts("llama", "int4_g128").directory, tmp_path / "copy")
     weights = {"num_bits": 8, "group_size": None, "strategy": "channel"}
     edit_config(
@@ -214,14 +215,14 @@ def test_another_scheme_than_the_tensors_have(artifacts: Callable, tmp_path: Pat
         ("transform_config", {"config_groups": {"u": {"type": "hadamard"}}}),
     ],
 )
-def test_weights_stored_otherwise_are_refused(key: str, value: dict, artifacts: Callable, tmp_path: Path) -> None:
+def test_unsupported_storage_of_weights_is_an_error(key: str, value: dict, artifacts: Callable, tmp_path: Path) -> None:
     copy = shutil.copytree(artifacts("llama", "int4_g128").directory, tmp_path / "copy")
     edit_config(copy, lambda fields: fields["quantization_config"].update({key: value}))
     with pytest.raises(ArtifactError, match=rf"does not read[^$]*{key}"):
         load(copy)
 
 
-def test_other_methods_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_unsupported_quantization_methods_are_an_error(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoints["llama"], tmp_path / "copy")
     edit_config(copy, lambda fields: fields.update(quantization_config={"quant_method": "awq", "bits": 4}))
     with pytest.raises(CheckpointError, match=r"does not read[^$]*awq[^$]*gptq"):

@@ -1,4 +1,4 @@
-"""The kernels of a fused step against float64, and whole steps against transformers'; on a GPU and on the CPU, where it has them."""
+"""Fused decode steps: kernels compared with float64, whole steps with transformers' forward, on the CPU and on CUDA."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,14 +16,14 @@ from quantlab.architectures.detect import of_model_type
 from quantlab.architectures.layer import RotaryLayout, Routing
 from quantlab.numerics.number_format import INT4, INT8, ROW, NumberFormat, group
 from quantlab.recipe.schemes import SCHEMES, Scheme, SchemeName
-from quantlab.runtime import step
 from quantlab.runtime.decode import Decoder
-from quantlab.runtime.experts import Experts
+from quantlab.runtime.decoding import fused_step
+from quantlab.runtime.decoding.fusable_parts import ModelParts, parts_of
+from quantlab.runtime.decoding.fused_step import _kernels
+from quantlab.runtime.decoding.kernel_interface import CachePosition, Latents, RowNorm
 from quantlab.runtime.load import load
+from quantlab.runtime.modules.experts import Experts
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.step import _kernels
-from quantlab.runtime.step_kernels import Latents, Place, RowNorm
-from quantlab.runtime.step_parts import ModelParts, parts_of
 from tests.runtime.tiny import FAMILIES, Artifact, quantize, tokens, write_checkpoint
 
 Maker = Callable[[str, SchemeName], Artifact]
@@ -31,7 +31,7 @@ FOREIGN = (
     Scheme(NumberFormat(INT4, ROW), "pack-quantized", "signed"),
     *(Scheme(NumberFormat(INT8, group(size)), "pack-quantized", "absmax") for size in (128, 64, 32)),
 )
-"""Formats that are read, and that no recipe names."""
+"""Formats that the runtime reads but recipes cannot name."""
 DTYPES = (torch.bfloat16, torch.float16)
 DEVICES = (
     pytest.param("cpu", marks=pytest.mark.skipif(library() is None, reason=status())),
@@ -44,7 +44,7 @@ DEVICES = (
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where new tensors are made."""
+    """The device under test, set as torch's default device."""
     torch.manual_seed(0)
     if request.param == "cuda":
         request.getfixturevalue("poisoned_gpu")
@@ -53,7 +53,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """[..., D] float64, its halves turned by angles [..., D / 2]."""
+    """Rotary embedding of x [..., D] in float64: rotate its halves by angles [..., D / 2]."""
     first, second = x.double().chunk(2, dim=-1)
     cos, sin = angles.double().cos(), angles.double().sin()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -63,21 +63,21 @@ def in_halves(x: Tensor, *, pairs: bool) -> Tensor:
     return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if pairs else x
 
 
-def softmaxed(scores: Tensor, place: Place) -> Tensor:
-    """Over the places from padding to position of scores [B, ..., S]."""
+def softmaxed(scores: Tensor, cache_position: CachePosition) -> Tensor:
+    """Softmax of scores [B, ..., S] over the positions from padding to position."""
     where = torch.arange(scores.shape[-1])
-    seen = (where <= place.position) & (where >= place.padding)
+    seen = (where <= cache_position.index) & (where >= cache_position.padding)
     return scores.masked_fill(~seen.view(seen.shape[0], *(1 for _ in scores.shape[2:]), -1), float("-inf")).softmax(-1)
 
 
-def place_at(position: int, batch: int, pairs: int) -> tuple[Place, Tensor]:
-    """A place of tokens with some padding, and the angles [B, n] that belong to each."""
+def cache_position_at(position: int, batch: int, pairs: int) -> tuple[CachePosition, Tensor]:
+    """A cache position with some padding, and the rotary angles [B, n] of its tokens."""
     padding = torch.randint(0, min(position, 4) + 1, (batch, 1))
     table = 6 * torch.rand(position + 1, pairs)
     angles = table[position - padding[:, 0]]
     read = angles if angles.is_cuda else table  # the CPU reads a table of all places
     arrived = torch.zeros(4096, dtype=torch.int32)
-    return Place(read.cos(), read.sin(), torch.tensor([position]), padding, arrived), angles
+    return CachePosition(read.cos(), read.sin(), torch.tensor([position]), padding, arrived), angles
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -110,19 +110,21 @@ def test_attention_to_a_cache_it_writes(
     sizes = [heads * width, key_heads * width, key_heads * width]
     q, k, v = torch.randn(batch, sum(sizes)).to(dtype).split(sizes, dim=1)
     keys, values = (torch.randn(batch, key_heads, length, width).to(dtype) for _ in range(2))
-    place, angles = place_at(position, batch, width // 2)
+    cache_position, angles = cache_position_at(position, batch, width // 2)
     expected_keys, expected_values = keys.clone(), values.clone()
     expected_keys[:, :, position] = turned(k.view(batch, key_heads, width), angles[:, None]).to(dtype)
     expected_values[:, :, position] = v.view(batch, key_heads, width)
     for _ in range(2):
-        found = _kernels(device).attend(q, k, v, place, keys, values, width**-0.5)
+        found = _kernels(device).attend(q, k, v, cache_position, keys, values, width**-0.5)
     query = turned(q.view(batch, heads, width), angles[:, None]).view(batch, key_heads, per_key, width)
     scores = torch.einsum("bgpd,bgsd->bgps", query, expected_keys.double()) * width**-0.5
-    expected = torch.einsum("bgps,bgsd->bgpd", softmaxed(scores, place), expected_values.double()).reshape(batch, -1)
+    expected = torch.einsum("bgps,bgsd->bgpd", softmaxed(scores, cache_position), expected_values.double()).reshape(
+        batch, -1
+    )
     assert error(found, expected) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
     assert error(keys, expected_keys.double()) < 1e-3, "an ulp of few numbers"
     assert torch.equal(values, expected_values)
-    assert not place.arrived.any()
+    assert not cache_position.arrived.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,11 +156,11 @@ def test_attention_to_latents(
     norms = [torch.randn(size).to(dtype) for size in (latent, columns)]
     latents = torch.randn(batch, 1, length, latent).to(dtype)
     rotary = torch.randn(batch, 1, length, turned_width).to(dtype)
-    place, angles = place_at(position, batch, turned_width // 2)
+    cache_position, angles = cache_position_at(position, batch, turned_width // 2)
     cache = Latents(latents, rotary, RotaryLayout(*pairs))
     others = latents.clone(), rotary.clone()
     by = [RowNorm(norm, 1e-5) for norm in norms]
-    normed = kernels.keep_latents(kv, by[0], place, cache, q_a, by[1])
+    normed = kernels.write_latents(kv, by[0], cache_position, cache, q_a, by[1])
     for found, read, norm in ((latents[:, 0, position], kv[:, :latent], norms[0]), (normed, q_a, norms[1])):
         wide = read.double()
         assert error(found, wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.double()) < 5e-3
@@ -173,11 +175,11 @@ def test_attention_to_latents(
     q_latent = torch.einsum("bhn,hnl->bhl", q[..., :nope].double(), weight[:, :nope].double())
     scores = torch.einsum("bhl,bsl->bhs", q_latent, latents[:, 0].double())
     scores += torch.einsum("bhr,bsr->bhs", query, in_halves(rotary[:, 0], pairs=pairs[1]).double())
-    seen = torch.einsum("bhs,bsl->bhl", softmaxed(scores * 0.05, place), latents[:, 0].double())
+    seen = torch.einsum("bhs,bsl->bhl", softmaxed(scores * 0.05, cache_position), latents[:, 0].double())
     expected = torch.einsum("bhl,hvl->bhv", seen, weight[:, nope:].double()).flatten(1)
-    found = kernels.attend_absorbed(q, weight, place, cache, 0.05)
+    found = kernels.attend_absorbed(q, weight, cache_position, cache, 0.05)
     assert error(found, expected) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
-    assert not place.arrived.any()
+    assert not cache_position.arrived.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -191,7 +193,7 @@ def test_attention_to_latents(
         ("deepseek_v2", DeepseekV2TopkRouter, 160, 8, 3, 6, "group_limited_greedy"),
     ],
 )
-def test_the_router_chooses_as_transformers_does(
+def test_the_router_chooses_the_same_experts_as_transformers(
     family: str,
     router: type,
     experts: int,
@@ -227,7 +229,7 @@ def test_the_router_chooses_as_transformers_does(
         assert torch.allclose(weights.gather(1, order), expected_weights.gather(1, expected_order), rtol=1e-4)
 
 
-def test_a_token_of_no_numbers_is_alone_in_that(device: torch.device) -> None:
+def test_a_token_of_nans_does_not_affect_other_tokens(device: torch.device) -> None:
     experts, hidden = 32, 256
     x = torch.randn(3, hidden).bfloat16()
     x[1] = float("nan")
@@ -249,10 +251,10 @@ def test_a_token_of_no_numbers_is_alone_in_that(device: torch.device) -> None:
 
 
 def same_steps(directory: Path, dtype: torch.dtype, device: str = "cpu", *, limit: float) -> PreTrainedModel:
-    """Fused steps, captured on a GPU, against those of transformers, and both against float32; each sequence has its own padding.
+    """Compare fused steps with transformers' steps, and both with float32; each sequence has its own padding.
 
-    On a rounding a router may send a token elsewhere, and its logits are then others; the median step of a sequence says how
-    the rest do.
+    On a rounding a router may send a token elsewhere, and its logits are then others; the median step of a sequence
+    says how the rest do.
     """
     model, exact = (load(directory, dtype=each, device=device) for each in (dtype, torch.float32))
     assert isinstance(parts_of(model), ModelParts), parts_of(model)
@@ -291,7 +293,7 @@ def same_steps(directory: Path, dtype: torch.dtype, device: str = "cpu", *, limi
 @pytest.mark.parametrize("scheme", [None, "int4_g128", "int4_g32", "int8", "int8_weight"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_fused_steps_equal_those_of_transformers(
+def test_fused_steps_equal_steps_of_transformers(
     family: str,
     scheme: SchemeName | None,
     dtype: torch.dtype,
@@ -308,10 +310,10 @@ def test_fused_steps_equal_those_of_transformers(
 @pytest.mark.parametrize("scheme", [*FOREIGN, SCHEMES["int4_g128_asym"]], ids=lambda one: one.name)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.skipif(library() is None, reason=status())
-def test_steps_of_what_is_expanded_to_be_multiplied_keep_nothing(
+def test_steps_with_expanded_matrices_are_not_recorded(
     family: str, scheme: Scheme, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Formats that native kernels do not take; which experts a token meets is read anew in every step."""
+    """Formats without native kernels; every step reads the routing again."""
     model = same_steps(
         quantize(checkpoints[family], tmp_path / "artifact", scheme).directory, torch.float16, limit=0.02
     )
@@ -326,13 +328,13 @@ def test_steps_of_what_is_expanded_to_be_multiplied_keep_nothing(
 
 
 @pytest.mark.skipif(library() is None, reason=status())
-def test_a_step_that_turns_out_not_to_repeat_is_not_recorded(
+def test_a_step_that_reads_tensors_in_python_is_not_recorded(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python reads there which experts one token meets, and goes on without a record, from the step it was in."""
+    """Python reads the experts of the token, so the step continues without a recording."""
     scheme = next(one for one in FOREIGN if one.name == "int8_weight_g128")
     model = load(quantize(checkpoints["deepseek_v2"], tmp_path / "artifact", scheme).directory, dtype=torch.float16)
-    monkeypatch.setattr(step, "_repeats", lambda *_: True)
+    monkeypatch.setattr(fused_step, "_is_recordable", lambda *_: True)
     ids = tokens(1, 20)
     decoders = [Decoder(model, batch=1, length=32, fuse=fuse) for fuse in (False, True)]
     for decoder in decoders:

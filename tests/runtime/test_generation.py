@@ -1,12 +1,12 @@
-"""Greedy tokens of the reference checkpoint, quantized, against those of transformers' model of the dequantized weights.
+"""Greedy tokens of the quantized reference checkpoint, compared with transformers' model of the dequantized weights.
 
-The tokens are checked by one pass of that model over the text that was generated: if the likeliest token after every prefix
-is the one that follows, the model would have generated the same text.
+The tokens are checked by one pass of that model over the text that was generated: if the likeliest token after every
+prefix is the one that follows, the model would have generated the same text.
 
-Rounded activations are not continuous: where one lies between two integers, the last bit of a float32 sum, which is another
-on another processor or over a cache with room to spare, decides which expert a token goes to and which of two tokens is
-likelier. So there the model is asked several times, each time with its embeddings disturbed in their last bit, and any of
-its answers will do.
+Rounded activations are not continuous: where one lies between two integers, the last bit of a float32 sum, which is
+another on another processor or over a cache with room to spare, decides which expert a token goes to and which of two
+tokens is likelier. So there the model is asked several times, each time with its embeddings disturbed in their last
+bit, and any of its answers will do.
 """
 
 import json
@@ -37,7 +37,7 @@ ROOM = 96
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference checkpoint in bfloat16, one file, without the layer transformers does not read."""
+    """The reference checkpoint in bfloat16, one file, without the multi-token-prediction layer."""
     directory = tmp_path_factory.mktemp("reference") / "plain"
     directory.mkdir()
     stored = StoredWeights(Reader(open_checkpoint(REFERENCE)))
@@ -56,25 +56,25 @@ def artifact_of(plain: Path, directory: Path, scheme: str) -> Artifact:
 
 
 def prompt() -> Tensor:
-    """Words of the reference's vocabulary, always the same ones."""
+    """Fixed prompts of token ids in the vocabulary of the reference checkpoint."""
     return torch.randint(300, 8000, (1, 12), generator=torch.Generator().manual_seed(5))
 
 
 def reference_of(artifact: Artifact, scheme: str) -> PreTrainedModel:
-    """The model of the dequantized weights, which are deleted."""
+    """transformers' model of the dequantized weights; their files are deleted afterwards."""
     reference = dense_reference(artifact.dense)
     shutil.rmtree(artifact.dense)
     return with_int8_activations(reference) if scheme == "int8" else reference
 
 
 def likeliest(reference: PreTrainedModel, text: Tensor) -> Tensor:
-    """The likeliest token after every prefix that ends with the prompt or later."""
+    """The most likely next token after every prefix that contains the prompt."""
     with torch.no_grad():
         return reference(input_ids=text).logits[0, prompt().shape[1] - 1 : -1].argmax(-1)
 
 
 def followed(reference: PreTrainedModel, text: Tensor, scheme: str) -> int:
-    """How many of the new tokens are the reference's likeliest, from the first on."""
+    """Number of new tokens, counted from the first, that equal the reference's most likely token."""
     new = text[0, prompt().shape[1] :]
     same = likeliest(reference, text) == new
     if scheme == "int8":
@@ -92,7 +92,7 @@ def followed(reference: PreTrainedModel, text: Tensor, scheme: str) -> int:
 
 
 @pytest.mark.parametrize("scheme", [*INTEGERS, "gptq"])
-def test_sixty_four_greedy_tokens_are_the_references(scheme: SchemeName, plain: Path, tmp_path: Path) -> None:
+def test_sixty_four_greedy_tokens_equal_the_reference(scheme: SchemeName, plain: Path, tmp_path: Path) -> None:
     artifact = artifact_of(plain, tmp_path / scheme, scheme)
     model, reference = load(artifact.directory, dtype=torch.float32), reference_of(artifact, scheme)
     static = Decoder(model, batch=1, length=ROOM).generate(prompt(), STEPS)
@@ -108,8 +108,11 @@ def test_sixty_four_greedy_tokens_are_the_references(scheme: SchemeName, plain: 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scheme", [*INTEGERS, "gptq"])
-def test_sixty_four_greedy_tokens_on_cuda_are_the_references(scheme: SchemeName, plain: Path, tmp_path: Path) -> None:
-    """In float32, which is exact on both; it is not captured, for the experts then ask the host for the routing."""
+def test_sixty_four_greedy_tokens_on_cuda_equal_the_reference(scheme: SchemeName, plain: Path, tmp_path: Path) -> None:
+    """In float32, which is exact on both devices.
+
+    Steps are not captured, because the host reads the routing in float32.
+    """
     artifact = artifact_of(plain, tmp_path / scheme, scheme)
     model, reference = load(artifact.directory, dtype=torch.float32, device="cuda"), reference_of(artifact, scheme)
     decoder = Decoder(model, batch=1, length=ROOM)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantlab.runtime.integer_products import chunked_product, integer_product, operator_is_exact
-from quantlab.runtime.operators import cpu_operators
+from quantlab.runtime.banks.exact_int8 import chunked_product, integer_product, operator_is_exact
+from quantlab.runtime.cpu_operators import cpu_operators
 from tests.runtime.test_native import COMPUTE
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def test_a_saturating_operator_is_found_and_named(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_products_hold_on_other_processors(variable: str, native: str) -> None:
-    """The products of every bank, as an older processor's instructions compute them: with our kernels where these run, and without."""
+    """Products of every bank with the instructions of older processors, with native kernels where they run and without."""
     name, _, value = variable.partition("=")
     checks = (
         "import tests.runtime.test_integer_products as i\nfor shape in i.SHAPES: i.check(i.integer_product, shape)\n"

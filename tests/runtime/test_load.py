@@ -1,4 +1,4 @@
-"""Whole models: what `load` gives against transformers' own dense model of the weights the artifact stands for."""
+"""Models of `load`, compared with transformers' model of the dequantized weights."""
 
 import shutil
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrain
 from quantlab.errors import ArtifactError, CheckpointError
 from quantlab.numerics.fp8 import quantize_blocks
 from quantlab.recipe.schemes import SCHEMES, SchemeName
+from quantlab.runtime.banks.choice import QuantizedMatrices
 from quantlab.runtime.load import load
-from quantlab.runtime.matrices import QuantizedMatrices
 from tests.runtime.tiny import (
     Artifact,
     dense_reference,
@@ -40,7 +40,7 @@ def greedy(model: PreTrainedModel, **settings: object) -> Tensor:
 
 
 def with_int8_activations(model: PreTrainedModel) -> PreTrainedModel:
-    """transformers' model with the inputs of every quantized linear, experts included, rounded as W8A8 does."""
+    """transformers' model with the inputs of every quantized linear, experts included, rounded as in W8A8."""
 
     def rounded(x: Tensor) -> Tensor:
         scale = x.abs().amax(-1, keepdim=True) / 127
@@ -151,7 +151,7 @@ def test_scales_of_other_dtypes(scale_dtype: torch.dtype, checkpoints: dict[str,
 
 
 def fp8_checkpoint(source: Path, target: Path) -> tuple[Path, Path]:
-    """The source in FP8 blocks of 128, ragged where kv_a has 144 rows, and what it stands for in bfloat16."""
+    """The source in FP8 blocks of 128 (kv_a has 144 rows: partial blocks), and its dequantized bfloat16 weights."""
     shutil.copytree(source, target)
     dense = target.with_name(target.name + "-dense")
     shutil.copytree(source, dense)
@@ -171,7 +171,7 @@ def fp8_checkpoint(source: Path, target: Path) -> tuple[Path, Path]:
     return target, dense
 
 
-def test_fp8_checkpoints_with_ragged_blocks(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_fp8_checkpoints_with_partial_blocks(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     source, dense = fp8_checkpoint(checkpoints["deepseek_v3"], tmp_path / "fp8")
     assert load_file(source / "model.safetensors")["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape == (
         144,
@@ -191,7 +191,7 @@ def test_untied_heads_and_biases_and_generation_config(checkpoints: dict[str, Pa
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
-def test_what_transformers_computes_in_float32_stays_float32(checkpoints: dict[str, Path]) -> None:
+def test_tensors_that_transformers_keeps_in_float32_stay_float32(checkpoints: dict[str, Path]) -> None:
     model = load(checkpoints["deepseek_v3"], dtype=torch.float16)
     stored = load_file(checkpoints["deepseek_v3"] / "model.safetensors")[
         "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -213,7 +213,7 @@ def test_dtype_defaults_to_the_artifact(checkpoints: dict[str, Path], tmp_path: 
         load(copy)
 
 
-def test_mtp_layers_are_left_out_only_where_the_config_has_them(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_mtp_layers_are_ignored_only_if_the_config_declares_them(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoints["deepseek_v3"], tmp_path / "copy")
     weights = load_file(copy / "model.safetensors")
     rewrite(
@@ -222,7 +222,7 @@ def test_mtp_layers_are_left_out_only_where_the_config_has_them(checkpoints: dic
         | {"model.layers.2.eh_proj.weight": torch.zeros(4, 4), "model.layers.2.mlp.gate.weight": torch.zeros(8, 4)},
     )
     edit_config(copy, lambda fields: fields.update(num_nextn_predict_layers=0))
-    with pytest.raises(ArtifactError, match=r"no place for[^$]*layers\.2\.eh_proj"):
+    with pytest.raises(ArtifactError, match=r"does not use[^$]*layers\.2\.eh_proj"):
         load(copy)
     edit_config(copy, lambda fields: fields.update(num_nextn_predict_layers=1))
     assert torch.equal(logits(load(copy)), logits(load(checkpoints["deepseek_v3"])))
@@ -256,14 +256,14 @@ def test_a_missing_part_of_a_packed_weight_is_an_error(artifacts: Maker, tmp_pat
             load(copy)
 
 
-def test_a_tensor_too_many_or_of_another_shape_is_an_error(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_an_unused_tensor_or_a_wrong_shape_is_an_error(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoints["deepseek_v2"], tmp_path / "copy")
     weights = load_file(copy / "model.safetensors")
     rewrite(copy, weights | {"model.layers.1.mlp.experts.8.up_proj.weight": torch.zeros(2, 2)})
-    with pytest.raises(ArtifactError, match=r"no place for[^$]*experts\.8\.up_proj"):
+    with pytest.raises(ArtifactError, match=r"does not use[^$]*experts\.8\.up_proj"):
         load(copy)
     rewrite(copy, weights | {"model.norm.weight": torch.zeros(64)})
-    with pytest.raises(ArtifactError, match=r"does not fit the config[^$]*model\.norm\.weight"):
+    with pytest.raises(ArtifactError, match=r"does not match the config[^$]*model\.norm\.weight"):
         load(copy)
 
 
@@ -307,12 +307,12 @@ def test_an_unknown_model_is_an_error(checkpoints: dict[str, Path], tmp_path: Pa
         ("deepseek_v3", {"hidden_act": "relux"}),
     ],
 )
-def test_a_config_that_describes_no_model(
+def test_an_invalid_config(
     family: str, change: dict[str, object], checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     copy = shutil.copytree(checkpoints[family], tmp_path / "copy")
     edit_config(copy, lambda fields: fields.update(change))
-    with pytest.raises(ArtifactError, match=r"describes no model[^$]*config[^$]*released with"):
+    with pytest.raises(ArtifactError, match=r"cannot build a model[^$]*config[^$]*released with"):
         load(copy)
 
 
@@ -329,7 +329,7 @@ def test_a_config_of_another_model(change: dict[str, int], checkpoints: dict[str
     for family in ("llama", "deepseek_v3"):
         copy = shutil.copytree(checkpoints[family], tmp_path / family)
         edit_config(copy, lambda fields: fields.update(change))
-        with pytest.raises(ArtifactError, match=r"does not fit the config|missing|no place for"):
+        with pytest.raises(ArtifactError, match=r"does not match the config|missing|does not use"):
             load(copy)
 
 

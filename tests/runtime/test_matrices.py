@@ -1,4 +1,4 @@
-"""Every bank against the float64 product of the matrix it stands for."""
+"""Products of every bank, compared with the float64 product of the dequantized matrix."""
 
 import os
 import subprocess
@@ -13,22 +13,25 @@ from torch import Tensor
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import NumberFormat
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime.blocks import reorders_bfloat16
-from quantlab.runtime.int4 import Int4Matrices, int4_block
-from quantlab.runtime.int8 import Int8Matrices, Int8WeightMatrices, quantize_tokens
-from quantlab.runtime.linear import (
+from quantlab.runtime.banks.choice import QuantizedMatrices, quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.banks.dense_product import dense_product
+from quantlab.runtime.banks.expanded import ExpandedMatrices
+from quantlab.runtime.banks.groups import RowGroups
+from quantlab.runtime.banks.int4_native import NativeInt4Matrices
+from quantlab.runtime.banks.int4_torch import TorchInt4Matrices, int4_block
+from quantlab.runtime.banks.int8 import Int8Matrices, Int8WeightMatrices, quantize_tokens
+from quantlab.runtime.modules.linear import (
     DenseLinear,
     GatedMLP,
     PackedLinear,
-    PartOfStack,
     ReorderedLinear,
     StackedLinear,
+    StackedLinearPart,
     dense_linear,
 )
-from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, QuantizedMatrices, quantized_matrices
+from quantlab.runtime.modules.onednn_layout import supports_blocked_bfloat16
 from quantlab.runtime.native.library import library
-from quantlab.runtime.native_int4 import NativeInt4Matrices
-from quantlab.runtime.products import Groups, dense_product
 from tests.checkpoints import INTEGERS
 
 ROWS = (1, 2, 7, 16, 64, 257)
@@ -39,7 +42,7 @@ WEIGHT_ONLY: tuple[SchemeName, ...] = ("int4_g128", "int4_g64", "int4_g32", "int
 def random_matrix(
     rows: int, columns: int, number: NumberFormat, *, scale_dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> QuantizedMatrix:
-    """Integers and zero points over the whole grid, scales of both signs."""
+    """A random matrix: integers and zero points over the whole grid, scales of both signs."""
     bits, groups = number.bits, number.groups(columns)
     generator = torch.Generator().manual_seed(seed)
     q = torch.randint(-(1 << bits - 1), 1 << bits - 1, (rows, columns), generator=generator, dtype=torch.int8)
@@ -51,7 +54,7 @@ def random_matrix(
 
 
 def exact(matrix: QuantizedMatrix) -> Tensor:
-    """[N, K] float64, the product formed in the dtype of the scale as the format defines it."""
+    """The dequantized matrix [N, K] float64; as the format defines it, q * scale is formed in the dtype of the scale."""
     width = matrix.q.shape[1] // matrix.scale.shape[1]
     per_weight = matrix.scale.repeat_interleave(width, dim=1)
     steps = matrix.q if matrix.zero is None else matrix.q - matrix.zero.repeat_interleave(width, dim=1)
@@ -73,7 +76,7 @@ def made(
 
 
 def within(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Errors relative to the largest expected number."""
+    """Errors relative to the largest expected magnitude."""
     error = (found.double() - expected).abs().max() / expected.abs().max()
     assert error <= tolerance, f"relative error {error:.2e}"
 
@@ -96,7 +99,7 @@ def test_weight_only_products_equal_the_dequantized_product(
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("count", [1, 64])
 def test_scales_finer_than_bfloat16_are_not_rounded(scheme: SchemeName, scale_dtype: torch.dtype, count: int) -> None:
-    """The scale lies 0.34 % above the next bfloat16 number: rounded, it would shift the mean of all outputs by as much."""
+    """The scale is 0.34 % above the nearest bfloat16 value; rounding it would shift the mean of all outputs by 0.34 %."""
     scale = torch.full((256, SCHEMES[scheme].format.groups(128)), 2.0**-6 * (1 + 7 / 2048), dtype=scale_dtype)
     fine = replace(made(scheme, 256, 128), scale=scale)
     assert (fine.scale.bfloat16().double() / fine.scale.double() - 1).abs().max() > 0.003
@@ -112,14 +115,16 @@ def test_kernels_are_chosen_by_shape_and_scale() -> None:
         return type(quantized_matrices(SCHEMES[scheme].format, 1, rows, columns, scale_dtype=dtype))
 
     if int4_block() is not None:
-        assert kind("int4_g128_asym", 576, 2048) is Int4Matrices, "the native kernel has no zero points"
+        assert kind("int4_g128_asym", 576, 2048) is TorchInt4Matrices, "the native kernel has no zero points"
     assert kind("int4_g128_asym", 80, 2048) is ExpandedMatrices, "and torch's layout no ragged blocks of rows"
     if library() is not None:
         assert kind("int4_g128", 576, 2048) is NativeInt4Matrices
         assert kind("int4_g128", 5, 128) is NativeInt4Matrices
     elif int4_block() is not None:
-        assert kind("int4_g128", 576, 2048) is Int4Matrices
-        assert kind("int4_g128", 144, 128) is ExpandedMatrices, "rows no multiple of the layout's block"
+        assert kind("int4_g128", 576, 2048) is TorchInt4Matrices
+        assert kind("int4_g128", 144, 128) is ExpandedMatrices, (
+            "the number of rows is not a multiple of the layout's block"
+        )
     assert kind("int4_g32", 128, 96, torch.float32) is ExpandedMatrices, "float32 scales are no two bfloat16 numbers"
     assert kind("int8_weight", 5, 64) is Int8WeightMatrices
     assert kind("int8_weight", 64, 100) is ExpandedMatrices, "torch's operator reads past the end of such rows"
@@ -127,8 +132,8 @@ def test_kernels_are_chosen_by_shape_and_scale() -> None:
 
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_int4_layout_of_other_vector_widths_is_expanded_right_or_not_used(capability: str) -> None:
-    """torch's int4 layout follows the vector width it finds at start; a narrower one is asked for in a fresh process."""
+def test_int4_layout_of_other_vector_widths_is_expanded_correctly_or_declined(capability: str) -> None:
+    """torch's int4 layout depends on the vector width chosen at start; a new process requests a narrower one."""
     code = "import tests.runtime.test_matrices as t\n"
     code += "for n in (1, 64): [t.test_weight_only_products_equal_the_dequantized_product('int4_g32', (192, 256), n, d) for d in t.TOLERANCE]"
     done = subprocess.run(
@@ -158,7 +163,7 @@ def test_w8a8_equals_integer_arithmetic(count: int, shape: tuple[int, int], dtyp
     )
 
 
-def test_w8a8_rounds_a_token_alike_alone_and_among_others() -> None:
+def test_w8a8_rounds_a_token_independently_of_other_tokens() -> None:
     linear = PackedLinear(bank_of("int8", [made("int8", 64, 128)]), None)
     x = torch.randn(257, 128)
     assert torch.equal(linear(x)[100:101], linear(x[100:101]))
@@ -186,13 +191,13 @@ def test_leading_dimensions_and_bias(scheme: SchemeName, leading: tuple[int, ...
 
 @pytest.mark.parametrize("scheme", INTEGERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_meet_the_matrix_of_their_group(scheme: SchemeName, dtype: torch.dtype) -> None:
+def test_rows_are_multiplied_by_the_matrix_of_their_group(scheme: SchemeName, dtype: torch.dtype) -> None:
     matrices = [made(scheme, 64, 128, seed=seed) for seed in range(4)]
     bank = bank_of(scheme, matrices)
     counts, which = (3, 40, 1), (0, 2, 3)
-    of_row = torch.tensor(which).repeat_interleave(torch.tensor(counts))
+    matrix_of_row = torch.tensor(which).repeat_interleave(torch.tensor(counts))
     x = torch.randn(44, 128).to(dtype)
-    found = bank.products(x, Groups(which, counts, of_row))
+    found = bank.products(x, RowGroups(which, counts, matrix_of_row))
     each = torch.cat(
         [
             PackedLinear(bank_of(scheme, [matrices[index]]), None)(part)
@@ -219,7 +224,7 @@ def test_dense_products(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(64, 128), (96, 128), (5, 7), (144, 100)])
 @pytest.mark.parametrize("leading", [(1,), (2, 1, 9), (257,), (0,)])
 def test_reordered_bfloat16_linears(shape: tuple[int, int], leading: tuple[int, ...]) -> None:
-    if not reorders_bfloat16():
+    if not supports_blocked_bfloat16():
         pytest.skip("this CPU has no bfloat16 products")
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     x = torch.randn(*leading, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -244,14 +249,14 @@ def test_gated_mlp_equals_its_formula() -> None:
     assert torch.allclose(GatedMLP(gate_up, down, torch.nn.SiLU())(x), expected, atol=1e-6)
 
 
-def stacked(calls: list[Tensor]) -> tuple[StackedLinear, list[PartOfStack]]:
+def stacked(calls: list[Tensor]) -> tuple[StackedLinear, list[StackedLinearPart]]:
     linear = PackedLinear(bank_of("int8_weight", [made("int8_weight", 192, 128)]), torch.randn(192))
     linear.register_forward_hook(lambda module, inputs, output: calls.append(output))
     stack = StackedLinear(linear, (128, 16, 48))
-    return stack, [PartOfStack(stack, index) for index in range(3)]
+    return stack, [StackedLinearPart(stack, index) for index in range(3)]
 
 
-def test_parts_of_a_stack_compute_once_and_keep_nothing() -> None:
+def test_parts_of_a_stack_compute_once_and_keep_no_outputs() -> None:
     calls: list[Tensor] = []
     stack, parts = stacked(calls)
     for rows in (1, 5):
@@ -263,7 +268,7 @@ def test_parts_of_a_stack_compute_once_and_keep_nothing() -> None:
         assert stack._last is None
 
 
-def test_parts_of_a_stack_tell_inputs_apart_and_let_go_of_them() -> None:
+def test_parts_of_a_stack_distinguish_inputs_and_release_them() -> None:
     calls: list[Tensor] = []
     stack, (first, second, _) = stacked(calls)
     x, other = torch.randn(2, 128), torch.randn(2, 128)
@@ -277,7 +282,7 @@ def test_parts_of_a_stack_tell_inputs_apart_and_let_go_of_them() -> None:
     assert not stack._last[1], "what was computed for an input ends with it"
 
 
-def test_parts_of_a_stack_serve_threads() -> None:
+def test_parts_of_a_stack_work_from_several_threads() -> None:
     stack, parts = stacked([])
     inputs = [torch.randn(1, 128) for _ in range(4)]
     expected = [torch.cat(stack(x), dim=-1) for x in inputs]

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime import linear
-from quantlab.runtime.blocks import lies_in_pairs
-from quantlab.runtime.int4 import Int4Matrices
-from quantlab.runtime.int8 import Int8Matrices
-from quantlab.runtime.linear import Norm, ReorderedLinear, dense_linear
-from quantlab.runtime.matrices import DenseMatrices, quantized_matrices
+from quantlab.runtime.banks.choice import quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.banks.groups import RowGroups, single_group
+from quantlab.runtime.banks.int4_native import NativeInt4Matrices
+from quantlab.runtime.banks.int4_torch import TorchInt4Matrices
+from quantlab.runtime.banks.int8 import Int8Matrices
+from quantlab.runtime.cpu_operators import cpu_operators
+from quantlab.runtime.modules import linear
+from quantlab.runtime.modules.linear import Norm, ReorderedLinear, dense_linear
+from quantlab.runtime.modules.onednn_layout import has_pair_layout
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.native_int4 import NativeInt4Matrices
-from quantlab.runtime.operators import cpu_operators
-from quantlab.runtime.products import Groups, single
 from tests.runtime.test_matrices import exact, made
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def test_weight_only_products(
     bank.fill(0, matrix)
     for count in range(1, 10):
         x = numbers(count, shape[1], dtype=torch.bfloat16).to(dtype)  # no rounding to bfloat16 is left to the kernel
-        found = bank.products(x, single(count))
+        found = bank.products(x, single_group(count))
         assert found.dtype == dtype
         assert error(found, x.double() @ meant.T) <= ROUNDING[dtype]
 
@@ -80,14 +81,14 @@ def test_int4_is_as_accurate_as_the_operator_of_torch(group_size: int) -> None:
     matrix = made(scheme, 256, 2048)
     banks = [
         kind(SCHEMES[scheme].format, 1, 256, 2048, scale_dtype=torch.bfloat16)
-        for kind in (NativeInt4Matrices, Int4Matrices)
+        for kind in (NativeInt4Matrices, TorchInt4Matrices)
     ]
     x = numbers(4, 2048, dtype=torch.bfloat16)
     scale = matrix.scale.double().repeat_interleave(group_size, dim=1)
     expected = x.double() @ (matrix.q.double() * scale).T
     for bank in banks:
         bank.fill(0, matrix)
-    ours, torchs = (error(bank.products(x, single(4)), expected) for bank in banks)
+    ours, torchs = (error(bank.products(x, single_group(4)), expected) for bank in banks)
     assert ours <= 1.05 * torchs
 
 
@@ -100,7 +101,7 @@ def test_w8a8_gives_the_numbers_of_torch(shape: tuple[int, int], scale_dtype: to
     for index in range(3):
         bank.fill(index, made("int8", *shape, scale_dtype=scale_dtype, seed=index))
     for count in range(1, 10):
-        groups = Groups((2, 0), (count, 3), torch.tensor([2] * count + [0] * 3))
+        groups = RowGroups((2, 0), (count, 3), torch.tensor([2] * count + [0] * 3))
         x = numbers(count + 3, shape[1], dtype=dtype)
         x[0] = 0
         assert torch.equal(bank.products(x, groups), bank._torch_products(x, groups))
@@ -112,7 +113,7 @@ def test_w8a8_lets_no_lost_number_look_like_one() -> None:
     bank.fill(0, made("int8", 5, 7))
     x = numbers(4, 7, dtype=torch.float16)
     x[1, 3], x[2, 6] = torch.inf, torch.nan
-    found = torch.isfinite(bank.products(x, single(4))).all(dim=1)
+    found = torch.isfinite(bank.products(x, single_group(4))).all(dim=1)
     assert found.tolist() == [True, False, False, True]
 
 
@@ -126,7 +127,7 @@ def test_dense_products(shape: tuple[int, int], dtype: torch.dtype) -> None:
     for count in range(1, 10):
         x = numbers(count, shape[1], dtype=dtype)
         out = torch.empty(count, shape[0], dtype=dtype)
-        kernels.dense_product(x, bank.weight, Groups((1,), (count,), None).slices, out)
+        kernels.dense_product(x, bank.weight, RowGroups((1,), (count,), None).slices, out)
         assert error(out, x.double() @ weight.double().T) <= ROUNDING[dtype]
 
 
@@ -140,9 +141,9 @@ def test_bfloat16_linears_are_right_whatever_the_layout(
     layer = dense_linear(weight, bias)
     if not isinstance(layer, ReorderedLinear):
         pytest.skip("this CPU has no bfloat16 products")
-    assert layer._paired == lies_in_pairs(*shape)
+    assert layer._paired == has_pair_layout(*shape)
     named = any(phrase.startswith("bfloat16 products by oneDNN alone") for phrase in cpu_operators())
-    assert named == (not lies_in_pairs(64, 64))
+    assert named == (not has_pair_layout(64, 64))
     for count in range(1, 10):
         x = numbers(count, shape[1], dtype=torch.bfloat16, seed=3)
         found = layer(x[None])
@@ -173,8 +174,8 @@ def test_groups_of_few_and_of_many_rows(scheme: SchemeName | None, counts: tuple
         for index, matrix in enumerate(matrices):
             bank.fill(index, matrix)
     x = numbers(sum(counts), 192, dtype=dtype)
-    of_row = torch.tensor(which).repeat_interleave(torch.tensor(counts))
-    found = bank.products(x, Groups(which, counts, of_row))
+    matrix_of_row = torch.tensor(which).repeat_interleave(torch.tensor(counts))
+    found = bank.products(x, RowGroups(which, counts, matrix_of_row))
     expected = torch.cat([part.double() @ exact(matrices[i]).T for part, i in zip(x.split(counts), which, strict=True)])
     assert error(found, expected) <= 2e-2
 
@@ -189,12 +190,12 @@ def test_one_row_for_all_groups_and_no_row(scheme: SchemeName | None) -> None:
         bank = quantized_matrices(SCHEMES[scheme].format, 3, 48, 64, scale_dtype=torch.bfloat16)
         for index in range(3):
             bank.fill(index, made(scheme, 48, 64, seed=index))
-    x, groups = numbers(1, 64, dtype=torch.float16), Groups((2, 0), (1, 1), torch.tensor([2, 0]))
+    x, groups = numbers(1, 64, dtype=torch.float16), RowGroups((2, 0), (1, 1), torch.tensor([2, 0]))
     assert torch.equal(bank.products(x.expand(2, -1), groups), bank.products(x.repeat(2, 1), groups))
-    assert bank.products(x[:0], Groups((), (), torch.empty(0, dtype=torch.int64))).shape == (0, 48)
-    assert bank.products(x[:0], Groups((1,), (0,), torch.empty(0, dtype=torch.int64))).shape == (0, 48)
+    assert bank.products(x[:0], RowGroups((), (), torch.empty(0, dtype=torch.int64))).shape == (0, 48)
+    assert bank.products(x[:0], RowGroups((1,), (0,), torch.empty(0, dtype=torch.int64))).shape == (0, 48)
     across = numbers(64, 3, dtype=torch.float16).t()  # rows are not contiguous
-    both = Groups((1,), (3,), torch.tensor([1, 1, 1]))
+    both = RowGroups((1,), (3,), torch.tensor([1, 1, 1]))
     assert torch.equal(bank.products(across, both), bank.products(across.contiguous(), both))
 
 
@@ -246,14 +247,14 @@ def run(code: str, **environment: str) -> str:
 SPEAK = "from quantlab.runtime.native.library import status; print(status())"
 COMPUTE = """
 import torch, tests.runtime.test_matrices as t, tests.runtime.test_experts as e
-from quantlab.runtime.blocks import reorders_bfloat16
+from quantlab.runtime.modules.onednn_layout import supports_blocked_bfloat16
 for dtype in t.TOLERANCE:
     for scheme in t.WEIGHT_ONLY:
         t.test_weight_only_products_equal_the_dequantized_product(scheme, (192, 256), 2, dtype)
     t.test_w8a8_equals_integer_arithmetic(2, (5, 7), dtype)
     t.test_dense_products(dtype, (7,))
     e.test_experts_equal_a_loop_over_tokens("int4_g64", 1, "spread", dtype)
-if reorders_bfloat16():
+if supports_blocked_bfloat16():
     t.test_reordered_bfloat16_linears((96, 128), (2, 1, 9))
 """
 
@@ -291,10 +292,10 @@ def test_threads_are_those_of_torch() -> None:
         "import pathlib, torch\n"
         "torch.set_num_threads(1)\n"
         "from quantlab.runtime.native import kernels\n"
-        "from quantlab.runtime.products import single\n"
+        "from quantlab.runtime.banks.groups import single_group\n"
         "x, w = torch.ones(1, 4096).half(), torch.ones(1, 4096, 4096).half()\n"
         "before = len(list(pathlib.Path('/proc/self/task').iterdir()))\n"
-        "kernels.dense_product(x, w, single(1).slices, torch.empty(1, 4096).half())\n"
+        "kernels.dense_product(x, w, single_group(1).slices, torch.empty(1, 4096).half())\n"
         "assert len(list(pathlib.Path('/proc/self/task').iterdir())) == before\n"
         "maps = {line.split()[-1] for line in open('/proc/self/maps') if '.so' in line}\n"
         "print(sum('omp' in pathlib.Path(name).name for name in maps))"

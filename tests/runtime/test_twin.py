@@ -1,4 +1,4 @@
-"""Random twins: built packed, finite, and counted."""
+"""Twins with random weights: packed, finite, and with the bytes of their number format."""
 
 import subprocess
 import sys
@@ -9,9 +9,9 @@ import torch
 
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES, SchemeName
-from quantlab.runtime.account import weight_bytes
-from quantlab.runtime.experts import Experts
+from quantlab.runtime.inventory import weight_bytes
 from quantlab.runtime.load import load
+from quantlab.runtime.modules.experts import Experts
 from quantlab.runtime.twin import random_twin
 from tests.checkpoints import INTEGERS, all_linears
 from tests.runtime.tiny import FAMILIES, IGNORE, Artifact, tokens
@@ -51,7 +51,7 @@ def test_twins_compute_finite_numbers_that_vary(family: str, scheme: SchemeName 
     assert 0.01 < logits.std() < (256 * 128**0.5 * 2 if tied else 100), "a tied head has the size of the embeddings"
 
 
-def test_a_seed_names_a_twin() -> None:
+def test_a_twin_depends_on_its_seed_only() -> None:
     config = {"model_type": "deepseek_v3", **FAMILIES["deepseek_v3"]}
     with torch.inference_mode():
         first, again, other = (
@@ -63,8 +63,8 @@ def test_a_seed_names_a_twin() -> None:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
-def test_twins_of_all_formats_send_tokens_to_the_same_experts(family: str) -> None:
-    """Else one would read more experts than another, and a ratio of their times would say so."""
+def test_twins_of_all_formats_route_tokens_to_the_same_experts(family: str) -> None:
+    """Otherwise one twin would read more experts than another, which would distort ratios of their times."""
     config = {"model_type": family, **FAMILIES[family], "num_hidden_layers": 6}
     chosen: dict[SchemeName | None, list[torch.Tensor]] = {}
     for scheme in (None, *INTEGERS):
@@ -83,7 +83,7 @@ def test_twins_of_all_formats_send_tokens_to_the_same_experts(family: str) -> No
 
 
 @pytest.mark.parametrize(("scheme", "limit"), LIMITS.items())
-def test_quantized_weights_take_the_bytes_their_format_says(scheme: SchemeName, limit: float) -> None:
+def test_quantized_weights_take_the_bytes_of_their_format(scheme: SchemeName, limit: float) -> None:
     held = weight_bytes(random_twin(WIDE, quantization(scheme), dtype=torch.bfloat16, seed=0))
     plain = weight_bytes(random_twin(WIDE, None, dtype=torch.bfloat16, seed=0))
     assert 100 * held.quantized / held.quantized_fp16 <= limit
@@ -92,7 +92,7 @@ def test_quantized_weights_take_the_bytes_their_format_says(scheme: SchemeName, 
     assert plain.quantized == plain.quantized_fp16 == 0
 
 
-def test_a_model_holds_no_more_than_its_artifact(artifacts: Callable[[str, SchemeName], Artifact]) -> None:
+def test_a_model_holds_at_most_the_bytes_of_its_artifact(artifacts: Callable[[str, SchemeName], Artifact]) -> None:
     for scheme in ("int4_g128", "int8", "int8_weight"):
         directory = artifacts("llama", scheme).directory
         stored = (directory / "model.safetensors").stat().st_size
@@ -111,7 +111,7 @@ def test_a_tied_head_counts_once() -> None:
 def test_importing_the_runtime_does_nothing() -> None:
     code = (
         "import os, torch, transformers; before = dict(os.environ), torch.get_num_threads(), torch.get_rng_state().sum()\n"
-        "import quantlab.runtime.load, quantlab.runtime.twin, quantlab.runtime.account\n"
+        "import quantlab.runtime.load, quantlab.runtime.twin, quantlab.runtime.inventory\n"
         "assert before == (dict(os.environ), torch.get_num_threads(), torch.get_rng_state().sum())"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

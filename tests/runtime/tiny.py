@@ -1,4 +1,4 @@
-"""Tiny checkpoints of all families, and artifacts made from them without the code that makes artifacts."""
+"""Tiny checkpoints of all families, and artifacts made from them independently of quantlab.run."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ LINEAR = ("_proj.weight", "_proj_with_mqa.weight")
 
 @dataclass(frozen=True)
 class Artifact:
-    """A quantized artifact with the plain checkpoint of the float32 weights it stands for."""
+    """A quantized artifact, and the plain float32 checkpoint of its dequantized weights."""
 
     directory: Path
     dense: Path
@@ -132,7 +132,7 @@ def quantize(source: Path, target: Path, scheme: Scheme, *, scale_dtype: torch.d
 
 
 def dense_reference(directory: Path) -> PreTrainedModel:
-    """transformers' own model in float32, experts by its plain loop."""
+    """transformers' model in float32, with its reference loop over experts."""
     return AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, experts_implementation="eager", attn_implementation="sdpa"
     ).eval()

@@ -31,8 +31,8 @@ from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.statistics import Floats, median
 from quantlab.evaluation.suite import load_suite
 from quantlab.files import read_json
-from quantlab.runtime.cache import cached
-from quantlab.runtime.device import find_device, free_bytes, ran_out
+from quantlab.runtime.cache_arguments import cache_arguments
+from quantlab.runtime.device import find_device, free_bytes, is_out_of_memory
 from quantlab.runtime.twin import random_twin
 
 BYTES_PER_SCORE: Final = 12
@@ -116,7 +116,7 @@ def attempt(
     except DeviceError as error:
         return failed(f"not tried: {error.found}")
     except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         return failed("out of memory")
 
@@ -140,7 +140,7 @@ def measured(model: PreTrainedModel, case: Case) -> AttentionCell:
     ids = torch.randint(int(model.config.vocab_size), (1, case.context), generator=generator).to(device)
     few = DynamicCache(config=model.config)
     for part in (ids[:, :_FEW], ids[:, :1]):  # kernels are made and thread pools started before anything counts
-        model(input_ids=part, **cached(few), logits_to_keep=1)
+        model(input_ids=part, **cache_arguments(few), logits_to_keep=1)
     give_back()
     held = held_bytes(device)
 
@@ -182,7 +182,7 @@ class _Repeats:
 
 
 def _read(model: PreTrainedModel, ids: Tensor) -> None:
-    model(input_ids=ids, **cached(DynamicCache(config=model.config)), logits_to_keep=1)
+    model(input_ids=ids, **cache_arguments(DynamicCache(config=model.config)), logits_to_keep=1)
 
 
 def _decode(model: PreTrainedModel, few: DynamicCache, token: Tensor, case: Case) -> _Repeats:
@@ -192,7 +192,7 @@ def _decode(model: PreTrainedModel, few: DynamicCache, token: Tensor, case: Case
 
     def steps() -> None:
         for _ in range(case.steps):
-            model(input_ids=token, **cached(cache), logits_to_keep=1)
+            model(input_ids=token, **cache_arguments(cache), logits_to_keep=1)
         cache.crop(-case.steps)
 
     found = _repeat(steps, case, model.device)

@@ -16,9 +16,9 @@ from quantlab.evaluation.memory.metrics import Expanded, Memory
 from quantlab.evaluation.processes.messages import MemoryRequest, Progress
 from quantlab.evaluation.statistics import median
 from quantlab.evaluation.suite import load_suite
-from quantlab.runtime.account import expanded, weight_bytes
-from quantlab.runtime.cache import cached
+from quantlab.runtime.cache_arguments import cache_arguments
 from quantlab.runtime.device import find_device
+from quantlab.runtime.inventory import expanded, weight_bytes
 from quantlab.runtime.load import load
 
 _MOST_LOADS = 5
@@ -85,7 +85,7 @@ def cache_bytes(model: PreTrainedModel) -> tuple[int, str]:
     for length in _CACHE_LENGTHS:
         cache = DynamicCache(config=model.config)
         ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
-        model(input_ids=ids, **cached(cache), logits_to_keep=1)
+        model(input_ids=ids, **cache_arguments(cache), logits_to_keep=1)
         caches.append([(layer.keys, layer.values) for layer in cache.layers])
     shorter, longer = (sum(keys.nbytes + values.nbytes for keys, values in cache) for cache in caches)
     keys, values = caches[0][0]

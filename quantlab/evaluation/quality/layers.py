@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from quantlab.evaluation.quality.windows import HeldOut, Window
 from quantlab.evaluation.statistics import Floats
-from quantlab.runtime.experts import Experts
+from quantlab.runtime.modules.experts import Experts
 
 LAYER_WINDOW = 64
 """Tokens of a window that layers are judged on."""

@@ -30,8 +30,8 @@ from quantlab.evaluation.quality.predictions import score
 from quantlab.evaluation.quality.windows import HeldOut, cut, read_corpus
 from quantlab.evaluation.statistics import Floats, Resampled, percentile, resample
 from quantlab.evaluation.suite import load_suite
+from quantlab.runtime.cpu_operators import cpu_operators
 from quantlab.runtime.load import load
-from quantlab.runtime.operators import cpu_operators
 
 _AT: Final = {name: column for column, name in enumerate(SUMS)}
 """Columns of the tables of sums."""

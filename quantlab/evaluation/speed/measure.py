@@ -4,7 +4,7 @@
 memory at once, every round times each of them in a new random order, and a ratio to FP16 is taken within a turn. `rates.py` puts
 together what several such processes found.
 
-Steps decode from a cache of fixed size, as serving engines do it, in few operations where `quantlab.runtime.step` takes the model;
+Steps decode from a cache of fixed size, as serving engines do it, in few operations where `quantlab.runtime.decoding.fused_step` takes the model;
 on CUDA they are captured as a graph and replayed.
 """
 
@@ -25,11 +25,11 @@ from quantlab.evaluation.machine.gauges import now, watched
 from quantlab.evaluation.processes.messages import Progress, SpeedRequest, SpeedResult, TwinTimings
 from quantlab.evaluation.speed.models import Layout, Models, choose_models, fp16_of, layout_name, layout_of
 from quantlab.evaluation.suite import SpeedSuite, load_suite
-from quantlab.runtime.account import weight_bytes
-from quantlab.runtime.cache import cached
+from quantlab.runtime.cache_arguments import cache_arguments
+from quantlab.runtime.cpu_operators import native_kernels
 from quantlab.runtime.decode import Decoder
 from quantlab.runtime.device import find_device
-from quantlab.runtime.native import library as native
+from quantlab.runtime.inventory import weight_bytes
 
 LEAST_ROUNDS = 3
 """Of one process."""
@@ -129,7 +129,7 @@ def prepare(model: PreTrainedModel, suite: SpeedSuite, name: str) -> Twin:
     prompt = DynamicCache(config=model.config)
     with torch.inference_mode():
         ids = _tokens(1, suite.prompt, int(model.config.vocab_size)).to(model.device)
-        model(input_ids=ids, **cached(prompt), logits_to_keep=1)
+        model(input_ids=ids, **cache_arguments(prompt), logits_to_keep=1)
     decoders: dict[int, Decoder] = {}
     for batch in suite.batches:
         decoders[batch] = Decoder(model, batch=batch, length=suite.prompt + suite.steps)
@@ -184,7 +184,7 @@ def run_task(twin: Twin, task: Task) -> float:
     if task.kind == "prefill":
         cache = DynamicCache(config=model.config)
         start = now(model.device)
-        model(input_ids=tokens, **cached(cache), logits_to_keep=1)
+        model(input_ids=tokens, **cache_arguments(cache), logits_to_keep=1)
         return now(model.device) - start
     decoder = twin.decoders[task.batch]
     start = now(model.device)
@@ -225,7 +225,7 @@ def _computed_by(twins: Collection[Twin]) -> str:
     """The GPU, or whose operators the processor runs, and how steps run: of every twin if they differ."""
     device = next(iter(twins)).model.device
     paths = sorted({decoder.path for twin in twins for decoder in twin.decoders.values()})
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else native.status()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else native_kernels()
     return f"{name}, {' or '.join(paths)}"
 
 

@@ -22,8 +22,8 @@ from quantlab.evaluation.suite import SpeedSuite
 from quantlab.files import read_json
 from quantlab.formats.compressed_tensors import QuantizationConfig
 from quantlab.formats.layouts import description_in
-from quantlab.runtime.account import weight_bytes
 from quantlab.runtime.device import free_bytes
+from quantlab.runtime.inventory import weight_bytes
 from quantlab.runtime.load import load, needed_bytes
 from quantlab.runtime.twin import random_twin
 

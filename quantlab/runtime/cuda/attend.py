@@ -178,7 +178,7 @@ def attend(
 
 
 @triton.jit(do_not_specialize=["S"])
-def keep_latents(
+def write_latents(
     kv, kv_row, weight, epsilon, q_a, q_a_row, q_weight, q_epsilon, q_out, Q, cos, sin, angles, position, latents, rotary,
     S,
     L: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, Q_WIDTH: tl.constexpr,
@@ -226,7 +226,7 @@ def attend_latents(
 
     q_latent: for each head and sequence (strides `q_head`, `q_sequence`) a query [L] in latent space.
     q: [B, HEADS * q_width] with row stride `q_row`; the last R elements of each head are rotated here.
-    latents: [B, 1, S, L]; rotary: [B, 1, S, R], rotated; see `keep_latents`.
+    latents: [B, 1, S, L]; rotary: [B, 1, S, R], rotated; see `write_latents`.
     out: for each head and sequence (strides `out_head`, `out_sequence`) the weighted sum of latents [L].
     Other arguments as in `attend`.
     """

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT4, INT8, ROW, Activations, NumberFormat
+from quantlab.runtime.banks.groups import RowGroups, join_groups, split_groups
 from quantlab.runtime.cuda import layout
 from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, FEW_TOKENS, Kind, band_rows, linear_tiles
 from quantlab.runtime.cuda.wide_schedule import WIDE_TOKENS, token_chunks
-from quantlab.runtime.products import Groups, joined, split
 
 COUNTERS: Final = 4096
 """Of a bank: as many tiles of a product can be split, and as many programs share one."""
@@ -84,12 +84,12 @@ class CudaMatrices(nn.Module):
         """Give every scale of matrix `index` one scale."""
         self.scale[index] = scale
 
-    def products(self, x: Tensor, groups: Groups) -> Tensor:
+    def products(self, x: Tensor, groups: RowGroups) -> Tensor:
         """[T, K] -> [T, N], row by row with the matrix of its group."""
-        if len(groups.which) == 1:
-            return self.product(x, groups.which[0])
-        parts = zip(split(x, groups), groups.which, strict=True)
-        return joined([self.product(part, index) for part, index in parts], x.dtype)
+        if len(groups.matrices) == 1:
+            return self.product(x, groups.matrices[0])
+        parts = zip(split_groups(x, groups), groups.matrices, strict=True)
+        return join_groups([self.product(part, index) for part, index in parts], x.dtype)
 
     def product(self, x: Tensor, index: int = 0, *, gated: bool = False, added: Tensor | None = None) -> Tensor:
         """x [T, K] times matrix `index`: [T, N], or ``silu(gate) * up`` [T, N / 2] of the matrix's two halves if `gated`.

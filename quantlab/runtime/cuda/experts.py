@@ -8,10 +8,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantlab.runtime.banks.choice import Matrices
+from quantlab.runtime.banks.dense import DenseMatrices
 from quantlab.runtime.cuda.banks import CudaMatrices
 from quantlab.runtime.cuda.layout import BLOCK, SLAB
 from quantlab.runtime.cuda.tiles import Kind, expert_tiles
-from quantlab.runtime.matrices import DenseMatrices, Matrices
 
 _ROWS_AT_ONCE: Final = 32768
 """Rows (tokens times experts per token) computed at once: bounds the size of the intermediate activations."""

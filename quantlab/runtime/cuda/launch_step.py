@@ -1,4 +1,4 @@
-"""Launches of the kernels that only a step of one new token per sequence has: `step_kernels.Kernels`."""
+"""Launches of the kernels that only a step of one new token per sequence has: the protocol `Kernels`."""
 
 from typing import Final
 
@@ -11,7 +11,7 @@ from quantlab.runtime.cuda import choose as choose_kernels
 from quantlab.runtime.cuda.banks import rms_norm
 from quantlab.runtime.cuda.guard import on_its_device
 from quantlab.runtime.cuda.launch import chained, chip, power
-from quantlab.runtime.step_kernels import Latents, Place, Router, RowNorm
+from quantlab.runtime.decoding.kernel_interface import CachePosition, Latents, Router, RowNorm
 
 LOG2_E: Final = 1.4426950408889634
 MOST_TOKENS: Final = 64
@@ -24,17 +24,19 @@ def norm_heads(x: Tensor, norm: RowNorm) -> Tensor:
 
 
 @on_its_device
-def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, cache_position: CachePosition, keys: Tensor, values: Tensor, scaling: float
+) -> Tensor:
     """See `Kernels.attend`, and `attend.attend`."""
     batch, key_heads, length, width = keys.shape
     per_key = q.shape[1] // (key_heads * width)
     rows, wide, high = batch * key_heads, max(power(width), 16), max(power(per_key), 16)
     shares = _shares(rows, length, 64, q.device)
     out = torch.empty(batch, q.shape[1], dtype=q.dtype, device=q.device)
-    assert rows <= place.arrived.shape[0], "a counter for every sequence and head"
+    assert rows <= cache_position.arrived.shape[0], "a counter for every sequence and head"
     attend_kernels.attend[(rows, shares)](
-        q, k, v, q.stride(0), k.stride(0), v.stride(0), place.cos, place.sin, place.cos.stride(0), place.position,
-        place.padding, keys, values, out, _partial(rows, shares, high, wide, q.device), place.arrived,
+        q, k, v, q.stride(0), k.stride(0), v.stride(0), cache_position.cos, cache_position.sin, cache_position.cos.stride(0), cache_position.index,
+        cache_position.padding, keys, values, out, _partial(rows, shares, high, wide, q.device), cache_position.arrived,
         length, shares, scaling * LOG2_E,
         PER_KEY=per_key, KEY_HEADS=key_heads, D=width, HALF=max(power(width // 2), 16), WIDTH=wide, BH=high, BS=64,
         MOST=power(shares), num_warps=4, num_stages=2, **chained(q),
@@ -43,17 +45,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: 
 
 
 @on_its_device
-def keep_latents(
-    kv: Tensor, norm: RowNorm, place: Place, cache: Latents, q_a: Tensor | None = None, q_norm: RowNorm | None = None
+def write_latents(
+    kv: Tensor,
+    norm: RowNorm,
+    cache_position: CachePosition,
+    cache: Latents,
+    q_a: Tensor | None = None,
+    q_norm: RowNorm | None = None,
 ) -> Tensor | None:
-    """See `Kernels.keep_latents`."""
+    """See `Kernels.write_latents`."""
     batch, _, length, width = cache.latents.shape
     turned, columns = cache.rotary.shape[3], 0 if q_a is None else q_a.shape[1]
     q_out = None if q_a is None else torch.empty(batch, columns, dtype=kv.dtype, device=kv.device)
     read, by, written = (kv, norm, kv) if q_a is None or q_norm is None or q_out is None else (q_a, q_norm, q_out)
-    attend_kernels.keep_latents[(batch, 1 if q_a is None else 2)](
+    attend_kernels.write_latents[(batch, 1 if q_a is None else 2)](
         kv, kv.stride(0), norm.weight, norm.epsilon, read, read.stride(0), by.weight, by.epsilon, written, columns,
-        place.cos, place.sin, place.cos.stride(0), place.position, cache.latents, cache.rotary, length,
+        cache_position.cos, cache_position.sin, cache_position.cos.stride(0), cache_position.index, cache.latents, cache.rotary, length,
         L=width, R=turned, WIDTH=power(width), HALF=power(turned // 2), Q_WIDTH=power(columns),
         IN_PAIRS=cache.pairs.projected, OUT_PAIRS=cache.pairs.cached, num_warps=4, **chained(kv),
     )  # fmt: skip
@@ -61,13 +68,15 @@ def keep_latents(
 
 
 @on_its_device
-def attend_latents(q_latent: Tensor, q: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
+def attend_latents(
+    q_latent: Tensor, q: Tensor, cache_position: CachePosition, cache: Latents, scaling: float
+) -> Tensor:
     """Attention of all heads of one token per sequence to the latents, which hold the token; see `attend.attend_latents`.
 
     Args:
         q_latent: [H, B, L].
         q: [B, H, n], whose last R numbers are turned; rows may lie apart.
-        place: of the tokens.
+        cache_position: position of the new tokens.
         cache: with the tokens' own latents.
         scaling: of the scores.
 
@@ -80,11 +89,11 @@ def attend_latents(q_latent: Tensor, q: Tensor, place: Place, cache: Latents, sc
     rows, wide = batch * -(-heads // high), max(power(width), 16)
     shares = _shares(rows, length, 32, q.device)
     out = torch.empty_like(q_latent)
-    assert rows <= place.arrived.shape[0], "a counter for every sequence and block of heads"
+    assert rows <= cache_position.arrived.shape[0], "a counter for every sequence and block of heads"
     attend_kernels.attend_latents[(rows, shares)](
         q_latent, q_latent.stride(0), q_latent.stride(1), q, q.stride(0), q.shape[2],
-        place.cos, place.sin, place.cos.stride(0), place.position, place.padding, cache.latents, cache.rotary,
-        out, out.stride(0), out.stride(1), _partial(rows, shares, high, wide, q.device), place.arrived,
+        cache_position.cos, cache_position.sin, cache_position.cos.stride(0), cache_position.index, cache_position.padding, cache.latents, cache.rotary,
+        out, out.stride(0), out.stride(1), _partial(rows, shares, high, wide, q.device), cache_position.arrived,
         length, shares, scaling * LOG2_E,
         HEADS=heads, L=width, R=turned, WIDTH=wide, HALF=max(power(turned // 2), 16), BH=high, BS=32,
         IN_PAIRS=cache.pairs.projected, OUT_PAIRS=cache.pairs.cached, MOST=power(shares), num_warps=8, num_stages=2, **chained(q),
@@ -92,11 +101,11 @@ def attend_latents(q_latent: Tensor, q: Tensor, place: Place, cache: Latents, sc
     return out
 
 
-def attend_absorbed(q: Tensor, weight: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
+def attend_absorbed(q: Tensor, weight: Tensor, cache_position: CachePosition, cache: Latents, scaling: float) -> Tensor:
     """See `Kernels.attend_absorbed`: `attend_latents` between the products with kv_b."""
     nope = q.shape[2] - cache.rotary.shape[3]
     q_latent = torch.bmm(q[..., :nope].transpose(0, 1), weight[:, :nope])
-    seen = torch.bmm(attend_latents(q_latent, q, place, cache, scaling), weight[:, nope:].mT)
+    seen = torch.bmm(attend_latents(q_latent, q, cache_position, cache, scaling), weight[:, nope:].mT)
     return seen.transpose(0, 1).reshape(q.shape[0], -1)
 
 

@@ -21,7 +21,7 @@ def nan_max(a, b):
 def quantize_tokens(x, q, scale, K, WIDTH: tl.constexpr, CHAINED: tl.constexpr, EARLY: tl.constexpr):
     """Quantize each row of x [T, K] to int8 with ``scale = max|x| / 127``: q [T, K] int8, scale [T] float32.
 
-    Equal to `quantlab.runtime.int8.quantize_tokens`: in float32, ties to even; a row that is not finite gets an
+    Equal to `quantlab.runtime.banks.int8.quantize_tokens`: in float32, ties to even; a row that is not finite gets an
     infinite scale. Quotients are correctly rounded, by Markstein's correction of a product with the reciprocal (IBM J.
     Res. Dev. 34(1), 1990).
     EARLY: the next kernel may launch at once, else after the row has been read.

@@ -1,4 +1,4 @@
-/* Attention of one new token per sequence to a cache of latents (quantlab/runtime/attention.py) or of keys and values.
+/* Attention of one new token per sequence to a cache of latents (quantlab/runtime/modules/attention.py) or of keys and values.
 
    Both are built from two operations over 16-bit rows, each read once from memory: a weighted sum of rows, and dot
    products of rows with a vector. Sums and intermediate vectors are float32.

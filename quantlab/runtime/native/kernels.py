@@ -3,7 +3,7 @@
 One call multiplies rows of activations by the matrices of a bank, group by group. Activations may have any floating
 dtype; the kernel rounds them as it needs and returns their dtype. Scales may have any floating dtype.
 
-Legend: as in `quantlab.runtime.products`.
+Legend: as in `quantlab.runtime.banks`.
 """
 
 import ctypes
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from quantlab.architectures.layer import Routing
+from quantlab.runtime.decoding.kernel_interface import CachePosition
 from quantlab.runtime.native.library import library
-from quantlab.runtime.step_kernels import Place
 
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _Pointer: Final = ctypes.c_void_p
@@ -45,7 +45,7 @@ _ARGUMENTS: Final[Mapping[str, Sequence[Any]]] = {
 }
 
 
-class Held(Sequence[int]):
+class IndexTensor(Sequence[int]):
     """The elements of a contiguous int64 tensor, as a sequence.
 
     Kernels read the tensor's memory when they run. Python may not read the elements while calls are recorded
@@ -65,12 +65,12 @@ class Held(Sequence[int]):
 
 
 class Slices:
-    """Groups of rows as the kernels read them: rows start[i] to start[i] + count[i] meet matrix which[i]."""
+    """Groups of rows as the kernels read them: matrices[i] multiplies rows start[i] to start[i] + count[i]."""
 
-    def __init__(self, which: Sequence[int], start: Sequence[int], count: Sequence[int]) -> None:
-        self.number = len(which)
+    def __init__(self, matrices: Sequence[int], start: Sequence[int], count: Sequence[int]) -> None:
+        self.number = len(matrices)
         array = _Long * self.number
-        self.which: Any = which.tensor.data_ptr() if isinstance(which, Held) else array(*which)
+        self.matrices: Any = matrices.tensor.data_ptr() if isinstance(matrices, IndexTensor) else array(*matrices)
         self.start, self.count = array(*start), array(*count)
 
 
@@ -152,9 +152,9 @@ def latent_attention(
     *,
     scaling: float,
     mask: Tensor | None = None,
-    place: Place | None = None,
+    cache_position: CachePosition | None = None,
 ) -> Tensor:
-    """`quantlab.runtime.attention.absorbed` for one new token per sequence.
+    """`quantlab.runtime.modules.attention.absorbed` for one new token per sequence.
 
     Tensors are contiguous and have the same 16-bit dtype.
 
@@ -165,7 +165,7 @@ def latent_attention(
         weight: of kv_b, [H, N + V, L].
         scaling: factor of the scores.
         mask: [B, S] float32, added to the scores.
-        place: cache position of the new tokens. They attend to positions from the end of the padding up to their own;
+        cache_position: of the new tokens. They attend to positions from the end of the padding up to their own;
             without it, to all positions.
 
     Returns:
@@ -179,7 +179,11 @@ def latent_attention(
         "quantlab_latent_attention",
         *(query.data_ptr(), latents.data_ptr(), rotary.data_ptr(), weight.data_ptr()),
         None if mask is None else mask.data_ptr(),
-        *((None, None) if place is None else (place.position.data_ptr(), place.padding.data_ptr())),
+        *(
+            (None, None)
+            if cache_position is None
+            else (cache_position.index.data_ptr(), cache_position.padding.data_ptr())
+        ),
         *(batch, heads, length, latent, width - turned, turned, value),
         scaling,
         _DTYPES[query.dtype],
@@ -188,7 +192,9 @@ def latent_attention(
     return out
 
 
-def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, place: Place, *, scaling: float) -> Tensor:
+def grouped_attention(
+    query: Tensor, keys: Tensor, values: Tensor, cache_position: CachePosition, *, scaling: float
+) -> Tensor:
     """Grouped-query attention of one new token per sequence to a cache.
 
     Tensors are contiguous and have the same 16-bit dtype.
@@ -196,7 +202,7 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, place: Place,
     Args:
         query: [B, H, D].
         keys, values: [B, G, S, D]; H / G query heads share a key head.
-        place: cache position of the new tokens. They attend to positions from the end of the padding up to their own.
+        cache_position: of the new tokens. They attend to positions from the end of the padding up to their own.
         scaling: factor of the scores.
 
     Returns:
@@ -206,7 +212,13 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, place: Place,
     out = torch.empty_like(query)
     _run(
         "quantlab_grouped_attention",
-        *(query.data_ptr(), keys.data_ptr(), values.data_ptr(), place.position.data_ptr(), place.padding.data_ptr()),
+        *(
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            cache_position.index.data_ptr(),
+            cache_position.padding.data_ptr(),
+        ),
         *(batch, heads, key_heads, length, width),
         scaling,
         _DTYPES[query.dtype],
@@ -215,25 +227,33 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, place: Place,
     return out
 
 
-def turn(x: Tensor, place: Place, out: Tensor, *, in_pairs: bool = False, out_in_pairs: bool = False) -> None:
+def turn(
+    x: Tensor, cache_position: CachePosition, out: Tensor, *, in_pairs: bool = False, out_in_pairs: bool = False
+) -> None:
     """Rotary embedding: rotate x [B, H, R] by the angles of each token, into `out`.
 
     Args:
         x: of any floating dtype; rows are contiguous.
-        place: cache position and angles of the tokens.
+        cache_position: cache position and angles of the tokens.
         out: [B, H, R], may be x; or a contiguous cache [B, H, S, R], which is written at the tokens' position.
         in_pairs, out_in_pairs: whether the two elements of a pair are neighbours in x and in `out`, or R / 2 apart.
     """
-    _put(x, place, out, (place.cos.data_ptr(), place.sin.data_ptr()), (in_pairs, out_in_pairs))
+    _put(
+        x, cache_position, out, (cache_position.cos.data_ptr(), cache_position.sin.data_ptr()), (in_pairs, out_in_pairs)
+    )
 
 
-def put(x: Tensor, place: Place, out: Tensor) -> None:
+def put(x: Tensor, cache_position: CachePosition, out: Tensor) -> None:
     """Write x [B, H, R] to a contiguous cache [B, H, S, R] at the tokens' position."""
-    _put(x, place, out, (None, None), (False, False))
+    _put(x, cache_position, out, (None, None), (False, False))
 
 
 def _put(
-    x: Tensor, place: Place, out: Tensor, angles: tuple[int | None, int | None], in_pairs: tuple[bool, bool]
+    x: Tensor,
+    cache_position: CachePosition,
+    out: Tensor,
+    angles: tuple[int | None, int | None],
+    in_pairs: tuple[bool, bool],
 ) -> None:
     position_stride = out.shape[-1] if out.dim() == 4 else 0
     of = _RotaryStrides(x.stride(0), x.stride(1), 0, in_pairs[0])
@@ -243,7 +263,7 @@ def _put(
         *(x.data_ptr(), ctypes.byref(of), out.data_ptr(), ctypes.byref(to)),
         *x.shape,
         *angles,
-        *(place.position.data_ptr(), place.padding.data_ptr()),
+        *(cache_position.index.data_ptr(), cache_position.padding.data_ptr()),
         _DTYPES[x.dtype],
     )
 
@@ -296,9 +316,9 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out
 
 
-def put_norm(x: Tensor, weight: Tensor, epsilon: float, place: Place, out: Tensor) -> None:
+def put_norm(x: Tensor, weight: Tensor, epsilon: float, cache_position: CachePosition, out: Tensor) -> None:
     """RMS norm of x [B, K], written to a contiguous cache [B, 1, S, K] at the tokens' position."""
-    _norm(x, weight, epsilon, (out.data_ptr(), out.stride(0), place.position.data_ptr()))
+    _norm(x, weight, epsilon, (out.data_ptr(), out.stride(0), cache_position.index.data_ptr()))
 
 
 def _norm(x: Tensor, weight: Tensor, epsilon: float, out: tuple[int, int, int | None]) -> None:
@@ -339,7 +359,7 @@ def _call(name: str, weights: tuple[int, ...], x: Tensor, groups: Slices, out: T
     if x.stride(1) != 1:
         x = x.contiguous()
     rows = (x.data_ptr(), x.stride(0), x.shape[0], _DTYPES[x.dtype])
-    _run(name, *weights, *rows, groups.which, groups.start, groups.count, groups.number, out.data_ptr())
+    _run(name, *weights, *rows, groups.matrices, groups.start, groups.count, groups.number, out.data_ptr())
 
 
 _recording = threading.local()
@@ -349,7 +369,7 @@ _recording = threading.local()
 def recording(calls: list[Callable[[], object]], error: type[Exception]) -> Iterator[None]:
     """Append every kernel call of this thread within the block to `calls`; each can be repeated on the same memory.
 
-    Reading an element of a `Held` in Python raises `error`, since a repetition may find another element there.
+    Reading an element of an `IndexTensor` in Python raises `error`, since a repetition may find another element there.
     """
     _recording.calls, _recording.error = calls, error
     try:

@@ -1,11 +1,11 @@
-"""Attention to a fixed cache, and the router, of a step of one new token per sequence on the CPU: `step_kernels.Kernels`."""
+"""Kernels of a fused decode step on the CPU; implements the protocol `Kernels`."""
 
 import torch
 from torch import Tensor
 
 from quantlab.architectures.layer import Routing
+from quantlab.runtime.decoding.kernel_interface import CachePosition, Latents, Router, RowNorm
 from quantlab.runtime.native import kernels
-from quantlab.runtime.step_kernels import Latents, Place, Router, RowNorm
 
 
 def norm_heads(x: Tensor, norm: RowNorm) -> Tensor:
@@ -13,32 +13,39 @@ def norm_heads(x: Tensor, norm: RowNorm) -> Tensor:
     return kernels.norm(x.reshape(-1, len(norm.weight)), norm.weight, norm.epsilon).view(x.shape)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, place: Place, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, cache_position: CachePosition, keys: Tensor, values: Tensor, scaling: float
+) -> Tensor:
     """See `Kernels.attend`."""
     shape = (keys.shape[0], -1, keys.shape[3])
     query = torch.empty(q.shape, dtype=q.dtype).view(shape)
-    kernels.turn(q.view(shape), place, query)
-    kernels.turn(k.view(shape), place, keys)
-    kernels.put(v.view(shape), place, values)
-    return kernels.grouped_attention(query, keys, values, place, scaling=scaling).flatten(1)
+    kernels.turn(q.view(shape), cache_position, query)
+    kernels.turn(k.view(shape), cache_position, keys)
+    kernels.put(v.view(shape), cache_position, values)
+    return kernels.grouped_attention(query, keys, values, cache_position, scaling=scaling).flatten(1)
 
 
-def keep_latents(
-    kv: Tensor, norm: RowNorm, place: Place, cache: Latents, q_a: Tensor | None = None, q_norm: RowNorm | None = None
+def write_latents(
+    kv: Tensor,
+    norm: RowNorm,
+    cache_position: CachePosition,
+    cache: Latents,
+    q_a: Tensor | None = None,
+    q_norm: RowNorm | None = None,
 ) -> Tensor | None:
-    """See `Kernels.keep_latents`."""
+    """See `Kernels.write_latents`."""
     width, pairs = cache.latents.shape[3], cache.pairs
-    kernels.put_norm(kv[:, :width], norm.weight, norm.epsilon, place, cache.latents)
-    kernels.turn(kv[:, None, width:], place, cache.rotary, in_pairs=pairs.projected, out_in_pairs=pairs.cached)
+    kernels.put_norm(kv[:, :width], norm.weight, norm.epsilon, cache_position, cache.latents)
+    kernels.turn(kv[:, None, width:], cache_position, cache.rotary, in_pairs=pairs.projected, out_in_pairs=pairs.cached)
     return None if q_a is None or q_norm is None else kernels.norm(q_a, q_norm.weight, q_norm.epsilon)
 
 
-def attend_absorbed(q: Tensor, weight: Tensor, place: Place, cache: Latents, scaling: float) -> Tensor:
+def attend_absorbed(q: Tensor, weight: Tensor, cache_position: CachePosition, cache: Latents, scaling: float) -> Tensor:
     """See `Kernels.attend_absorbed`; q is turned in place."""
     rotary = q[..., q.shape[2] - cache.rotary.shape[3] :]
-    kernels.turn(rotary, place, rotary, in_pairs=cache.pairs.projected, out_in_pairs=cache.pairs.cached)
+    kernels.turn(rotary, cache_position, rotary, in_pairs=cache.pairs.projected, out_in_pairs=cache.pairs.cached)
     tensors = (q.unsqueeze(2), cache.latents, cache.rotary, weight)
-    return kernels.latent_attention(*tensors, scaling=scaling, place=place).flatten(1)
+    return kernels.latent_attention(*tensors, scaling=scaling, cache_position=cache_position).flatten(1)
 
 
 def router(weight: Tensor, bias: Tensor | None, routing: Routing) -> Router:

@@ -1,9 +1,10 @@
-"""Exact products of int8 matrices on the CPU, on every processor.
+"""Exact int8 matrix products on every CPU.
 
-torch's int8 operator is oneDNN's. On processors with VNNI instructions it adds products of int8 numbers in 32 bits. Without them
-it adds two neighbouring products in 16 bits, which saturate: 2 · 127 · 127 is still right, 2 · 255 · 127 (oneDNN shifts one operand to
-unsigned numbers) is not, and the result is silently wrong. So the operator is tried once per process on operands of extreme values; where it
-fails, products are taken in float32 over chunks of columns so short that every sum is an integer float32 represents.
+torch's int8 operator is oneDNN's. On processors with VNNI instructions it accumulates int8 products in 32 bits. Without
+VNNI it adds two neighbouring products in 16 bits with saturation. 2 · 127 · 127 still fits, but oneDNN shifts one
+operand to unsigned numbers, and 2 · 255 · 127 does not fit: the result is silently wrong. Therefore the operator is
+tested once per process on operands of extreme values. If it fails, products are computed in float32 over chunks of
+columns that are short enough for every partial sum to be exact in float32.
 """
 
 from functools import cache
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 _CHUNK: Final = 1024
-"""Columns of a chunk: 1024 · 128 · 128 = 2^24, the largest integer up to which float32 represents all of them."""
+"""Columns per chunk: 1024 · 128 · 128 = 2^24, and float32 represents all integers up to 2^24 exactly."""
 _BAND_ELEMENTS: Final = 1 << 19
 """Weights converted to float32 at once: 2 MB."""
 
@@ -34,7 +35,7 @@ def integer_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def chunked_product(x: Tensor, weight: Tensor) -> Tensor:
-    """The same as `integer_product` by float32 products of chunks of columns, which are exact whatever the order of their sums."""
+    """Same result as `integer_product`, from float32 products of chunks of columns: exact in any summation order."""
     (tokens, columns), rows = x.shape, weight.shape[0]
     total = torch.zeros(tokens, rows, dtype=torch.int32)
     band = max(_BAND_ELEMENTS // _CHUNK, 1)
@@ -48,7 +49,7 @@ def chunked_product(x: Tensor, weight: Tensor) -> Tensor:
 
 @cache
 def operator_is_exact() -> bool:
-    """Whether torch's int8 operator is exact on this processor: on extreme operands, at one row and at many, for even and odd sizes."""
+    """Whether torch's int8 operator is exact on this processor, tested on extreme operands of several shapes."""
     return all(
         torch.equal(torch._int_mm(x, weight.t()), _obvious_product(x, weight))
         for tokens, rows, columns in ((1, 64, 64), (17, 64, 100), (64, 16, 256))
@@ -57,7 +58,7 @@ def operator_is_exact() -> bool:
 
 
 def _extremes(tokens: int, rows: int, columns: int) -> list[tuple[Tensor, Tensor]]:
-    """Operands whose sums of neighbouring products are as large, and as small, as int8 allows."""
+    """Operands whose sums of neighbouring products reach the largest and smallest values that int8 allows."""
     values = ((127, 127), (127, -128), (-128, 127), (-128, -128))
     alternating = torch.where(torch.arange(columns) % 2 == 0, 127, -128).to(torch.int8)
     constant = [

@@ -1,4 +1,4 @@
-"""How transformers' models are handed a cache: its releases from 5.24 on call the argument otherwise."""
+"""Keyword arguments for a KV cache, whose name changed in transformers 5.24."""
 
 import inspect
 from functools import cache
@@ -7,8 +7,8 @@ from typing import Any
 from transformers import Cache, LlamaForCausalLM
 
 
-def cached(tokens: Cache) -> dict[str, Any]:
-    """The arguments that make a model read and extend a cache."""
+def cache_arguments(tokens: Cache) -> dict[str, Any]:
+    """Keyword arguments that make a transformers model read and extend a KV cache."""
     return {_argument(): tokens, "use_cache": True}
 
 

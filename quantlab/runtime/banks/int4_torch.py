@@ -1,4 +1,4 @@
-"""int4 weights in the layout of torch's CPU operator."""
+"""Bank of int4 matrices in the layout of torch's CPU operator."""
 
 from collections.abc import Callable
 from functools import cache
@@ -9,24 +9,25 @@ from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT4, NumberFormat
-from quantlab.runtime.products import BAND_ROWS, Groups, band_rows, centred, compute_dtype, joined, split
+from quantlab.runtime.banks.dense_product import BAND_ROWS, band_rows, compute_dtype, signed_nibbles
+from quantlab.runtime.banks.groups import RowGroups, join_groups, split_groups
 
 _PACKED_ROWS: Final = 48
-"""Up to this many rows torch's operator beats expanding a matrix (Zen 4, 2816x2048)."""
+"""Number of rows up to which torch's operator is faster than expanding the matrix (Zen 4, 2816x2048)."""
 
 _product: Final[Callable[[Tensor, Tensor, int, Tensor], Tensor]] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _pack: Final[Callable[[Tensor, int], Tensor]] = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
 
 
-class Int4Matrices(nn.Module):
-    """int4 matrices with a scale, and perhaps a zero point, per group of columns.
+class TorchInt4Matrices(nn.Module):
+    """int4 matrices with a scale, and optionally a zero point, per group of columns.
 
-    The operator computes ``(nibble - 8) * scale + offset`` with bfloat16 pairs (scale, offset); the offset is ``-z * scale``. float16
-    scales and offsets have more bits than bfloat16, which must not be rounded away: they are held as a sum of two bfloat16
-    numbers, and a product costs two passes over the integers.
+    The operator computes ``(nibble - 8) * scale + offset`` with bfloat16 pairs (scale, offset), where ``offset = -zero
+    * scale``. float16 scales and offsets have more mantissa bits than bfloat16. To stay exact, they are stored as a sum
+    of two bfloat16 numbers, and a product makes two passes over the integers.
 
-    Buffers: packed [E, N, K/2] uint8; scale [E, G, N, 2] bfloat16, the pairs; remainder, as scale, None for bfloat16 scales
-    without zero points; zero [E, G, N] int8, None without zero points.
+    Buffers: packed [E, N, K/2] uint8; scale [E, G, N, 2] bfloat16 pairs (scale, offset); remainder like scale, None for
+    bfloat16 scales without zero points; zero [E, G, N] int8, None without zero points.
     """
 
     packed: Tensor
@@ -53,13 +54,13 @@ class Int4Matrices(nn.Module):
 
     @staticmethod
     def can_hold(number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype) -> str | None:
-        """Why torch's operator cannot multiply by matrices [N, K] of a format exactly; None if it can."""
+        """The reason why torch's operator cannot multiply exactly by matrices [N, K] of a format; None if it can."""
         if number.element != INT4 or number.activations is not None:
             return "torch's int4 operator: int4 weights with floating-point activations only"
         if int4_block() is None:
             return "torch's int4 operator: its layout on this CPU is unknown"
         if shape[0] % BAND_ROWS:
-            return f"torch's int4 operator: rows are no multiple of {BAND_ROWS}"
+            return f"torch's int4 operator: the number of rows is not a multiple of {BAND_ROWS}"
         if not number.by_row or number.group_size not in {32, 64, 128} or not number.fits(shape):
             return "torch's int4 operator: groups of 32, 64 or 128 columns only"
         if scale_dtype not in {torch.bfloat16, torch.float16}:
@@ -79,23 +80,23 @@ class Int4Matrices(nn.Module):
             self.remainder[index] = pairs - self.scale[index].to(torch.float32)
 
     def integers(self, index: int) -> Tensor:
-        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        """The stored integers of matrix `index`; every bit pattern is valid."""
         return self.packed[index]
 
     def set_scales(self, index: int, scale: float) -> None:
-        """Give every group of matrix `index` one scale."""
+        """Set the scale of every group of matrix `index`."""
         self.scale[index, :, :, 0] = scale
 
-    def products(self, x: Tensor, groups: Groups) -> Tensor:
-        """[T, K] -> [T, N], row by row with the matrix of its group."""
+    def products(self, x: Tensor, groups: RowGroups) -> Tensor:
+        """[T, K] -> [T, N], each row times the matrix of its group."""
         compute = compute_dtype(x)
         limit = 0 if compute == torch.float32 else _PACKED_ROWS
-        rows = split(x.to(compute), groups)
+        rows = split_groups(x.to(compute), groups)
         parts = [
             self._packed_product(part, index) if 0 < count <= limit else self._expanded_product(part, index)
-            for part, index, count in zip(rows, groups.which, groups.counts, strict=True)
+            for part, index, count in zip(rows, groups.matrices, groups.counts, strict=True)
         ]
-        return joined(parts, x.dtype)
+        return join_groups(parts, x.dtype)
 
     def _packed_product(self, x: Tensor, index: int) -> Tensor:
         result = _product(x, self._each[index], self.group_size, self._scales[index])
@@ -106,7 +107,7 @@ class Int4Matrices(nn.Module):
 
     def _expanded_product(self, x: Tensor, index: int) -> Tensor:
         block = int4_block()
-        assert block is not None, "banks of this kind are made only where the layout is known"
+        assert block is not None, "can_hold requires a known layout"
         _, rows, columns = self.shape
         result = torch.empty(x.shape[0], rows // block, 2, block // 2, dtype=x.dtype)
         step = band_rows(columns) // block
@@ -117,9 +118,9 @@ class Int4Matrices(nn.Module):
         return result.view(x.shape[0], rows)
 
     def _expanded_halves(self, index: int, band: slice, block: int) -> Tensor:
-        """Some blocks of matrix `index`, transposed: [K, n] in the dtype of the scales, first all low nibbles, then all high.
+        """Some blocks of matrix `index`, transposed: [K, n] in the dtype of the scales, low nibbles before high ones.
 
-        Sorting the few columns of the product afterwards is cheaper than sorting the rows of the matrix here.
+        Reordering the few rows of the product afterwards is cheaper than reordering the rows of the matrix here.
         """
         _, rows, columns = self.shape
         some = slice(band.start * block, band.stop * block)
@@ -128,27 +129,27 @@ class Int4Matrices(nn.Module):
             scale = scale + self._remainders[index][:, some, 0].to(self.scale_dtype)
         halves = _halves(scale, block)
         zeros = None if self.zero is None else _halves(self.zero[index][:, some], block)
-        # moved as eight bytes at a time: blocks beside, not below, each other
+        # put blocks side by side instead of below each other, copying eight bytes at a time
         words = self._each[index].view(torch.int64).view(rows // block, columns, block // 16)[band]
         pairs = words.transpose(0, 1).contiguous().view(torch.uint8).view(scale.shape[0], self.group_size, -1)
         expanded = torch.empty(scale.shape[0], self.group_size, 2, pairs.shape[2], dtype=self.scale_dtype)
         for half, nibbles in enumerate((pairs & 15, pairs >> 4)):
-            steps = centred(nibbles) if zeros is None else centred(nibbles) - zeros[:, :, half]
+            steps = signed_nibbles(nibbles) if zeros is None else signed_nibbles(nibbles) - zeros[:, :, half]
             torch.mul(steps.to(self.scale_dtype), halves[:, :, half], out=expanded[:, :, half])
         return expanded.view(columns, -1)
 
 
 def _halves(values: Tensor, block: int) -> Tensor:
-    """Numbers of rows [G, n] in the order of the nibbles of their blocks: [G, 1, 2, n / 2]."""
+    """Reorder one value per row [G, n] like the nibbles of the row blocks: [G, 1, 2, n / 2]."""
     return values.reshape(values.shape[0], 1, -1, 2, block // 2).transpose(2, 3).flatten(3)
 
 
 @cache
 def int4_block() -> int | None:
-    """How many rows torch's int4 layout interleaves on this CPU; None if the layout is one we cannot expand.
+    """Number of rows that torch's int4 layout interleaves on this CPU; None if this file cannot expand the layout.
 
-    The layout follows the vector width torch chose at start and is not documented, so it is found by packing a known
-    matrix and expanding it again.
+    The layout is undocumented and depends on the vector width torch chose at start, so this function packs a known
+    matrix and compares.
     """
     known = torch.arange(BAND_ROWS * 2).view(BAND_ROWS, 2).mul(7).remainder(16).to(torch.int32)
     packed = _pack(known, 1)

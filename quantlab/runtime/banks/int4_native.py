@@ -1,4 +1,4 @@
-"""int4 weights in the layout of the native kernel."""
+"""Bank of int4 matrices in the layout of the native kernel."""
 
 from typing import Final
 
@@ -8,23 +8,24 @@ from torch.nn import functional
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT4, NumberFormat
+from quantlab.runtime.banks.dense_product import band_rows, compute_dtype
+from quantlab.runtime.banks.groups import RowGroups, dispatch_by_rows, join_groups, split_groups
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.products import Groups, band_rows, by_count, compute_dtype, joined, split
 
 _ROWS: Final = 128
-"""Up to this many rows the native kernel beats expanding a matrix (Zen 4, 2816x2048)."""
+"""Number of rows up to which the native kernel is faster than expanding the matrix (Zen 4, 2816x2048)."""
 _LANES: Final = 16
 _BLOCK: Final = 64
 
 
 class NativeInt4Matrices(nn.Module):
-    """int4 matrices with a scale per group of columns, of any number of rows, scales stored as they are.
+    """int4 matrices with a scale per group of columns and any number of rows; scales keep their stored dtype.
 
-    The layout is described in `native/int4.c`: 16 rows side by side, so that a product needs no sum across lanes, and blocks
-    of 64 rows, so that a block is one stream from memory.
+    `native/int4.c` describes the layout. It interleaves 16 rows, so that a product needs no sum across SIMD lanes, and
+    forms blocks of 64 rows, so that a block is read as one stream.
 
-    Buffers: q [E, N', K/2] uint8 and scale [E, N'/16, G, 16] in its stored dtype; N' is N rounded up to a multiple of 16.
+    Buffers: q [E, N', K/2] uint8; scale [E, N'/16, G, 16] in its stored dtype; N' is N rounded up to a multiple of 16.
     """
 
     q: Tensor
@@ -43,7 +44,7 @@ class NativeInt4Matrices(nn.Module):
 
     @staticmethod
     def can_hold(number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype) -> str | None:
-        """Why the kernel cannot multiply by matrices [N, K] of a format; None if it can."""
+        """The reason why the kernel cannot multiply by matrices [N, K] of a format; None if it can."""
         if number.element != INT4 or number.activations is not None:
             return "the native int4 kernel: int4 weights with floating-point activations only"
         if not number.symmetric:
@@ -68,21 +69,21 @@ class NativeInt4Matrices(nn.Module):
         self.scale[index] = scale.transpose(1, 2)
 
     def integers(self, index: int) -> Tensor:
-        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        """The stored integers of matrix `index`; every bit pattern is valid."""
         return self.q[index]
 
     def set_scales(self, index: int, scale: float) -> None:
-        """Give every group of matrix `index` one scale."""
+        """Set the scale of every group of matrix `index`."""
         self.scale[index] = scale
 
-    def products(self, x: Tensor, groups: Groups) -> Tensor:
-        """[T, K] -> [T, N], row by row with the matrix of its group."""
+    def products(self, x: Tensor, groups: RowGroups) -> Tensor:
+        """[T, K] -> [T, N], each row times the matrix of its group."""
         _, rows, columns = self.shape
         if compute_dtype(x) == torch.float32:
-            parts = zip(split(x, groups), groups.which, strict=True)
-            return joined([self._expanded_product(part, index) for part, index in parts], x.dtype)
+            parts = zip(split_groups(x, groups), groups.matrices, strict=True)
+            return join_groups([self._expanded_product(part, index) for part, index in parts], x.dtype)
         shape = (rows, columns, self.group_size)
-        return by_count(
+        return dispatch_by_rows(
             x,
             rows,
             groups,
@@ -92,7 +93,7 @@ class NativeInt4Matrices(nn.Module):
         )
 
     def dense(self, index: int, start: int, stop: int) -> Tensor:
-        """Rows start to stop of matrix `index`, expanded and transposed: [K, stop - start] in the dtype of the scales."""
+        """Rows start to stop of matrix `index`, dequantized and transposed: [K, stop - start] in the scales' dtype."""
         shape = (*self.shape[1:], self.group_size)
         return kernels.int4_expand(self.q[index], self.scale[index], shape, start, stop)
 

@@ -1,4 +1,4 @@
-"""Fused steps take the models whose every part they know; all others are decoded by transformers' forward functions, rightly."""
+"""Fused steps run only for models whose every part is recognized; transformers' forward methods decode all others."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantlab.runtime.decode import Decoder
-from quantlab.runtime.linear import Norm
+from quantlab.runtime.decoding.fusable_parts import ModelParts, NotFused, parts_of
 from quantlab.runtime.load import load
+from quantlab.runtime.modules.linear import Norm
 from quantlab.runtime.native.library import library, status
-from quantlab.runtime.step_parts import ModelParts, NotFused, parts_of
 from tests.runtime.tiny import FAMILIES, relative_error, tokens
 
 pytestmark = pytest.mark.skipif(library() is None, reason=status())
 
 
 def with_forward(module: nn.Module, forward: Callable[[nn.Module, Callable[..., object], tuple, dict], object]) -> None:
-    """Give the module a subclass of its class whose forward function calls the old one."""
+    """Change the class of a module to a subclass whose forward method wraps the old one."""
     old = type(module)
 
     class Changed(old):  # type: ignore[misc, valid-type]
@@ -90,7 +90,7 @@ CHANGES = (
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_part_nobody_knows_is_computed_by_transformers(
+def test_transformers_decodes_a_model_with_an_unknown_part(
     family: str, change: Callable[[PreTrainedModel], str], checkpoints: dict[str, Path]
 ) -> None:
     model = load(checkpoints[family], dtype=torch.bfloat16)
@@ -100,37 +100,39 @@ def test_a_part_nobody_knows_is_computed_by_transformers(
         unchanged = model(input_ids=ids).logits[:, -1].float()
         named = change(model)
         expected = model(input_ids=ids).logits[:, -1].float()
-    assert relative_error(expected, unchanged) > 0.05, "the change is one"
+    assert relative_error(expected, unchanged) > 0.05, "the change has an effect"
     decoder = Decoder(model, batch=2, length=16)
     assert decoder.not_fused is not None
     assert named in decoder.not_fused
     decoder.prefill(ids[:, :5])
     for position in range(5, 9):
         found = decoder.step(ids[:, position])
-    # experts may be chosen otherwise where sums round otherwise
+    # different rounding may route a token to other experts
     assert ((found.float() - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.1
 
 
-def test_a_part_that_is_missing_is_a_reason(checkpoints: dict[str, Path]) -> None:
+def test_a_missing_part_prevents_fusion(checkpoints: dict[str, Path]) -> None:
     model = load(checkpoints["llama"], dtype=torch.bfloat16)
     del model.model.layers[1].self_attn.o_proj
-    assert parts_of(model) == NotFused("fused steps look for model.layers.1.self_attn.o_proj, which is not there")
+    assert parts_of(model) == NotFused("fused steps require model.layers.1.self_attn.o_proj, which does not exist")
 
 
-def test_reasons_are_kept(checkpoints: dict[str, Path]) -> None:
+def test_not_fused_gives_the_reason(checkpoints: dict[str, Path]) -> None:
     wide = load(checkpoints["llama"], dtype=torch.float32)
-    assert Decoder(wide, batch=1, length=8).not_fused == "fused steps compute in 16 bits, the model in float32"
+    assert Decoder(wide, batch=1, length=8).not_fused == "fused steps compute in 16 bits, the model computes in float32"
     model = load(checkpoints["llama"], dtype=torch.bfloat16)
     assert Decoder(model, batch=1, length=8).not_fused is None
-    assert Decoder(model, batch=1, length=8, fuse=False).not_fused == "fused steps were not asked for"
+    assert Decoder(model, batch=1, length=8, fuse=False).not_fused == "fused steps are turned off"
     eager = load(checkpoints["deepseek_v2"], dtype=torch.bfloat16, attention="eager")
-    assert Decoder(eager, batch=1, length=8).not_fused == "fused steps have attention of their own, not eager"
+    assert (
+        Decoder(eager, batch=1, length=8).not_fused == "fused steps do not support the attention implementation eager"
+    )
     model.model.layers[0].input_layernorm.weight.data = model.model.layers[0].input_layernorm.weight.data.float()
-    assert parts_of(model) == NotFused("model.layers.0.input_layernorm is in float32, the model in bfloat16")
+    assert parts_of(model) == NotFused("model.layers.0.input_layernorm is float32, the model bfloat16")
 
 
-def test_a_family_that_nobody_declared_is_a_reason(checkpoints: dict[str, Path]) -> None:
+def test_an_undeclared_family_prevents_fusion(checkpoints: dict[str, Path]) -> None:
     model = load(checkpoints["llama"], dtype=torch.bfloat16)
     with_forward(model, lambda _, old, args, kwargs: old(*args, **kwargs))
     type(model).__name__ = "OtherForCausalLM"
-    assert parts_of(model) == NotFused("OtherForCausalLM is no family that fused steps know")
+    assert parts_of(model) == NotFused("fused steps do not support OtherForCausalLM")

@@ -1,4 +1,4 @@
-"""Bytes that a loaded model holds for its weights, and the quantized weights that no kernel multiplies by."""
+"""Bytes of a loaded model's weights, and the quantized weights for which no kernel exists."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,21 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.numerics.number_format import NumberFormat
-from quantlab.runtime.matrices import DenseMatrices, ExpandedMatrices, QuantizedMatrices, choose_bank
+from quantlab.runtime.banks.choice import QuantizedMatrices, choose_bank
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.banks.expanded import ExpandedMatrices
 
 _MARK: Final = "quantlab_unpacked"
-"""Attribute of a module whose weight is quantized where it is stored and floating point here: format and reasons."""
+"""Attribute of a module that holds a quantized weight in floating point: (name of the number format, reasons)."""
 
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes held for weights, and what the same weights would take at two bytes each.
+    """Bytes held for weights, and the bytes of the same weights in 16 bits.
 
     Attributes:
-        total: everything stored in the model: parameters and buffers, scales included; rotary tables are computed and
-            do not count, and a tied head counts once.
-        fp16: the same weights at two bytes each (scales are no weights).
-        quantized: of the quantized matrices alone, scales included.
+        total: parameters and buffers of the model, scales included. Rotary tables are computed and do not count; a tied
+            head counts once.
+        fp16: the same weights at two bytes each; scales do not count as weights.
+        quantized: the quantized matrices alone, scales included.
         quantized_fp16: the quantized matrices at two bytes per weight.
     """
 
@@ -33,7 +35,7 @@ class WeightBytes:
 
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
-    """Count a model of `runtime.load` or `runtime.random_twin`."""
+    """Bytes of the weights of a model made by `runtime.load` or `runtime.random_twin`."""
     seen: set[int] = set()
     total = fp16 = quantized = quantized_fp16 = 0
     for module in model.modules():
@@ -59,13 +61,13 @@ def _stored(module: nn.Module) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Expanded:
-    """Quantized matrices that no kernel of the device multiplies by.
+    """Quantized matrices for which the device has no kernel.
 
     Attributes:
         format: name of their number format.
-        count: how many; matrices that are held as one, such as gate and up, count once.
-        reasons: why each bank of the device declined.
-        held: "packed" where integers are stored small and expanded for every product, else "dense": expanded when loaded.
+        count: number of matrices; matrices that are stored as one, such as gate and up, count once.
+        reasons: the reason of each bank of the device for declining.
+        held: "packed" if the stored integers are expanded for every product, "dense" if they were expanded when loaded.
     """
 
     format: str
@@ -75,7 +77,7 @@ class Expanded:
 
 
 def expanded(model: nn.Module) -> tuple[Expanded, ...]:
-    """The quantized matrices of a model of `runtime.load` or `runtime.random_twin` that are expanded, by format and reasons."""
+    """The expanded matrices of a model made by `runtime.load` or `runtime.random_twin`, by format and reasons."""
     found: Counter[tuple[str, tuple[str, ...], Literal["packed", "dense"]]] = Counter()
     for module in model.modules():
         if isinstance(module, ExpandedMatrices):
@@ -86,7 +88,7 @@ def expanded(model: nn.Module) -> tuple[Expanded, ...]:
 
 
 def mark_unpacked(module: nn.Module, number: NumberFormat, device_type: str) -> None:
-    """Note on a module that its weight, of a quantized format, is held in floating point, and why."""
+    """Record on a module that it holds a quantized weight in floating point, with the reasons."""
     bank, reasons = choose_bank(number, (0, 0), torch.float32, device_type)
     assert bank is None, "a bank would hold it"
     if number.activations is not None:

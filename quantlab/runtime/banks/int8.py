@@ -1,4 +1,4 @@
-"""int8 weights with a scale per row, with floating-point activations (W8A16) or int8 ones (W8A8)."""
+"""Banks of int8 matrices with a scale per row, for floating-point activations (W8A16) and int8 activations (W8A8)."""
 
 from collections.abc import Callable
 from typing import Final
@@ -8,26 +8,27 @@ from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT8, ROW, Activations, NumberFormat
-from quantlab.runtime.integer_products import integer_product
+from quantlab.runtime.banks.dense_product import compute_dtype, in_bands
+from quantlab.runtime.banks.exact_int8 import integer_product
+from quantlab.runtime.banks.groups import RowGroups, dispatch_by_rows, join_groups, split_groups
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
-from quantlab.runtime.products import Groups, by_count, compute_dtype, in_bands, joined, split
 
 _PACKED_ROWS: Final = 24
-"""Up to this many rows torch's weight-only operator beats expanding a matrix (Zen 4, 2816x2048)."""
+"""Number of rows up to which torch's weight-only operator is faster than expanding the matrix (Zen 4, 2816x2048)."""
 
 _NATIVE_ROWS: Final = 128
-"""Up to this many rows the native kernel of W8A8 beats torch's (Zen 4, 2816x2048)."""
-_PORTION: Final = 256
-"""Rows multiplied at once by the native kernel of W8A16: they stay in the last cache while the weights pass by."""
+"""Number of rows up to which the native W8A8 kernel is faster than torch's operator (Zen 4, 2816x2048)."""
+_CHUNK_ROWS: Final = 256
+"""Rows per call of the native W8A16 kernel: they stay in the last-level cache while the weights are streamed."""
 _NATIVE_COLUMNS: Final = 1 << 16
-"""Up to this many columns the native kernel's 32-bit sums are exact."""
+"""Number of columns up to which the 32-bit sums of the native kernel cannot overflow."""
 
 _weight_only_product: Final[Callable[[Tensor, Tensor, Tensor], Tensor]] = torch.ops.aten._weight_int8pack_mm.default
 
 
 class Int8WeightMatrices(nn.Module):
-    """int8 weights with a scale per row, activations in floating point.
+    """W8A16: int8 weights with a scale per row, floating-point activations.
 
     Buffers: q [E, N, K] int8, scale [E, N] in its stored dtype.
     """
@@ -45,11 +46,13 @@ class Int8WeightMatrices(nn.Module):
 
     @staticmethod
     def can_hold(number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype) -> str | None:
-        """Why the kernels cannot multiply by matrices [N, K] of a format; None if they can."""
+        """The reason why the kernels cannot multiply by matrices [N, K] of a format; None if they can."""
         if number != NumberFormat(INT8, ROW):
             return "the int8 kernels for 16-bit activations: symmetric int8 with one scale per row only"
-        # torch's operator reads past the end of a row whose length is no multiple of 16
-        return "the int8 kernels for 16-bit activations: columns are no multiple of 32" if shape[1] % 32 else None
+        # torch's operator reads past the end of a row if the number of columns is not a multiple of 16
+        if shape[1] % 32:
+            return "the int8 kernels for 16-bit activations: the number of columns is not a multiple of 32"
+        return None
 
     def fill(self, index: int, matrix: QuantizedMatrix) -> None:
         """Set matrix `index`."""
@@ -63,50 +66,52 @@ class Int8WeightMatrices(nn.Module):
         )
 
     def integers(self, index: int) -> Tensor:
-        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        """The stored integers of matrix `index`; every bit pattern is valid."""
         return self.q[index]
 
     def set_scales(self, index: int, scale: float) -> None:
-        """Give every row of matrix `index` one scale."""
+        """Set the scale of every row of matrix `index`."""
         self.scale[index] = scale
 
-    def products(self, x: Tensor, groups: Groups) -> Tensor:
-        """[T, K] -> [T, N], row by row with the matrix of its group."""
+    def products(self, x: Tensor, groups: RowGroups) -> Tensor:
+        """[T, K] -> [T, N], each row times the matrix of its group."""
         compute = compute_dtype(x)
         if compute == torch.bfloat16 and library() is not None:
             out = torch.empty(x.shape[0], self.shape[1], dtype=x.dtype)
-            kernels.int8_weight_product(x, self.q, self.scale, groups.portions(_PORTION), out)
+            kernels.int8_weight_product(x, self.q, self.scale, groups.chunked(_CHUNK_ROWS), out)
             return out
         limit = 0 if compute == torch.float32 else _PACKED_ROWS
-        rows = split(x.to(compute), groups)
+        rows = split_groups(x.to(compute), groups)
         parts = [
             self._packed_product(part, index) if 0 < count <= limit else self._expanded_product(part, index)
-            for part, index, count in zip(rows, groups.which, groups.counts, strict=True)
+            for part, index, count in zip(rows, groups.matrices, groups.counts, strict=True)
         ]
-        return joined(parts, x.dtype)
+        return join_groups(parts, x.dtype)
 
     def _packed_product(self, x: Tensor, index: int) -> Tensor:
         scale = self._scales[index]
         if scale.dtype == torch.bfloat16:
             return _weight_only_product(x, self._each[index], scale)
-        ones = torch.ones(scale.shape, dtype=torch.bfloat16)  # the operator's scales are bfloat16: apply these after it
+        ones = torch.ones(
+            scale.shape, dtype=torch.bfloat16
+        )  # the operator rounds scales to bfloat16: apply them afterwards
         return _weight_only_product(x, self._each[index], ones) * scale.to(torch.float32)
 
     def _expanded_product(self, x: Tensor, index: int) -> Tensor:
         rows = self.shape[1]
         if x.dtype == torch.float32:
             return in_bands(x, rows, lambda start, stop: self.dense(index, start, stop, x.dtype), dtype=x.dtype)
-        # the integers are bfloat16 numbers as they are, and the scales of rows can wait: one pass less over the weights
+        # bfloat16 represents int8 exactly, and row scales can be applied to the sums: one pass over the weights less
         q = self._each[index]
         sums = in_bands(x, rows, lambda start, stop: q[start:stop].to(x.dtype), dtype=x.dtype)
         return sums * self._scales[index].to(torch.float32)
 
 
 class Int8Matrices(nn.Module):
-    """int8 weights with a scale per row, activations int8 too with a scale per token (W8A8).
+    """W8A8: int8 weights with a scale per row, int8 activations with a scale per token.
 
-    Rounding the activations belongs to the number format: it is done in float32 whatever the activations' dtype, and in
-    one way for any number of rows. The integers are multiplied exactly.
+    The number format includes the rounding of activations: it is computed in float32 for activations of any dtype, in
+    the same way for any number of rows. Integer products are exact.
 
     Buffers: q [E, N, K] int8, scale [E, N] in its stored dtype.
     """
@@ -124,7 +129,7 @@ class Int8Matrices(nn.Module):
 
     @staticmethod
     def can_hold(number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype) -> str | None:
-        """Why the kernels cannot multiply by matrices [N, K] of a format; None if they can."""
+        """The reason why the kernels cannot multiply by matrices [N, K] of a format; None if they can."""
         if number != NumberFormat(INT8, ROW, activations=Activations(INT8)):
             return "the int8 kernels: symmetric int8 with one scale per row, and int8 activations per token, only"
         return None
@@ -135,17 +140,17 @@ class Int8Matrices(nn.Module):
         self.scale[index].copy_(matrix.scale[:, 0])
 
     def integers(self, index: int) -> Tensor:
-        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        """The stored integers of matrix `index`; every bit pattern is valid."""
         return self.q[index]
 
     def set_scales(self, index: int, scale: float) -> None:
-        """Give every row of matrix `index` one scale."""
+        """Set the scale of every row of matrix `index`."""
         self.scale[index] = scale
 
-    def products(self, x: Tensor, groups: Groups) -> Tensor:
-        """[T, K] -> [T, N], row by row with the matrix of its group."""
+    def products(self, x: Tensor, groups: RowGroups) -> Tensor:
+        """[T, K] -> [T, N], each row times the matrix of its group."""
         if library() is not None and self.shape[2] <= _NATIVE_COLUMNS:
-            return by_count(
+            return dispatch_by_rows(
                 x,
                 self.shape[1],
                 groups,
@@ -155,14 +160,14 @@ class Int8Matrices(nn.Module):
             )
         return self._torch_products(x, groups)
 
-    def _torch_products(self, x: Tensor, groups: Groups) -> Tensor:
+    def _torch_products(self, x: Tensor, groups: RowGroups) -> Tensor:
         quantized, token_scale = quantize_tokens(x)
-        if len(groups.which) == 1:
-            sums = integer_product(quantized, self._each[groups.which[0]])
+        if len(groups.matrices) == 1:
+            sums = integer_product(quantized, self._each[groups.matrices[0]])
         else:
-            parts = zip(split(quantized, groups), groups.which, strict=True)
+            parts = zip(split_groups(quantized, groups), groups.matrices, strict=True)
             sums = torch.cat([integer_product(part, self._each[index]) for part, index in parts])
-        row_scale = self.scale if groups.of_row is None else self.scale.index_select(0, groups.of_row)
+        row_scale = self.scale if groups.matrix_of_row is None else self.scale.index_select(0, groups.matrix_of_row)
         return (sums * token_scale).mul_(row_scale).to(x.dtype)
 
     def _torch_product(self, x: Tensor, index: int) -> Tensor:
@@ -172,14 +177,14 @@ class Int8Matrices(nn.Module):
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each token to its own symmetric int8 grid, ``scale = max|x| / 127``.
+    """Round each token to a symmetric int8 grid with ``scale = max|x| / 127``.
 
     Args:
         x: [T, K] of any floating dtype.
 
     Returns:
-        [T, K] int8 and the scales [T, 1] float32. A token of zeros becomes zeros; one that holds NaN or infinity gets a
-        scale that is not finite, so its products are not either.
+        Integers [T, K] int8 and scales [T, 1] float32. A token of zeros becomes zeros. A token with NaN or infinity
+        gets a scale that is not finite, so its products are not finite either.
     """
     largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True, dtype=torch.float32)
     scale = (largest / 127).clamp_min_(2.0**-120)

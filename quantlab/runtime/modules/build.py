@@ -1,7 +1,7 @@
-"""From a config to a model that computes: transformers' modules on the meta device, filled and replaced one by one.
+"""Build a model from a config: instantiate transformers' model on the meta device, then fill or replace its modules.
 
-Where the weights come from is behind one small protocol, so a model read from files and one of random numbers are built
-by the same code: what is measured on the second is what runs in the first.
+Weights come from a small protocol, so the same code builds a model from files and a twin with random weights:
+measurements of the twin hold for the loaded model.
 """
 
 import copy
@@ -18,11 +18,20 @@ from quantlab.architectures.detect import ARCHITECTURES, of_model_type
 from quantlab.architectures.layer import GATED_MLP, LatentAttention
 from quantlab.errors import ArtifactError
 from quantlab.numerics.number_format import INT4, NumberFormat, group
-from quantlab.runtime.account import mark_unpacked
-from quantlab.runtime.attention import LATENT_SDPA, keep_latents, register
-from quantlab.runtime.experts import Experts
-from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, PartOfStack, StackedLinear, dense_linear
-from quantlab.runtime.matrices import DenseMatrices, Matrices, QuantizedMatrices, quantized_matrices
+from quantlab.runtime.banks.choice import Matrices, QuantizedMatrices, quantized_matrices
+from quantlab.runtime.banks.dense import DenseMatrices
+from quantlab.runtime.inventory import mark_unpacked
+from quantlab.runtime.modules.attention import LATENT_SDPA, pass_latents_through, register
+from quantlab.runtime.modules.experts import Experts
+from quantlab.runtime.modules.linear import (
+    DenseLinear,
+    GatedMLP,
+    Norm,
+    PackedLinear,
+    StackedLinear,
+    StackedLinearPart,
+    dense_linear,
+)
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float16": torch.float16,
@@ -31,7 +40,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 
 
-_MALFORMED: Final = (
+_CONFIG_ERRORS: Final = (
     StrictDataclassError,
     ArithmeticError,
     AttributeError,
@@ -40,14 +49,14 @@ _MALFORMED: Final = (
     TypeError,
     ValueError,
 )
-"""What transformers raises for a config it cannot make a model of."""
+"""Exceptions that transformers raises for an invalid config."""
 _FUSED_EXPERTS: Final = "gate_up_proj"
-"""The parameter [E, 2I, H] in which transformers holds the gates and ups of all experts of a layer, of whatever family."""
+"""Parameter [E, 2I, H] in which transformers, for every family, holds gate and up of all experts of a layer."""
 _INT4_GROUPS: Final = (128, 64, 32)
 
 
-class Weights(Protocol):
-    """Where a model's weights come from, by their names in the checkpoint (``….weight``)."""
+class WeightSource(Protocol):
+    """Source of a model's weights, by their names in the checkpoint (``….weight``)."""
 
     def format_of(self, name: str) -> NumberFormat | None:
         """The number format of the weight `name`, None if it is not quantized."""
@@ -57,58 +66,61 @@ class Weights(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are handed out, and with them the model."""
+        """Device of the returned weights, and therefore of the model."""
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A floating-point tensor."""
 
     def fill(self, matrices: Matrices, index: int, names: Sequence[str], rows: Sequence[int] | None = None) -> None:
-        """Set matrix `index` of a bank to the weights `names`, one below the other; of as many rows, all of the same if None."""
+        """Set matrix `index` of a bank to the weights `names`, stacked row-wise.
+
+        `rows` are the numbers of rows of the weights; None if all have the same number.
+        """
 
 
 def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
-    """The transformers config of a config.json, as one of a model that is not quantized.
+    """The transformers config for the fields of a config.json, without its quantization.
 
     Raises:
-        ArtifactError: the model type is none the runtime knows, or the fields describe no model.
+        ArtifactError: the runtime does not support the model type, or the fields are invalid.
     """
     model_type = fields.get("model_type")
     architecture = of_model_type(model_type)
     if architecture is None:
         raise ArtifactError(
-            "the runtime does not know this model",
+            "the runtime does not support this model",
             where=f"{where}, model_type",
             found=repr(model_type),
-            fix="known: " + ", ".join(known.name for known in ARCHITECTURES),
+            fix="supported: " + ", ".join(known.name for known in ARCHITECTURES),
         )
     plain = {key: copy.deepcopy(value) for key, value in fields.items() if key != "quantization_config"}
     try:
         return CONFIG_MAPPING[architecture.name].from_dict(dict(architecture.for_transformers(plain)))
-    except _MALFORMED as error:
-        raise _no_model(error, where=where) from error
+    except _CONFIG_ERRORS as error:
+        raise _invalid_config(error, where=where) from error
 
 
 def build(
-    config: PreTrainedConfig, weights: Weights, *, dtype: torch.dtype, attention: str = LATENT_SDPA
+    config: PreTrainedConfig, weights: WeightSource, *, dtype: torch.dtype, attention: str = LATENT_SDPA
 ) -> PreTrainedModel:
-    """A model of `config` in evaluation mode on the device of the weights, every parameter taken from `weights` once.
+    """A model of `config` in evaluation mode on the device of the weights; takes every parameter from `weights` once.
 
     Args:
         config: without quantization.
-        weights: where the parameters come from.
-        dtype: of activations and unquantized weights.
-        attention: its implementation, one of `quantlab.runtime.attention.IMPLEMENTATIONS`.
+        weights: source of the parameters.
+        dtype: dtype of activations and unquantized weights.
+        attention: attention implementation, one of `IMPLEMENTATIONS` of the runtime's attention module.
 
     Raises:
-        ArtifactError: the config describes no model.
-        DeviceError: there is no such implementation of attention here.
+        ArtifactError: the config is invalid.
+        DeviceError: the attention implementation is not available.
     """
     register(attention)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except _MALFORMED as error:
-        raise _no_model(error, where=f"the config of a {config.model_type}") from error
+    except _CONFIG_ERRORS as error:
+        raise _invalid_config(error, where=f"the config of a {config.model_type}") from error
     tied = bool(config.tie_word_embeddings)
     architecture = of_model_type(config.model_type)
     assert architecture is not None, "a config of `config_of`"
@@ -119,15 +131,15 @@ def build(
             model.lm_head = DenseLinear(model.model.embed_tokens.weight, None)
     if isinstance(architecture.attention, LatentAttention):
         for layer in model.model.layers:
-            keep_latents(layer.get_submodule(architecture.halves[0].module))
+            pass_latents_through(layer.get_submodule(architecture.halves[0].module))
     left = [name for name, tensor in _tensors(model) if tensor.is_meta]
     assert not left, f"never filled: {left}"
     return model.eval().requires_grad_(False)
 
 
-def _no_model(error: Exception, *, where: str) -> ArtifactError:
+def _invalid_config(error: Exception, *, where: str) -> ArtifactError:
     return ArtifactError(
-        "the config describes no model",
+        "transformers cannot build a model from the config",
         where=where,
         found=" ".join(f"{type(error).__name__}: {error}".split())[:200],
         fix="use the config.json the weights were released with",
@@ -140,17 +152,23 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _materialize(
-    module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype, skip: set[str], same_input: Sequence[str]
+    module: nn.Module,
+    path: str,
+    weights: WeightSource,
+    *,
+    dtype: torch.dtype,
+    skip: set[str],
+    same_input: Sequence[str],
 ) -> None:
-    """Fill the module's own tensors and replace or fill its children.
+    """Fill the tensors of a module, then replace or fill its children.
 
     Args:
-        module: of transformers.
-        path: its name in the model.
-        weights: where the tensors come from.
-        dtype: of activations and unquantized weights.
-        skip: paths of modules that are left alone.
-        same_input: names of the linears of an attention module that read its input.
+        module: a module of transformers.
+        path: name of the module in the model.
+        weights: source of the tensors.
+        dtype: dtype of activations and unquantized weights.
+        skip: paths of modules that stay unchanged.
+        same_input: names of the linears in an attention module that read its input.
     """
     prefix = f"{path}." if path else ""
     for name, parameter in list(module.named_parameters(recurse=False)):
@@ -159,10 +177,10 @@ def _materialize(
     for name, buffer in list(module.named_buffers(recurse=False)):
         # the only stored buffer is the router's e_score_correction_bias, which engines add in float32
         module.register_buffer(name, weights.tensor(prefix + name, buffer.shape, torch.float32))
-    for name, part in _stacked(module, path, weights, dtype=dtype, names=same_input).items():
+    for name, part in _stacked_linears(module, path, weights, dtype=dtype, names=same_input).items():
         setattr(module, name, part)
     for name, child in list(module.named_children()):
-        if prefix + name not in skip and not isinstance(child, PartOfStack):
+        if prefix + name not in skip and not isinstance(child, StackedLinearPart):
             replacement = _replacement(child, prefix + name, weights, dtype=dtype)
             if replacement is None:
                 _materialize(child, prefix + name, weights, dtype=dtype, skip=skip, same_input=same_input)
@@ -173,12 +191,12 @@ def _materialize(
             setattr(module, name, Norm(child))
 
 
-def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> nn.Module | None:
-    """What stands in the place of a transformers module, None if the module itself stays."""
+def _replacement(module: nn.Module, path: str, weights: WeightSource, *, dtype: torch.dtype) -> nn.Module | None:
+    """The module that replaces a transformers module; None if it is kept."""
     if isinstance(getattr(module, _FUSED_EXPERTS, None), nn.Parameter):
         return _experts(module, path, weights, dtype=dtype)
     if all(_plain_linear(module, name) for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down)):
-        if _one_kind([f"{path}.{GATED_MLP.gate}.weight", f"{path}.{GATED_MLP.up}.weight"], weights):
+        if _fit_one_bank([f"{path}.{GATED_MLP.gate}.weight", f"{path}.{GATED_MLP.up}.weight"], weights):
             return _gated_mlp(module, path, weights, dtype=dtype)
         return None
     if isinstance(module, nn.Linear):
@@ -188,12 +206,12 @@ def _replacement(module: nn.Module, path: str, weights: Weights, *, dtype: torch
     return None
 
 
-def _stacked(
-    module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype, names: Sequence[str]
-) -> dict[str, PartOfStack]:
-    """The linears `names` of an attention module, which read its input, as parts of one matrix.
+def _stacked_linears(
+    module: nn.Module, path: str, weights: WeightSource, *, dtype: torch.dtype, names: Sequence[str]
+) -> dict[str, StackedLinearPart]:
+    """The linears `names` of an attention module, which read the same input, stacked into one matrix.
 
-    Only on CUDA, where a launch costs what that saves.
+    Empty if they are not stacked. They are stacked only on CUDA, to save kernel launches.
     """
     linears = [linear for name in names if isinstance(linear := getattr(module, name, None), nn.Linear)]
     of_names = [f"{path}.{name}.weight" for name in names]
@@ -202,7 +220,7 @@ def _stacked(
         or len(linears) != len(names)
         or len({linear.bias is None for linear in linears}) != 1
         or _packed_format(of_names[0], weights) is None
-        or not _one_kind(of_names, weights)
+        or not _fit_one_bank(of_names, weights)
     ):
         return {}
     sizes = [linear.out_features for linear in linears]
@@ -215,7 +233,7 @@ def _stacked(
     ]
     assert isinstance(bank, QuantizedMatrices), "the weights are integers"
     stack = StackedLinear(PackedLinear(bank, torch.cat(biases) if biases else None), sizes)
-    return {name: PartOfStack(stack, index) for index, name in enumerate(names)}
+    return {name: StackedLinearPart(stack, index) for index, name in enumerate(names)}
 
 
 def _plain_linear(module: nn.Module, name: str) -> bool:
@@ -223,43 +241,44 @@ def _plain_linear(module: nn.Module, name: str) -> bool:
     return isinstance(child, nn.Linear) and child.bias is None
 
 
-def _one_kind(names: Sequence[str], weights: Weights) -> bool:
-    """Whether the weights can lie in one bank: all of one integer format with scales of one dtype, or all floating point."""
+def _fit_one_bank(names: Sequence[str], weights: WeightSource) -> bool:
+    """Whether one bank can hold the weights: one integer format and one dtype of scales, or all floating point."""
     formats = {_packed_format(name, weights) for name in names}
     return formats == {None} or (len(formats) == 1 and len({weights.scale_dtype_of(name) for name in names}) == 1)
 
 
-def _packed_format(name: str, weights: Weights) -> NumberFormat | None:
-    """The format of a weight that is held as integers, None for one that is held in floating point."""
+def _packed_format(name: str, weights: WeightSource) -> NumberFormat | None:
+    """The format of a weight that the model holds as integers; None if it holds the weight in floating point."""
     number = weights.format_of(name)
     return number if number is not None and number.is_integer else None
 
 
-def _bank(name: str, shape: tuple[int, int, int], weights: Weights, *, dtype: torch.dtype) -> Matrices:
-    """An unfilled bank of the kind the weight `name` needs."""
+def _bank(name: str, shape: tuple[int, int, int], weights: WeightSource, *, dtype: torch.dtype) -> Matrices:
+    """An uninitialized bank [E, N, K] for the weight `name`."""
     number = _packed_format(name, weights)
     if number is None:
         with weights.device:
-            return _marked(DenseMatrices(*shape, dtype=dtype), name, weights)
-    held = held_as(number, shape[2])
+            return _with_reasons(DenseMatrices(*shape, dtype=dtype), name, weights)
+    held = held_format(number, shape[2])
     return quantized_matrices(held, *shape, scale_dtype=weights.scale_dtype_of(name), device=weights.device)
 
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def _marked(module: M, name: str, weights: Weights) -> M:
-    """The module of a weight held in floating point, with the reason where the weight is quantized."""
+def _with_reasons(module: M, name: str, weights: WeightSource) -> M:
+    """Return a module that holds a weight in floating point; if the weight is quantized, record the reasons on it."""
     number = weights.format_of(name)
     if number is not None:
         mark_unpacked(module, number, weights.device.type)
     return module
 
 
-def held_as(number: NumberFormat, columns: int) -> NumberFormat:
-    """The format a matrix is held in: int4 with one scale per row as int4 in groups that share it, which kernels take.
+def held_format(number: NumberFormat, columns: int) -> NumberFormat:
+    """The format that the model holds a matrix in.
 
-    The numbers are the same, and no other format is changed; groups of 128 cost 3 % of the bytes.
+    int4 with one scale per row is held as int4 with groups of columns that repeat this scale, because kernels require
+    groups. The values are the same; groups of 128 add 3 % to the bytes. Other formats are unchanged.
     """
     if number.element != INT4 or not number.by_row or number.group_size is not None:
         return number
@@ -267,25 +286,25 @@ def held_as(number: NumberFormat, columns: int) -> NumberFormat:
     return number if size is None else replace(number, granularity=group(size))
 
 
-def _linear(module: nn.Linear, path: str, weights: Weights, *, dtype: torch.dtype) -> nn.Module:
+def _linear(module: nn.Linear, path: str, weights: WeightSource, *, dtype: torch.dtype) -> nn.Module:
     shape = (module.out_features, module.in_features)
     bias = None if module.bias is None else weights.tensor(f"{path}.bias", module.bias.shape, dtype)
     name = f"{path}.weight"
     matrices = None if _packed_format(name, weights) is None else _bank(name, (1, *shape), weights, dtype=dtype)
     if not isinstance(matrices, QuantizedMatrices):
         weight = weights.tensor(name, shape, dtype)
-        # attention multiplies by parts of this matrix, which therefore stays in rows
+        # attention multiplies by slices of this matrix, which therefore stays row-major
         linear = (
             DenseLinear(nn.Parameter(weight, requires_grad=False), bias)
             if path.endswith(LatentAttention.LATENT_UP)
             else dense_linear(weight, bias)
         )
-        return _marked(linear, name, weights)
+        return _with_reasons(linear, name, weights)
     weights.fill(matrices, 0, [name])
     return PackedLinear(matrices, bias)
 
 
-def _gated_mlp(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> GatedMLP:
+def _gated_mlp(module: nn.Module, path: str, weights: WeightSource, *, dtype: torch.dtype) -> GatedMLP:
     hidden, width = module.get_parameter(f"{GATED_MLP.down}.weight").shape
     gate, up, down = (f"{path}.{name}.weight" for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down))
     gate_up_bank = _bank(gate, (1, 2 * width, hidden), weights, dtype=dtype)
@@ -295,20 +314,20 @@ def _gated_mlp(module: nn.Module, path: str, weights: Weights, *, dtype: torch.d
     return GatedMLP(gate_up_bank, down_bank, module.get_submodule(GATED_MLP.activation))
 
 
-def _experts(module: nn.Module, path: str, weights: Weights, *, dtype: torch.dtype) -> Experts:
+def _experts(module: nn.Module, path: str, weights: WeightSource, *, dtype: torch.dtype) -> Experts:
     count, double_width, hidden = module.get_parameter(_FUSED_EXPERTS).shape
     linears = {"gate": GATED_MLP.gate, "up": GATED_MLP.up, "down": GATED_MLP.down}
     names = {kind: [f"{path}.{index}.{name}.weight" for index in range(count)] for kind, name in linears.items()}
-    if not (_one_kind(names["gate"] + names["up"], weights) and _one_kind(names["down"], weights)):
+    if not (_fit_one_bank(names["gate"] + names["up"], weights) and _fit_one_bank(names["down"], weights)):
         raise ArtifactError(
-            "the experts of a layer are quantized in different ways",
+            "the experts of a layer have different number formats",
             where=path,
             found=", ".join(
                 sorted(
                     {str(getattr(weights.format_of(name), "name", None)) for kind in names.values() for name in kind}
                 )
             ),
-            fix="give all experts of a layer one scheme, as serving engines ask too",
+            fix="use one scheme for all experts of a layer, as serving engines require",
         )
     gate_up_bank = _bank(names["gate"][0], (count, double_width, hidden), weights, dtype=dtype)
     down_bank = _bank(names["down"][0], (count, hidden, double_width // 2), weights, dtype=dtype)

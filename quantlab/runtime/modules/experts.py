@@ -1,9 +1,9 @@
-"""The routed experts of a layer, answering the call transformers makes.
+"""The routed experts of a layer, with the call signature of transformers' experts module.
 
-A token goes to `top_k` of E experts. Rows of activations are sorted by expert once, so that each expert that was hit
-multiplies one contiguous slice; everything between the matrix products works on all rows at once. At batch 1 there is
-nothing to sort, and what would be loops of small operations costs as much as the weights: the one token is handed to
-each of its experts as a view, and the results are added by one product with the routing weights.
+Each token is routed to `top_k` of E experts. Rows of activations are sorted by expert once, so that each expert in use
+multiplies one contiguous slice, and the operations between the two matrix products run on all rows at once. A single
+token needs no sorting, and a loop of small operations would take as long as reading the weights: each of its experts
+reads the token as a view, and one product with the routing weights sums the results.
 """
 
 from typing import Final
@@ -11,15 +11,15 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from quantlab.runtime.banks.choice import Matrices
+from quantlab.runtime.banks.groups import RowGroups
 from quantlab.runtime.cuda.experts import routed, takes
-from quantlab.runtime.linear import Activation, gated, is_silu
-from quantlab.runtime.matrices import Matrices
+from quantlab.runtime.modules.linear import Activation, gated_mlp, is_silu
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
-from quantlab.runtime.products import Groups
 
 _ROWS_AT_ONCE: Final = 8192
-"""Rows (tokens times experts per token) computed at once: bounds what lies between the two products."""
+"""Rows (tokens x experts per token) computed at once; bounds the size of the activations between the two products."""
 
 
 class Experts(nn.Module):
@@ -37,16 +37,19 @@ class Experts(nn.Module):
         self.num_experts = gate_up.shape[0]
 
     def routes_on_device(self, dtype: torch.dtype) -> bool:
-        """Whether kernels of CUDA do all for activations of `dtype`; else the host waits to learn which experts were hit."""
+        """Whether CUDA kernels compute the whole module for activations of `dtype`.
+
+        Otherwise the host reads the routing and therefore waits for the device.
+        """
         return is_silu(self.act_fn) and takes(self.gate_up, self.down, dtype)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs.
+        """Weighted sum of the outputs of each token's experts.
 
         Args:
             hidden_states: [tokens, H].
             top_k_index: [tokens, k] int64, the experts of each token.
-            top_k_weights: [tokens, k], their weights.
+            top_k_weights: [tokens, k], the weights of these experts.
 
         Returns:
             [tokens, H] in the dtype of `hidden_states`; summed in float32.
@@ -57,9 +60,9 @@ class Experts(nn.Module):
         if tokens == 1:
             index = top_k_index[0]
             native = index.device.type == "cpu" and library() is not None
-            which = kernels.Held(index) if native else index.tolist()
-            groups = Groups(which, (1,) * top_k, index)
-            rows = gated(hidden_states.expand(top_k, -1), groups, self.gate_up, self.down, self.act_fn)
+            matrices = kernels.IndexTensor(index) if native else index.tolist()
+            groups = RowGroups(matrices, (1,) * top_k, index)
+            rows = gated_mlp(hidden_states.expand(top_k, -1), groups, self.gate_up, self.down, self.act_fn)
             if rows.dtype != torch.float32 and rows.device.type == "cpu" and library() is not None:
                 return kernels.weighted_sum(rows, top_k_weights.to(torch.float32))
             return torch.mm(top_k_weights.to(torch.float32), rows.to(torch.float32)).to(hidden_states.dtype)
@@ -76,9 +79,9 @@ class Experts(nn.Module):
         by_expert, order = top_k_index.flatten().sort(stable=True)
         counts = torch.bincount(by_expert, minlength=self.num_experts).tolist()
         hit = [(index, count) for index, count in enumerate(counts) if count]
-        groups = Groups([index for index, _ in hit], [count for _, count in hit], by_expert)
+        groups = RowGroups([index for index, _ in hit], [count for _, count in hit], by_expert)
         rows = hidden_states.index_select(0, order // top_k)
-        outputs = gated(rows, groups, self.gate_up, self.down, self.act_fn)
+        outputs = gated_mlp(rows, groups, self.gate_up, self.down, self.act_fn)
         per_token = torch.empty_like(outputs).index_copy_(0, order, outputs).view(*top_k_index.shape, -1)
         weights = top_k_weights.to(torch.float32).unsqueeze(1)
         return torch.bmm(weights, per_token.to(torch.float32)).squeeze(1).to(hidden_states.dtype)

@@ -1,11 +1,12 @@
-"""The parts of a model that a fused step computes with, taken from its modules one by one.
+"""Recognizes the parts of a model that a fused decode step computes with.
 
-A fused step does not call the forward functions of a layer, so a parameter or submodule that it does not know would be left out
-of the computation without a word. Therefore parts are taken by the names that the family declares, each of one of the types that
-the step computes, and every parameter, buffer and submodule has to be taken: one that is left over is the reason why the model
-is not fused, and transformers' own forward functions run.
+A fused step does not call the forward methods of a layer, so it would silently skip a parameter or submodule that it
+does not recognize. Therefore every parameter, buffer and submodule must be taken by a name that the family declares,
+and must have a type that the step computes. If any is left over, the model is not fused: transformers' forward methods
+run, and the name of the part is the reason.
 
-Legend: H hidden width, E experts, h heads, N and V widths of a head's keys without the rotary part and of its values, L latent width.
+Legend: H hidden width, E experts, h heads, N width of a head's keys without the rotary part, V width of a head's
+values, L latent width.
 """
 
 from collections.abc import Iterator
@@ -27,25 +28,32 @@ from quantlab.architectures.layer import (
     RotaryLayout,
     Routing,
 )
-from quantlab.runtime.attention import LATENT_SDPA, hands_latents_on
-from quantlab.runtime.experts import Experts
-from quantlab.runtime.linear import DenseLinear, GatedMLP, Norm, PackedLinear, PartOfStack, ReorderedLinear
+from quantlab.runtime.modules.attention import LATENT_SDPA, passes_latents
+from quantlab.runtime.modules.experts import Experts
+from quantlab.runtime.modules.linear import (
+    DenseLinear,
+    GatedMLP,
+    Norm,
+    PackedLinear,
+    ReorderedLinear,
+    StackedLinearPart,
+)
 from quantlab.runtime.native.library import library, status
 
 LENGTH_DEPENDENT: Final = frozenset({"dynamic", "longrope"})
-"""Rotary embeddings whose angles depend on the length of the text."""
-_LINEARS: Final = (DenseLinear, ReorderedLinear, PackedLinear, PartOfStack)
+"""Types of rotary embeddings whose angles depend on the sequence length."""
+_LINEARS: Final = (DenseLinear, ReorderedLinear, PackedLinear, StackedLinearPart)
 
 
 @dataclass(frozen=True)
 class GroupedParts:
-    """Grouped-query attention.
+    """Parts of grouped-query attention.
 
     Attributes:
         query, key, value: the projections.
         output: the output projection.
-        head_norms: of each head of queries and of keys, None without.
-        scaling: of the scores.
+        head_norms: norms of each head of the queries and of the keys; None if the family has none.
+        scaling: factor of the attention scores.
     """
 
     query: nn.Module
@@ -58,17 +66,17 @@ class GroupedParts:
 
 @dataclass(frozen=True)
 class LatentParts:
-    """Multi-head latent attention.
+    """Parts of multi-head latent attention.
 
     Attributes:
-        query: makes the queries, or their latent.
-        query_norm, query_up: of the latent of queries, None where there is none.
-        latent: makes latents and rotary keys.
-        latent_norm: of the latents.
-        up: makes keys and values of the latents, weight [h, N + V, L].
+        query: projection to the queries, or to the query latent (q_a).
+        query_norm, query_up: norm and up-projection (q_b) of the query latent; None if queries are not compressed.
+        latent: projection to latents and rotary keys (kv_a).
+        latent_norm: norm of the latents.
+        up: weight of the projection from latents to keys and values (kv_b), [h, N + V, L].
         output: the output projection.
-        rotary: where rotated numbers lie.
-        scaling: of the scores.
+        rotary: the order of rotary pairs.
+        scaling: factor of the attention scores.
     """
 
     query: nn.Module
@@ -84,15 +92,15 @@ class LatentParts:
 
 @dataclass(frozen=True)
 class ExpertParts:
-    """Routed experts and a shared one.
+    """Parts of a mixture of experts.
 
     Attributes:
-        experts: the routed ones.
-        shared: the shared one.
-        router: transformers' router.
-        weight: its weight, [E, H].
-        bias: what corrects its choice, [E], None without.
-        routing: how it chooses.
+        experts: the routed experts.
+        shared: the shared expert.
+        router: transformers' router module.
+        weight: weight of the router, [E, H].
+        bias: correction that the router adds to its scores to choose experts, [E]; None if it has none.
+        routing: how the router scores and chooses experts.
     """
 
     experts: Experts
@@ -105,7 +113,10 @@ class ExpertParts:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """A decoder layer; an mlp without experts is called as a whole."""
+    """Parts of a decoder layer: norm before attention, attention, norm before the MLP, MLP.
+
+    An MLP without experts is one module, which the step calls.
+    """
 
     before: Norm
     attention: GroupedParts | LatentParts
@@ -115,7 +126,7 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A model whose every part a fused step computes."""
+    """Parts of a model that a fused step computes completely."""
 
     embeddings: nn.Module
     layers: tuple[LayerParts, ...]
@@ -126,40 +137,40 @@ class ModelParts:
 
 @dataclass(frozen=True)
 class NotFused:
-    """Why a model is decoded by transformers' forward functions."""
+    """The reason why transformers' forward methods decode a model."""
 
     reason: str
 
 
-class _Unknown(Exception):  # noqa: N818 - never leaves this file
-    """A part that no fused step computes."""
+class _NotFusable(Exception):  # noqa: N818 - never leaves this file
+    """A part that fused steps do not compute."""
 
 
 def parts_of(model: PreTrainedModel) -> ModelParts | NotFused:
-    """The parts of a model for a `FusedStep`, or why there can be none.
+    """The parts of a model for a `FusedStep`, or the reason why its steps cannot be fused.
 
-    A model fuses in 16 bits on CUDA, and on a CPU that runs the native kernels, with the attention of this package, if every one
-    of its parts is known.
+    Fused steps require 16-bit activations, CUDA or a CPU with the native kernels, the attention implementation of this
+    package, and a model whose every part is recognized.
     """
     architecture = of_model_type(model.config.model_type)
     if architecture is None or type(model).__name__ != architecture.class_name:
-        return NotFused(f"{type(model).__name__} is no family that fused steps know")
+        return NotFused(f"fused steps do not support {type(model).__name__}")
     if model.device.type not in {"cpu", "cuda"} or (model.device.type == "cpu" and library() is None):
         return NotFused(f"no kernels for fused steps on {model.device.type}: {status()}")
     if model.dtype not in {torch.bfloat16, torch.float16}:
-        return NotFused(f"fused steps compute in 16 bits, the model in {_word(model.dtype)}")
+        return NotFused(f"fused steps compute in 16 bits, the model computes in {_dtype_name(model.dtype)}")
     if model.config._attn_implementation != LATENT_SDPA:
-        return NotFused(f"fused steps have attention of their own, not {model.config._attn_implementation}")
+        return NotFused(f"fused steps do not support the attention implementation {model.config._attn_implementation}")
     if architecture.attention.window(model.config.to_dict()) is not None:
-        return NotFused("attention in windows is not computed by fused steps")
+        return NotFused("fused steps do not support sliding-window attention")
     try:
         return _Reader(model, architecture).model()
-    except _Unknown as found:
+    except _NotFusable as found:
         return NotFused(str(found))
 
 
 class _Reader:
-    """Takes the parts of one model."""
+    """Takes the parts of one model from its modules."""
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
         self._model, self._architecture = model, architecture
@@ -167,10 +178,10 @@ class _Reader:
         self._on_cuda = model.device.type == "cuda"
 
     def model(self) -> ModelParts:
-        with _opened(self._model, "") as whole, _opened(whole.take("model"), "model") as model:
+        with _all_parts(self._model, "") as whole, _all_parts(whole.take("model"), "model") as model:
             rotary = model.take("rotary_emb")
             if getattr(rotary, "rope_type", None) in LENGTH_DEPENDENT:
-                raise _Unknown(f"rotary embeddings of type {rotary.rope_type} depend on the length of the text")
+                raise _NotFusable(f"rotary embeddings of type {rotary.rope_type} depend on the sequence length")
             layers = model.take("layers", nn.ModuleList)
             assert isinstance(layers, nn.ModuleList)
             return ModelParts(
@@ -184,7 +195,7 @@ class _Reader:
     def _layer(self, module: nn.Module, path: str) -> LayerParts:
         first, second = self._architecture.halves
         declared = self._architecture.attention
-        with _opened(module, path) as layer:
+        with _all_parts(module, path) as layer:
             before, between = self._norm(layer, first.norm), self._norm(layer, second.norm)
             attention, where = layer.take(first.module), f"{path}.{first.module}"
             taken = (
@@ -198,14 +209,16 @@ class _Reader:
         norm = parts.take(name, Norm)
         assert isinstance(norm, Norm)
         if norm.weight.dtype != self._dtype:
-            raise _Unknown(f"{parts.path(name)} is in {_word(norm.weight.dtype)}, the model in {_word(self._dtype)}")
+            raise _NotFusable(
+                f"{parts.path(name)} is {_dtype_name(norm.weight.dtype)}, the model {_dtype_name(self._dtype)}"
+            )
         return norm
 
     def _grouped(self, module: nn.Module, path: str, declared: GroupedAttention) -> GroupedParts:
         width = self._architecture.dimensions(self._config)["head"]
         if width % 2:
-            raise _Unknown(f"heads of {width} numbers cannot be rotated in pairs")
-        with _opened(module, path) as parts:
+            raise _NotFusable(f"the head width {width} is odd, so heads cannot be rotated in pairs")
+        with _all_parts(module, path) as parts:
             names = (declared.QUERY, declared.KEY, declared.VALUE, declared.OUTPUT)
             query, key, value, output = (parts.take(name, *_LINEARS) for name in names)
             heads = declared.head_norms
@@ -213,10 +226,10 @@ class _Reader:
             return GroupedParts(query, key, value, output, norms, float(module.scaling))  # type: ignore[arg-type]
 
     def _latent(self, module: nn.Module, path: str, declared: LatentAttention) -> LatentParts:
-        if not hands_latents_on(module):
-            raise _Unknown(f"{path}.{declared.LATENT_UP} is no plain matrix, by which attention to latents multiplies")
+        if not passes_latents(module):
+            raise _NotFusable(f"{path}.{declared.LATENT_UP} is not a dense matrix, which attention to latents requires")
         compressed = bool(declared.query_rank(self._config))
-        with _opened(module, path) as parts:
+        with _all_parts(module, path) as parts:
             up = parts.take(declared.LATENT_UP, DenseLinear).get_parameter("weight")
             return LatentParts(
                 query=parts.take(declared.QUERY_DOWN if compressed else declared.QUERY, *_LINEARS),
@@ -235,7 +248,7 @@ class _Reader:
         if declared is not None and hasattr(module, declared.EXPERTS):
             return self._experts(module, path, declared)
         if type(module) is not GatedMLP:
-            with _opened(module, path) as parts:
+            with _all_parts(module, path) as parts:
                 for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down):
                     parts.take(name, *_LINEARS)
                 parts.take(GATED_MLP.activation)
@@ -245,22 +258,24 @@ class _Reader:
         routing = declared.routing(self._config)
         sigmoid = routing.scoring == "sigmoid"
         if sigmoid != routing.corrected or routing.group_score not in {0, 2 if sigmoid else 1}:
-            raise _Unknown(f"{path}.{declared.ROUTER} chooses experts in a way that no kernel computes")
-        with _opened(module, path) as parts:
+            raise _NotFusable(f"no router kernel computes the routing of {path}.{declared.ROUTER}")
+        with _all_parts(module, path) as parts:
             experts, router = parts.take(declared.EXPERTS, Experts), parts.take(declared.ROUTER)
             assert isinstance(experts, Experts)
             if self._on_cuda and not experts.routes_on_device(self._dtype):
-                raise _Unknown(f"the host has to learn which experts of {path} are met: no kernel takes their layout")
+                raise _NotFusable(
+                    f"no kernel routes the experts of {path} in their format, so the host must read the routing"
+                )
             shared = self._mlp(parts.take(declared.SHARED), f"{path}.{declared.SHARED}")
             assert isinstance(shared, nn.Module)
-            with _opened(router, f"{path}.{declared.ROUTER}") as of_router:
-                weight = of_router.tensor("weight")
-                bias = of_router.tensor(declared.BIAS) if routing.corrected else None
+            with _all_parts(router, f"{path}.{declared.ROUTER}") as router_parts:
+                weight = router_parts.tensor("weight")
+                bias = router_parts.tensor(declared.BIAS) if routing.corrected else None
             return ExpertParts(experts, shared, router, weight, bias, routing)
 
 
 class _Parts:
-    """The parameters, buffers and submodules of one module that have not been taken."""
+    """The parameters, buffers and submodules of one module that have not been taken yet."""
 
     def __init__(self, module: nn.Module, path: str) -> None:
         self._module, self._path = module, path
@@ -271,33 +286,33 @@ class _Parts:
         return f"{self._path}.{name}" if self._path else name
 
     def take(self, name: str, *types: type[nn.Module]) -> nn.Module:
-        """A submodule of exactly one of the types, or of any if none is given."""
+        """Take a submodule, whose type must be one of `types`; any type if none is given."""
         found = self._modules.pop(name, None)
         if found is None:
-            raise _Unknown(f"fused steps look for {self.path(name)}, which is not there")
+            raise _NotFusable(f"fused steps require {self.path(name)}, which does not exist")
         if types and type(found) not in types:
-            raise _Unknown(f"{self.path(name)} ({type(found).__name__}) is not computed by fused steps")
+            raise _NotFusable(f"fused steps do not compute {self.path(name)} ({type(found).__name__})")
         return found
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter or buffer."""
+        """Take a parameter or buffer."""
         if name not in self._tensors:
-            raise _Unknown(f"fused steps look for {self.path(name)}, which is not there")
+            raise _NotFusable(f"fused steps require {self.path(name)}, which does not exist")
         return self._tensors.pop(name)
 
     def left(self) -> str | None:
-        """Name of a part that nobody took."""
+        """Name of a part that has not been taken; None if all have."""
         return next((self.path(name) for name in (*self._tensors, *self._modules)), None)
 
 
 @contextmanager
-def _opened(module: nn.Module, path: str) -> Iterator[_Parts]:
-    """The parts of a module, all of which must be taken in the block."""
+def _all_parts(module: nn.Module, path: str) -> Iterator[_Parts]:
+    """The parts of a module; the `with` block must take all of them."""
     parts = _Parts(module, path)
     yield parts
     if (left := parts.left()) is not None:
-        raise _Unknown(f"{left} is not computed by fused steps")
+        raise _NotFusable(f"fused steps do not compute {left}")
 
 
-def _word(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Linears and MLPs on banks of matrices."""
+"""Linears, MLPs and norms that replace transformers' modules and multiply by banks of matrices."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -8,22 +8,23 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from quantlab.runtime.blocks import address, lies_in_pairs, reorders_bfloat16
+from quantlab.runtime.banks.choice import Matrices, QuantizedMatrices
+from quantlab.runtime.banks.dense_product import dense_product
+from quantlab.runtime.banks.groups import RowGroups, single_group
 from quantlab.runtime.cuda.banks import CudaMatrices, rms_norm
-from quantlab.runtime.matrices import Matrices, QuantizedMatrices
+from quantlab.runtime.modules.onednn_layout import data_address, has_pair_layout, supports_blocked_bfloat16
 from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library
-from quantlab.runtime.products import Groups, dense_product, single
 
 FEW_ROWS: Final = 64
-"""Up to this many rows what lies between the products is done by native kernels, in one thread."""
+"""Number of rows up to which native kernels compute the operations between products, in one thread."""
 _PAIRED_ROWS: Final = 8
-"""Up to this many rows the native kernel beats oneDNN on the same blocks (Zen 4, 2816x2048)."""
+"""Number of rows up to which the native kernel is faster than oneDNN on the same blocks (Zen 4, 2816x2048)."""
 Activation = Callable[[Tensor], Tensor]
 
 
 class DenseLinear(nn.Linear):
-    """nn.Linear that is also fast for float16 at many rows."""
+    """nn.Linear that is also fast for float16 and many rows on the CPU."""
 
     def __init__(self, weight: nn.Parameter, bias: Tensor | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -38,10 +39,11 @@ class DenseLinear(nn.Linear):
 
 
 class ReorderedLinear(nn.Module):
-    """A bfloat16 linear whose weight lies in blocks, as oneDNN multiplies it.
+    """A bfloat16 linear whose weight is stored in oneDNN's blocked layout.
 
-    From rows, oneDNN has to block a bfloat16 weight again for every product, which at few rows costs up to half of the
-    time. The blocks replace the rows: there is no second copy, and the native kernel for few rows reads the same blocks.
+    From a row-major bfloat16 weight, oneDNN makes the blocked layout for every product, which takes up to half of the
+    time for few rows. The blocked weight replaces the row-major one, without a second copy. The native kernel for few
+    rows reads the same blocks.
     """
 
     weight: Tensor
@@ -51,7 +53,7 @@ class ReorderedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, None))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._paired = library() is not None and lies_in_pairs(self.out_features, self.in_features)
+        self._paired = library() is not None and has_pair_layout(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -59,21 +61,21 @@ class ReorderedLinear(nn.Module):
             return x.new_empty(*x.shape[:-1], self.out_features)
         if self._paired and x.numel() <= _PAIRED_ROWS * self.in_features:
             flat = x.reshape(-1, self.in_features)
-            product = kernels.paired_product(flat, address(self.weight), self.out_features, self.bias)
+            product = kernels.paired_product(flat, data_address(self.weight), self.out_features, self.bias)
             return product.view(*x.shape[:-1], self.out_features)
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return result
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> DenseLinear | ReorderedLinear:
-    """The module that multiplies a floating-point weight [N, K] fastest."""
-    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and reorders_bfloat16():
+    """The fastest module for a floating-point weight [N, K]."""
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and supports_blocked_bfloat16():
         return ReorderedLinear(weight, bias)
     return DenseLinear(nn.Parameter(weight, requires_grad=False), bias)
 
 
 class PackedLinear(nn.Module):
-    """A linear on a bank of one quantized matrix."""
+    """A linear that multiplies by a bank of one quantized matrix."""
 
     def __init__(self, matrices: QuantizedMatrices, bias: Tensor | None) -> None:
         super().__init__()
@@ -82,19 +84,20 @@ class PackedLinear(nn.Module):
         _, self.out_features, self.in_features = matrices.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]; latents of MLA come with four dimensions."""
+        """[..., K] -> [..., N]; latents of MLA have four dimensions."""
         flat = x.reshape(-1, self.in_features)
-        result = self.matrices.products(flat, single(flat.shape[0]))
+        result = self.matrices.products(flat, single_group(flat.shape[0]))
         if self.bias is not None:
             result = result + self.bias
         return result.view(*x.shape[:-1], self.out_features)
 
 
 class StackedLinear(nn.Module):
-    """Linears that read the same input, as one matrix: the rows of each below those of the one before.
+    """Linears that read the same input, stacked into one matrix row-wise.
 
-    transformers calls them one by one, with the same tensor, which must not change in between. The first call computes all, and each
-    hands out its own. What is kept ends with the last call, or with the input.
+    transformers calls the linears one by one with the same tensor, which must not change in between. The first call
+    computes all outputs; each call returns its own. Pending outputs are dropped after the last call or when the input
+    is freed.
     """
 
     def __init__(self, linear: PackedLinear, sizes: Sequence[int]) -> None:
@@ -104,12 +107,12 @@ class StackedLinear(nn.Module):
         self._last: tuple[weakref.ref[Tensor], dict[int, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[..., K] -> [..., N] of every linear."""
+        """[..., K] -> the outputs [..., N] of all linears."""
         return self.linear(x).split(self.sizes, dim=-1)  # type: ignore[no-any-return]
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """[..., K] -> [..., N] of linear `index`."""
-        last = self._last  # read once: another thread may be here with another input
+        """[..., K] -> the output [..., N] of linear `index`."""
+        last = self._last  # read once: another thread may call with another input
         left = last[1] if last is not None and last[0]() is x else {}
         result = left.pop(index, None)
         if result is None:
@@ -121,8 +124,8 @@ class StackedLinear(nn.Module):
         return result
 
 
-class PartOfStack(nn.Module):
-    """One of the linears of a stack."""
+class StackedLinearPart(nn.Module):
+    """One of the linears of a `StackedLinear`."""
 
     def __init__(self, stack: StackedLinear, index: int) -> None:
         super().__init__()
@@ -135,7 +138,7 @@ class PartOfStack(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """``down(act(gate(x)) * up(x))`` with gate and up in one matrix: gate's rows first, then up's."""
+    """``down(act(gate(x)) * up(x))`` with gate and up in one matrix: rows of gate first, then rows of up."""
 
     def __init__(self, gate_up: Matrices, down: Matrices, act_fn: Activation) -> None:
         super().__init__()
@@ -144,13 +147,13 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
         flat = x.reshape(-1, x.shape[-1])
-        return gated(flat, single(flat.shape[0]), self.gate_up, self.down, self.act_fn).view(x.shape)
+        return gated_mlp(flat, single_group(flat.shape[0]), self.gate_up, self.down, self.act_fn).view(x.shape)
 
 
-def gated(x: Tensor, groups: Groups, gate_up: Matrices, down: Matrices, act_fn: Activation) -> Tensor:
-    """The MLP of each row's group: [T, H] -> [T, H]."""
-    if isinstance(gate_up, CudaMatrices) and is_silu(act_fn) and len(groups.which) == 1:
-        return down.products(gate_up.product(x, groups.which[0], gated=True), groups)
+def gated_mlp(x: Tensor, groups: RowGroups, gate_up: Matrices, down: Matrices, act_fn: Activation) -> Tensor:
+    """Gated MLP of each row with the matrices of its group: [T, H] -> [T, H]."""
+    if isinstance(gate_up, CudaMatrices) and is_silu(act_fn) and len(groups.matrices) == 1:
+        return down.products(gate_up.product(x, groups.matrices[0], gated=True), groups)
     both = gate_up.products(x, groups)
     if (
         is_silu(act_fn)
@@ -165,15 +168,15 @@ def gated(x: Tensor, groups: Groups, gate_up: Matrices, down: Matrices, act_fn: 
 
 
 def is_silu(act_fn: Activation) -> bool:
-    """Whether an activation function is ``x * sigmoid(x)``, which kernels compute beside the products."""
+    """Whether an activation function is ``x * sigmoid(x)``, which kernels compute together with the products."""
     return isinstance(act_fn, nn.SiLU | SiLUActivation)
 
 
 class Norm(nn.Module):
-    """An RMS norm of transformers, for few rows as one operation.
+    """Replaces an RMS norm of transformers; few rows take one operation.
 
     Args:
-        module: with `weight` [K] and `variance_epsilon`.
+        module: transformers' norm, with `weight` [K] and `variance_epsilon`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -182,7 +185,7 @@ class Norm(nn.Module):
         self.variance_epsilon = float(module.variance_epsilon)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., K]; statistics are float32, and rounded to the dtype of x before the weight."""
+        """[..., K] -> [..., K]; normalized in float32, rounded to the dtype of x, then multiplied by the weight."""
         if x.is_cuda and x.dtype == self.weight.dtype and x.dtype != torch.float32:
             return rms_norm(x, self.weight, self.variance_epsilon)
         few = (
