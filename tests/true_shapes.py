@@ -66,7 +66,7 @@ def write_headers(directory: Path, config: Mapping[str, Any], *, shards: int, fp
     architecture = detect(config)
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
     for name, shape in architecture.expected(config, with_mtp=True):
-        rule = architecture.claim(name, hidden_layers=config["num_hidden_layers"]).rule
+        rule = architecture.classify(name, hidden_layers=config["num_hidden_layers"]).rule
         assert rule is not None
         if fp8 and rule.linear:
             tensors.append((name, "F8_E4M3", shape))

@@ -124,7 +124,7 @@ def test_windows() -> None:
 def test_nothing_is_folded_through_norms_of_heads() -> None:
     architecture = detect(QWEN3_8B)
     rules = {
-        name: architecture.claim(f"model.layers.0.self_attn.{name}", hidden_layers=36).rule
+        name: architecture.classify(f"model.layers.0.self_attn.{name}", hidden_layers=36).rule
         for name in ("q_norm.weight", "k_norm.weight", "v_proj.weight")
     }
     assert all(rules[name] is not None and rules[name].feeds is None for name in ("q_norm.weight", "k_norm.weight"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantlab.calibration.collect import Stream, advance, collect, record, settle
+from quantlab.calibration.collect import Stream, advance, collect, keep_last_inputs, record
 from quantlab.calibration.hidden import HiddenStates, Workspace
 from quantlab.calibration.layer import Half, Layer
 from quantlab.errors import CheckpointError
@@ -202,23 +202,23 @@ def test_settling_changes_no_bit(whole: Whole, tmp_path: Path) -> None:
     for index in (0, 1):
         layer = filled(skeleton, index, whole.weights)
         for half in layer.halves:
-            plain, settled = Stream(half, one), settle(Stream(half, two), workspace)
-            assert (settled.last is None) == (half.experts is not None)
+            plain, kept = Stream(half, one), keep_last_inputs(Stream(half, two), workspace)
+            assert (kept.last is None) == (half.experts is not None)
             for stage in half.stages:
-                for stream in (plain, settled):
+                for stream in (plain, kept):
                     collect(stream, stage, needs=["hessian"])
                 for name in half.sites[stage[0]].weights:
                     layer.weights[name].mul_(1.01)
             advance(plain)
-            advance(settled)
+            advance(kept)
             assert torch.equal(one.read(slice(None)), two.read(slice(None)))
 
 
-def test_collecting_an_earlier_stage_again_unsettles(wholes: dict[str, Whole], tmp_path: Path) -> None:
+def test_collecting_an_earlier_stage_again_discards_the_last_inputs(wholes: dict[str, Whole], tmp_path: Path) -> None:
     whole = wholes["deepseek_v3"]
     skeleton, workspace = skeleton_of(whole.source), Workspace(tmp_path, memory_bytes=1 << 30, device=CPU)
     layer, hidden = filled(skeleton, 0, whole.weights), embedded(skeleton, whole.weights, tmp_path)
-    stream = settle(Stream(layer.attention, hidden), workspace)
+    stream = keep_last_inputs(Stream(layer.attention, hidden), workspace)
     collect(stream, ["o"], needs=["hessian"])
     layer.weights["model.layers.0.self_attn.kv_b_proj.weight"].mul_(2)
     collect(stream, ["q_latent", "kv_latent"], needs=["hessian"])
@@ -231,7 +231,7 @@ def test_settling_without_memory_leaves_the_stream_as_it_is(wholes: dict[str, Wh
     whole = wholes["llama"]
     skeleton = skeleton_of(whole.source)
     stream = Stream(filled(skeleton, 0, whole.weights).attention, embedded(skeleton, whole.weights, tmp_path))
-    assert settle(stream, Workspace(tmp_path, memory_bytes=1000, device=CPU)) is stream
+    assert keep_last_inputs(stream, Workspace(tmp_path, memory_bytes=1000, device=CPU)) is stream
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

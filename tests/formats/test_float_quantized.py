@@ -84,7 +84,7 @@ def test_descriptions_survive_a_round_trip() -> None:
 def test_activations_with_stored_scales_are_refused(change: dict[str, Any]) -> None:
     config = described("channel")
     config["config_groups"]["group_0"]["input_activations"] |= change
-    with pytest.raises(ArtifactError, match="of a kind quantlab does not read"):
+    with pytest.raises(ArtifactError, match="a number format that quantlab does not read"):
         parse_config(config, "config.json")
 
 

@@ -114,7 +114,7 @@ def test_what_is_not_read_is_refused(change: dict, message: str) -> None:
 @pytest.mark.parametrize("change", [{"bits": 8}, {"group_size": 64}, {"group_size": -1}])
 def test_a_description_of_other_numbers_is_refused(change: dict, tmp_path: Any) -> None:
     stored = encode("m.weight", matrix(4, 128))
-    with pytest.raises(ArtifactError, match=r"disagree[^$]*4 bits in 2 groups"):
+    with pytest.raises(ArtifactError, match=r"contradict[^$]*4 bits in 2 groups"):
         decoded(stored, parse_config(described(**change), where="here"), tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Any) -> None:
     config = parse_config(described(), where="here")
     whole = encode("m.weight", matrix(4, 128))
     for broken in ({"m.scales": whole["m.scales"][:, :32]}, {"m.qzeros": whole["m.qzeros"][:1]}):
-        with pytest.raises(ArtifactError, match="disagree"):
+        with pytest.raises(ArtifactError, match="contradict"):
             decoded(whole | broken, config, tmp_path)
-    with pytest.raises(ArtifactError, match=r"disagree[^$]*missing"):
+    with pytest.raises(ArtifactError, match=r"contradict[^$]*missing"):
         decoded({name: t for name, t in whole.items() if name != "m.scales"}, config, tmp_path)

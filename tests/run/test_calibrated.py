@@ -213,13 +213,13 @@ def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path]
     generator = torch.Generator().manual_seed(3)
     for fold in folds:
         channels = fold.consumers[0].source.shape[1]
-        rows = architecture.fed_rows(fold.producers[0].claim, source.config, channels=channels)
+        rows = architecture.fed_rows(fold.producers[0].tensor, source.config, channels=channels)
         factors = torch.empty(max(rows) + 1).uniform_(0.3, 3, generator=generator)[torch.tensor(rows)]
         for step in fold.consumers:
-            weights[step.claim.name] = scaled_columns(weights[step.claim.name], factors)
+            weights[step.tensor.name] = scaled_columns(weights[step.tensor.name], factors)
         for step in fold.producers:
-            weights[step.claim.name] = divided_rows(weights[step.claim.name], factors, rows)
-    routed = [fold for fold in folds if any(step.claim.role == "router" for step in fold.consumers)]
+            weights[step.tensor.name] = divided_rows(weights[step.tensor.name], factors, rows)
+    routed = [fold for fold in folds if any(step.tensor.role == "router" for step in fold.consumers)]
     assert len(routed) == (2 if "deepseek" in family else 0), "every router reads what a fold scales"
     sites = {fold.site for fold in folds}
     assert sites == {"attention", "o", "mlp", "down"} | ({"q_latent"} if family == "deepseek_v3" else set())
@@ -236,8 +236,8 @@ def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path]
     assert ((logits() - before).norm() / before.norm()).item() <= 1e-5
     if routed:  # left out, as AutoAWQ leaves it out for DeepSeek, the same comparison fails
         unscaled = dense_weights(models[family])
-        for step in (step for fold in routed for step in fold.consumers if step.claim.role == "router"):
-            weights[step.claim.name] = unscaled[step.claim.name]
+        for step in (step for fold in routed for step in fold.consumers if step.tensor.role == "router"):
+            weights[step.tensor.name] = unscaled[step.tensor.name]
         assert ((logits() - before).norm() / before.norm()).item() >= 1e-2
 
 
@@ -316,7 +316,7 @@ def test_removed_scaled_and_compared_experts_are_an_error_of_the_plan(models: di
     )
     source = open_checkpoint(models["deepseek_v2"])
     recipe = load_recipe(write_recipe(tmp_path, models["deepseek_v2"], f"  v: {passes}\n"))
-    with pytest.raises(PlanError, match="removed, scaled and compared") as caught:
+    with pytest.raises(PlanError, match="remove experts, scale them and compare") as caught:
         compile_plan(recipe.recipe, source)
     assert "awq scales the channels of experts, and routed_experts have a `correction`" in str(caught.value)
     without = passes.replace("{name: gptq}", "{name: gptq, correction: 0}")

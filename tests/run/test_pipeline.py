@@ -156,8 +156,8 @@ def test_manifest_and_companions(family: str, runs: dict[str, RunDirectory]) -> 
         assert {"tokenizer_config.json", "generation_config.json"} <= set(manifest["files"])
         card = (artifact / "README.md").read_text()
         for needed in (
-            "## What was measured",
-            "## How to load it",
+            "## Measurements",
+            "## Loading",
             "transformers",
             "vLLM",
             "SGLang",

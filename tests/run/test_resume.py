@@ -135,7 +135,7 @@ def test_artifacts_of_another_recipe_are_refused_and_can_be_replaced(recipe: Pat
     before = hashes(out)
     refused = start(*command(recipe, out))
     assert refused.returncode == 1
-    assert "the output directory holds an artifact of another recipe" in refused.stderr
+    assert "the output directory contains an artifact of another recipe" in refused.stderr
     assert "--overwrite" in refused.stderr
     assert hashes(out) == before
     assert start(*command(recipe, out), "--overwrite").returncode == 0
@@ -199,7 +199,7 @@ def test_a_directory_that_is_no_artifact_is_refused(recipe: Path, tmp_path: Path
     for extra in ([], ["--overwrite"]):
         refused = start(*command(recipe, tmp_path / "out"), *extra)
         assert refused.returncode == 1
-        assert "something quantlab did not make" in refused.stderr
+        assert "something that quantlab did not make" in refused.stderr
     assert precious.read_text() == "years of work"
 
 
@@ -303,4 +303,4 @@ def test_no_writable_directory(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused = start(*command(recipe, tmp_path / "file" / "out"))
     assert refused.returncode == 1
-    assert "the output directory cannot be made" in refused.stderr
+    assert "the output directory cannot be created" in refused.stderr

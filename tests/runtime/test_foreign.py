@@ -95,7 +95,7 @@ def test_gptq_with_numbers_of_their_own_for_some_linears(checkpoints: dict[str, 
         )
     check(artifact)
     edit_config(artifact.directory, lambda fields: fields["quantization_config"].pop("dynamic"))
-    with pytest.raises(ArtifactError, match=r"disagree[^$]*config\.json says 4 bits"):
+    with pytest.raises(ArtifactError, match=r"contradict[^$]*config\.json says 4 bits"):
         load(artifact.directory)
 
 
@@ -203,7 +203,7 @@ def test_another_scheme_than_the_tensors_have(artifacts: Callable, tmp_path: Pat
     edit_config(
         copy, lambda fields: fields["quantization_config"]["config_groups"]["group_0"]["weights"].update(weights)
     )
-    with pytest.raises(ArtifactError, match="disagree"):
+    with pytest.raises(ArtifactError, match="contradict"):
         load(copy)
 
 
