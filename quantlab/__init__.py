@@ -1,1 +1,1 @@
-"""Quantizes, prunes and converts DeepSeek checkpoints, and measures the variants side by side. quantlab/README.md is the map."""
+"""Quantizes, prunes and converts DeepSeek checkpoints, and measures the variants. quantlab/README.md is the map."""

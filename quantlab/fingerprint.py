@@ -49,7 +49,7 @@ def modules_reached(roots: Sequence[str], *, without: Sequence[str] = ()) -> fro
         if module in found:
             continue
         if _path(module) is None:
-            raise ValueError(f"{module} is no module of {_PACKAGE}")
+            raise ValueError(f"{module} is not a module of {_PACKAGE}")
         found.add(module)
         waiting += [name for name in _read(module)[1] if not _is_within(name, left_out)]
     return frozenset(found)

@@ -1,4 +1,4 @@
-"""The command line from end to end, as a person or a script uses it, on a model that takes seconds."""
+"""The command line end to end, as users and scripts call it, on a tiny model."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Tensor rules and sizes that families share: dense layers with grouped attention, and layers with latent attention and experts.
+"""Tensor rules and sizes shared by families: dense layers with grouped attention, MoE layers with latent attention.
 
 Sources: README_WEIGHTS of DeepSeek-V3's release and the indices of the released checkpoints.
 """

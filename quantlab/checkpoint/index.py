@@ -86,7 +86,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     raise CheckpointError(
         "the directory contains no safetensors files",
         where=str(directory),
-        found="neither " + INDEX_NAME + " nor " + SINGLE_NAME,
+        found=f"no {INDEX_NAME} and no {SINGLE_NAME}",
         fix="download the weights of the checkpoint",
     )
 

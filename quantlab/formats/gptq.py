@@ -95,7 +95,7 @@ class GptqConfig:
         """How the weight `name` is stored, None if its tensors are floating point.
 
         Raises:
-            ArtifactError: its tensors disagree with the description, or are of numbers quantlab does not read.
+            ArtifactError: its tensors contradict the description, or their format is not supported.
         """
         parts = present(name.removesuffix("weight"), self.layout.parts, tensors)
         named = {part.name.rpartition(".")[2]: part for part in parts}

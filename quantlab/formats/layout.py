@@ -86,7 +86,8 @@ class Description(Protocol):
         """How the weight `name` is stored, None if its tensors are not quantized.
 
         Raises:
-            ArtifactError, CheckpointError: tensors and description disagree, or the numbers are of a kind quantlab does not read.
+            ArtifactError, CheckpointError: tensors and description contradict each other, or the format is not
+                supported.
         """
 
     def to_json(self) -> dict[str, Any]:

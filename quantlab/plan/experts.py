@@ -75,7 +75,7 @@ def removal_notes(steps: Sequence[Step], *, kept: int | None) -> tuple[str, ...]
     """Notes on an artifact with fewer experts."""
     if kept is None:
         return ()
-    notes = [f"every layer keeps {kept} routed experts; they are numbered anew, and config.json says so"]
+    notes = [f"every layer keeps {kept} routed experts; they are renumbered, and config.json has the new number"]
     if any(step.tensor.role == "mtp" for step in steps):
         notes.append("the multi-token-prediction layer is left out: its experts are never run in calibration")
     return tuple(notes)

@@ -166,7 +166,7 @@ class VariantPlan:
         return (step for block in self.blocks for shard in block.shards for step in shard.steps)
 
     @property
-    def watches_unchanged(self) -> bool:
+    def uses_unchanged_model(self) -> bool:
         """Whether the text passes through the unchanged model, alone or beside the changed one for comparison."""
         return self.calibration is not None and (
             self.calibration.propagate == "original" or any(step.corrects for step in self.steps)

@@ -79,7 +79,7 @@ def _sparsity(value: object) -> object:
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+):(\d+)", value)):
         removed, of = int(match[1]), int(match[2])
         if not 0 < removed < of:
-            raise ValueError(f"{value} removes {removed} of {of}; n must lie between 1 and m - 1")
+            raise ValueError(f"{value} removes {removed} of {of}; n must be between 1 and m - 1")
         return NOfM(removed=removed, of=of)
     if isinstance(value, float) and 0 < value < 1:
         return value

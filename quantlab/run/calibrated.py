@@ -76,7 +76,7 @@ class CalibratedRun:
         self._workspace = Workspace(resources.work, memory_bytes=cap, device=device, device_bytes=device_bytes)
         shape = (*tokens.shape, whole.width)
         self._unchanged: Unchanged | None = None
-        if variant.watches_unchanged:
+        if variant.uses_unchanged_model:
             steps = {step.tensor.name: step for step in variant.steps}
             stages = SharedStages(resources.shared / self._shared_key(plan), budget=resources.budget, device=device)
             hidden = self._workspace.stream(*shape, dtype=dtype)

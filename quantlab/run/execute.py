@@ -61,7 +61,7 @@ def make_artifacts(
         }
         complete = {name for name, state in states.items() if state == "complete"}
         free = directory.check_space(plan, complete)
-        sharing = sum(variant.watches_unchanged for variant in plan.variants if variant.name not in complete)
+        sharing = sum(variant.uses_unchanged_model for variant in plan.variants if variant.name not in complete)
         settings = replace(settings, shared_bytes=free // 2 if sharing > 1 else 0)
         for variant in plan.variants:
             if variant.name in complete:

@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, object]
         before.write(slice(sample, sample + 1), hidden.to(dtype))
         noise = torch.randn(hidden.shape, device=device, generator=generator).mul_(0.05)
         changed.write(slice(sample, sample + 1), (hidden + noise).to(dtype))
-    corrects = plan.variants[0].watches_unchanged
+    corrects = plan.variants[0].uses_unchanged_model
     stages = SharedStages(directory / "shared", budget=0)
     if corrects:
         stages.save(layer - 1, before)

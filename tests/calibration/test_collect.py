@@ -44,7 +44,7 @@ def halves(layer: Layer) -> list[Half]:
 
 
 def test_every_linear_of_every_layer(whole: Whole, tmp_path: Path) -> None:
-    """Nothing is changed in between, so that the whole model's inputs are those of every stage."""
+    """No weights change between stages, so every stage's inputs equal those of the whole model."""
     skeleton = skeleton_of(whole.source)
     stream = embedded(skeleton, whole.weights, tmp_path)
     checked = set()
@@ -109,14 +109,14 @@ def test_stopping_early_computes_nothing_behind(wholes: dict[str, Whole], tmp_pa
     assert set(ran) == {"kv_b"}
     for name, weight in layer.weights.items():
         if ".experts." in name and "shared" not in name:
-            weight.fill_(torch.nan)  # whoever computes with them spoils everything
+            weight.fill_(torch.nan)  # any computation with them gives NaN
     collect(Stream(layer.mlp, stream), ["down"], needs=["hessian"])
     assert set(ran) == {"kv_b"}
     assert not layer.mlp.sites["down"].module._forward_pre_hooks
 
 
 def perturbed(whole: Whole, layer: int) -> tuple[dict[str, torch.Tensor], Seen]:
-    """The weights with every linear of the layers up to `layer` changed, and what the whole model does with them."""
+    """The weights with every linear of the layers up to `layer` changed, and the record of the model's run with them."""
     weights = {name: tensor.clone() for name, tensor in whole.weights.items()}
     generator = torch.Generator().manual_seed(3)
     for name, tensor in weights.items():
@@ -158,7 +158,7 @@ def test_cross_terms_with_a_changed_model(whole: Whole, tmp_path: Path, recorded
                     for name in set(half.sites[site].weights) & set(seen.inputs):
                         x, unchanged = seen.inputs[name], whole.seen.inputs[name]
                         expected = cross(unchanged, x)
-                        # a difference of nearly equal inputs carries their rounding
+                        # the difference of nearly equal inputs contains their rounding errors
                         assert (found[site].cross - expected).abs().max() <= 1e-5 * hessian(x).abs().max()
                         assert close(found[site].hessian, hessian(x))
                         largest = max(largest, expected.abs().max().item())

@@ -1,4 +1,4 @@
-"""Hidden states: in memory or in a file, the numbers are the same, and a restart finds them again."""
+"""Hidden states have the same values in memory and in files, and are found again after a restart."""
 
 import errno
 import os

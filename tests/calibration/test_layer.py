@@ -1,4 +1,4 @@
-"""Layers handed out one at a time compute what transformers' whole model computes."""
+"""Layers allocated one at a time compute the same as transformers' whole model."""
 
 from pathlib import Path
 

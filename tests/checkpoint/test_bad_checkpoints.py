@@ -1,4 +1,4 @@
-"""Every way a checkpoint directory can be broken, and what is said about it."""
+"""Damaged checkpoint directories, and the error for each kind of damage."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def _edit_json(path: Path, change: Callable[[dict], None]) -> None:
 
 
 def _edit_shard(directory: Path, change: Callable[[dict], None]) -> None:
-    """Change the tensors of the shard that holds a given name; the index follows."""
+    """Change the tensors of the shard that contains a given name, and update the index."""
     for path in sorted(directory.glob("*.safetensors")):
         tensors = load_file(path)
         before = set(tensors)

@@ -1,4 +1,4 @@
-"""Our encoding against compressed-tensors' own compressors, and the description against its own models."""
+"""Encoding against compressed-tensors' compressors, and the description against its pydantic models."""
 
 import pytest
 import torch

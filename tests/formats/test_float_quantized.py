@@ -1,4 +1,4 @@
-"""FP8 as compressed-tensors stores it, against its own compressor and transformers' model of the same numbers."""
+"""FP8 of compressed-tensors against the library's compressor and transformers' model of the same weights."""
 
 import shutil
 from pathlib import Path

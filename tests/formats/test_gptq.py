@@ -1,4 +1,4 @@
-"""Our GPTQ layout against an independent decoder, and what is refused of it."""
+"""The GPTQ layouts against an independent decoder, and the checkpoints that are refused."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def decoded(stored: dict[str, Tensor], config: GptqConfig, tmp_path: Any) -> Qua
 
 
 def encode(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
-    """In the first layout."""
+    """Encode in the first layout ("gptq")."""
     codec = CODECS["gptq"]
     assert codec.encode is not None
     return codec.encode(name, matrix)
@@ -63,7 +63,7 @@ def test_an_independent_decoder_reads_what_is_encoded(bits: int, group: int | No
 def test_round_trip_of_both_formats(bits: int, group: int | None, layout: str | None, tmp_path: Any) -> None:
     wanted = matrix(bits, group)
     stored = encode("m.weight", wanted)
-    if layout == "gptq_v2":  # every zero point is one more: one in every field of the words
+    if layout == "gptq_v2":  # adds one to every zero point: one in every field of the words
         stored["m.qzeros"] += 0x11111111 if bits == 4 else 0x01010101
     config = parse_config(described(bits=bits, group_size=group or -1, checkpoint_format=layout), where="config.json")
     described_as = config.stored("m.weight", entries(stored, tmp_path))

@@ -1,4 +1,4 @@
-"""Plans: totality, sizes, serving rules; from headers alone and without torch."""
+"""Plans: every tensor has one outcome, sizes, serving rules; from headers alone and without torch."""
 
 import json
 import subprocess

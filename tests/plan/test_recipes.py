@@ -1,4 +1,4 @@
-"""The recipes that ship, planned from headers at the true shapes of the models they name."""
+"""The shipped recipes, planned from headers with the true shapes of their models."""
 
 from pathlib import Path
 

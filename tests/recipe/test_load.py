@@ -1,4 +1,4 @@
-"""What a recipe may say, and how each mistake is answered: file, line, path, what was found, the fix."""
+"""Valid recipes, and the error for each mistake: file, line, path, value found, fix."""
 
 from pathlib import Path
 

@@ -202,7 +202,7 @@ def test_statistics_of_the_original_differ_from_those_of_the_changed_model(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """Random factors in every fold of a float32 model, applied through the plan's own list of who takes part."""
+    """Random factors in every fold of a float32 model, applied to the producers and consumers of the plan."""
     recipe = load_recipe(write_recipe(tmp_path, models[family], ALGORITHMS.splitlines()[2] + "\n"))
     source = open_checkpoint(models[family])
     plan = compile_plan(recipe.recipe, source)
@@ -234,7 +234,7 @@ def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path]
     with torch.no_grad():
         before = load_model(plain)(tokens()).logits
     assert ((logits() - before).norm() / before.norm()).item() <= 1e-5
-    if routed:  # left out, as AutoAWQ leaves it out for DeepSeek, the same comparison fails
+    if routed:  # without scaling the router, as in AutoAWQ for DeepSeek, the comparison fails
         unscaled = dense_weights(models[family])
         for step in (step for fold in routed for step in fold.consumers if step.tensor.role == "router"):
             weights[step.tensor.name] = unscaled[step.tensor.name]
@@ -242,7 +242,7 @@ def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path]
 
 
 def never_routed(models: dict[str, Path], directory: Path) -> tuple[dict, list[int]]:
-    """Write a DeepSeek-V3 whose router never picks one expert of each group; its config and those experts."""
+    """Write a DeepSeek-V3 whose router never picks one expert of each group; return its config and those experts."""
     write_dense(models["deepseek_v3"], directory, num_nextn_predict_layers=0, n_group=2, topk_group=1)
     with_tokenizer(directory)
     path = directory / "model.safetensors"
@@ -277,7 +277,7 @@ def test_an_expert_without_tokens_is_told(models: dict[str, Path], tmp_path: Pat
 
 
 def test_what_smoothquant_leaves_is_told(models: dict[str, Path], tmp_path: Path) -> None:
-    """Neither the channels that experts share nor those of an expert without tokens are smoothed."""
+    """Channels shared by experts, and channels of experts without tokens, are not smoothed."""
     _, unwanted = never_routed(models, tmp_path / "model")
     recipe = write_recipe(tmp_path, tmp_path / "model", ALGORITHMS.splitlines()[3] + "\n")
     loaded = load_recipe(recipe)
@@ -326,7 +326,7 @@ def test_removed_scaled_and_compared_experts_are_an_error_of_the_plan(models: di
 
 
 def test_removed_experts_are_those_no_token_needs(models: dict[str, Path], tmp_path: Path) -> None:
-    """Experts that the router never picks go, and the model without them computes what it did."""
+    """Experts that the router never picks are removed, and the model computes the same without them."""
     model = tmp_path / "model"
     config, unwanted = never_routed(models, model)
     each = config["n_routed_experts"] // config["n_group"]

@@ -1,4 +1,4 @@
-"""Every tensor of a decoder layer is read and decoded once per variant, and a block never holds source and result of a weight."""
+"""Every tensor of a layer is read and decoded once per variant; a block never holds source and result of a weight."""
 
 from collections import Counter
 from functools import partial
