@@ -20,7 +20,7 @@ def environment() -> dict[str, str]:
 
 
 def threads() -> int:
-    """Number of compute threads: the physical cores available to this process. A second thread per core does not help."""
+    """Number of compute threads: the physical cores available to the process. A second thread per core does not help."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = {(block.get("physical id"), block.get("core id", block.get("processor"))) for block in _processors()}
     return min(allowed, len(cores) or allowed)

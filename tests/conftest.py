@@ -32,7 +32,7 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def poisoned_gpu() -> None:
-    """Fill new GPU memory with NaN, so that elements no kernel writes are detected. Also seeds the random generators."""
+    """Fill new GPU memory with NaN, so that elements no kernel writes are detected. Also seed the random generator."""
     torch.manual_seed(0)
     torch.cuda.empty_cache()
     torch.full((1 << 26,), float("nan"), device="cuda")

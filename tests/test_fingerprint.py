@@ -87,7 +87,7 @@ def test_modules_are_followed_through_imports(edit: Edit) -> None:
 
 
 def test_it_is_the_same_in_every_version_of_python() -> None:
-    """Compare with a stored value from Python 3.11; f-strings, type parameters and positions differ in trees of 3.12."""
+    """Compare with a value stored from Python 3.11; f-strings, type parameters and positions differ in 3.12's trees."""
     import ast
 
     tree = ast.parse("def f(x: int) -> str:\n    return f'{x!r:>4} a' if x else ''\n")

@@ -1,4 +1,4 @@
-"""Rules for the repository: every shipped file is loaded, files and functions stay short, imports have no side effects."""
+"""Rules for the repository: every shipped file loads, files and functions stay short, imports have no side effects."""
 
 import ast
 import json

@@ -196,7 +196,7 @@ class Architecture:
         return size_of(config, "max_position_embeddings", default=0)
 
     def same_input(self, site: str, config: Config) -> tuple[str, ...]:
-        """Module names within the sublayer of the linears outside the experts that read an input site, in rule order."""
+        """Module names, in the sublayer, of the linears outside the experts that read an input site, in rule order."""
         sizes = self.dimensions(config)
         readers = (rule for rule in self.rules if rule.linear and rule.site == site and rule.exists(sizes))
         return tuple(rule.pattern.removesuffix(".weight").rpartition(".")[2] for rule in readers)

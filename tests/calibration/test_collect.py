@@ -116,7 +116,7 @@ def test_stopping_early_computes_nothing_behind(wholes: dict[str, Whole], tmp_pa
 
 
 def perturbed(whole: Whole, layer: int) -> tuple[dict[str, torch.Tensor], Seen]:
-    """The weights with every linear of the layers up to `layer` changed, and the record of the model's run with them."""
+    """The weights with every linear of the layers up to `layer` changed, and a record of the model's run with them."""
     weights = {name: tensor.clone() for name, tensor in whole.weights.items()}
     generator = torch.Generator().manual_seed(3)
     for name, tensor in weights.items():

@@ -41,9 +41,9 @@ sys.argv = ["quantlab", *sys.argv[3:]]
 from quantlab.cli import main
 main()
 """
-# first tensor; inside a shard; between a shard and its line in the journal; before the config; before the manifest; with a
-# half-written manifest; before the artifact is renamed; before the journal is removed. The second variant starts after the
-# first is complete: tensor 200 and block 9 belong to it.
+# first tensor; inside a shard; between a shard and its line in the journal; before the config; before the manifest; with
+# a half-written manifest; before the artifact is renamed; before the journal is removed. The second variant starts after
+# the first is complete: tensor 200 and block 9 belong to it.
 MOMENTS = [
     ("write", 1), ("write", 40), ("write", 250), ("commit", 3), ("commit", 9), ("finish", 1), ("finish", 6), ("half a file", 19),
     ("publish", 1), ("publish", 2), ("tidy", 1),

@@ -1,4 +1,4 @@
-"""Results shared by variants: artifacts are the same as without sharing, and the unchanged model is computed only once."""
+"""Results shared by variants: artifacts equal those without sharing, and the unchanged model is computed only once."""
 
 import json
 from collections import Counter
