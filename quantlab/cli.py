@@ -1,4 +1,4 @@
-"""The command line: verbs are stages. A recipe says what; options say only where and how fast."""
+"""The command line: one command per stage. The recipe defines the results; options set paths, devices and limits."""
 
 import json
 import sys
@@ -51,14 +51,12 @@ OutOption = Annotated[
 DeviceOption = Annotated[
     str,
     typer.Option(
-        help="Where models compute, in calibration and measurements: cpu, cuda, cuda:1; auto is CUDA where there is a GPU."
+        help="Device for calibration and measurements: cpu, cuda, cuda:1; auto selects CUDA if a GPU is available."
     ),
 ]
 TimeLimitOption = Annotated[
     float,
-    typer.Option(
-        min=1, help="Seconds that one measurement, or one task, may take before it is given up.", metavar="SECONDS"
-    ),
+    typer.Option(min=1, help="Abort a single measurement or task after this many seconds.", metavar="SECONDS"),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
@@ -89,15 +87,17 @@ def options(
 def plan(
     recipe: RecipeArgument,
     ledger: Annotated[
-        str | None, typer.Option(help="Print what becomes of every tensor of this variant.", metavar="VARIANT")
+        str | None, typer.Option(help="Print the outcome of every tensor of this variant.", metavar="VARIANT")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a recipe would make, from headers alone: sizes, memory, the fate of every tensor, serving rules."""
+    """Show the plan of a recipe, from headers alone: sizes, memory, the outcome of every tensor, serving rules."""
     _, compiled = _compile(recipe)
     names = [variant.name for variant in compiled.variants]
     if ledger is not None and ledger not in names:
-        raise RecipeError("there is no such variant", where="--ledger", found=repr(ledger), fix=nearest(ledger, names))
+        raise RecipeError(
+            "the recipe has no such variant", where="--ledger", found=repr(ledger), fix=nearest(ledger, names)
+        )
     if as_json:
         typer.echo(json.dumps(show.plan_json(compiled), indent=1))
         return
@@ -116,7 +116,7 @@ def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is in a checkpoint: family, roles, dtypes or schemes, parameters, bytes."""
+    """Show the contents of a checkpoint: family, roles, dtypes or schemes, parameters, bytes."""
     opened = open_checkpoint(checkpoint)
     architecture = detect(opened.config)
     method = method_of(opened)
@@ -128,7 +128,7 @@ def inspect(
         tensors = [
             {
                 "tensor": weight.entry.name,
-                "role": weight.claim.role,
+                "role": weight.tensor.role,
                 "dtype": weight.entry.dtype,
                 "shape": weight.entry.shape,
                 "file": weight.entry.file.name,
@@ -147,17 +147,19 @@ def inspect(
 def run(
     recipe: RecipeArgument,
     out: OutOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts that another recipe made.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace artifacts made from another recipe or on another device.")
+    ] = False,
     device: DeviceOption = "auto",
     time_limit: TimeLimitOption = 3600.0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make every artifact of a recipe, measure it, and print the matrix. Interrupted, the same command goes on."""
+    """Make and measure every artifact of a recipe and print the matrix. Run again after an interruption to continue."""
     started = time.monotonic()
     loaded, compiled = _compile(recipe)
     if loaded.recipe.evaluate is not None:
-        load_suite(loaded.resolve(loaded.recipe.evaluate.suite))  # a mistake in it is better told before the work
+        load_suite(loaded.resolve(loaded.recipe.evaluate.suite))  # report errors in it before the long work
         if loaded.recipe.evaluate.claims is not None:
             load_claims(loaded.resolve(loaded.recipe.evaluate.claims))
     from quantlab.run.loop import Settings  # imports torch, which `plan` and `--help` do without
@@ -190,14 +192,14 @@ def evaluate_artifacts(
     recipe: RecipeArgument,
     out: OutOption = None,
     again: Annotated[
-        bool, typer.Option("--again", help="Measure everything anew; otherwise records that still hold are kept.")
+        bool, typer.Option("--again", help="Measure everything again instead of keeping valid records.")
     ] = False,
     device: DeviceOption = "auto",
     time_limit: TimeLimitOption = 3600.0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the artifacts that `run` has made, and print the matrix."""
+    """Measure the artifacts made by `run` and print the matrix."""
     loaded, compiled = _compile(recipe)
     if loaded.recipe.evaluate is None:
         raise RecipeError(
@@ -221,7 +223,7 @@ def report(
     directory: Annotated[Path, typer.Argument(help="Output directory of a run, with its records.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Build the matrix again from the records of a run, without measuring."""
+    """Rebuild the matrix from the records of a run, without measuring."""
     records = read_records(directory / "records")
     for record in records:
         if record.artifact == f"artifacts/{record.variant}":
@@ -241,7 +243,7 @@ def compare(
     b: Annotated[Path, typer.Argument(metavar="B", help="The same.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Say what differs between two runs, or two variants, and which differences of their numbers can be measured.
+    """Show what differs between two runs or two variants, and which differences are statistically significant.
 
     `quantlab compare runs/old runs/new` compares every variant of both;
     `quantlab compare runs/new/artifacts/int8 runs/new/artifacts/w4a16` compares two variants.
@@ -279,7 +281,7 @@ def verify(
     artifact: Annotated[Path, typer.Argument(help="A directory under runs/NAME/artifacts.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Check an artifact: hashes, ledger, finite values, and that transformers and our runtime load it with equal logits."""
+    """Check an artifact: hashes, ledger, finite values, and equal logits in transformers and quantlab's runtime."""
     from quantlab.evaluation.verify import verify as checks
 
     results = []
@@ -294,14 +296,14 @@ def verify(
 
 
 def _inspect_quantized(checkpoint: Checkpoint, architecture: Architecture, *, as_json: bool) -> None:
-    """What is in a checkpoint of integers, made here or elsewhere."""
+    """Print the contents of a quantized checkpoint, made by quantlab or by another tool."""
     from quantlab.checkpoint.reader import Reader
     from quantlab.formats.fused import unfused
     from quantlab.formats.stored import StoredWeights
 
     stored = StoredWeights(Reader(unfused(checkpoint)))
     layers = size_of(checkpoint.config, "num_hidden_layers")
-    weights = [(architecture.claim(held.name, hidden_layers=layers).role, held) for held in stored.contents()]
+    weights = [(architecture.classify(held.name, hidden_layers=layers).role, held) for held in stored.contents()]
     if as_json:
         tensors = [{"role": role} | asdict(held) for role, held in weights]
         content = {"architecture": architecture.class_name, "quantization": stored.method, "tensors": tensors}
@@ -314,7 +316,7 @@ def _inspect_quantized(checkpoint: Checkpoint, architecture: Architecture, *, as
 
 
 def main() -> None:
-    """Entry point: errors of ours become messages and exit code 1."""
+    """Entry point. A `QuantlabError` is printed without a traceback, and the exit code is 1."""
     try:
         app()
     except QuantlabError as error:
@@ -324,7 +326,7 @@ def main() -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends long work with a word on how to go on."""
+    """On Ctrl-C, print how to continue and exit with code 130."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What people see on the terminal: tables of plans and checkpoints, progress bars, errors."""
+"""Terminal output: tables of plans and checkpoints, progress bars, errors."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from quantlab.plan.source import SourceWeight
 
 
 def size(count: float) -> str:
-    """Bytes for people, in powers of 1000 as disks and checkpoints are sold: 31.4 GB."""
+    """Bytes as text with a decimal prefix (powers of 1000), for example 31.4 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -25,7 +25,7 @@ def size(count: float) -> str:
 
 
 def progress_bars(console: Console, *, quiet: bool) -> Progress:
-    """Bars with elapsed and remaining time."""
+    """Progress bars with elapsed and remaining time."""
     columns = (
         TextColumn("{task.description}", style="bold"),
         BarColumn(bar_width=28),
@@ -39,7 +39,7 @@ def progress_bars(console: Console, *, quiet: bool) -> Progress:
 
 
 class StageBars:
-    """Shows named stages as bars, one after the other: `bars(stage, done, total)`."""
+    """Shows one progress bar per named stage: `bars(stage, done, total)`."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
@@ -54,7 +54,7 @@ class StageBars:
 def print_artifacts(
     console: Console, *, made: Sequence[str], outdated: Sequence[str], kept: Sequence[str], directory: Path
 ) -> None:
-    """Which artifacts are new, which of these replace artifacts of other code, and which were there."""
+    """Print how many artifacts were made and kept, and which were made again because code or libraries changed."""
     words = [f"{len(names)} artifacts {what}" for names, what in ((made, "made"), (kept, "kept")) if names]
     console.print(f"{', '.join(words)} in {directory}/artifacts", style="dim", highlight=False, markup=False)
     if outdated:
@@ -63,13 +63,13 @@ def print_artifacts(
 
 
 def print_check(console: Console, name: str, verdict: str, detail: str) -> None:
-    """One answer of `verify`."""
+    """Print the result of one check of `verify`."""
     style = {"ok": "green", "failed": "bold red"}.get(verdict, "yellow")
     console.print(Text.assemble((f"{verdict:<15}", style), name, (f": {detail}", "dim")), soft_wrap=True)
 
 
 def print_error(console: Console, error: QuantlabError) -> None:
-    """An error in red, its details below."""
+    """Print an error in red, with its details below."""
     console.print(Text("error: ", style="bold red") + Text(error.what, style="bold"), soft_wrap=True)
     for label, text in (("where", error.where), ("found", error.found), ("fix", error.fix)):
         if text:
@@ -80,7 +80,7 @@ def checkpoint_table(weights: Iterable[SourceWeight]) -> Table:
     """Roles, dtypes, tensors, parameters and bytes of a checkpoint."""
     return contents_table(
         (
-            weight.claim.role,
+            weight.tensor.role,
             weight.entry.dtype,
             weight.entry.elements,
             weight.entry.nbytes + (weight.scale.nbytes if weight.scale else 0),
@@ -90,7 +90,11 @@ def checkpoint_table(weights: Iterable[SourceWeight]) -> Table:
 
 
 def contents_table(weights: Iterable[tuple[str, str, int, int]]) -> Table:
-    """Weights by role and number format: each of them as role, format, parameters and bytes."""
+    """Totals by role and number format.
+
+    Args:
+        weights: role, number format, parameters and bytes of each weight.
+    """
     rows: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for role, numbers, parameters, nbytes in weights:
         row = rows[role, numbers]
@@ -98,7 +102,7 @@ def contents_table(weights: Iterable[tuple[str, str, int, int]]) -> Table:
         row[1] += parameters
         row[2] += nbytes
     total = sum(row[2] for row in rows.values())
-    table = Table(title="What is in the checkpoint", title_justify="left")
+    table = Table(title="Contents of the checkpoint", title_justify="left")
     table.add_column("role")
     table.add_column("dtype")
     for head in ("tensors", "parameters", "bytes", "share"):
@@ -112,16 +116,16 @@ def contents_table(weights: Iterable[tuple[str, str, int, int]]) -> Table:
 
 
 def fp16_bytes(plan: Plan) -> int:
-    """What the checkpoint's parameters take at two bytes each, scales of FP8 weights not counted."""
+    """Bytes of the checkpoint's parameters at two bytes each, without the scales of FP8 weights."""
     return sum(2 * step.source.elements for step in plan.variants[0].steps)
 
 
 def plan_table(plan: Plan) -> Table:
-    """One row per variant: what it is and what it takes."""
+    """One row per variant: its passes, artifact size, peak memory and tensor-parallel sizes."""
     table = Table(title="The plan", title_justify="left")
     table.add_column("variant", style="bold", no_wrap=True)
     table.add_column("passes")
-    for head in ("artifact", "% of FP16", "memory to make it", "tensor parallel"):
+    for head in ("artifact", "% of FP16", "peak memory", "tensor parallel"):
         table.add_column(head, justify="right")
     whole = fp16_bytes(plan)
     for variant in plan.variants:
@@ -137,8 +141,8 @@ def plan_table(plan: Plan) -> Table:
 
 
 def outcome_table(plan: Plan) -> Table:
-    """What becomes of the source's tensors under each variant."""
-    table = Table(title="What becomes of the tensors", title_justify="left")
+    """Source tensors by outcome, one row per variant."""
+    table = Table(title="Tensors by outcome", title_justify="left")
     table.add_column("variant", style="bold", no_wrap=True)
     outcomes = get_args(Outcome)
     for outcome in outcomes:
@@ -150,7 +154,7 @@ def outcome_table(plan: Plan) -> Table:
 
 
 def ledger_counts(variant: VariantPlan) -> dict[str, int]:
-    """How many source tensors have which outcome."""
+    """Number of source tensors per outcome."""
     return dict(Counter(entry.outcome for step in variant.steps for entry in step.ledger()).most_common())
 
 
@@ -166,7 +170,7 @@ def ledger_table(variant: VariantPlan) -> Table:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan for scripts."""
+    """The plan as JSON values, for scripts."""
     return {
         "architecture": plan.architecture.class_name,
         "source_bytes": plan.source_bytes,

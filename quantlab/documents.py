@@ -1,8 +1,8 @@
-"""Strict YAML: a document is read into a pydantic model, and every complaint names file, line and path.
+"""Strict YAML: read a document into a pydantic model; every error names file, line and YAML path.
 
-PyYAML alone gets three things wrong for people who write recipes: a repeated key silently wins over the first,
+Plain PyYAML mishandles three things in hand-written recipes: a repeated key silently overrides the first one,
 `on`/`off`/`yes`/`no` become booleans, and `1e-2` becomes a string. All three are handled here (the scalars follow the
-core schema of YAML 1.2). A key or word that does not exist is answered with the nearest one that does.
+core schema of YAML 1.2). The error for an unknown key or word suggests the nearest known one.
 """
 
 import difflib
@@ -66,7 +66,7 @@ def load_document(path: Path, model: type[Model], *, kind: str) -> tuple[Model, 
         The validated model and the bytes of the file.
 
     Raises:
-        RecipeError: the file is missing, no YAML, repeats a key, or does not fit the model.
+        RecipeError: the file is missing, is not YAML, repeats a key, or does not match the model.
     """
     try:
         data = path.read_bytes()
@@ -113,17 +113,17 @@ def load_document(path: Path, model: type[Model], *, kind: str) -> tuple[Model, 
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """` (did you mean X?)` when a known word is close, else the list of them."""
+    """`did you mean X?` if a known word is similar, else the list of known words."""
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean `{matches[0]}`?" if matches else "use one of: " + ", ".join(known)
 
 
 def _refuse_aliases(text: str, path: Path) -> None:
-    """A recipe has no use for anchors, and nested ones can make a small file endless."""
+    """Refuse YAML aliases: recipes do not need them, and nested aliases can expand a small file without bound."""
     for event in yaml.parse(text, Loader=_CoreLoader):
         if isinstance(event, yaml.AliasEvent):
             raise RecipeError(
-                "aliases are not read",
+                "YAML aliases are not supported",
                 where=f"{path}:{event.start_mark.line + 1 if event.start_mark else 1}",
                 found=f"*{event.anchor}",
                 fix="write the value out",
@@ -139,7 +139,7 @@ def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
             line = key.start_mark.line + 1
             if key.value in first_lines:
                 raise RecipeError(
-                    "a key is given twice",
+                    "a key is repeated",
                     where=f"{path}:{line}",
                     found=f"`{key.value}` again, first on line {first_lines[key.value]}",
                     fix="keep one of the two",
@@ -155,9 +155,9 @@ def _children(node: yaml.Node | None) -> Iterator[yaml.Node]:
 
 
 def _locate(root: yaml.Node, location: tuple[int | str, ...]) -> tuple[int, list[str]]:
-    """The line of a pydantic error location and the YAML path that leads there.
+    """The line and the YAML path of a pydantic error location.
 
-    Tags that pydantic adds for the member of a union stand in no document; they are skipped.
+    Pydantic adds tags for union members, which do not appear in the document; they are skipped.
     """
     node, line, path = root, root.start_mark.line + 1, []
     for part in location:
@@ -177,11 +177,11 @@ def _locate(root: yaml.Node, location: tuple[int | str, ...]) -> tuple[int, list
 def _explain(
     error: ValidationError, root: yaml.Node | None, *, path: Path, model: type[BaseModel], kind: str
 ) -> RecipeError:
-    """The first complaint of pydantic as a RecipeError."""
+    """The first validation error of pydantic as a RecipeError."""
     complaints = error.errors(include_url=False)
     first = min(
         complaints, key=lambda complaint: complaint["type"] != "extra_forbidden"
-    )  # a typo also makes a key missing
+    )  # a misspelled key is also reported as a missing one
     assert root is not None, "validated content came from a document"
     location = first["loc"]
     if first["type"] == "union_tag_invalid":
@@ -203,7 +203,7 @@ def _explain(
             word = first["ctx"]["tag"]
             return RecipeError("unknown word", where=where, found=repr(word), fix=nearest(word, known))
         case "union_tag_not_found":
-            return RecipeError("`name` is missing", where=where, found=found, fix="say which: `{name: …}`")
+            return RecipeError("`name` is missing", where=where, found=found, fix="name one: `{name: …}`")
         case "too_short":
             return RecipeError(f"`{last}` is empty", where=where, found=found, fix="give at least one entry")
         case "value_error" | "pass_verb":
@@ -248,7 +248,7 @@ def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[st
 
 
 def _resolved(schemas: list[dict], definitions: dict) -> list[dict]:  # type: ignore[type-arg]
-    """Follow references and unions until only plain schemas are left."""
+    """Resolve references and unions into plain schemas."""
     plain = []
     for schema in schemas:
         members = (

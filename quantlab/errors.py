@@ -1,6 +1,6 @@
-"""The errors a user can meet. Each says what is wrong, where, what was found there and how to fix it.
+"""Errors caused by user input or the environment. Each states the problem, its location, the value found and a fix.
 
-The command line prints them without a traceback; anything else that escapes is a bug of quantlab.
+The command line prints them without a traceback. Any other exception that reaches the user is a bug in quantlab.
 """
 
 
@@ -10,8 +10,8 @@ class QuantlabError(Exception):
     Args:
         what: one sentence that names the problem.
         where: file, line, path inside a document, or tensor.
-        found: what stood there.
-        fix: what to do about it.
+        found: the value found there.
+        fix: how to correct it.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class CheckpointError(QuantlabError):
 
 
 class PlanError(QuantlabError):
-    """A recipe that does not fit its checkpoint, or an artifact no engine would serve."""
+    """A recipe that does not fit its checkpoint, or whose artifact no engine could serve."""
 
 
 class ArtifactError(QuantlabError):
@@ -39,16 +39,16 @@ class ArtifactError(QuantlabError):
 
 
 class EvaluationError(QuantlabError):
-    """An evaluation that cannot be made as the suite asks."""
+    """An evaluation that cannot be run as the suite specifies."""
 
 
 class CalibrationError(QuantlabError):
-    """A calibration text, or statistics of activations, that cannot be worked with."""
+    """Calibration text or activation statistics that cannot be used."""
 
 
 class DeviceError(QuantlabError):
-    """A device that is not there, cannot compute what is asked of it, or has too little memory."""
+    """A device that is not available, does not support an operation, or has too little memory."""
 
 
 class CacheError(QuantlabError):
-    """More sequences or tokens than a cache of fixed size has room for."""
+    """More sequences or tokens than a cache of fixed size can hold."""

@@ -1,4 +1,4 @@
-"""Small files: JSON read strictly, and bytes written whole or not at all."""
+"""Small files: strict JSON reading and atomic writing."""
 
 import json
 import os
@@ -10,10 +10,10 @@ from quantlab.errors import ArtifactError, CheckpointError, QuantlabError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint or an artifact.
+    """Read a JSON object from a file of a checkpoint or an artifact.
 
     Raises:
-        CheckpointError: the file cannot be read or holds no JSON object.
+        CheckpointError: the file cannot be read or does not hold a JSON object.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -41,16 +41,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_lines(
     path: Path, *, fields: Sequence[str], kind: str, error: type[QuantlabError]
 ) -> list[dict[str, str]]:
-    """Texts from a file of JSON lines; lines of white space are skipped.
+    """Read text fields from a file of JSON lines; blank lines are skipped.
 
     Args:
         path: the file, UTF-8.
-        fields: names that every line must have, their values being strings; other fields are dropped.
+        fields: required string fields of every line; other fields are dropped.
         kind: what the file is, for messages: "calibration text".
-        error: raised for every fault of the file.
+        error: exception type raised for every problem of the file.
 
     Returns:
-        The fields of each line, at least one line.
+        The fields of each line; at least one line.
     """
     fix = "write one object per line: {" + ", ".join(f'"{field}": …' for field in fields) + "}"
     try:
@@ -82,10 +82,10 @@ def read_json_lines(
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all.
+    """Write a small file atomically: under a temporary name, synced, then renamed.
 
     Raises:
-        ArtifactError: the disk does not take the bytes.
+        ArtifactError: the file cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -100,10 +100,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_error(path: Path, error: OSError) -> ArtifactError:
-    """The error for a file that the disk did not take."""
+    """The error for a failed write."""
     return ArtifactError(
         "a file cannot be written",
         where=str(path),
         found=error.strerror,
-        fix="free space or choose another --out, then run the same command again: what is complete is kept",
+        fix="free space or choose another --out, then run the same command again: finished work is kept",
     )

@@ -1,9 +1,11 @@
-"""Fingerprints of code: a hash of everything a computation runs, so that its results are never reused after the code has changed.
+"""Fingerprints of code: a hash of all code a computation can reach. Results are not reused after their fingerprint
+changes.
 
-A stage names its root modules. Their imports are followed through the sources of this package, imports inside functions included;
-every module that is reached is hashed as a syntax tree without docstrings, so that comments, docstrings and formatting change nothing.
-C sources and headers belong to the modules beside them and are hashed without comments and white space. Triton kernels are Python.
-Nothing is imported or executed, so a fingerprint is the same on every machine and for every supported version of Python.
+A stage names its root modules. Their imports, including those inside functions, are followed through the sources of
+this package. Every module reached is hashed as a syntax tree without docstrings, so comments, docstrings and formatting
+have no effect. C sources and headers are hashed with the modules of their folder, without comments and white space.
+Triton kernels are Python. Nothing is imported or executed: a fingerprint is the same on every machine and supported
+version of Python.
 """
 
 import ast
@@ -16,7 +18,7 @@ from pathlib import Path
 _ROOT = Path(__file__).parent
 _PACKAGE = _ROOT.name
 _DECIDE_NO_NUMBER = ("errors", "documents", "version", "hardware", "fingerprint")
-"""Modules at the top of the package that are never followed: wordings, names, and the reading of documents, which count by their contents."""
+"""Top-level modules that are never followed: error texts, names, the YAML reader (documents are hashed by content)."""
 _C_COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", flags=re.DOTALL)
 
 
@@ -34,10 +36,10 @@ def modules_reached(roots: Sequence[str], *, without: Sequence[str] = ()) -> fro
 
     Args:
         roots: dotted names of modules of this package, for example "quantlab.algorithms.gptq".
-        without: modules, and packages with all they contain, that are not followed; a root always is.
+        without: modules and whole packages that are not followed, unless they are roots.
 
     Raises:
-        ValueError: a root is no module of this package.
+        ValueError: a root is not a module of this package.
     """
     left_out = (*without, *(f"{_PACKAGE}.{name}" for name in _DECIDE_NO_NUMBER))
     found: set[str] = set()
@@ -47,7 +49,7 @@ def modules_reached(roots: Sequence[str], *, without: Sequence[str] = ()) -> fro
         if module in found:
             continue
         if _path(module) is None:
-            raise ValueError(f"{module} is no module of {_PACKAGE}")
+            raise ValueError(f"{module} is not a module of {_PACKAGE}")
         found.add(module)
         waiting += [name for name in _read(module)[1] if not _is_within(name, left_out)]
     return frozenset(found)
@@ -58,7 +60,7 @@ def _is_within(module: str, packages: Sequence[str]) -> bool:
 
 
 def _path(module: str) -> Path | None:
-    """The file of a module; None for a package, whose `__init__` holds at most a docstring, and for what is not ours."""
+    """The file of a module; None for a package, whose `__init__` has no code, and for modules outside this package."""
     parts = module.split(".")
     path = _ROOT.joinpath(*parts[1:]).with_suffix(".py")
     return path if parts[0] == _PACKAGE and len(parts) > 1 and path.is_file() else None
@@ -66,7 +68,7 @@ def _path(module: str) -> Path | None:
 
 @cache
 def _read(module: str) -> tuple[str, tuple[str, ...]]:
-    """The hash of one module with the C sources beside it, and the modules of this package that it imports."""
+    """The hash of one module and the C sources in its folder, and the modules of this package that it imports."""
     path = _path(module)
     assert path is not None, "only modules are read"
     tree = ast.parse(path.read_bytes())
@@ -87,9 +89,9 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _canonical(node: object) -> Iterator[str]:
-    """A syntax tree as text that is equal for equal code, in every supported version of Python.
+    """A syntax tree as text that is identical in every supported version of Python.
 
-    Fields that are None or empty are left out, since later versions of Python add such fields.
+    Fields that are None or empty are omitted, because later versions of Python add such fields.
     """
     if isinstance(node, ast.AST):
         yield f"{type(node).__name__}("
@@ -109,7 +111,7 @@ def _canonical(node: object) -> Iterator[str]:
 
 
 def _is_docstring(statement: object) -> bool:
-    """Whether a statement is a string and nothing else: a docstring, of an attribute too."""
+    """Whether a statement is a bare string: a docstring of a module, class, function or attribute."""
     if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant):
         return False
     return isinstance(statement.value.value, str)

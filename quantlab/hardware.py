@@ -1,4 +1,4 @@
-"""The machine and the library versions that numbers are computed with, as records and manifests name them. Needs no torch."""
+"""Names of the machine and versions of the libraries, for records and manifests. Does not import torch."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ _PACKAGES = (
     "torch", "triton", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy"
 )  # fmt: skip
 INSTRUCTION_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "QUANTLAB_NATIVE", "CC")
-"""Variables of the environment that choose which instructions and kernels compute."""
+"""Environment variables that select instruction sets and kernels."""
 
 
 def environment() -> dict[str, str]:
@@ -20,14 +20,14 @@ def environment() -> dict[str, str]:
 
 
 def threads() -> int:
-    """Threads to compute with: the physical cores this process may use; two threads of one core only get in each other's way."""
+    """Number of compute threads: the physical cores available to the process. A second thread per core does not help."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = {(block.get("physical id"), block.get("core id", block.get("processor"))) for block in _processors()}
     return min(allowed, len(cores) or allowed)
 
 
 def describe(gpu: str = "") -> str:
-    """Processor, threads used, memory and operating system in one line; before them the GPU that computes, if one does."""
+    """GPU if one is used, processor, number of threads, memory and operating system, in one line."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     used = threads()
     return (
@@ -43,7 +43,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that computes; without that of a package that is not installed, as triton need not be."""
+    """Versions of Python, quantlab and numerical libraries; packages that are not installed (triton) are omitted."""
     found = {"python": platform.python_version(), "quantlab": VERSION}
     for package in _PACKAGES:
         found |= version_of(package)
@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def version_of(package: str) -> dict[str, str]:
-    """The version of a package; empty where it is not installed."""
+    """The version of a package by its name; empty if it is not installed."""
     try:
         return {package: version(package)}
     except PackageNotFoundError:
@@ -59,7 +59,7 @@ def version_of(package: str) -> dict[str, str]:
 
 
 def _processors() -> list[dict[str, str]]:
-    """The entries of /proc/cpuinfo; none where there is no such file."""
+    """The entries of /proc/cpuinfo, empty if the file does not exist."""
     path = Path("/proc/cpuinfo")
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""The stages of a recipe in order: make the artifacts, measure them, write the matrix. What the command line calls."""
+"""The stages of a recipe, as the command line calls them: make the artifacts, measure them, write the matrix."""
 
 import hashlib
 import shlex
@@ -28,13 +28,13 @@ from quantlab.run.loop import Settings
 from quantlab.runtime.device import name_of
 
 SOURCE_HASHES = ".source.json"
-"""Hashes of the source's shards, in the run's directory: records hold only as long as these do."""
+"""File with the hashes of the source's shards, in the run's directory; records are valid while the hashes match."""
 
 
 def make(
     recipe: LoadedRecipe, plan: Plan, out: Path, settings: Settings, *, console: Console, quiet: bool
 ) -> MadeArtifacts:
-    """Make the artifacts that are not there yet, with a progress bar each.
+    """Make the missing artifacts, each with a progress bar.
 
     Raises:
         CheckpointError, ArtifactError, PlanError: see `make_artifacts`.
@@ -51,12 +51,12 @@ def make(
 
 @dataclass(frozen=True)
 class Measuring:
-    """Where, how long and how loudly to measure.
+    """Settings of the measurements.
 
     Attributes:
-        device: where models compute.
+        device: the device of the models.
         time_limit: seconds that one measurement, or one task, may take.
-        reuse: keep what earlier records hold where artifact, suite, baseline and hardware are unchanged.
+        reuse: keep earlier records whose artifact, suite, baseline and hardware are unchanged.
         quiet: no progress bars.
     """
 
@@ -67,27 +67,27 @@ class Measuring:
 
 
 def measure(recipe: LoadedRecipe, plan: Plan, out: Path, how: Measuring, *, console: Console) -> Matrix:
-    """Measure every artifact and write records and matrix.
+    """Measure every artifact and write the records and the matrix.
 
     Args:
-        recipe: a recipe that says what to measure.
-        plan: the same recipe compiled.
-        out: the run's directory, with all artifacts made.
-        how: where, how long and how loudly.
-        console: where progress bars go.
+        recipe: a recipe with an `evaluate` section.
+        plan: the compiled recipe.
+        out: the run's directory, with all artifacts.
+        how: settings of the measurements.
+        console: where progress bars are shown.
 
     Raises:
-        ArtifactError: an artifact is missing, or was made by another recipe.
+        ArtifactError: an artifact is missing, or was made from another recipe.
         EvaluationError: the suite's text cannot be read.
     """
     directory = RunDirectory(out)
     outdated = [variant.name for variant in plan.variants if not directory.check_measurable(variant)]
     if outdated and not how.quiet:
-        text = f"made by other code or libraries than these, and measured as they are: {', '.join(outdated)} (`quantlab run` makes them again)"
+        text = f"made with other versions of the code or libraries, measured without rebuilding: {', '.join(outdated)} (`quantlab run` rebuilds them)"
         console.print(text, highlight=False, markup=False)
     request = _request(recipe, plan, directory, how)
     if how.device.type == "cuda":
-        torch.cuda.empty_cache()  # what making the artifacts left here would be missing to the processes that measure
+        torch.cuda.empty_cache()  # free cached memory for the measuring processes
     with show.progress_bars(console, quiet=how.quiet) as bars:
         records = evaluate(request, progress=show.StageBars(bars))
     claims = recipe.recipe.evaluate.claims if recipe.recipe.evaluate else None
@@ -123,7 +123,7 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
 
 
 def _as_recorded(step: Cast | Quantize | Prune) -> Pass:
-    """A pass of the recipe as records keep it."""
+    """A pass of the recipe in the form stored in records."""
     if isinstance(step, Cast):
         return Pass(operation="cast", setting=step.cast)
     if isinstance(step, Quantize):

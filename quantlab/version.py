@@ -1,3 +1,3 @@
-"""The version of quantlab, known also where it is run from a checkout that is not installed."""
+"""The version of quantlab, also available when run from a checkout that is not installed."""
 
 VERSION = "0.1.0"

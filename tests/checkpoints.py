@@ -1,7 +1,7 @@
-"""Tiny checkpoints of all families, random but with the real tensor names, which transformers itself writes.
+"""Tiny random checkpoints of all families with the real tensor names, written by transformers.
 
-The DeepSeek-V3 one is brought into the released layout by hand: FP8 blocks with a ragged last one, a multi-token-prediction
-layer, several shards, and one weight whose scale lies in another shard.
+The DeepSeek-V3 checkpoint is converted to the released layout: FP8 blocks with a ragged last block, a
+multi-token-prediction layer, several shards, and a weight whose scale is in another shard.
 """
 
 import json
@@ -88,7 +88,7 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
 
 
 def all_linears(scheme: Scheme, ignore: tuple[str, ...] = ()) -> QuantizationConfig:
-    """Every linear but the ignored ones under one scheme."""
+    """The description of a checkpoint whose linears have one scheme, except the ignored ones."""
     return QuantizationConfig((Group(("Linear",), scheme.format, scheme.layout),), ignore)
 
 
@@ -129,7 +129,7 @@ def make_checkpoint(directory: Path, family: str, *, seed: int = 0) -> Path:
 
 
 def write_shards(directory: Path, tensors: dict[str, Tensor], *, count: int) -> None:
-    """Deal the tensors round-robin over shards, so that weights and their scales part."""
+    """Distribute the tensors round-robin over shards, so that weights and their scales are in different shards."""
     names = sorted(tensors)
     files = [f"model-{index + 1:05d}-of-{count:06d}.safetensors" for index in range(count)]
     weight_map = {name: files[index % count] for index, name in enumerate(names)}
@@ -139,7 +139,7 @@ def write_shards(directory: Path, tensors: dict[str, Tensor], *, count: int) -> 
 
 
 def reference_dequantize(weight: Tensor, scale_inv: Tensor, block: int = 128) -> Tensor:
-    """FP8 blocks to bfloat16, element by element: the slow and obvious way."""
+    """Dequantize FP8 blocks to bfloat16 element by element, as a slow oracle."""
     rows, columns = weight.shape
     row_scale = torch.arange(rows) // block
     column_scale = torch.arange(columns) // block
@@ -167,7 +167,7 @@ def _with_mtp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _to_fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """FP8 where the released checkpoints have it; scales are powers of two so that nothing is lost in bfloat16."""
+    """Convert the tensors that are FP8 in the releases; scales are powers of two, so that bfloat16 represents them exactly."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if (not name.endswith("_proj.weight") and not name.endswith("_mqa.weight")) or "eh_proj" in name:

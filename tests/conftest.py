@@ -1,4 +1,4 @@
-"""Checkpoints and artifacts that many tests read; made once per session, never written to."""
+"""Checkpoints and artifacts shared by many tests; created once per session and read only."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def poisoned_gpu() -> None:
-    """New tensors on the GPU are handed memory of NaNs, so that an element no kernel writes is found. Random numbers repeat."""
+    """Fill new GPU memory with NaN, so that elements no kernel writes are detected. Also seed the random generator."""
     torch.manual_seed(0)
     torch.cuda.empty_cache()
     torch.full((1 << 26,), float("nan"), device="cuda")

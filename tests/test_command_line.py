@@ -1,4 +1,4 @@
-"""The command line from end to end, as a person or a script uses it, on a model that takes seconds."""
+"""The command line end to end, as users and scripts call it, on a tiny model."""
 
 import csv
 import json
@@ -93,7 +93,7 @@ def test_report_builds_the_same_files_from_records_alone(out: Path) -> None:
 def test_eval_needs_artifacts_and_a_suite(recipe: Path, tmp_path: Path) -> None:
     missing = quantlab("eval", recipe, "--out", tmp_path / "nothing")
     assert missing.returncode == 1
-    assert "an artifact is not there yet" in missing.stderr
+    assert "an artifact is missing" in missing.stderr
     silent = tmp_path / "silent.yaml"
     silent.write_text(f"model: {recipe.parent / 'model'}\nvariants: {{a: [{{cast: float16}}]}}\n")
     refused = quantlab("eval", silent)

@@ -1,4 +1,4 @@
-"""Fingerprints of code change with what is computed, and with nothing else."""
+"""Fingerprints of code change if and only if the computation changes."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ Edit = Callable[[str, str, str], str]
 
 @pytest.fixture
 def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Edit]:
-    """Replace a text in a file of a small package, and give the fingerprint of its module `top`."""
+    """Replace text in a file of a small package, and return the fingerprint of its module `top`."""
     root = tmp_path / "package"
     for name, text in SOURCES.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def test_modules_are_followed_through_imports(edit: Edit) -> None:
 
 
 def test_it_is_the_same_in_every_version_of_python() -> None:
-    """A value kept from Python 3.11, equal on 3.12: f-strings, type parameters and positions differ between their trees."""
+    """Compare with a value stored from Python 3.11; f-strings, type parameters and positions differ in 3.12's trees."""
     import ast
 
     tree = ast.parse("def f(x: int) -> str:\n    return f'{x!r:>4} a' if x else ''\n")

@@ -1,4 +1,4 @@
-"""The map of the package is true: the files it names exist, its layers are the linter's, its vocabulary is in the code."""
+"""The map of the package matches the code: its files exist, its layers are the linter's, its names are defined."""
 
 import re
 import tomllib
@@ -45,7 +45,7 @@ def test_its_walls_are_the_contracts_of_the_linter() -> None:
 
 
 def test_names_of_the_walks_are_in_the_code() -> None:
-    """Constants, classes and functions that a walk tells to edit."""
+    """Constants, classes and functions that the walks mention."""
     walks = TEXT.split("## Five walks")[1]
     names = set(
         re.findall(r"`(_?[A-Z][A-Za-z_]{3,}|can_hold|can_express|stored_tensors|needs_of|transformers_refuses)`", walks)

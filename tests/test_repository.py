@@ -1,4 +1,4 @@
-"""Promises about the repository itself: every shipped file is tried, code keeps its shape, imports do nothing."""
+"""Rules for the repository: every shipped file loads, files and functions stay short, imports have no side effects."""
 
 import ast
 import json
@@ -25,7 +25,7 @@ SUITES = sorted((ROOT / "eval" / "suites").rglob("*.yaml"))
 
 
 def test_there_is_something_to_try() -> None:
-    """A listing that finds nothing would let the tests below pass on nothing."""
+    """If a listing were empty, the tests below would pass without testing anything."""
     assert len(RECIPES) >= 1
     assert len(SUITES) >= 1
     assert len(MODULES) >= 60
@@ -34,7 +34,7 @@ def test_there_is_something_to_try() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_finds_what_it_names(path: Path) -> None:
     loaded = load_recipe(path)
-    if loaded.hub_id is None:  # those of models on a hub are planned from headers, beside the plan's tests
+    if loaded.hub_id is None:  # recipes of hub models are planned from headers in tests/plan
         plan = compile_plan(loaded.recipe, open_checkpoint(loaded.resolve(loaded.recipe.model)))
         assert [variant.name for variant in plan.variants] == list(loaded.recipe.variants)
     if loaded.recipe.calibration is not None:
@@ -60,7 +60,7 @@ def test_every_corpus_is_json_lines_with_a_licence_note(name: str) -> None:
 
 
 def test_heldout_text_was_not_trained_on() -> None:
-    """No paragraph of the held-out text stands in the calibration text, which comes from the training side."""
+    """No paragraph of the held-out text occurs in the calibration text, which is part of the training text."""
     paragraphs = []
     for name in ("calibration", "heldout"):
         texts = [
@@ -104,7 +104,7 @@ def test_files_and_functions_stay_short() -> None:
 
 
 def test_packages_export_nothing() -> None:
-    """An `__init__.py` may say what lives in its folder, in a docstring and nothing else."""
+    """An `__init__.py` contains at most a docstring."""
     for path in MODULES:
         if path.name == "__init__.py":
             body = ast.parse(path.read_text()).body
@@ -143,7 +143,7 @@ def test_an_algorithm_is_pure_and_names_its_paper(path: Path) -> None:
 
 
 def test_importing_everything_changes_nothing() -> None:
-    """No environment writes, no thread settings, no files: import of every module in a fresh process."""
+    """Import every module in a fresh process: no changes of environment, threads or files."""
     names = [
         str(path.relative_to(ROOT).with_suffix("")).replace(os.sep, ".").removesuffix(".__init__")
         for path in MODULES

@@ -1,4 +1,4 @@
-"""The released models' configs, and checkpoints of them that are headers only: what a plan reads, at true shapes."""
+"""Configs of the released models, and checkpoints with true shapes that consist of headers only, for plans."""
 
 import json
 import math
@@ -50,13 +50,13 @@ _BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 
 
 def write_headers(directory: Path, config: Mapping[str, Any], *, shards: int, fp8: bool = False) -> Path:
-    """A checkpoint whose shards have headers, and holes where the weights would be.
+    """Write a checkpoint whose shards have headers, and sparse holes instead of weights.
 
     Args:
-        directory: made here.
-        config: config.json, fields the plan reads.
-        shards: how many files.
-        fp8: linears as FP8 blocks with scales, as DeepSeek-V3 is released.
+        directory: created here.
+        config: the fields of config.json that the plan reads.
+        shards: number of files.
+        fp8: store linears as FP8 blocks with scales, as in DeepSeek-V3's release.
     """
     directory.mkdir(parents=True)
     config = {**config, "torch_dtype": "bfloat16"}
@@ -66,7 +66,7 @@ def write_headers(directory: Path, config: Mapping[str, Any], *, shards: int, fp
     architecture = detect(config)
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
     for name, shape in architecture.expected(config, with_mtp=True):
-        rule = architecture.claim(name, hidden_layers=config["num_hidden_layers"]).rule
+        rule = architecture.classify(name, hidden_layers=config["num_hidden_layers"]).rule
         assert rule is not None
         if fp8 and rule.linear:
             tensors.append((name, "F8_E4M3", shape))

@@ -1,8 +1,9 @@
-"""The best weights on a support that is already chosen.
+"""Optimal weights on a given support.
 
-With some weights of a row held at zero, the others minimise ``(w - ŵ) H (w - ŵ)ᵀ``: a linear system per row, of another
-matrix for every row. Conjugate gradients solve all rows together from one product with H per step: the residual is masked
-to the support, and dividing by the diagonal of H evens out the columns. Each step lowers the error of every row.
+With some weights of a row fixed at zero, the others minimise ``(w - ŵ) H (w - ŵ)ᵀ``: one linear system per row, each
+with a different submatrix of H. Preconditioned conjugate gradients solve all rows together with one product with H per
+step: the residual is masked to the support, and the preconditioner is the diagonal of H. Each step lowers the error of
+    every row.
 
 Source: ALPS (arXiv 2406.07831), section 3.3, algorithm 2 (preconditioned conjugate gradients on a fixed support).
 """
@@ -12,14 +13,14 @@ from torch import Tensor
 
 
 def fitted_on_support(target: Tensor, H: Tensor, start: Tensor, removed: Tensor, *, steps: int) -> Tensor:
-    """Minimise ``(w - ŵ) H (w - ŵ)ᵀ`` of every row over the weights that are not removed.
+    """Minimise ``(w - ŵ) H (w - ŵ)ᵀ`` of every row over its remaining weights.
 
     Args:
         target: w [B, N, K] float32.
         H: [B, K, K] float32, positive definite.
-        start: ŵ to begin with, [B, N, K] float32, zero where removed.
+        start: initial ŵ, [B, N, K] float32, zero where removed.
         removed: [B, N, K] bool.
-        steps: products with H.
+        steps: number of iterations, one product with H each.
 
     Returns:
         ŵ [B, N, K] float32, zero where removed.
@@ -42,5 +43,5 @@ def fitted_on_support(target: Tensor, H: Tensor, start: Tensor, removed: Tensor,
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, 0 where there is nothing left to do."""
+    """part / whole, 0 where whole is 0: the row has converged."""
     return torch.where(whole > 0, part / whole, torch.zeros_like(part))

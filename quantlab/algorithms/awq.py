@@ -1,19 +1,19 @@
-"""AWQ: scale the channels with large inputs up before rounding, and what produces them down.
+"""AWQ: scale the columns of channels with large inputs up before rounding, and their producer down.
 
-A channel j of the input may be divided by s_j where it is produced and every column j that reads it multiplied by s_j: the
-model computes the same, and rounding then costs ``Δ = Q(W s) / s - W``. Scaling up a channel makes its rounding error
-relatively smaller at the cost of those that share its grid. Which s is best is searched along curves from "no scaling":
+Dividing channel j of the input by s_j where it is produced, and multiplying column j of every reader by s_j, leaves the
+model's function unchanged; the rounding error becomes ``Δ = Q(W s) / s - W``. A scaled-up channel has a relatively
+smaller rounding error, at the cost of the channels that share its grid. The best s is searched along two curves:
 
 - ``s = x̄^α`` with x̄ the mean magnitude of each channel, and
-- ``s = x̄^α / w̄^(1-α)`` with w̄ the mean over all rows that read it of |w| over the largest |w| of its group,
+- ``s = x̄^α / w̄^(1-α)`` with w̄ the mean of |w| / max |w| of its group, over all rows that read the channel,
 
-for some α in (0, 1]. No scaling at all is always a candidate. Every s is brought to ``sqrt(max s · min s) = 1``. The loss is
-the error of the outputs of all matrices that read the channel, ``Σ tr(Δ H Δᵀ)`` with each matrix's own H. A matrix that reads
-the channel and is not quantized (a router) adds nothing to the loss, but its columns take the factor like all others.
+for α in (0, 1]. No scaling is always a candidate. Every s is normalised to ``sqrt(max s · min s) = 1``. The loss is the
+output error of all quantized readers, ``Σ tr(Δ H Δᵀ)`` with each matrix's own H. A reader that is not quantized (a
+router) adds nothing to the loss, but its columns are multiplied too.
 
-What is judged is what will be applied. Channels that one row produces share a factor. Where a weight that stays in 16 bits
-takes part, factors are powers of two, which multiply it exactly: every curve is then rounded from several heights, since
-whether a factor falls to one power or the next is otherwise chance.
+The loss is evaluated for the factors as they will be applied. Channels produced by one row share a factor. If a weight
+that stays in 16 bits is scaled, factors are powers of two, which are exact. Every curve is then rounded with several
+offsets of the exponent, because a single offset would round neighbouring factors up or down arbitrarily.
 
 Source: AWQ (arXiv 2306.00978), section 3.2, equations 4 and 5.
 """
@@ -30,23 +30,23 @@ from quantlab.algorithms.rtn import round_to_nearest
 from quantlab.algorithms.scales import GridOptions
 from quantlab.errors import CalibrationError
 
-_LEAST: Final = 1e-4
-_WIDEST: Final = 100.0
-"""Factors stay between its inverse and it: beyond, neither side of a fold keeps its precision."""
-_HEIGHTS: Final = (0.0, 0.25, 0.5, 0.75)
-"""What is added to the binary logarithm of a curve before it is rounded to whole numbers."""
+_EPSILON: Final = 1e-4
+_LARGEST_FACTOR: Final = 100.0
+"""Factors stay between 1 / 100 and 100: outside, one side of the fold loses precision."""
+_OFFSETS: Final = (0.0, 0.25, 0.5, 0.75)
+"""Offsets added to log2 of a curve before it is rounded to integers."""
 
 
 @dataclass(frozen=True)
 class AwqOptions:
-    """What can be chosen of the search.
+    """Options of the search.
 
     Attributes:
-        steps: exponents tried, α = 1/steps ... 1.
+        steps: number of exponents tried, α = 1/steps ... 1.
         both_curves: try the curve with w̄ too, which doubles the work.
-        weighted: search the scales of grids with the mean squares of the scaled inputs as importance.
-        rows: of a matrix that are looked at, evenly spaced; None for all.
-        powers_of_two: only such factors.
+        weighted: weigh the search for grid scales with the mean squares of the scaled inputs.
+        rows: number of evenly spaced rows of a matrix that are evaluated; None for all.
+        powers_of_two: restrict factors to powers of two.
     """
 
     steps: int = 20
@@ -64,9 +64,9 @@ class AwqResult:
     """The factors of one fold.
 
     Attributes:
-        s: [K] float32, all 1 where no scaling is better than none.
-        losses: loss of every candidate, the first that of no scaling.
-        best: which of them s is.
+        s: [K] float32, all 1 if no scaling has the lowest loss.
+        losses: loss of every candidate; the first is no scaling.
+        best: index of s among the candidates.
     """
 
     s: Tensor
@@ -80,7 +80,7 @@ class Reader(NamedTuple):
     Attributes:
         W: [N, K].
         H: [K, K], mean of x xᵀ over the tokens it reads.
-        share: how many of all tokens those are: an expert's error counts as often as it is asked.
+        share: fraction of all tokens that it reads; weights an expert's error by how often the expert is used.
     """
 
     W: Tensor
@@ -102,29 +102,29 @@ def awq_scales(
     Args:
         mean_abs: x̄ [K] float32, mean magnitude of each channel.
         weights: [N, K] each, of all readers, for w̄.
-        readers: taken one after the other and not kept, so that one H at a time has to be in memory.
-        grid: the integers and the search of their scales.
-        options: of the search.
-        shared: [K] int64, equal for channels that have to share a factor; None where none has to.
+        readers: iterated once, so that only one H is in memory at a time.
+        grid: the integer grid and the search for its scales.
+        options: options of the search.
+        shared: [K] int64, equal for channels that must share a factor; None if there are none.
 
     Returns:
-        The factors, and the losses they were chosen by.
+        The factors, and the losses of all candidates.
 
     Raises:
-        CalibrationError: there is nothing to quantize, or magnitudes or H are not finite or do not fit.
+        CalibrationError: there are no weights, or magnitudes or H are not finite or have the wrong shape.
     """
     if not weights or not mean_abs.isfinite().all() or (mean_abs < 0).any():
         raise CalibrationError(
             "A fold has no usable statistics",
             found=f"{len(weights)} matrices to quantize, mean magnitudes between "
             f"{mean_abs.min().item():.3g} and {mean_abs.max().item():.3g}",
-            fix="fold only where a quantized matrix reads, and collect the mean of |x|",
+            fix="fold only sites that a quantized matrix reads, and collect the mean of |x|",
         )
     curves = list(_candidates(mean_abs, _mean_magnitude(weights, grid.group_size), options, shared))
     losses = [0.0] * len(curves)
     for W, H, share in readers:
         check_statistics(W, H)
-        some = _evenly(W, options.rows).to(torch.float32)
+        some = _sampled_rows(W, options.rows).to(torch.float32)
         for index, s in enumerate(curves):
             losses[index] += share * _loss(some, H, s, grid, weighted=options.weighted)
     best = min(range(len(curves)), key=losses.__getitem__)
@@ -132,7 +132,8 @@ def awq_scales(
 
 
 def balanced(s: Tensor, live: Tensor) -> Tensor:
-    """Factors with ``sqrt(max · min) = 1`` over the live channels, within bounds; 1 on channels that are always zero.
+    """Normalise factors to ``sqrt(max · min) = 1`` over the live channels and clamp them; 1 on channels that are always
+    zero.
 
     Args:
         s: [K], positive.
@@ -146,19 +147,19 @@ def balanced(s: Tensor, live: Tensor) -> Tensor:
     if not usable.any():
         return torch.ones_like(s)
     known = s[usable]
-    s = (s / (known.max().sqrt() * known.min().sqrt())).clamp(1 / _WIDEST, _WIDEST)
+    s = (s / (known.max().sqrt() * known.min().sqrt())).clamp(1 / _LARGEST_FACTOR, _LARGEST_FACTOR)
     return torch.where(usable, s, torch.ones_like(s))
 
 
 def _candidates(mean_abs: Tensor, mean_weight: Tensor, options: AwqOptions, shared: Tensor | None) -> Iterator[Tensor]:
-    """No scaling, then both curves as they can be applied, none twice."""
+    """No scaling, then the factors of both curves as they can be applied, without duplicates."""
     one = torch.ones_like(mean_abs, dtype=torch.float32)
     seen = {tuple(one.tolist())}
     yield one
     for curve in _curves(mean_abs, mean_weight, options):
         exponents = curve.log2() if shared is None else means_of_shared(curve.log2(), shared)
-        for height in _HEIGHTS if options.powers_of_two else (None,):
-            s = torch.exp2(exponents if height is None else (exponents + height).round())
+        for offset in _OFFSETS if options.powers_of_two else (None,):
+            s = torch.exp2(exponents if offset is None else (exponents + offset).round())
             if (key := tuple(s.tolist())) not in seen:
                 seen.add(key)
                 yield s
@@ -170,7 +171,7 @@ def _curves(mean_abs: Tensor, mean_weight: Tensor, options: AwqOptions) -> Itera
         alpha = step / options.steps
         yield balanced(x**alpha, live)
         if options.both_curves and alpha < 1:
-            yield balanced(x**alpha / (mean_weight ** (1 - alpha) + _LEAST), live)
+            yield balanced(x**alpha / (mean_weight ** (1 - alpha) + _EPSILON), live)
 
 
 def means_of_shared(values: Tensor, shared: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ def means_of_shared(values: Tensor, shared: Tensor) -> Tensor:
 
 
 def _mean_magnitude(weights: Sequence[Tensor], group_size: int | None) -> Tensor:
-    """w̄ [K] float32: mean over all rows of all weights of |w| over the largest of its group."""
+    """w̄ [K] float32: mean of |w| / max |w| of its group, over all rows of all weights."""
     total = torch.zeros(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
     for W in weights:
         grouped = W.abs().to(torch.float32).reshape(len(W), -1, group_size or W.shape[1])
@@ -190,15 +191,15 @@ def _mean_magnitude(weights: Sequence[Tensor], group_size: int | None) -> Tensor
     return total / sum(len(W) for W in weights)
 
 
-def _evenly(W: Tensor, rows: int | None) -> Tensor:
-    """At most that many rows, evenly spaced."""
+def _sampled_rows(W: Tensor, rows: int | None) -> Tensor:
+    """At most `rows` rows of W, evenly spaced."""
     if rows is None or len(W) <= rows:
         return W
     return W[torch.arange(rows, device=W.device) * len(W) // rows]
 
 
 def _loss(W: Tensor, H: Tensor, s: Tensor, grid: GridOptions, *, weighted: bool) -> float:
-    """``tr(Δ H Δᵀ)`` of rounding W with its columns scaled by s."""
+    """``tr(Δ H Δᵀ)`` for W rounded with its columns scaled by s."""
     importance = H.diagonal().to(torch.float32) / s.square() if weighted else None
     delta = round_to_nearest(W * s, grid, importance=importance).dequantize(torch.float32) / s - W
     return float((delta @ H.to(torch.float32)).mul_(delta).sum(dtype=torch.float64))

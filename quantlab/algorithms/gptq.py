@@ -1,19 +1,22 @@
-"""GPTQ: round one column after the other, and let the columns that are left make good for what was lost.
+"""GPTQ: round column by column; the remaining columns compensate for each rounding error.
 
-For a row w the error of the output is ``(w - ŵ) H (w - ŵ)ᵀ``. Once column j is rounded with an error e, the best change of
-the columns after it is ``-(e / U_jj) U_j,j+1:`` with ``H⁻¹ = Uᵀ U`` (see `hessian`). What is decided around that step:
+For a row w the error of the output is ``(w - ŵ) H (w - ŵ)ᵀ``. After column j is rounded with an error e, the optimal
+change of the columns after it is ``-(e / U_jj) U_j,j+1:`` with ``H⁻¹ = Uᵀ U`` (see `hessian`). Choices around that
+step:
 
 - Scales are fixed before the first column, by a search weighted with the mean squares of the inputs.
-- Columns with large inputs go first, while many others are left to make good for them. Each column keeps the scale of the
-  group it came from, and the result is given in the order of the columns of W: no index per column is stored.
-- Rows that share their inputs (gate and up of an expert) are one matrix here, so that one H and one order serve them all.
-- Where weights are to be zero, the others are first moved to the real-valued best on that support (`alps`), and rounded from
-  there: the error of every candidate is that of the best plus its distance from it in the same metric.
-- Afterwards integers and scales are improved in turns in the same metric (`quantease`).
-- Rows are independent. One that ends worse than round-to-nearest with the same options is rounded to nearest, and counted.
+- Columns with large inputs come first, while many columns remain to compensate for them. Each column keeps the scale of
+  its group in W, and the result is in the column order of W: no index per column is stored.
+- Matrices that share their inputs (gate and up of an expert) are concatenated by rows and share one H and one order.
+- If weights are to be zero, the others are first moved to the real-valued optimum on that support (`alps`) and rounded
+  from there: the error of any candidate is that of the optimum plus their distance in the same metric.
+- Afterwards integers and scales are refined alternately in the same metric (`quantease`).
+- Rows are independent. A row whose error exceeds that of round-to-nearest with the same options is rounded to nearest,
+  and counted.
 
-Where inputs x̃ of the original model are known beside the inputs x of the changed one, the target is not W but the
-real-valued matrix that meets W x̃ best from x (`qronos`), and errors are those of ``E|W x̃ - Ŵ x|²`` above that matrix's.
+If inputs x̃ of the original model are given beside the inputs x of the changed one, the target is not W but the
+real-valued matrix that reproduces W x̃ best from x (`qronos`), and errors are ``E|W x̃ - Ŵ x|²`` minus the error of
+that matrix.
 
 Source: GPTQ (arXiv 2210.17323), section 3 and algorithm 1.
 """
@@ -51,14 +54,13 @@ _FIT_STEPS: Final = 20
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """What can be chosen of GPTQ.
+    """Options of GPTQ.
 
     Attributes:
         damping: λ added to H, in units of the mean of its diagonal; > 0.
-        act_order: visit columns by falling mean square of their input rather than as they stand.
-        rounds: of refinement after the last column, each some passes over the integers and a refit of the scales; 0 for
-            none.
-        correction: α in [0, 1], how much of the error passed on by earlier layers is made good where C is given.
+        act_order: visit columns by decreasing mean square of their input instead of in the order of W.
+        rounds: rounds of refinement after the last column, each a pass over the integers and a refit of the scales.
+        correction: α in [0, 1], fraction of the error inherited from earlier layers that is compensated if C is given.
     """
 
     damping: float = 0.01
@@ -72,20 +74,21 @@ DEFAULT: Final = GptqOptions()
 
 @dataclass(frozen=True)
 class GptqResult:
-    """Rounded matrices, and what rounding cost. The leading dimension is absent for a single matrix.
+    """Rounded matrices and their errors. The leading dimension is absent for a single matrix.
 
     Attributes:
-        q: [B, N, K] int8, in the order of W's columns.
+        q: [B, N, K] int8, in the column order of W.
         scale: [B, N, G] in its stored dtype.
         zero: [B, N, G] int8 zero points, None for symmetric integers.
         bits: width of the integers.
-        energy: [B, N] float32, ``w H wᵀ`` of every row, in units of the mean of diag H, as all errors are.
-        rtn_error: [B, N] of rounding to nearest.
-        error: [B, N] of q and scale. With C, errors are those of ``E|W x̃ - Ŵ x|²`` above the real-valued target's.
-        kept_rtn: [B, N] bool, rows that are rounded to nearest because that is better.
-        damping: [B] float32, λ that was used; more than asked for where H was not positive definite.
-        failed: [B] bool, no λ helped: all rows are rounded to nearest.
-        dead: [B] int64, columns whose input was always zero; their weights are rounded to nearest.
+        energy: [B, N] float32, ``w H wᵀ`` of every row, in units of the mean of diag H, like all errors.
+        rtn_error: [B, N] float32, error of round-to-nearest.
+        error: [B, N] float32, error of q and scale. With C, errors are ``E|W x̃ - Ŵ x|²`` minus that of the real-valued
+            target.
+        kept_rtn: [B, N] bool, rows that are rounded to nearest because their error is smaller.
+        damping: [B] float32, λ used; larger than requested if H was not positive definite.
+        failed: [B] bool, H was not positive definite at any λ: all rows are rounded to nearest.
+        dead: [B] int64, number of columns whose input was always zero; their weights are rounded to nearest.
     """
 
     q: Tensor
@@ -107,7 +110,7 @@ class GptqResult:
         return GptqResult(**one)
 
     def matrix(self, rows: slice = slice(None)) -> QuantizedMatrix:
-        """Some rows of a single matrix: those that belong to one weight of a concatenation."""
+        """A slice of rows of a single matrix, for example one weight of a concatenation."""
         return QuantizedMatrix(self.q, self.scale, self.bits, self.zero).rows(rows)
 
 
@@ -120,21 +123,21 @@ def gptq(
     C: Tensor | None = None,
     removed: Tensor | None = None,
 ) -> GptqResult:
-    """Quantize one matrix; as `gptq_batch` for B = 1, without that dimension.
+    """Quantize one matrix: `gptq_batch` without the batch dimension.
 
     Args:
         W: [N, K] of any floating dtype, finite.
         H: [K, K] mean of x xᵀ; any positive multiple gives the same result.
-        grid: the integers and the search of their scales.
-        options: of the algorithm.
+        grid: the integer grid and the search for its scales.
+        options: options of the algorithm.
         C: [K, K] mean of (x̃ - x) xᵀ in the unit of H, or None.
-        removed: [N, K] bool, weights that are to be zero, which the others make good for; or None.
+        removed: [N, K] bool, weights to set to zero, for which the others compensate; or None.
 
     Returns:
         The rounded matrix and its errors.
 
     Raises:
-        CalibrationError: H or C does not fit W, or is not finite.
+        CalibrationError: H or C has the wrong shape or is not finite.
     """
     return gptq_batch(
         W[None],
@@ -155,20 +158,18 @@ def gptq_batch(
     C: Tensor | None = None,
     removed: Tensor | None = None,
 ) -> GptqResult:
-    """Quantize matrices of one shape, each with its own inputs.
+    """Quantize matrices of one shape, each with its own inputs. Needs memory for about four float32 copies of W and of
+    H.
 
     Args:
         W: [B, N, K] of any floating dtype, finite.
         H: [B, K, K] mean of x xᵀ.
         grid, options: as in `gptq`.
         C: [B, K, K] mean of (x̃ - x) xᵀ in the unit of H, or None.
-        removed: [B, N, K] bool, weights that are to be zero, which the others make good for; or None.
-
-    Returns:
-        The rounded matrices and their errors. About four float32 copies of W and of H are in memory meanwhile.
+        removed: [B, N, K] bool, weights to set to zero, for which the others compensate; or None.
 
     Raises:
-        CalibrationError: H or C does not fit W, or is not finite.
+        CalibrationError: H or C has the wrong shape or is not finite.
     """
     check_statistics(W, H, C)
     W = W.to(torch.float32)
@@ -207,14 +208,20 @@ def gptq_batch(
 
 
 def reordered(H: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of H [B, K, K] in the order [B, K]."""
+    """H [B, K, K] with rows and columns permuted by `order` [B, K]."""
     rows = H.gather(1, order[:, :, None].expand_as(H))
     return rows.gather(2, order[:, None, :].expand_as(H))
 
 
 @dataclass(frozen=True)
 class _Rounded:
-    """Matrices on their grids: steps ``q - z`` [B, N, K] int8, scale [B, N, G], and zero [B, N, G] int8 where there are zero points."""
+    """Matrices on their grids.
+
+    Attributes:
+        steps: ``q - z`` [B, N, K] int8.
+        scale: [B, N, G] in its stored dtype.
+        zero: [B, N, G] int8 zero points, None for symmetric integers.
+    """
 
     steps: Tensor
     scale: Tensor
@@ -233,12 +240,12 @@ class _Rounded:
 
 
 def _by_column(zero: Tensor, columns: int) -> Tensor:
-    """Zero points of groups [B, N, G] for every column [B, N, K]."""
+    """Zero points per group [B, N, G] expanded to columns [B, N, K]."""
     return zero.repeat_interleave(columns // zero.shape[2], dim=2)
 
 
 def _round_all(W: Tensor, grid: GridOptions, importance: Tensor, removed: Tensor | None) -> _Rounded:
-    """Round to nearest what is not removed, the rest to zero."""
+    """Round to nearest; removed weights become zero."""
     W = W if removed is None else W.masked_fill(removed, 0)
     rounded = round_batch(W, grid, importance=importance)
     q, scale = rounded.q.view(W.shape), rounded.scale.view(*W.shape[:2], -1)
@@ -249,12 +256,12 @@ def _round_all(W: Tensor, grid: GridOptions, importance: Tensor, removed: Tensor
 
 
 def _on_support(target: Tensor, H: Tensor, removed: Tensor) -> Tensor:
-    """The best real weights on the support: rounding those is the same problem as rounding the target with zeros in it."""
+    """The optimal real-valued weights on the support; rounding them is equivalent to rounding the target with zeros."""
     return fitted_on_support(target, H, target.masked_fill(removed, 0), removed, steps=_FIT_STEPS)
 
 
 def _target(W: Tensor, C: Tensor, U: Tensor, order: Tensor | None, strength: float) -> Tensor:
-    """`corrected_target` with U in another order of columns."""
+    """`corrected_target` for a U whose columns are permuted by `order`."""
     if order is None:
         return corrected_target(W, C, U, strength=strength)
     index = order[:, None, :].expand_as(W)
@@ -263,7 +270,7 @@ def _target(W: Tensor, C: Tensor, U: Tensor, order: Tensor | None, strength: flo
 
 
 def _column_pass(problem: Problem, U: Tensor, scale: Tensor, order: Tensor | None) -> Tensor:
-    """Algorithm 1 with U in the given order and scale [B, G, N]: steps [B, K, N] int8 in the order of the target."""
+    """Algorithm 1, with U in the given order and scale [B, G, N]: steps [B, K, N] int8 in the order of the target."""
     target, removed = problem.target, problem.removed
     batch, columns, rows = target.shape
     width = columns // scale.shape[1]
@@ -284,9 +291,10 @@ def _column_pass(problem: Problem, U: Tensor, scale: Tensor, order: Tensor | Non
 
 
 def _round_columns(V: Tensor, step: Tensor, U: Tensor, removed: Tensor | None, limits: Limits) -> tuple[Tensor, Tensor]:
-    """The columns of a block: steps [B, c, N] int8 and errors over the diagonal of U; V [B, c, N] is used up.
+    """Round the columns of a block: steps [B, c, N] int8, and errors divided by the diagonal of U. Overwrites V [B, c,
+    N].
 
-    The kernel for CUDA has one range for all columns; with zero points torch rounds the columns there too.
+    The CUDA kernel supports one integer range for all columns only; with zero points the torch loop runs on the GPU.
     """
     low, high = limits
     if V.device.type == "cuda" and isinstance(low, int) and isinstance(high, int):
@@ -304,7 +312,7 @@ def _round_columns(V: Tensor, step: Tensor, U: Tensor, removed: Tensor | None, l
 
 
 def _refined(problem: Problem, q: Tensor, scale: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
-    """Integers and scales improved in turns; no row gets worse."""
+    """Refine integers and scales alternately; no row's error increases."""
     for number in range(rounds):
         q = coordinate_descent(problem, q, scale)
         scale = refit_scales(problem, q, scale)
@@ -315,10 +323,10 @@ def _refined(problem: Problem, q: Tensor, scale: Tensor, rounds: int) -> tuple[T
 
 @dataclass(frozen=True)
 class _Judge:
-    """Errors of every row: ``E|W x̃ - Ŵ x|²`` above that of the target, which is ``d H dᵀ`` where the target is W itself.
+    """Errors of every row: ``E|W x̃ - Ŵ x|²`` minus that of the target; this is ``d H dᵀ`` if the target is W itself.
 
-    The target T solves the damped problem, whose objective is the plain one plus ``λ|W - Ŵ|²``: above T it is
-    ``(T - Ŵ) (H + λI) (T - Ŵ)ᵀ``, from which the growth of that term is taken off again.
+    The target T minimises the damped objective, which is the plain one plus ``λ|W - Ŵ|²``. The damped objective exceeds
+    its minimum by ``(T - Ŵ) (H + λI) (T - Ŵ)ᵀ``; the increase of the damping term is subtracted again.
     """
 
     W: Tensor
@@ -327,7 +335,7 @@ class _Judge:
     damping: Tensor
 
     def errors(self, q: Tensor, scale: Tensor) -> Tensor:
-        """[B, N] float32 of q [B, K, N] and scale [B, G, N]."""
+        """Errors [B, N] float32 of q [B, K, N] and scale [B, G, N]."""
         chosen = dequantized(q.contiguous(), scale).mT
         result = row_errors(self.target - chosen, self.H)
         if self.target is not self.W:

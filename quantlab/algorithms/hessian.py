@@ -1,16 +1,17 @@
-"""The second moment of a matrix's inputs, as the layer-wise objective sees it.
+"""The Hessian of the layer-wise objective: the second moment of a matrix's inputs.
 
-A matrix W [K outputs ... N rows] answers an input x with W x. If Ŵ takes its place, the mean squared error of the output is
-``E|(W - Ŵ) x|² = tr(Δ H Δᵀ)`` with Δ = W - Ŵ and H = E[x xᵀ]: a quadratic with the same H for every row, so that rows are
-independent problems. Everything here has a leading batch dimension B for matrices that do not share H (experts).
+A matrix W [N, K] maps an input x [K] to W x. If Ŵ replaces it, the mean squared error of the output is
+``E|(W - Ŵ) x|² = tr(Δ H Δᵀ)`` with Δ = W - Ŵ and H = E[x xᵀ]: a quadratic form with the same H for every row, so rows
+are independent problems. All functions have a leading batch dimension B for matrices that do not share H (experts).
 
-Rounding column after column needs the inverse of H restricted to the columns that are still free. All of these inverses are
-in one triangular factor: with ``H⁻¹ = Uᵀ U``, U upper triangular, the optimal change of the columns after j for an error e
-in column j is ``-(e / U_jj) U_j,j+1:``. U is the inverse of R in ``H = R Rᵀ``, R upper triangular, and R is the Cholesky
-factor of H read backwards: one factorisation of H and one triangular inverse, and H⁻¹ is never formed.
+Rounding column by column needs the inverse of H restricted to the columns not rounded yet. One triangular factor
+contains all of these inverses: with ``H⁻¹ = Uᵀ U``, U upper triangular, the optimal change of the columns after j for
+an error e in column j is ``-(e / U_jj) U_j,j+1:``. U is the inverse of R in ``H = R Rᵀ``, R upper triangular, and R is
+the Cholesky factor of H with reversed rows and columns: one factorisation of H and one triangular inverse; H⁻¹ is never
+formed.
 
-A column whose input was always zero has H_kk = 0. Its weight did not matter to this text, which does not say that it never
-will, so it is not set to zero: damping gives it a diagonal of its own and zero couplings, which rounds it to nearest.
+A column whose input was always zero has H_kk = 0. Its weight may matter for other text, so it is not set to zero:
+damping gives it a positive diagonal entry without couplings, so it is rounded to nearest.
 
 Sources: Optimal Brain Surgeon as in GPTQ (arXiv 2210.17323), section 3.3 and step 3 of the algorithm.
 """
@@ -34,7 +35,7 @@ class Factor:
     Attributes:
         U: [B, K, K] float32 upper triangular, ``(H + λI)⁻¹ = Uᵀ U``.
         damping: [B] float32, λ in units of the mean of diag H.
-        failed: [B] bool: no damping made H positive definite; U is that of its diagonal.
+        failed: [B] bool: no damping made H positive definite; U is the factor of its diagonal.
     """
 
     U: Tensor
@@ -43,7 +44,7 @@ class Factor:
 
 
 def check_statistics(W: Tensor, H: Tensor, C: Tensor | None = None) -> None:
-    """Refuse statistics that no algorithm can use.
+    """Check that statistics are usable.
 
     Args:
         W: [..., N, K].
@@ -58,7 +59,7 @@ def check_statistics(W: Tensor, H: Tensor, C: Tensor | None = None) -> None:
             continue
         if matrix.shape != (*W.shape[:-2], W.shape[-1], W.shape[-1]):
             raise CalibrationError(
-                f"The second moment {name} does not fit its weight",
+                f"The second moment {name} has the wrong shape for its weight",
                 found=f"{name} {list(matrix.shape)} for a weight {list(W.shape)}",
                 fix="collect one square matrix over the input channels of the weight",
             )
@@ -66,24 +67,24 @@ def check_statistics(W: Tensor, H: Tensor, C: Tensor | None = None) -> None:
             raise CalibrationError(
                 f"The second moment {name} is not finite",
                 found=f"{int((~matrix.isfinite()).sum())} of {matrix.numel()} entries are NaN or infinite",
-                fix="look for activations that overflow; float32 sums of bfloat16 inputs do not",
+                fix="check for activations that overflow; float32 sums of bfloat16 inputs do not",
             )
     if (H.diagonal(dim1=-2, dim2=-1) < 0).any():
         raise CalibrationError(
             "The second moment H has a negative mean square",
-            found=f"least diagonal entry {H.diagonal(dim1=-2, dim2=-1).min().item():.3g}",
+            found=f"smallest diagonal entry {H.diagonal(dim1=-2, dim2=-1).min().item():.3g}",
             fix="collect the mean of x xᵀ",
         )
 
 
 def normalised(H: Tensor) -> tuple[Tensor, Tensor]:
-    """H over the mean of its diagonal, so that no result depends on its unit.
+    """H divided by the mean of its diagonal, so that results do not depend on its unit.
 
     Args:
         H: [B, K, K], finite.
 
     Returns:
-        [B, K, K] float32, and the mean [B] it was divided by; an H of zeros stays zeros, divided by 1.
+        [B, K, K] float32, and the divisor [B]; the divisor of a zero H is 1.
     """
     mean = H.diagonal(dim1=-2, dim2=-1).to(torch.float64).mean(dim=-1)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean)).to(torch.float32)
@@ -91,14 +92,14 @@ def normalised(H: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def damped_factor(H: Tensor, *, damping: float) -> Factor:
-    """Factor ``H + λI``, with ten times the damping wherever H is not positive definite.
+    """Factor ``H + λI``; λ is raised tenfold, up to 1, for matrices that are not positive definite.
 
     Args:
-        H: [B, K, K] float32, the mean of its diagonal 1 (`normalised`), in the order columns are worked on.
-        damping: λ > 0 to begin with.
+        H: [B, K, K] float32, mean of the diagonal 1 (`normalised`), in the order of the column pass.
+        damping: initial λ > 0.
 
     Returns:
-        The factor; where even λ = 1 is not enough, that of the diagonal alone.
+        The factor; if λ = 1 is not enough, the factor of the diagonal alone.
     """
     size = H.shape[-1]
     identity = torch.eye(size, dtype=torch.float32, device=H.device)
@@ -116,13 +117,13 @@ def damped_factor(H: Tensor, *, damping: float) -> Factor:
         diagonal = matrix[failed].diagonal(dim1=-2, dim2=-1).sqrt()
         lower[failed] = torch.diag_embed(diagonal)
     inverse = torch.empty_like(lower)
-    for one, out in zip(lower, inverse, strict=True):  # one by one: batched solvers are made for small matrices
+    for one, out in zip(lower, inverse, strict=True):  # batched solvers are fast for small matrices only
         torch.linalg.solve_triangular(one, identity, upper=False, out=out)
     return Factor(inverse.flip(-2, -1), level, failed)
 
 
 def _cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factors [B, K, K] and, for each matrix, whether it was not positive definite [B]."""
+    """Lower factors [B, K, K], and info [B] int32: nonzero for matrices that are not positive definite."""
     lower, info = torch.empty_like(matrices), torch.empty(len(matrices), dtype=torch.int32, device=matrices.device)
     for index, one in enumerate(matrices):
         torch.linalg.cholesky_ex(one, out=(lower[index], info[index]))

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the weights nearest to zero become zero.
+"""Magnitude pruning: remove the weights of smallest magnitude.
 
 Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", arXiv 1506.02626, section 3.
 """
@@ -14,12 +14,12 @@ def magnitude_mask(W: Tensor, *, ratio: float, pattern: tuple[int, int] | None =
 
     Args:
         W: [N, K] of any floating dtype.
-        ratio: share of weights to remove, 0 <= ratio < 1; not looked at where there is a pattern.
-        pattern: (n, m) to remove n of every m neighbours in a row, or None for exactly ``round(ratio * N * K)`` of the
-            smallest ``|W|`` of the whole matrix.
+        ratio: fraction of weights to remove, 0 <= ratio < 1; ignored with a pattern.
+        pattern: (n, m) to remove n of every m consecutive weights of a row, or None for exactly
+            ``round(ratio * N * K)`` of the smallest ``|W|`` of the whole matrix.
 
     Returns:
-        [N, K] bool, True where a weight is removed. Of equal magnitudes the first in row order go first.
+        [N, K] bool, True where a weight is removed. Among equal magnitudes the first in row-major order are removed.
 
     Raises:
         CalibrationError: the ratio is not in [0, 1), or m does not divide K.

@@ -1,7 +1,7 @@
-"""Which of many scores are smallest, exactly so many of them, with a rule for ties.
+"""Masks of the smallest scores: an exact number of them, with a rule for ties.
 
-Two shapes of sparsity are made of that: a share of the scores of a row or matrix, and n of every m neighbours in a row.
-Of equal scores the first go first, so that the same scores give the same mask on every device.
+They serve two kinds of sparsity: a fraction of the scores of a row or matrix, and n of every m consecutive scores of a
+row. Among equal scores the first are marked, so that equal scores give the same mask on every device.
 
 Sources: unstructured as in Han et al. (arXiv 1506.02626), section 3; n:m as in Mishra et al. (arXiv 2104.08378), section 3.
 """
@@ -17,30 +17,30 @@ _MAGNITUDES: Final = 1 << 15
 
 
 def check_sparsity(columns: int, *, ratio: float, pattern: tuple[int, int] | None) -> None:
-    """Refuse what cannot be removed.
+    """Check a ratio or a pattern.
 
     Args:
         columns: K of the weight.
-        ratio: share of weights to remove.
-        pattern: (n, m) for n of every m neighbours in a row, or None.
+        ratio: fraction of weights to remove.
+        pattern: (n, m) for n of every m consecutive weights of a row, or None.
 
     Raises:
-        CalibrationError: ratio outside [0, 1), or a pattern that does not divide the row or leaves nothing.
+        CalibrationError: the ratio is outside [0, 1), m does not divide K, or n is not between 1 and m - 1.
     """
     if not 0 <= ratio < 1:
         raise CalibrationError(
-            "A share of weights to remove is not below 1",
+            "The fraction of weights to remove is not in [0, 1)",
             found=f"{ratio}",
-            fix="0 removes nothing, 0.5 every other weight",
+            fix="0 removes nothing, 0.5 removes half of the weights",
         )
     if pattern is None:
         return
     removed, of = pattern
     if not 0 < removed < of or columns % of:
         raise CalibrationError(
-            "A pattern of sparsity does not fit its weight",
+            "A sparsity pattern does not fit its weight",
             found=f"{removed} of every {of} weights in rows of {columns}",
-            fix="remove fewer than there are, of a number that divides the row",
+            fix="choose n:m with 0 < n < m and m dividing the row",
         )
 
 
@@ -48,7 +48,7 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     """Mark the `count` smallest scores along the last dimension.
 
     Args:
-        scores: [..., M] of any floating dtype, finite, none of them negative.
+        scores: [..., M] of any floating dtype, finite, not negative.
         count: between 0 and M.
 
     Returns:
@@ -64,7 +64,11 @@ def smallest(scores: Tensor, count: int) -> Tensor:
 
 
 def smallest_of_each(scores: Tensor, *, removed: int, of: int) -> Tensor:
-    """Mark the `removed` smallest of every `of` neighbours along the last dimension, which `of` divides: [..., K] bool."""
+    """Mark the `removed` smallest of every `of` consecutive scores along the last dimension (a multiple of `of`).
+
+    Returns:
+        [..., K] bool.
+    """
     grouped = scores.reshape(*scores.shape[:-1], -1, of)
     order = grouped.argsort(dim=-1, stable=True)
     mask = torch.zeros(grouped.shape, dtype=torch.bool, device=scores.device)
@@ -72,13 +76,13 @@ def smallest_of_each(scores: Tensor, *, removed: int, of: int) -> Tensor:
 
 
 def _threshold_of_patterns(patterns: Tensor, count: int) -> Tensor:
-    """The `count`-th smallest of 15-bit patterns [M] int16, by counting: the order of patterns is that of magnitudes."""
+    """The `count`-th smallest of 15-bit patterns [M] int16, by counting; patterns are ordered like magnitudes."""
     counts = torch.bincount(patterns.to(torch.int32), minlength=_MAGNITUDES)
     return torch.searchsorted(counts.cumsum(0), count).to(torch.int16)
 
 
 def _first_up_to(scores: Tensor, threshold: Tensor, count: int) -> Tensor:
-    """All below the threshold and, of those equal to it, the first that make up `count`."""
+    """Mark all scores below the threshold, and the first scores equal to it until `count` are marked."""
     mask, ties = scores < threshold, scores == threshold
     if scores.dim() == 1:
         mask[ties.nonzero().flatten()[: count - int(mask.sum())]] = True

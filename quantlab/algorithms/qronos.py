@@ -1,10 +1,10 @@
-"""The weights that best make good for what earlier layers got wrong.
+"""Weights that compensate for the errors of earlier layers.
 
-In the original model a matrix W sees x̃; in the changed one it sees x of the same token. What is to be met is W x̃, with x to
-work on: the best real-valued weights minimise ``E|W x̃ - Ŵ x|²``, which is solved by ``Ŵ = W E[x̃ xᵀ] H⁻¹``, H = E[x xᵀ].
-With C = E[(x̃ - x) xᵀ], the form in which the small difference is not lost, that is ``W + W C H⁻¹``. And since the objective
-is quadratic, for every other Ŵ it is that minimum plus ``tr((W* - Ŵ) H (W* - Ŵ)ᵀ)``: rounding W* instead of W on the same H
-is all there is to do. With H + λI the same holds for the objective plus ``λ|W - Ŵ|²``.
+For the same token a matrix W receives x̃ in the original model and x in the changed one. The output W x̃ should be
+reproduced from x: the optimal real-valued weights minimise ``E|W x̃ - Ŵ x|²``; they are ``W* = W E[x̃ xᵀ] H⁻¹`` with H
+= E[x xᵀ]. With C = E[(x̃ - x) xᵀ], which keeps the precision of the small difference, this is ``W* = W + W C H⁻¹``. The
+objective is quadratic, so for any other Ŵ it is the minimum plus ``tr((W* - Ŵ) H (W* - Ŵ)ᵀ)``: it suffices to round W*
+instead of W with the same H. With H + λI the same holds for the objective plus ``λ|W - Ŵ|²``.
 
 Source: Qronos (arXiv 2505.11695), section 3; the limit of GPTAQ (arXiv 2504.02692, equation 5) in which the whole
 residual is corrected before the first column.
@@ -20,7 +20,7 @@ def corrected_target(W: Tensor, C: Tensor, U: Tensor, *, strength: float) -> Ten
         W: [B, N, K] float32.
         C: [B, K, K] float32, E[(x̃ - x) xᵀ] in the unit of H.
         U: [B, K, K] float32, ``(H + λI)⁻¹ = Uᵀ U``.
-        strength: α, 0 leaves W as it is, 1 makes the whole error good.
+        strength: α; 0 leaves W unchanged, 1 compensates for the whole error.
 
     Returns:
         [B, N, K] float32.

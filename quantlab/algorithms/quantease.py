@@ -1,14 +1,14 @@
-"""Improve integers and scales that are already good, in the metric of the layer's output.
+"""Refinement of integers and scales that minimises the error of the layer's output.
 
-For one row with target w, integers q and scales s the error is ``(w - q s) H (w - q s)ᵀ``; where there are zero points, q stands
-for the steps from them throughout. Two moves never raise the error:
+For one row with target w, integers q and scales s the error is ``(w - q s) H (w - q s)ᵀ``; with zero points, q means
+the steps from them throughout. Neither of the two updates increases the error:
 
-- one integer at a time to the best value it can have, the others fixed. With the residual ``r = (w - q s) H`` the free
-  optimum of weight k is ``q_k s + r_k / H_kk``; the nearest point of its grid is the best integer. Columns are visited in
-  order, in blocks, so that almost all work is matrix products.
-- all scales of a row at once, the integers fixed: least squares in G unknowns, ``Σ_h A_gh s_h = b_g`` with A_gh the sum of
-  ``q_k H_kl q_l`` over k in group g, l in group h. Rounding the solution to the stored dtype costs part of the gain; going
-  through the scales one by one, each to its best stored value given the others, wins some of it back.
+- Coordinate descent on the integers: each is set to its optimum, the others fixed. With the residual
+  ``r = (w - q s) H`` the unconstrained optimum of weight k is ``q_k s + r_k / H_kk``; the nearest grid point is the
+  best integer. Columns are visited in order, in blocks, so that most of the work is matrix products.
+- Refit of all scales of a row, the integers fixed: least squares in G unknowns, ``Σ_h A_gh s_h = b_g`` with A_gh the
+  sum of ``q_k H_kl q_l`` over k in group g, l in group h. Rounding the solution to the stored dtype loses part of the
+  gain; coordinate descent over the stored scales recovers some of it.
 
 All tensors are [B, K, N] here, columns first: a column of all rows is contiguous.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from quantlab.numerics.integer import integer_range
 
 _NORMAL_ENTRIES: Final = 1 << 26
-"""Entries of the least-squares matrices in memory at a time; rows are independent and taken in as many turns as needed."""
+"""Largest number of entries of the least-squares matrices in memory; rows are independent and processed in chunks."""
 _SCALE_PASSES: Final = 3
 _RIDGE: Final = 1e-6
 _BLOCK: Final = 128
@@ -33,13 +33,13 @@ _BLOCK: Final = 128
 
 @dataclass(frozen=True)
 class Problem:
-    """The target of rows of integers, and the metric of their distance to it.
+    """A rounding problem: target, metric and grid.
 
     Attributes:
         target: w [B, K, N] float32.
         H: [B, K, K] float32, positive definite.
         bits: width of the integers.
-        removed: [B, K, N] bool, weights that stay zero; None for none.
+        removed: [B, K, N] bool, weights that stay zero; or None.
         zero: [B, G, N] int8 zero points; None for symmetric integers.
     """
 
@@ -50,10 +50,10 @@ class Problem:
     zero: Tensor | None = None
 
     def limits(self, groups: Tensor) -> "Limits":
-        """Smallest and largest step of columns.
+        """Smallest and largest step of c columns.
 
         Args:
-            groups: index of the group of each column, for `Tensor.gather` along G: [B, c, N].
+            groups: [B, c, N] int64, group index of each column, for `Tensor.gather` along G.
         """
         low, high = integer_range(self.bits)
         if self.zero is None:
@@ -63,11 +63,11 @@ class Problem:
 
 
 Limits = tuple[int, int] | tuple[Tensor, Tensor]
-"""Smallest and largest integer: of all columns, or [B, c, N] float32 each."""
+"""Smallest and largest step: two integers for all columns, or two float32 tensors [B, c, N]."""
 
 
 def limits_of_column(limits: Limits, j: int) -> Limits:
-    """The limits of one column of a block, [B, N] where they differ."""
+    """The limits of one column of a block; tensors [B, N] if limits differ between columns."""
     low, high = limits
     if isinstance(low, Tensor) and isinstance(high, Tensor):
         return low[:, j], high[:, j]
@@ -82,16 +82,16 @@ def dequantized(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def coordinate_descent(problem: Problem, q: Tensor, scale: Tensor, *, passes: int = 1) -> Tensor:
-    """Give one integer after the other the best value it can have.
+    """Set each integer in turn to its optimum, the others fixed.
 
     Args:
-        problem: target and metric.
-        q: [B, K, N] int8 to begin with, zero where removed.
+        problem: target, metric and grid.
+        q: [B, K, N] int8, initial integers, zero where removed.
         scale: [B, G, N] in its stored dtype, not zero.
-        passes: over all columns at most; it ends early when a pass changes nothing.
+        passes: largest number of passes over all columns; stops early if a pass changes nothing.
 
     Returns:
-        [B, K, N] int8; the error of no row is larger than before.
+        [B, K, N] int8; no row's error increases.
     """
     q = q.clone()
     width = q.shape[1] // scale.shape[1]
@@ -116,9 +116,9 @@ def coordinate_descent(problem: Problem, q: Tensor, scale: Tensor, *, passes: in
 def _descend_columns(
     residual: Tensor, steps: Tensor, H: Tensor, removed: Tensor | None, q: Tensor, limits: Limits
 ) -> tuple[Tensor, Tensor]:
-    """Visit the columns of a block [B, c, N]: the new integers and the change of q s; the residual is used up.
+    """Visit the columns of a block [B, c, N]: the new integers and the change of q s. Overwrites the residual.
 
-    The kernel for CUDA has one range for all columns; with zero points torch visits the columns there too.
+    The CUDA kernel supports one integer range for all columns only; with zero points the torch loop runs on the GPU.
     """
     low, high = limits
     if residual.device.type == "cuda" and isinstance(low, int) and isinstance(high, int):
@@ -138,15 +138,15 @@ def _descend_columns(
 
 
 def refit_scales(problem: Problem, q: Tensor, scale: Tensor) -> Tensor:
-    """The scales that are best for fixed integers.
+    """Refit the scales with the integers fixed.
 
     Args:
-        problem: target and metric.
+        problem: target, metric and grid.
         q: [B, K, N] int8.
-        scale: [B, G, N] in its stored dtype, not zero: what to improve.
+        scale: [B, G, N] in its stored dtype, not zero: initial scales.
 
     Returns:
-        [B, G, N] in the same dtype; the error of no row is larger than before.
+        [B, G, N] in the same dtype; no row's error increases.
     """
     result = scale.clone()
     batch, groups, rows = scale.shape
@@ -159,7 +159,7 @@ def refit_scales(problem: Problem, q: Tensor, scale: Tensor) -> Tensor:
 
 
 def _normal_equations(problem: Problem, q: Tensor, target: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``A δ = r`` of every row for the change δ of its scales: A [B, N, G, G], r [B, N, G]."""
+    """The normal equations ``A δ = r`` of every row for the change δ of its scales: A [B, N, G, G], r [B, N, G]."""
     batch, columns, rows = q.shape
     groups = scale.shape[1]
     width = columns // groups
@@ -176,7 +176,7 @@ def _normal_equations(problem: Problem, q: Tensor, target: Tensor, scale: Tensor
 
 
 def _stored_solution(A: Tensor, r: Tensor, old: Tensor) -> Tensor:
-    """Least squares, then one stored scale after the other; `old` [B, N, G] in rows that this does not improve."""
+    """Solve the least squares, then adjust the stored scales one by one; rows without gain keep `old` [B, N, G]."""
     diagonal = A.diagonal(dim1=2, dim2=3)
     used = diagonal > 0
     pivot = torch.where(used, diagonal, torch.ones_like(diagonal))
@@ -199,5 +199,5 @@ def _stored_solution(A: Tensor, r: Tensor, old: Tensor) -> Tensor:
 
 
 def _never_zero(scale: Tensor, otherwise: Tensor) -> Tensor:
-    """A scale of zero would make its integers meaningless."""
+    """Replace scales that are zero or not finite by `otherwise`."""
     return torch.where((scale == 0) | ~scale.isfinite(), otherwise, scale)

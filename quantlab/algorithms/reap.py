@@ -4,9 +4,8 @@ Expert j adds g_j(x_t) f_j(x_t) to the residual stream of a token t that is rout
 saliency of an expert is the mean norm of that over its tokens, and the least salient experts are removed. An expert to which
 no token is routed has saliency 0.
 
-Some routers pick experts only inside a few of several groups of experts. So that the router finds the same choice in every
-group as before, the same number of experts leaves every group. Experts that stay keep their order, and group g of the old
-numbering is group g of the new one.
+Some routers first select a few groups of experts and then pick experts within them. To keep groups of equal size, the
+same number of experts is removed from every group. The remaining experts keep their order, and group g stays group g.
 
 Source: REAP (arXiv 2510.13999), section 4, equation 9.
 """
@@ -35,26 +34,27 @@ def saliency(sums: Tensor, tokens: Tensor) -> Tensor:
             "The outputs of experts are not finite",
             where=f"experts {(~sums.isfinite()).nonzero().flatten().tolist()}",
             found="a sum of norms that is NaN or infinite",
-            fix="look for activations that overflow",
+            fix="check for activations that overflow",
         )
     return torch.where(tokens > 0, sums.to(torch.float64) / tokens.clamp(min=1), 0.0)
 
 
 def select_experts(scores: Tensor, *, kept: int, groups: int, picked: int, open_groups: int) -> Tensor:
-    """Choose the experts of one layer that stay: the most salient of every routing group, equally many of each.
+    """Choose the experts of one layer that stay: the most salient of every routing group, the same number in each.
 
     Args:
-        scores: [E] saliency; of equals the first stay.
-        kept: E', how many stay.
-        groups: routing groups, 1 where the router has none.
+        scores: [E] saliency; among equal scores the first experts stay.
+        kept: E', number of experts that stay.
+        groups: number of routing groups, 1 if the router has none.
         picked: experts per token.
-        open_groups: groups that the experts of one token are picked from.
+        open_groups: number of groups from which a token's experts are picked.
 
     Returns:
         [E'] int64, old numbers of the experts that stay, ascending: the rows of the router's weight and bias to keep.
 
     Raises:
-        PlanError: E or E' is not a multiple of the groups, more are to stay than there are, or fewer than a token picks.
+        PlanError: E or E' is not a multiple of `groups`, E' exceeds E, or too few experts stay for the router to pick
+            from.
     """
     experts = len(scores)
     if experts % groups or kept % groups or not 0 < kept <= experts:

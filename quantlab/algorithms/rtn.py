@@ -1,7 +1,7 @@
-"""Round to nearest (RTN): every weight goes to the closest point of a grid that is chosen per row or group.
+"""Round to nearest (RTN): every weight is rounded to the closest point of the grid of its row or group.
 
-The grid of each group, its scale and zero point, is chosen in `scales`. With the mean squares of the inputs as importance the
-result is the best one that ignores correlations between inputs.
+The scale and zero point of each group are chosen in `scales`. With the mean squares of the inputs as importance, the
+search minimises the output error under the assumption of uncorrelated inputs.
 
 Source: as the baseline of GPTQ (arXiv 2210.17323, section 2) and of LLM.int8() (arXiv 2208.07339, section 2).
 """
@@ -16,7 +16,7 @@ from quantlab.algorithms.scales import GridOptions, searched_points
 from quantlab.numerics.integer import QuantizedMatrix, quantize_to_grid
 
 _BAND_WEIGHTS: Final = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Weights worked on at a time: on a CPU the float32 copies of a band stay in its cache, whatever the matrix's size."""
+"""Weights per band of rows: on a CPU the float32 copies of a band fit into its cache."""
 
 
 def rtn(
@@ -29,7 +29,7 @@ def rtn(
     clip_steps: int = 0,
     clip_floor: float = 0.6,
 ) -> QuantizedMatrix:
-    """Quantize a matrix by rounding to nearest, every weight counting alike.
+    """Quantize a matrix by rounding to nearest, with the same importance for every weight.
 
     Args:
         W: [N, K] of any floating dtype, finite.
@@ -51,12 +51,12 @@ def round_batch(W: Tensor, options: GridOptions, *, importance: Tensor | None = 
 
     Args:
         W: [B, N, K] of any floating dtype, finite.
-        options: the grid and the search of its scales.
-        importance: [B, K] float32 on W's device, not negative, such as the diagonal of H: the weight of each column's
+        options: the grid and the search for its scales.
+        importance: [B, K] float32 on W's device, not negative, for example the diagonal of H: weight of each column's
             squared error in the search; None for 1 everywhere.
 
     Returns:
-        The matrices on their grids, concatenated by rows: [B * N, K]; with a search never worse, in every group, than without.
+        The matrices on their grids, concatenated by rows: [B * N, K]; a search does not increase the error of any group.
     """
     batch, rows, columns = W.shape
     flat, groups = W.reshape(batch * rows, columns), columns // (options.group_size or columns)

@@ -1,21 +1,22 @@
-"""Scales and zero points of integer grids: where a group's grid begins, and how far it is shrunk.
+"""Scales and zero points of integer grids: conventions, and a search that shrinks the range of a group.
 
 Three conventions are in use for symmetric integers of b bits and a group of weights w:
 
-- `absmax`  ``s = max|w| / (2^(b-1) - 1)``: nothing is clipped, the point -2^(b-1) is never used.
-- `half`    ``s = 2 max|w| / (2^b - 1)``: the extreme lies half a step outside one end of the grid.
-- `signed`  ``s = -e / 2^(b-1)`` with e the weight of largest magnitude, sign kept: e itself lands on -2^(b-1) exactly and
-  all 2^b points are used; half of the scales are negative. Of two extremes of equal magnitude the negative one counts.
+- `absmax`  ``s = max|w| / (2^(b-1) - 1)``: nothing is clipped; the point -2^(b-1) is not used.
+- `half`    ``s = 2 max|w| / (2^b - 1)``: the extreme is half a step outside one end of the grid.
+- `signed`  ``s = -e / 2^(b-1)`` with e the weight of largest magnitude, including its sign: e maps to -2^(b-1) exactly
+  and all 2^b points are used; half of the scales are negative. If two extremes have equal magnitude, e is the negative
+  one.
 
 One has zero points:
 
-- `minmax`  ``s = (max - min) / (2^b - 1)`` with 0 counted among the weights, so that zero is a point of the grid, and
-  ``z = clamp(round(-2^(b-1) - min / s))``: both extremes lie within half a step of the grid's ends.
+- `minmax`  ``s = (max - min) / (2^b - 1)``, where max and min include 0, so that zero is a grid point, and
+  ``z = clamp(round(-2^(b-1) - min / s))``: both extremes are within half a step of the ends of the grid.
 
-A search then changes the scale where that lowers the squared error ``Σ m ((q - z) s - w)²``: a few clipped outliers for finer
-steps elsewhere. The importance m of a column is 1, or the mean square of its input: with independent inputs the sum is
-then the error of the output. The found scale can be improved further by the closed form ``s = Σ m w p / Σ m p²`` for
-fixed steps ``p = q - z``, with the integers chosen again after it.
+A search then shrinks the scale if that lowers the squared error ``Σ m ((q - z) s - w)²``: it clips a few outliers and
+makes the steps finer for the other weights. The importance m of a column is 1, or the mean square of its input; for
+uncorrelated inputs the sum is then the output error. The scale can be improved further by the closed form
+``s = Σ m w p / Σ m p²`` for fixed steps ``p = q - z``, after which the weights are rounded again.
 
 Sources: scale conventions as in AWQ (arXiv 2306.00978), compressed-tensors and AutoRound (arXiv 2309.05516); clipping by
 mean squared error as in OMSE (arXiv 1902.06822), section 3.
@@ -53,9 +54,9 @@ class GridOptions:
         group_size: columns per scale, dividing K; None for one scale per row.
         scale_dtype: dtype the scales are stored in.
         grid: convention of the scales, see above; `minmax` has zero points.
-        clip_steps: how many shrink factors to try below 1; 0 for no search.
-        clip_floor: the smallest shrink factor.
-        refits: alternations of the closed form with rounding, after the search; 0 for none.
+        clip_steps: number of shrink factors below 1 to try; 0 for no search.
+        clip_floor: smallest shrink factor.
+        refits: iterations of closed form and rounding after the search; 0 for none.
     """
 
     bits: int
@@ -68,7 +69,7 @@ class GridOptions:
 
 
 def grid_scale(grouped: Tensor, *, bits: int, grid: Grid) -> Tensor:
-    """The scale of each group before any clipping: [N, G, g] float32 -> [N, G] float32."""
+    """The scale of each group before the search: [N, G, g] float32 -> [N, G] float32."""
     match grid:
         case "absmax":
             return grouped.abs().amax(dim=2) / ((1 << (bits - 1)) - 1)
@@ -82,7 +83,7 @@ def grid_scale(grouped: Tensor, *, bits: int, grid: Grid) -> Tensor:
 
 
 def zero_points(smallest: Tensor, scale: Tensor, *, bits: int) -> Tensor:
-    """The zero points that bring the smallest weights to the lower end of the grid.
+    """The zero points that map the smallest weights to the lower end of the grid.
 
     Args:
         smallest: [N, G] float32, the smallest weight of each group, not positive.
@@ -105,8 +106,8 @@ def searched_points(grouped: Tensor, options: GridOptions, importance: Tensor | 
         importance: m [1 or N, G, g] float32, not negative; None for 1 everywhere.
 
     Returns:
-        Of least ``Σ m ((q - z) s - w)²`` among the scales ``f * s`` for f = 1 ... clip_floor, then refitted; never worse
-        than the convention's own grid.
+        The grid with the least ``Σ m ((q - z) s - w)²`` among the scales ``f * s`` for f = 1 ... clip_floor, then
+        refitted; its error does not exceed that of f = 1.
     """
     bits, dtype = options.bits, options.scale_dtype
     first = grid_scale(grouped, bits=bits, grid=options.grid)
@@ -132,7 +133,7 @@ def searched_points(grouped: Tensor, options: GridOptions, importance: Tensor | 
 def _better(
     grouped: Tensor, candidate: Points, importance: Tensor | None, best: tuple[Points, Tensor], *, bits: int
 ) -> tuple[Points, Tensor]:
-    """Grid and error of each group: the candidate's where it is better."""
+    """Grid and error of each group: the candidate's if its error is smaller, else those of `best`."""
     error = _squared_error(grouped, candidate, importance, bits=bits)
     points, least = best
     better = error < least
@@ -150,7 +151,7 @@ def _squared_error(grouped: Tensor, points: Points, importance: Tensor | None, *
 
 
 def _least_squares(grouped: Tensor, points: Points, importance: Tensor | None, *, bits: int) -> Tensor:
-    """``Σ m w p / Σ m p²`` per group [N, G] float32 for the steps on a grid; its own scale where all of them are zero."""
+    """``Σ m w p / Σ m p²`` per group [N, G] float32, p the steps on a grid; the grid's scale if all steps are zero."""
     steps = quantize_to_grid(grouped, points.scale, bits=bits, zero=points.zero)
     weighted = steps if importance is None else steps * importance
     norm = (weighted * steps).sum(dim=2)

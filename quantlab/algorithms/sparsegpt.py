@@ -1,12 +1,13 @@
-"""SparseGPT: remove weights column by column, and compensate the error with the columns that follow.
+"""SparseGPT: remove weights column by column; the columns that follow compensate for the error.
 
-The same pass as GPTQ's, with zero in place of the nearest grid point: a weight w in column j that is set to zero raises the
-error of its row by ``w² / U_jj²``, after the best change of the columns after it (``H⁻¹ = Uᵀ U``, see `hessian`). That is
-the score by which weights are chosen, for 128 columns at a time when the pass reaches them, or for every m neighbours. The
-columns before a removed weight compensate afterwards, by least squares on the support that was chosen (`alps`).
+The column pass is that of GPTQ with zero in place of the nearest grid point: setting a weight w in column j to zero
+increases the error of its row by ``w² / U_jj²`` after the optimal change of the columns after it (``H⁻¹ = Uᵀ U``, see
+`hessian`). This is the score of a weight. Weights are chosen for 128 columns at a time when the pass reaches them, or
+for every m consecutive columns. Afterwards all remaining weights, those before a removed one too, are fitted on the
+chosen support (`alps`).
 
-To prune and quantize jointly, take the mask from here and give the original W and the mask to `gptq`: it rounds the best
-weights on the support with scales of their own, and compensates for removal and rounding together.
+To prune and quantize jointly, give the original W and the mask from here to `gptq`: it rounds the optimal weights on
+the support with scales of their own, and compensates for removal and rounding together.
 
 Source: SparseGPT (arXiv 2301.00774), section 3, algorithm 1 and section 3.3 (n:m).
 """
@@ -31,8 +32,9 @@ class SparseGptResult:
     Attributes:
         W: [B, N, K] float32, zero where removed.
         mask: [B, N, K] bool, True where a weight is removed.
-        damping: [B] float32, λ that was used; more than asked for where H was not positive definite.
-        failed: [B] bool, no λ helped: weights were chosen by magnitude and mean square, and only fitted.
+        damping: [B] float32, λ used; larger than requested if H was not positive definite.
+        failed: [B] bool, H was not positive definite at any λ: weights were chosen with the diagonal of H, and the
+            remaining weights are unchanged.
     """
 
     W: Tensor
@@ -54,7 +56,7 @@ def sparsegpt(
     damping: float = 0.01,
     fit_steps: int = 20,
 ) -> SparseGptResult:
-    """Prune one matrix; as `sparsegpt_batch` for B = 1, without that dimension: W [N, K], H [K, K]."""
+    """Prune one matrix, W [N, K] and H [K, K]: `sparsegpt_batch` without the batch dimension."""
     return sparsegpt_batch(W[None], H[None], ratio=ratio, pattern=pattern, damping=damping, fit_steps=fit_steps).member(
         0
     )
@@ -74,16 +76,13 @@ def sparsegpt_batch(
     Args:
         W: [B, N, K] of any floating dtype, finite.
         H: [B, K, K] mean of x xᵀ; any positive multiple gives the same result.
-        ratio: share of every 128 columns to remove, 0 <= ratio < 1; not looked at where there is a pattern.
-        pattern: (n, m) to remove n of every m neighbours in a row, or None.
+        ratio: fraction of the weights of every 128 columns to remove, 0 <= ratio < 1; ignored with a pattern.
+        pattern: (n, m) to remove n of every m consecutive weights of a row, or None.
         damping: λ added to H, in units of the mean of its diagonal; > 0.
-        fit_steps: steps of conjugate gradients on the support, 0 for the pass alone.
-
-    Returns:
-        The pruned matrices.
+        fit_steps: conjugate-gradient steps on the support, 0 for the column pass alone.
 
     Raises:
-        CalibrationError: H does not fit W or is not finite, ratio is not in [0, 1), or m does not divide K.
+        CalibrationError: H has the wrong shape or is not finite, ratio is not in [0, 1), or m does not divide K.
     """
     check_statistics(W, H)
     check_sparsity(W.shape[2], ratio=ratio, pattern=pattern)
@@ -105,7 +104,7 @@ def sparsegpt_batch(
 
 
 def _column_pass(W: Tensor, U: Tensor, *, ratio: float, pattern: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """Algorithm 1: weights [B, N, K] float32 and mask [B, N, K]. Inside it columns come first: [B, K, N]."""
+    """Algorithm 1: weights [B, N, K] float32 and mask [B, N, K] bool. Internally columns come first: [B, K, N]."""
     V = W.mT.contiguous()
     removed = torch.empty(V.shape, dtype=torch.bool, device=V.device)
     columns = V.shape[1]
@@ -127,7 +126,7 @@ def _column_pass(W: Tensor, U: Tensor, *, ratio: float, pattern: tuple[int, int]
 
 
 def _chosen(scores: Tensor, *, ratio: float, pattern: tuple[int, int] | None) -> Tensor:
-    """Which of [B, c, N] scores go, by row of W and column."""
+    """Mask [B, c, N] of the weights to remove, from their scores [B, c, N]."""
     by_row = scores.mT
     if pattern is not None:
         return smallest_of_each(by_row, removed=pattern[0], of=pattern[1]).mT

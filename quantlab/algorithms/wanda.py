@@ -1,7 +1,7 @@
-"""Wanda: of every output, remove the weights that carry least of their input.
+"""Wanda: in every row, remove the weights with the smallest product of magnitude and input norm.
 
-Weight W_ij moves its output by at most |W_ij| times the norm of input j, so rows compare |W_ij| · ‖X_j‖₂ within themselves:
-every output keeps the same number of inputs, and nothing is updated.
+The contribution of weight W_ij to its output is bounded by |W_ij| · ‖X_j‖₂, which is the score. Scores are compared
+within each row, so that every output keeps the same number of inputs. The remaining weights are not updated.
 
 Source: Wanda (arXiv 2306.11695), section 3, equation 1 and algorithm 1.
 """
@@ -19,11 +19,12 @@ def wanda_mask(W: Tensor, mean_square: Tensor, *, ratio: float, pattern: tuple[i
     Args:
         W: [N, K] of any floating dtype.
         mean_square: [K] mean of x² per input channel (the diagonal of H), or any positive multiple of it.
-        ratio: share of every row to remove, 0 <= ratio < 1; not looked at where there is a pattern.
-        pattern: (n, m) to remove n of every m neighbours in a row, or None for ``round(ratio * K)`` of every row.
+        ratio: fraction of every row to remove, 0 <= ratio < 1; ignored with a pattern.
+        pattern: (n, m) to remove n of every m consecutive weights of a row, or None for ``round(ratio * K)`` of every
+            row.
 
     Returns:
-        [N, K] bool, True where a weight is removed. Of equal scores the first in the row go first.
+        [N, K] bool, True where a weight is removed. Among equal scores the first in the row are removed.
 
     Raises:
         CalibrationError: the ratio is not in [0, 1), m does not divide K, or the mean squares are not finite or negative.
@@ -31,7 +32,7 @@ def wanda_mask(W: Tensor, mean_square: Tensor, *, ratio: float, pattern: tuple[i
     check_sparsity(W.shape[1], ratio=ratio, pattern=pattern)
     if not mean_square.isfinite().all() or (mean_square < 0).any():
         raise CalibrationError(
-            "Mean squares of inputs are not finite or negative",
+            "Mean squares of inputs are negative or not finite",
             found=f"between {mean_square.min().item():.3g} and {mean_square.max().item():.3g}",
             fix="collect the mean of x² of finite activations",
         )

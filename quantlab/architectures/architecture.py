@@ -1,8 +1,8 @@
-"""A family of models: names and roles of its tensors, how its layers compute, and which config.json describes them.
+"""A family of models: names and roles of its tensors, computation of its layers, and its fields of config.json.
 
-A rule claims tensors by name. `{layer}` and `{expert}` in its pattern stand for a number, so that no count of layers or
-experts is written anywhere; they are derived from the names of the checkpoint. A family is data (`families/`, one file each,
-listed in `detect.py`); this file is the code that reads it.
+A rule matches tensors by name. `{layer}` and `{expert}` in its pattern stand for numbers, so that no count of layers or
+experts is hard-coded; the numbers are parsed from the names in the checkpoint. A family is data (`families/`, one file
+each, listed in `detect.py`); this file is the code that interprets it.
 """
 
 import re
@@ -55,16 +55,16 @@ class TensorRule:
         pattern: its name, with `{layer}` and `{expert}` for numbers.
         role: what it is for.
         shape: the names of its dimensions, see `Architecture.dimensions`.
-        layers: which layers have it: "every" hidden layer, the "dense" or the "moe" ones, the "mtp" ones; "none" for
-            tensors outside the layers.
-        needs: a dimension without which the tensor does not exist; with a leading "!" one that excludes it.
+        layers: the layers that have it: "every" hidden layer, the "dense", "moe" or "mtp" ones; "none" for tensors
+            outside the layers.
+        needs: a dimension that must be nonzero for the tensor to exist; with a leading "!" it must be zero.
         linear: whether it is the weight [out_features, in_features] of a linear layer.
-        site: the input site: what has the same site in the same layer (and expert) reads the same activations.
-        feeds: the input site whose channels are this tensor's outputs, row by row or head by head: where a scale per channel
-            can be folded in. Everything that reads the site is a linear or the router.
+        site: its input site; tensors with the same site in the same layer (and expert) read the same activations.
+        feeds: the input site whose channels are this tensor's outputs, row by row or head by head, so that a scale per
+            channel can be folded into it. All readers of the site are linears or the router.
         fused: the group that serving engines fuse into one matrix; its members share one scheme.
-        splits: the dimension tensor parallelism divides: "rows" (outputs), "columns" (inputs), or None.
-        exact: whether it keeps its dtype in every variant because engines compute with it in float32.
+        splits: the dimension that tensor parallelism splits: "rows" (outputs), "columns" (inputs), or None.
+        exact: whether it keeps its dtype in every variant, because engines compute with it in float32.
     """
 
     pattern: str
@@ -80,7 +80,7 @@ class TensorRule:
     exact: bool = False
 
     def exists(self, sizes: Dimensions) -> bool:
-        """Whether a model of these sizes has the tensor, by what it `needs`."""
+        """Whether a model of these sizes has the tensor, see `needs`."""
         return not self.needs or bool(sizes[self.needs.lstrip("!")]) != self.needs.startswith("!")
 
     @cached_property
@@ -90,8 +90,16 @@ class TensorRule:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A tensor name with the rule that claims it and the numbers in its name."""
+class ModelTensor:
+    """A tensor classified by its name: role, matching rule, layer and expert.
+
+    Attributes:
+        name: its name in the checkpoint.
+        role: its role, "other" without a rule.
+        rule: the rule that matches its name, None if no rule does.
+        layer: number of its decoder layer, None outside the layers.
+        expert: number of its routed expert, None outside routed experts.
+    """
 
     name: str
     role: Role
@@ -128,7 +136,7 @@ class ExpertNames(NamedTuple):
 
 
 def as_it_stands(config: Config) -> Config:
-    """A config.json that transformers reads completely."""
+    """The config unchanged, for families whose config.json transformers interprets correctly."""
     return config
 
 
@@ -139,13 +147,13 @@ class Architecture:
     Attributes:
         name: the `model_type` of config.json.
         class_name: the entry of `architectures` in config.json.
-        rules: what its tensors are; the first rule that matches claims.
-        dimensions: reads the named sizes out of a config.json; a size that is 0 stands for something the model lacks.
+        rules: rules for its tensors; the first matching rule applies.
+        dimensions: reads the named sizes from a config.json; a size of 0 means that the model lacks the part.
         attention: kind of attention of every layer.
         halves: the two sublayers that every layer consists of, attention and mlp.
         mixture: the layers with routed experts, None in a dense family.
         mtp: whether layers past `num_hidden_layers` are multi-token-prediction layers.
-        for_transformers: writes a config.json so that transformers computes with it as serving engines do.
+        for_transformers: rewrites a config.json so that transformers computes the same as serving engines.
     """
 
     name: str
@@ -184,11 +192,11 @@ class Architecture:
         return {name: value for name, value in config.items() if name not in tokens} | changed
 
     def context_length(self, config: Config) -> int:
-        """Tokens that the model attends to at most, 0 if config.json does not say."""
+        """Largest context length in tokens, 0 if config.json does not specify it."""
         return size_of(config, "max_position_embeddings", default=0)
 
     def same_input(self, site: str, config: Config) -> tuple[str, ...]:
-        """Module names below their sublayer of the linears that read an input site, outside the experts, in the order of the rules."""
+        """Module names, in the sublayer, of the linears outside the experts that read an input site, in rule order."""
         sizes = self.dimensions(config)
         readers = (rule for rule in self.rules if rule.linear and rule.site == site and rule.exists(sizes))
         return tuple(rule.pattern.removesuffix(".weight").rpartition(".")[2] for rule in readers)
@@ -200,7 +208,7 @@ class Architecture:
         return ExpertNames(*(f"{prefix}{name}.weight" for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down)))
 
     def outside_the_model(self, name: str, config: Config) -> bool:
-        """Whether transformers' model has no place for a tensor of the checkpoint: multi-token-prediction layers, a tied head."""
+        """Whether transformers' model lacks a tensor of the checkpoint: multi-token-prediction layers, a tied head."""
         sizes = self.dimensions(config)
         if name == "lm_head.weight":
             return bool(sizes["tied"])
@@ -208,37 +216,38 @@ class Architecture:
         past = sizes["layers"] + sizes.get("mtp_layers", 0)
         return layer is not None and sizes["layers"] <= int(layer[1]) < past
 
-    def fed_rows(self, claim: Claim, config: Config, *, channels: int) -> Sequence[int]:
-        """For every channel of the site a tensor feeds, the row (or element, of a norm) of the tensor it comes from.
+    def fed_rows(self, tensor: ModelTensor, config: Config, *, channels: int) -> Sequence[int]:
+        """For every channel of the site that a tensor feeds: the tensor's row (or element, for a norm) that produces
+        it.
 
         Args:
-            claim: a tensor whose rule feeds a site.
+            tensor: a tensor whose rule feeds a site.
             config: config.json.
-            channels: how many channels the site has.
+            channels: number of channels of the site.
         """
-        assert claim.rule is not None
-        if claim.rule.feeds != "o":
+        assert tensor.rule is not None
+        if tensor.rule.feeds != "o":
             return range(channels)
         return self.attention.output_rows(config, channels=channels)
 
-    def claim(self, name: str, *, hidden_layers: int) -> Claim:
-        """Say what the tensor `name` is; a name no rule knows gets the role "other"."""
+    def classify(self, name: str, *, hidden_layers: int) -> ModelTensor:
+        """Classify a tensor by its name; a name without a matching rule gets the role "other"."""
         for rule in self.rules:
             if match := rule.regex.fullmatch(name):
                 numbers = {key: int(value) for key, value in match.groupdict().items()}
                 layer = numbers.get("layer")
                 past_the_end = layer is not None and layer >= hidden_layers
                 role: Role = "mtp" if self.mtp and past_the_end else rule.role
-                return Claim(name, role, rule, layer, numbers.get("expert"))
+                return ModelTensor(name, role, rule, layer, numbers.get("expert"))
         layer_of_unknown = re.match(r"model\.layers\.(\d+)\.", name)
-        return Claim(name, "other", None, int(layer_of_unknown[1]) if layer_of_unknown else None, None)
+        return ModelTensor(name, "other", None, int(layer_of_unknown[1]) if layer_of_unknown else None, None)
 
     def expected(self, config: Config, *, with_mtp: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every tensor a checkpoint of this config must have.
 
         Args:
             config: config.json.
-            with_mtp: whether the multi-token-prediction layers are there; releases exist with and without.
+            with_mtp: whether to include the multi-token-prediction layers; releases exist with and without them.
 
         Raises:
             CheckpointError: the config lacks a field.

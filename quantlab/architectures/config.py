@@ -1,4 +1,4 @@
-"""Reading sizes out of a config.json, which users edit and which may be damaged."""
+"""Validated reading of sizes and numbers from a config.json, which users may have edited or damaged."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from quantlab.errors import CheckpointError
 
 Config = Mapping[str, Any]
-"""A config.json as it stands."""
+"""The contents of a config.json."""
 
 _LARGEST_SIZE = 10_000_000
 
@@ -15,7 +15,7 @@ def size_of(config: Config, field: str, *, default: int | None = None, least: in
     """A size of config.json, at least `least`.
 
     Raises:
-        CheckpointError: the field is missing and has no default, or is no whole number.
+        CheckpointError: the field is missing and has no default, or is not a whole number.
     """
     value = config.get(field)
     if value is None and default is not None:
@@ -34,7 +34,7 @@ def number_of(config: Config, field: str, *, default: float) -> float:
     """A number of config.json.
 
     Raises:
-        CheckpointError: the field is there and is no number.
+        CheckpointError: the field exists and is not a number.
     """
     value = config.get(field)
     if value is None:

@@ -1,4 +1,4 @@
-"""The families there are, and which of them a config.json describes."""
+"""All supported families, and detection of the family of a config.json."""
 
 from quantlab.architectures.architecture import Architecture
 from quantlab.architectures.config import Config
@@ -16,7 +16,7 @@ def detect(config: Config) -> Architecture:
     """The family of a config.json.
 
     Raises:
-        CheckpointError: the architecture is none of those quantlab knows.
+        CheckpointError: the architecture is not supported.
     """
     classes = config.get("architectures") or []
     if not isinstance(classes, list):

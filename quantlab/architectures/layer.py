@@ -4,8 +4,8 @@ Every layer is two sublayers that add to the residual stream x,
 
     x  <-  x + self_attn(input_layernorm(x))        x  <-  x + mlp(post_attention_layernorm(x))
 
-with the module names of transformers. Code that computes with a layer reads these declarations; it never asks a module or a
-config.json which family it is of.
+with the module names of transformers. Code that computes with a layer reads these declarations instead of checking the
+family of a module or config.json.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,11 +50,11 @@ GATED_MLP = GatedMlp()
 
 @dataclass(frozen=True)
 class RotaryLayout:
-    """Where the two numbers that a rotary embedding rotates together lie in a head.
+    """Positions in a head of the two numbers that a rotary embedding rotates together.
 
     Attributes:
-        projected: whether they are neighbours in the output of the projection; else half the width apart.
-        cached: the same, of the rotated keys in the cache.
+        projected: whether they are adjacent in the output of the projection (interleaved); else half the width apart.
+        cached: the same for the rotated keys in the cache.
     """
 
     projected: bool
@@ -63,24 +63,24 @@ class RotaryLayout:
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """Names of the RMS norms of every head of queries and keys, applied before the rotation."""
+    """Names of the per-head RMS norms of queries and keys, applied before the rotary embedding."""
 
     query: str = "q_norm"
     key: str = "k_norm"
 
 
 def no_window(config: Config) -> int | None:
-    """No layer attends to less than the whole context."""
+    """None: every layer attends to the whole context."""
     return None
 
 
 @dataclass(frozen=True)
 class GroupedAttention:
-    """Grouped-query attention (arXiv 2305.13245); rotated numbers lie half a head apart.
+    """Grouped-query attention (arXiv 2305.13245); pairs of rotated numbers are half a head apart.
 
     Attributes:
-        head_norms: the norms of each head of queries and keys, None without.
-        window: tokens that the layer with the shortest attention sees, None where all see the whole context.
+        head_norms: per-head norms of queries and keys, None if there are none.
+        window: smallest attention window of any layer in tokens, None if all layers attend to the whole context.
     """
 
     QUERY: ClassVar = "q_proj"
@@ -92,7 +92,7 @@ class GroupedAttention:
     window: Callable[[Config], int | None] = no_window
 
     def output_rows(self, config: Config, *, channels: int) -> Sequence[int]:
-        """For each of the `channels` inputs of the output projection the row of the value projection it comes from."""
+        """For each of the `channels` inputs of the output projection: the value projection's row that produces it."""
         heads = size_of(config, "num_attention_heads", least=1)
         shared_by = heads // size_of(config, "num_key_value_heads", default=heads, least=1)
         width = channels // heads
@@ -101,10 +101,10 @@ class GroupedAttention:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), with a latent of queries or without.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), with or without a query latent.
 
     Attributes:
-        rotary: where rotated numbers lie.
+        rotary: positions of the rotated numbers in a head.
     """
 
     QUERY: ClassVar = "q_proj"
@@ -120,17 +120,17 @@ class LatentAttention:
 
     @property
     def window(self) -> Callable[[Config], int | None]:
-        """Tokens that the layer with the shortest attention sees, None where all see the whole context."""
+        """Smallest attention window of any layer in tokens, None if all layers attend to the whole context."""
         return no_window
 
     def query_rank(self, config: Config) -> int:
-        """Width of the latent of queries; 0 where queries are projected at once."""
+        """Width of the query latent; 0 if queries are projected directly."""
         return size_of(config, "q_lora_rank", default=0)
 
     def output_rows(self, config: Config, *, channels: int) -> Sequence[int]:
-        """For each of the `channels` inputs of the output projection the row of `LATENT_UP` it comes from.
+        """For each of the `channels` inputs of the output projection: the row of `LATENT_UP` that produces it.
 
-        The rows of each head are those of its keys and, below them, those of its values.
+        The rows of each head are those of its keys, then those of its values.
         """
         heads, keys = size_of(config, "num_attention_heads", least=1), size_of(config, "qk_nope_head_dim")
         width = channels // heads
@@ -142,16 +142,16 @@ Attention = GroupedAttention | LatentAttention
 
 @dataclass(frozen=True)
 class Routing:
-    """How a router chooses k of E experts for a token and weighs them.
+    """How a router selects k of E experts for a token, and their weights.
 
     Attributes:
         experts: E.
         top_k: k.
-        groups: equal groups that the experts are divided into, in order; 1 without groups.
-        top_groups: groups that a token may choose from.
-        group_score: how many of a group's best scores are summed to choose groups; 0 without groups.
-        scoring: the function of the logits whose values are the scores.
-        corrected: whether a bias is added to the scores for the choice; the weights are the scores without it.
+        groups: number of equal, consecutive groups of experts; 1 without groups.
+        top_groups: number of groups selected per token.
+        group_score: number of best scores of a group that are summed to its score; 0 without groups.
+        scoring: function that maps the logits to scores.
+        corrected: whether a bias is added to the scores for the selection; the weights are scores without the bias.
         normalised: whether the k weights are divided by their sum.
         scaling: factor of the weights.
     """
@@ -175,8 +175,8 @@ class MixtureOfExperts:
     shared experts have the names of `GatedMlp`.
 
     Attributes:
-        routing: reads the routing out of a config.json of the family.
-        count_field: the field of config.json that holds the number of routed experts.
+        routing: reads the routing from a config.json of the family.
+        count_field: the field of config.json with the number of routed experts.
     """
 
     EXPERTS: ClassVar = "experts"

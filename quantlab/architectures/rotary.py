@@ -1,4 +1,4 @@
-"""Scaled rotary embeddings as a config.json describes them, in the words that transformers reads."""
+"""Rewrites scaled rotary embeddings of a config.json in the fields that transformers reads."""
 
 import math
 
@@ -6,14 +6,14 @@ from quantlab.architectures.config import Config, number_of
 
 
 def with_attention_factor(config: Config) -> Config:
-    """The config with YaRN's `attn_factor` written as `attention_factor`.
+    """Rewrite YaRN's `attn_factor` as `attention_factor`.
 
-    cos and sin of YaRN (arXiv 2309.00071, section 3.4) are multiplied by 0.1 ln(factor) + 1. vLLM, SGLang and llama.cpp multiply
-    that by `attn_factor`; transformers does not read the field and takes the whole product from `attention_factor`.
-    DeepSeek-R1-0528-Qwen3-8B has a factor of 4 and the reciprocal of 0.1 ln 4 + 1: its cos and sin are not scaled.
+    YaRN (arXiv 2309.00071, section 3.4) multiplies cos and sin by 0.1 ln(factor) + 1. vLLM, SGLang and llama.cpp also
+    multiply by `attn_factor`; transformers ignores that field and reads the whole product from `attention_factor`.
+    DeepSeek-R1-0528-Qwen3-8B has factor 4 and `attn_factor` 1 / (0.1 ln 4 + 1), so its cos and sin are not scaled.
 
     Raises:
-        CheckpointError: `factor` or `attn_factor` is no number.
+        CheckpointError: `factor` or `attn_factor` is not a number.
     """
     field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     scaling = config.get(field)

@@ -1,4 +1,4 @@
-"""Tensor rules and sizes that families share: dense layers with grouped attention, and layers with latent attention and experts.
+"""Tensor rules and sizes shared by families: dense layers with grouped attention, MoE layers with latent attention.
 
 Sources: README_WEIGHTS of DeepSeek-V3's release and the indices of the released checkpoints.
 """
@@ -82,7 +82,7 @@ GROUPED = (
     _bias("o_proj", "hidden", needs="o_bias"),
     *_mlp("", "dense_mlp", "intermediate", "dense"),
 )
-"""A dense layer with grouped attention, its biases where the sizes `qkv_bias` and `o_bias` say so."""
+"""A dense layer with grouped attention; the sizes `qkv_bias` and `o_bias` determine its biases."""
 
 LATENT = (
     *_OUTSIDE_THE_LAYERS,
@@ -124,11 +124,11 @@ MTP = tuple(
         ("shared_head.head", ("vocabulary", "hidden")),
     )
 )
-"""What a multi-token-prediction layer has besides the tensors of a decoder layer."""
+"""Tensors of a multi-token-prediction layer in addition to those of a decoder layer."""
 
 
 def head_norms(names: HeadNorms) -> tuple[TensorRule, ...]:
-    """The norms of every head of queries and keys. Nothing is folded through them: what they norm is rotated."""
+    """The per-head norms of queries and keys. Scales cannot be folded into them, because their outputs are rotated."""
     return tuple(_norm(_ATTENTION + name, "head", None) for name in (names.query, names.key))
 
 
@@ -138,7 +138,7 @@ def grouped_dimensions(config: Config, *, qkv_bias: bool, head: int | None = Non
     Args:
         config: config.json.
         qkv_bias: whether the projections of queries, keys and values have biases.
-        head: width of a head where config.json does not say; by default the hidden width divided among the heads.
+        head: default width of a head; None for the hidden width divided by the number of heads.
 
     Raises:
         CheckpointError: the config lacks a field.
@@ -206,7 +206,7 @@ def latent_dimensions(config: Config, *, bias_corrected: bool) -> Dimensions:
 
 
 def qwen_window(config: Config) -> int | None:
-    """Tokens that the layers from `max_window_layers` on attend to, None where no layer has a window."""
+    """Attention window in tokens of the layers from `max_window_layers` on, None if no layer has a window."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     kinds, first = config.get("layer_types"), size_of(config, "max_window_layers", default=28)
     windowed = first < size_of(config, "num_hidden_layers") if kinds is None else "sliding_attention" in kinds

@@ -15,7 +15,7 @@ class Accumulator:
     Args:
         width: K.
         needs: the statistics to compute.
-        device: of the activations.
+        device: device of the activations.
     """
 
     def __init__(self, width: int, needs: Collection[Need], *, device: torch.device) -> None:
@@ -35,7 +35,7 @@ class Accumulator:
 
         Args:
             x: [n, K].
-            original: [n, K], the same tokens in the unchanged model; only looked at for the cross term.
+            original: [n, K], the same tokens in the unchanged model; used only for the cross term.
         """
         self.count += len(x)
         if self._abs is not None and self._max is not None and len(x):
@@ -51,7 +51,7 @@ class Accumulator:
             _add_product(self._cross, original - x, x)
 
     def result(self, *, where: str) -> SiteStatistics:
-        """The means; zeros if no token came.
+        """The means; zeros if there was no token.
 
         Args:
             where: block and site, for the message.
@@ -69,7 +69,7 @@ class Accumulator:
         return SiteStatistics(self.count, self._squares, self._abs, self._max, self._hessian, self._cross)
 
     def _check(self, where: str) -> None:
-        # a value that is not finite shows in the diagonals: its square is none either
+        # a value that is not finite makes the diagonals not finite
         finite = self._squares.isfinite()
         if self._cross is not None:
             finite = finite & self._cross.diagonal().isfinite()
@@ -78,14 +78,14 @@ class Accumulator:
                 "activations are not finite",
                 where=where,
                 found=f"{int((~finite).sum())} of {len(finite)} channels are NaN or infinite",
-                fix="check that the checkpoint is whole with `quantlab verify`; if it is, compute in a wider dtype",
+                fix="check the checkpoint with `quantlab verify`; if it is intact, calibrate in float32",
             )
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += aᵀ b in float32; a and b [n, K]."""
     if a.dtype == torch.bfloat16 and a.device.type == "cuda":
-        # products of bfloat16 are exact in float32, where the tensor cores add them up
+        # products of bfloat16 numbers are exact in float32, in which tensor cores accumulate
         total += torch.mm(a.T, b, out_dtype=torch.float32)
     else:
         total.addmm_(a.to(torch.float32).T, b.to(torch.float32))

@@ -1,17 +1,17 @@
-"""Collect statistics of the inputs of half a layer while the calibration tokens pass through it.
+"""Collects statistics of the inputs of half a layer while the calibration tokens pass through it.
 
-Sequential calibration collects one stage after the other, each with the weights before it already changed:
+Sequential calibration collects the statistics of one stage at a time, after the linears of earlier stages were changed:
 
     for half in layer.halves:
         for stage in half.stages:
             statistics = collect(Stream(half, hidden), stage, needs={"hessian"})
             …                                   # change the linears of the stage: layer.weights[name].copy_(…)
-        advance(Stream(half, hidden))           # now the hidden states are those after this half
+        advance(Stream(half, hidden))           # the hidden states are now those after this half
 
-A pass stops at the last site that is collected: nothing after it is computed. For cross terms the unchanged model runs
-beside, once per stage too; since its weights never change, `record` runs it once for all stages if there is memory for the
-inputs of all its sites. Likewise `settle` keeps the inputs of the last linear of the changed half, so that `advance` does not
-compute them again.
+The forward pass stops at the last site to collect. Cross terms also need a forward pass of the unchanged model per
+stage; because its weights do not change, `record` runs it once for all stages if the inputs of all its sites fit into
+memory. Similarly, `keep_last_inputs` keeps the inputs of the last linear of the changed half, so that `advance` does
+not recompute them.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -29,7 +29,12 @@ from quantlab.numerics.statistics import Need, SiteStatistics
 
 @dataclass
 class LastInputs:
-    """Inputs of the last site of half a layer [S, L, K] from the last `collect`; known only if that collected the site."""
+    """Inputs of the last site of half a layer [S, L, K], from the last call of `collect`.
+
+    Attributes:
+        states: the inputs.
+        known: whether that call collected the site; if not, `states` is undefined.
+    """
 
     states: HiddenStates
     known: bool = False
@@ -42,8 +47,9 @@ class Stream:
     Attributes:
         half: the half layer.
         hidden: the hidden states.
-        recorded: inputs of each site [S, L, K], if the hidden states have already passed through the half layer.
-        last: memory for the inputs of the last site, see `settle`.
+        recorded: inputs of each site [S, L, K], if the hidden states already passed through the half layer, see
+            `record`.
+        last: buffer for the inputs of the last site, see `keep_last_inputs`.
     """
 
     half: Half
@@ -53,7 +59,7 @@ class Stream:
 
 
 def advance(stream: Stream) -> None:
-    """Replace the hidden states by those after the half layer, unless that has been done."""
+    """Replace the hidden states by those after the half layer, unless `record` did."""
     if stream.recorded is not None:
         return
     for which, hidden in stream.hidden.batches():
@@ -61,12 +67,12 @@ def advance(stream: Stream) -> None:
         stream.hidden.write(which, stream.half.forward(hidden) if last is None else stream.half.finish(hidden, last))
 
 
-def settle(stream: Stream, workspace: Workspace) -> Stream:
-    """Let `advance` continue from where the last `collect` stopped, instead of from the start of the half layer.
+def keep_last_inputs(stream: Stream, workspace: Workspace) -> Stream:
+    """Keep the inputs of the last site in `collect`, so that `advance` computes only the last linear.
 
-    The caller guarantees that once the last stage has been collected, only the linears of that stage change; collecting any
-    stage again ends the guarantee. Without memory for it, or where routed experts end the half layer, the stream is returned
-    unchanged; the numbers are the same.
+    After the last stage was collected, the caller may change only the linears of that stage, until a stage is collected
+    again. If memory is short, or if routed experts end the half layer, the stream is returned without a buffer; results
+    are the same.
     """
     half, (samples, length, _), dtype = stream.half, stream.hidden.shape, stream.hidden.dtype
     if half.last is None:
@@ -78,17 +84,17 @@ def settle(stream: Stream, workspace: Workspace) -> Stream:
 
 
 def record(stream: Stream, workspace: Workspace) -> Stream:
-    """Run half a layer of the unchanged model once, for the inputs of all stages and the hidden states after it.
+    """Run half a layer of the unchanged model once, and record the inputs of all its sites.
 
-    Only for weights that will not change. Without memory for the inputs of all sites, or where routed experts need single
-    hidden states, the stream is returned unchanged and is run for every `collect`; the numbers are the same.
+    The weights must not change afterwards. If memory is short, or if routed experts need single hidden states, the
+    stream is returned unchanged and runs again in every `collect`; results are the same.
 
     Args:
         stream: the unchanged half layer; its hidden states are replaced by those after it.
-        workspace: where the memory comes from.
+        workspace: allocates the buffers.
 
     Returns:
-        The stream to give to `collect` and `advance`.
+        The stream to pass to `collect` and `advance`.
     """
     half, (samples, length, _), dtype = stream.half, stream.hidden.shape, stream.hidden.dtype
     widths = {name: site.width for name, site in half.sites.items()}
@@ -120,8 +126,8 @@ def collect(
         changed: the stream of the model with the changes so far.
         sites: names among `changed.half.sites`.
         needs: the statistics to compute.
-        original: the stream of the unchanged model; needed for "cross".
-        early_stop: whether to stop the forward pass at the last site; it changes no number.
+        original: the stream of the unchanged model; required for "cross".
+        early_stop: whether to stop the forward pass at the last site; results are the same.
 
     Raises:
         CheckpointError: an activation is NaN or infinite.
@@ -143,19 +149,19 @@ def collect(
     return {site: total.result(where=f"{half.block}, input site {site}") for site, total in accumulators.items()}
 
 
-class _Stop(Exception):  # noqa: N818 - it is no error
-    """Every site that is collected has been reached."""
+class _Stop(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass after all required inputs were seen."""
 
 
 def _inputs_before(original: Stream, sites: Collection[str], samples: slice) -> dict[str, Tensor]:
-    """Inputs of the sites of the unchanged model [B · L, K], recorded or computed now."""
+    """Inputs of the sites in the unchanged model [B · L, K], recorded or computed now."""
     if original.recorded is not None:
         return {site: original.recorded[site].read(samples).flatten(0, 1) for site in sites}
     return _inputs(original.half, sites, original.hidden.read(samples), early_stop=True)
 
 
 def _inputs(half: Half, sites: Collection[str], hidden: Tensor, *, early_stop: bool) -> dict[str, Tensor]:
-    """Inputs of the sites [B · L, K] when hidden states [B, L, H] enter the half layer."""
+    """Inputs of the sites [B · L, K] for hidden states [B, L, H] that enter the half layer."""
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         stack.enter_context(_watched(half, sites, seen, early_stop=early_stop))
@@ -169,7 +175,7 @@ def _inputs(half: Half, sites: Collection[str], hidden: Tensor, *, early_stop: b
 
 @contextmanager
 def _watched(half: Half, sites: Collection[str], seen: dict[str, Tensor], *, early_stop: bool) -> Iterator[None]:
-    """Put the inputs of the sites into `seen`, and end the forward pass when all have been reached."""
+    """Store the inputs of the sites in `seen`; with `early_stop`, end the forward pass when all were seen."""
 
     def hook_for(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -195,7 +201,7 @@ def _skipped(experts: RoutedExperts) -> Iterator[None]:
 
 
 def routing(stream: Stream) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Inputs of the router [n, H], the experts it picks [n, k] int64 and their weights [n, k], batch by batch."""
+    """Inputs of the router [n, H], experts it picks [n, k] int64 and their routing weights [n, k], batch by batch."""
     experts = stream.half.experts
     assert experts is not None, f"{stream.half.block} has no routed experts"
     for _, hidden in stream.hidden.batches():

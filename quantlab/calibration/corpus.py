@@ -1,11 +1,11 @@
-"""Calibration text as samples of tokens, all of one length.
+"""Calibration text as samples of equal length.
 
-Documents are taken in an order drawn from the seed. A document at least as long as a sample is cut into windows that do not
-overlap, from a random first token on, so that no sample contains two documents. Shorter documents are joined until they fill
-a sample, each with the tokens that the tokenizer puts before a text; the last one continues in the next sample. Samples are
-taken in rounds, one of every document before the second of any, so that a few long documents do not fill them all; reading
+The seed determines the order of the documents. A document at least as long as a sample is cut into non-overlapping
+windows with a random start, each within one document. Shorter documents are concatenated until they fill a sample, each
+with the tokens that the tokenizer puts before a text; the last one continues in the next sample. Samples are drawn in
+rounds, one from every document before the second from any, so that a few long documents do not dominate; tokenization
 stops when there are enough. Every sample begins with the tokens that the tokenizer puts before a text (DeepSeek: its
-beginning-of-sequence token), because engines begin a text with them too.
+beginning-of-sequence token), as in serving engines.
 """
 
 import hashlib
@@ -22,34 +22,34 @@ from quantlab.files import read_json, read_json_lines
 
 
 def sample_tokens(corpus: Path, tokenizer_dir: Path, *, samples: int, length: int, seed: int) -> Tensor:
-    """Samples of the corpus in the tokens of a checkpoint.
+    """Draw samples from the corpus, tokenized for a checkpoint.
 
     Args:
         corpus: JSON lines with a `text` field.
         tokenizer_dir: the checkpoint, with config.json and tokenizer.json.
-        samples: how many.
-        length: tokens of each, those the tokenizer puts first included.
-        seed: of the choice; the same seed gives the same samples.
+        samples: number of samples.
+        length: tokens per sample, including those the tokenizer puts before a text.
+        seed: seed of the choice; the same seed gives the same samples.
 
     Returns:
         [samples, length] int64.
 
     Raises:
-        CalibrationError: the corpus cannot be read, a line is malformed, or it holds too little text.
-        CheckpointError: there is no tokenizer, or it knows tokens the model does not.
+        CalibrationError: the corpus cannot be read, has a malformed line, or is too short.
+        CheckpointError: there is no tokenizer, or its vocabulary is larger than the model's.
     """
     lines = read_json_lines(corpus, fields=("text",), kind="calibration text", error=CalibrationError)
     texts = [line["text"] for line in lines]
     tokenizer, prefix = load_tokenizer(tokenizer_dir)
     if length <= len(prefix):
         raise CalibrationError(
-            "a calibration sample has no room for text",
+            "a calibration sample is too short to hold text",
             where=str(corpus),
             found=f"{length} tokens, of which the tokenizer puts {len(prefix)} before every text",
             fix="raise `length` of the calibration",
         )
     windows = _Windows(texts, tokenizer, prefix, length=length, seed=seed)
-    taken = windows.take(samples)
+    taken = windows.draw(samples)
     if len(taken) < samples:
         raise CalibrationError(
             "the calibration text is too short",
@@ -63,17 +63,17 @@ def sample_tokens(corpus: Path, tokenizer_dir: Path, *, samples: int, length: in
 
 
 def tokens_sha256(tokens: Tensor) -> str:
-    """Hash of the samples, shape included: the same for the same numbers on any machine."""
+    """sha256 of the samples' shape and tokens, independent of the machine."""
     digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
     digest.update(tokens.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
 
 class _Windows:
-    """Samples drawn from documents, lazily: a document is tokenised when its turn comes.
+    """Samples drawn from documents, which are tokenized lazily.
 
     Attributes:
-        tokens: how many tokens of text have been made so far.
+        tokens: number of text tokens so far.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class _Windows:
         self._generator = torch.Generator().manual_seed(seed)
         self.tokens = 0
 
-    def take(self, count: int) -> list[list[int]]:
+    def draw(self, count: int) -> list[list[int]]:
         """At most `count` samples."""
         taken: list[list[int]] = []
         later: list[list[list[int]]] = []
@@ -117,7 +117,7 @@ class _Windows:
         first = int(torch.randint(spare + 1, (1,), generator=self._generator))
         starts = range(first, len(ids) - self._width + 1, self._width)
         order = torch.randperm(len(starts), generator=self._generator).tolist()
-        return [self._prefix + ids[starts[place] : starts[place] + self._width] for place in order]
+        return [self._prefix + ids[starts[index] : starts[index] + self._width] for index in order]
 
 
 def _check_vocabulary(tokens: Tensor, directory: Path) -> None:
@@ -125,8 +125,8 @@ def _check_vocabulary(tokens: Tensor, directory: Path) -> None:
     largest = int(tokens.max())
     if isinstance(vocabulary, int) and largest >= vocabulary:
         raise CheckpointError(
-            "the tokenizer makes tokens the model does not know",
+            "the tokenizer produces tokens outside the model's vocabulary",
             where=str(directory / "tokenizer.json"),
             found=f"token {largest}, a vocabulary of {vocabulary}",
-            fix="copy the tokenizer's files of the original release",
+            fix="copy the tokenizer's files from the original release",
         )

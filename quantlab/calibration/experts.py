@@ -1,9 +1,9 @@
-"""The routed experts of a layer for calibration: weights that are views, and a hook on the routing.
+"""The routed experts of a layer for calibration: per-expert views of the weights, and a hook on the routing.
 
-transformers calls ``experts(hidden_states, top_k_index, top_k_weights)`` in every mixture-of-experts family. That call is
-where calibration records which expert gets which token. A token goes to k of E experts; rows are sorted by expert, so that
-each expert that was hit multiplies one contiguous slice, and summed per token in a fixed order, so that two runs agree to
-the last bit on every device.
+transformers calls ``experts(hidden_states, top_k_index, top_k_weights)`` in every mixture-of-experts family;
+calibration records the routing in that call. Each token is routed to k of E experts. Rows are sorted by expert, so that
+each expert multiplies one contiguous slice; outputs are summed per token in a fixed order, so that runs agree bit for
+bit on every device.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Recorder = Callable[[Tensor, Tensor, Tensor], None]
 """Called with hidden_states [T, H], top_k_index [T, k] and top_k_weights [T, k] before the experts compute."""
 
 _BYTES_AT_ONCE: Final = 1 << 28
-"""Bound on the activations of the experts: rows of [H] in, [3I] between, [H] out."""
+"""Limit on the bytes of the experts' activations: per row [H] inputs, [3I] intermediates and [H] outputs."""
 
 
 def gated(x: Tensor, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
@@ -26,7 +26,7 @@ def gated(x: Tensor, gate: Tensor, up: Tensor, activation: Activation) -> Tensor
     Args:
         x: [n, H].
         gate, up: [I, H].
-        activation: of the gate.
+        activation: activation function of the gate.
 
     Returns:
         [n, I].
@@ -38,17 +38,17 @@ class RoutedExperts(nn.Module):
     """All routed experts of a layer, in transformers' fused layout.
 
     Args:
-        experts: the number E.
-        width: of an expert, I.
-        hidden: width of a token, H.
-        act_fn: the gate's activation.
-        dtype: of the weights.
+        experts: number of experts, E.
+        width: intermediate width of an expert, I.
+        hidden: hidden width, H.
+        act_fn: activation function of the gate.
+        dtype: dtype of the weights.
 
     Attributes:
         gate_up_proj: [E, 2I, H], the gate's rows first.
         down_proj: [E, H, I].
-        recorder: called with the arguments of every forward.
-        skipped: return zeros instead of computing, for passes that do not read the experts' outputs.
+        recorder: called with the arguments of every forward call.
+        skipped: whether to return zeros instead of computing, for forward passes that do not need the experts' outputs.
     """
 
     def __init__(self, *, experts: int, width: int, hidden: int, act_fn: Activation, dtype: torch.dtype) -> None:
@@ -102,11 +102,11 @@ class RoutedExperts(nn.Module):
             if count:
                 part = rows[start : start + count]
                 inner = gated(part, self.gate(expert), self.up(expert), self.act_fn)
-                torch.mm(inner, self.down(expert).T, out=part)  # its input is no longer needed
+                torch.mm(inner, self.down(expert).T, out=part)  # overwrites its input, which is no longer needed
                 start += count
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        place, weights = place.view(tokens, top_k), top_k_weights.to(torch.float32)
+        position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        position, weights = position.view(tokens, top_k), top_k_weights.to(torch.float32)
         total = torch.zeros(tokens, hidden_states.shape[1], dtype=torch.float32, device=hidden_states.device)
         for slot in range(top_k):
-            total.addcmul_(rows.index_select(0, place[:, slot]), weights[:, slot, None])
+            total.addcmul_(rows.index_select(0, position[:, slot]), weights[:, slot, None])
         return total.to(hidden_states.dtype)

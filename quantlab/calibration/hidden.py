@@ -1,11 +1,11 @@
 """Hidden states: the residual stream of every calibration token between two blocks.
 
-One stream is [S, L, H]: S samples of L tokens, H wide. It lies on the device if there is room set aside for it, else in
-memory while all streams of a workspace together stay under its cap; beyond the cap it is a memory map of an unlinked file,
-which the system writes back when it needs the memory and which disappears with the process, however that ends.
+A stream is [S, L, H]: S samples of L tokens of width H. It is allocated on the device if it fits the device's budget,
+else in host memory while all streams of a workspace stay under its cap, else in a memory map of an unlinked file: the
+system writes it back under memory pressure and removes it when the process ends.
 
-A stream is read and replaced in place, some samples at a time. The number of samples is set by the workspace and does not
-depend on free memory, because the order of summation, and so every number, depends on it.
+A stream is read and overwritten in batches of samples. The workspace fixes the batch size independently of free memory,
+because it determines the order of summation and thereby the last bits of every result.
 """
 
 import os
@@ -25,7 +25,7 @@ from quantlab.errors import ArtifactError
 from quantlab.files import write_error
 
 _TOKENS_AT_ONCE: Final[Mapping[str, int]] = {"cpu": 4096, "cuda": 32768}
-"""Tokens a layer reads at once: enough for full speed, few enough that its intermediate activations stay small."""
+"""Tokens per batch: enough for full speed, few enough to keep intermediate activations small."""
 
 
 class HiddenStates:
@@ -33,9 +33,9 @@ class HiddenStates:
 
     Args:
         data: [S, L, H], on the device or on the CPU.
-        device: where samples that are read arrive.
-        tokens_at_once: tokens of one batch of `batches`, at least one sample.
-        spilled: whether `data` lies in a file.
+        device: device of the samples returned by `read`.
+        tokens_at_once: tokens per batch of `batches`, at least one sample.
+        spilled: whether `data` is mapped from a file.
     """
 
     def __init__(self, data: Tensor, *, device: torch.device, tokens_at_once: int, spilled: bool) -> None:
@@ -57,7 +57,7 @@ class HiddenStates:
         return self._data.dtype
 
     def batches(self) -> Iterator[tuple[slice, Tensor]]:
-        """All samples in order, as (which, [B, L, H] on the device)."""
+        """All samples in order, as pairs of a slice of samples and their hidden states [B, L, H] on the device."""
         samples, length, _ = self.shape
         step = max(self.tokens_at_once // length, 1)
         for start in range(0, samples, step):
@@ -73,20 +73,20 @@ class HiddenStates:
         self._data[samples].copy_(values)
 
     def rows(self, index: Tensor) -> Tensor:
-        """Single tokens [n, H] on the device, by their index in the stream [n] int64, counted over all samples."""
+        """Single tokens [n, H] on the device, by their index [n] int64 over all samples."""
         return self._data.view(-1, self._data.shape[2]).index_select(0, index.to(self._data.device)).to(self.device)
 
 
 class Workspace:
-    """Allocates the streams of one run; the memory of a stream that is no longer referenced is free again.
+    """Allocates the streams of one run; a stream that is no longer referenced returns its memory to the budget.
 
     Args:
-        directory: of the files, for streams that do not fit; must exist.
-        memory_bytes: cap on the streams in memory, all together.
-        device: the device that computes.
-        tokens_at_once: see `HiddenStates`; the default suits the device.
-        device_bytes: cap on the streams that lie on a device with memory of its own, all together. Routed experts read
-            single tokens many times, which is slow across a bus.
+        directory: existing directory for the files of streams that do not fit into memory.
+        memory_bytes: cap on the total size of the streams in host memory.
+        device: the device of the computation.
+        tokens_at_once: see `HiddenStates`; the default depends on the device.
+        device_bytes: cap on the total size of the streams in GPU memory. Routed experts read single tokens many times,
+            which is slow over PCIe.
     """
 
     def __init__(
@@ -106,35 +106,35 @@ class Workspace:
         """A stream [samples, length, width] of undefined values.
 
         Raises:
-            ArtifactError: it fits neither into the memory allowed nor onto the disk.
+            ArtifactError: it fits neither into the memory budget nor onto the disk.
         """
         shape = (samples, length, width)
         needed = samples * length * width * dtype.itemsize
-        place = next((place for place in ("device", "memory") if needed <= self._free[place]), "disk")
-        if place == "disk":
+        location = next((location for location in ("device", "memory") if needed <= self._free[location]), "disk")
+        if location == "disk":
             data = self._mapped(shape, needed, dtype)
-        elif place == "device":
+        elif location == "device":
             data = torch.empty(shape, dtype=dtype, device=self.device)
         else:
             data = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
-        stream = HiddenStates(data, device=self.device, tokens_at_once=self.tokens_at_once, spilled=place == "disk")
-        if place != "disk":
-            self._free[place] -= needed
-            weakref.finalize(stream, self._give_back, place, needed)
+        stream = HiddenStates(data, device=self.device, tokens_at_once=self.tokens_at_once, spilled=location == "disk")
+        if location != "disk":
+            self._free[location] -= needed
+            weakref.finalize(stream, self._release, location, needed)
         return stream
 
     def has_memory(self, nbytes: int) -> bool:
-        """Whether streams of so many bytes in all fit into memory, however they are divided."""
+        """Whether streams of `nbytes` in total fit into memory, however they are divided."""
         return nbytes <= max(self._free.values())
 
-    def _give_back(self, place: str, nbytes: int) -> None:
-        self._free[place] += nbytes
+    def _release(self, location: str, nbytes: int) -> None:
+        self._free[location] += nbytes
 
     def _mapped(self, shape: tuple[int, int, int], nbytes: int, dtype: torch.dtype) -> Tensor:
         try:
             descriptor, name = tempfile.mkstemp(prefix="hidden-", dir=self.directory)
             try:
-                # a map of a file with holes would end the process by a signal when the disk is full
+                # writing to a map of a sparse file would kill the process with SIGBUS when the disk is full
                 os.posix_fallocate(descriptor, 0, nbytes)
                 data = torch.from_file(name, shared=True, size=nbytes // dtype.itemsize, dtype=dtype)
             finally:
@@ -142,7 +142,7 @@ class Workspace:
                 Path(name).unlink()
         except OSError as error:
             raise ArtifactError(
-                "the hidden states of the calibration cannot be put on disk",
+                "the hidden states of the calibration cannot be written to disk",
                 where=str(self.directory),
                 found=f"{error.strerror}; {nbytes / 1e9:.1f} GB needed",
                 fix="free space, choose another --out, raise `memory` of the calibration, or use fewer samples",
@@ -158,19 +158,19 @@ def _file(directory: Path, block: str) -> Path:
 
 
 def saved_streams(directory: Path) -> dict[str, Path]:
-    """The files of `save_streams` in a directory, by the block that they were written after."""
+    """The files of `save_streams` in a directory, by the name of the block after which they were written."""
     files = directory.glob(f"{_PREFIX}*.safetensors")
     return {path.stem.removeprefix(_PREFIX).replace("-", " "): path for path in files}
 
 
 def save_streams(directory: Path, block: str, streams: Mapping[str, HiddenStates]) -> None:
-    """Write the streams, which are those after `block`, whole or not at all.
+    """Write the streams after `block` atomically.
 
-    The files of other blocks stay until `discard_streams`, so that a journal can be written in between: at every moment the
-    streams of the block that the journal names last exist.
+    The files of other blocks are kept until `discard_streams`, so that the journal can be written in between: the
+    streams after the last block of the journal exist at any moment.
 
     Raises:
-        ArtifactError: the disk does not take the bytes.
+        ArtifactError: the file cannot be written.
     """
     path = _file(directory, block)
     temporary = path.with_name(path.name + ".tmp")
@@ -190,11 +190,11 @@ def save_streams(directory: Path, block: str, streams: Mapping[str, HiddenStates
 
 
 def load_streams(directory: Path, block: str, streams: Mapping[str, HiddenStates]) -> None:
-    """Set the streams to what `save_streams` wrote after `block`.
+    """Load the streams that `save_streams` wrote after `block`.
 
     Raises:
         CheckpointError: the file is missing or damaged.
-        ArtifactError: it holds streams of another shape.
+        ArtifactError: its streams have another shape or dtype.
     """
     path = _file(directory, block)
     header = read_header(path)
@@ -217,7 +217,7 @@ def load_streams(directory: Path, block: str, streams: Mapping[str, HiddenStates
 
 
 def discard_streams(directory: Path, *, keep: str | None) -> None:
-    """Remove the files of every block but `keep`."""
+    """Remove the files of every block except `keep`."""
     kept = None if keep is None else _file(directory, keep)
     for path in directory.glob(f"{_PREFIX}*"):
         if path != kept:

@@ -1,7 +1,8 @@
-"""Statistics of the inputs of half a layer: collected when they are asked for, or found where another variant left them.
+"""Statistics of the inputs of half a layer, read from an archive or collected on demand.
 
-`collect` and `collect_moe` pass all calibration text through half a layer. A layer edit asks here instead, by input site and
-expert; the text is passed through only if a statistic is not in the archive, and the routing is computed once.
+`collect` and `collect_moe` pass the whole calibration text through half a layer. Layer edits request statistics here,
+by input site and expert; the text passes through only if a statistic is not in the archive, and the routing is computed
+once.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -16,11 +17,11 @@ from quantlab.calibration.moe import MoeInputs, collect_moe
 from quantlab.numerics.statistics import Need, SiteStatistics
 
 _SAMPLE_PER_CHANNEL: Final = 4
-"""Tokens per channel, of any expert, in the prior of an expert's down projection."""
+"""Tokens per channel in the prior of an expert's down projection."""
 
 
 class Archive(Protocol):
-    """Statistics by name, computed where they are not known yet."""
+    """Statistics by name; missing ones are computed."""
 
     def statistics(self, name: str, needs: Collection[Need], compute: Callable[[], SiteStatistics]) -> SiteStatistics:
         """Statistics under a name; the same name with other needs is another entry."""
@@ -32,7 +33,7 @@ class Archive(Protocol):
 
 
 class NoArchive:
-    """Statistics that hold for one variant alone: always computed."""
+    """No archive: statistics of one variant, always computed."""
 
     def statistics(self, name: str, needs: Collection[Need], compute: Callable[[], SiteStatistics]) -> SiteStatistics:
         """What `compute` returns."""
@@ -49,7 +50,7 @@ class ExpertInputs:
     Args:
         block: name of the layer's block, for names in the archive.
         route: routes all calibration tokens; called at most once.
-        archive: looked up first.
+        archive: is searched first.
     """
 
     def __init__(self, block: str, route: Callable[[], MoeInputs], archive: Archive) -> None:
@@ -74,7 +75,7 @@ class ExpertInputs:
         return self._known(f"expert {expert} mlp", needs, lambda: self.routed.statistics(expert, needs))
 
     def gate_up_prior(self, needs: Collection[Need]) -> SiteStatistics:
-        """The same over all tokens of the layer; `needs` must be among those the tokens were routed with."""
+        """The same over all tokens of the layer; `needs` must be a subset of those given to `HalfInputs.experts`."""
         return self._known("mlp of all tokens", needs, lambda: self.routed.layer)
 
     def down(
@@ -90,7 +91,7 @@ class ExpertInputs:
     def down_prior(
         self, expert: int, gate: Tensor, up: Tensor, needs: Collection[Need], *, unchanged_expert: int | None = None
     ) -> SiteStatistics:
-        """The same over a sample of all tokens."""
+        """The same statistics over a sample of all tokens."""
 
         def compute() -> SiteStatistics:
             rows = self.routed.sample(_SAMPLE_PER_CHANNEL * gate.shape[0])
@@ -103,13 +104,13 @@ class ExpertInputs:
 
 
 class HalfInputs:
-    """Statistics of the inputs of half a layer as its weights are now.
+    """Statistics of the inputs of half a layer with its current weights.
 
     Args:
         block: name of the layer's block, for names in the archive.
-        enter: the half layer with the hidden states that enter it; called when a statistic has to be computed.
-        original: the same of the unchanged model; needed for "cross".
-        archive: looked up first.
+        enter: returns the half layer with the hidden states that enter it; called when a statistic must be computed.
+        original: the same for the unchanged model; required for "cross".
+        archive: is searched first.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class HalfInputs:
         self._archive = archive or NoArchive()
 
     def sites(self, sites: Sequence[str], needs: Collection[Need]) -> dict[str, SiteStatistics]:
-        """Statistics of input sites outside the routed experts; those that are not known are collected in one pass."""
+        """Statistics of input sites outside the routed experts; all missing ones are collected in one forward pass."""
         collected: dict[str, SiteStatistics] = {}
 
         def compute(site: str) -> SiteStatistics:

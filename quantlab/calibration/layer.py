@@ -1,15 +1,15 @@
-"""One decoder layer at a time: transformers' own modules, with memory only for the layer at work.
+"""One decoder layer at a time: transformers' own modules, with memory for the current layer only.
 
-The model is built once on the meta device, where a tensor has a shape and no memory. A layer of it is copied, given memory
-and handed out with its weights under the names they have in the checkpoint; routed experts, which transformers keeps in
-two fused tensors, appear as views into those, one matrix per expert. Setting a weight is ``weights[name].copy_(…)``.
+The model is built once on the meta device, where tensors have a shape but no memory. To use a layer, its module is
+copied and allocated; its weights are accessible by their names in the checkpoint. Routed experts, which transformers
+stores in two fused tensors, appear as views, one matrix per expert. A weight is set by ``weights[name].copy_(…)``.
 
 A layer is two halves that add to the hidden states x, as its family declares (`quantlab.architectures.layer`),
 
     x  <-  x + self_attn(input_layernorm(x))        x  <-  x + mlp(post_attention_layernorm(x))
 
-and calibration runs through it half by half: once the attention's weights are final, so is its output, and statistics of the
-mlp's inputs do not need another pass through the attention.
+and calibration processes the halves in order: once the attention's weights are final, so is its output, and statistics
+of the mlp's inputs need no further pass through the attention.
 """
 
 import copy
@@ -36,7 +36,7 @@ from quantlab.calibration.experts import RoutedExperts
 from quantlab.errors import CheckpointError
 
 Positions = Any
-"""What a rotary embedding makes for positions 0..L-1; its form is the family's own."""
+"""Output of a rotary embedding for positions 0..L-1; its type depends on the family."""
 
 _ATTENTION_NAME: Final = "quantlab_calibration"
 EMBEDDINGS: Final = "model.embed_tokens.weight"
@@ -44,12 +44,12 @@ EMBEDDINGS: Final = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Site:
-    """A place where activations enter linear layers.
+    """An input site: activations that enter one or more linear layers.
 
     Attributes:
-        module: one of the layers that read them.
+        module: one of the modules that read them.
         width: K.
-        weights: the names of the weights [N, K] of all of them; those of routed experts are not among them.
+        weights: names of the weights [N, K] of all readers, without those of routed experts.
     """
 
     module: nn.Module
@@ -59,16 +59,16 @@ class Site:
 
 @dataclass(frozen=True)
 class Half:
-    """The attention or the mlp of a layer, with the norm before it and the sum after it.
+    """The attention or the mlp of a layer, with the norm before it and the residual addition after it.
 
     Attributes:
-        block: the name of the block, for example "layer 3".
+        block: name of the block, for example "layer 3".
         norm: [B, L, H] -> [B, L, H].
-        body: the normalised hidden states -> what is added to the hidden states.
-        sites: every input site of its linears by name; those of routed experts are not among them.
-        stages: the names of the sites in the order in which activations reach them; sites of one stage do not depend on
-            each other's linears.
-        experts: the routed experts, None without.
+        body: maps the normalised hidden states to the update of the hidden states.
+        sites: input sites of its linears by name, without those of routed experts.
+        stages: names of the sites in the order of the forward pass; sites of one stage do not depend on each other's
+            linears.
+        experts: the routed experts, None if there are none.
     """
 
     block: str
@@ -85,11 +85,11 @@ class Half:
 
     @property
     def last(self) -> str | None:
-        """The site of the one linear that ends the half, None where routed experts add to its output."""
+        """The site of the linear that ends the half, None if routed experts contribute to its output."""
         return None if self.experts is not None else self.stages[-1][-1]
 
     def finish(self, hidden: Tensor, last: Tensor) -> Tensor:
-        """As `forward`, from the known input of the last site [B, L, K]."""
+        """As `forward`, computed from the given input of the last site [B, L, K]."""
         assert self.last is not None
         with torch.no_grad():
             output: Tensor = self.sites[self.last].module(last)
@@ -98,12 +98,12 @@ class Half:
 
 @dataclass(frozen=True)
 class Layer:
-    """A decoder layer with memory of its own, undefined until every weight has been set.
+    """An allocated decoder layer; its weights are undefined until they are set.
 
     Attributes:
-        block: the name of the block, for example "layer 3".
-        weights: the layer's tensors by their names in the checkpoint, views to be written to: linears [N, K] in the dtype
-            of the computation, the router's `e_score_correction_bias` in float32.
+        block: name of the block, for example "layer 3".
+        weights: writable views of the layer's tensors by their names in the checkpoint: linears [N, K] in the dtype of
+            the computation, the router's `e_score_correction_bias` in float32.
         attention, mlp: its halves.
     """
 
@@ -114,11 +114,11 @@ class Layer:
 
     @property
     def halves(self) -> tuple[Half, Half]:
-        """In the order of the computation."""
+        """The halves in the order of the forward pass."""
         return self.attention, self.mlp
 
     def fill(self, read: Callable[[str], Tensor]) -> None:
-        """Set every weight to what `read` returns for its name, of any floating dtype and device."""
+        """Set every weight to the tensor that `read` returns for its name, of any floating dtype and device."""
         for name, weight in self.weights.items():
             weight.copy_(read(name))
 
@@ -128,12 +128,12 @@ class Layer:
 
 
 class Skeleton:
-    """A model without weights, from which layers are made.
+    """A model on the meta device, from which layers are allocated.
 
     Args:
-        config: config.json as it stands.
-        dtype: of the computation.
-        device: of the layers.
+        config: contents of config.json.
+        dtype: dtype of the computation.
+        device: device of the layers.
     """
 
     def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
@@ -149,13 +149,13 @@ class Skeleton:
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation=_ATTENTION_NAME)
         self._layers = model.model.layers
         self._window = self.architecture.attention.window(self.config.to_dict())
-        # made on the real device: frequencies are computed from the config, in float32 whatever the dtype
+        # created on the real device: frequencies are computed from the config, always in float32
         self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
         self._positions: dict[int, Positions] = {}
 
     @property
     def layers(self) -> int:
-        """How many decoder layers there are, those for multi-token prediction not counted."""
+        """Number of decoder layers, without those for multi-token prediction."""
         return len(self._layers)
 
     @property
@@ -176,14 +176,14 @@ class Skeleton:
         return nn.functional.embedding(tokens.to(embeddings.device), embeddings).to(self.device, self.dtype)
 
     def layer(self, index: int) -> Layer:
-        """Give the memory of layer `index` and hand it out, its weights undefined."""
+        """Allocate layer `index`; its weights are undefined."""
         module = copy.deepcopy(self._layers[index])
         _check_halves(module, self.architecture)
         experts = _take_experts(module, self.architecture, dtype=self.dtype)
         module.to_empty(device=self.device).eval().requires_grad_(False)
         for owner in module.modules():
             for name, buffer in list(owner.named_buffers(recurse=False)):
-                owner.register_buffer(name, buffer.float())  # the correction bias decides ties that float16 cannot
+                owner.register_buffer(name, buffer.float())  # float16 cannot resolve differences of the correction bias
         weights = _named_weights(module, index, self.architecture, experts)
         block = f"layer {index}"
         sites = self._sites(module, index, weights)
@@ -206,14 +206,14 @@ class Skeleton:
     def _sites(self, module: nn.Module, index: int, weights: Mapping[str, Tensor]) -> dict[str, Site]:
         names: dict[str, list[str]] = {}
         for name in weights:
-            claim = self.architecture.claim(name, hidden_layers=self.layers)
-            if claim.rule is not None and claim.rule.site is not None and claim.expert is None:
-                names.setdefault(claim.rule.site, []).append(name)
+            tensor = self.architecture.classify(name, hidden_layers=self.layers)
+            if tensor.rule is not None and tensor.rule.site is not None and tensor.expert is None:
+                names.setdefault(tensor.rule.site, []).append(name)
         prefix = f"model.layers.{index}."
         sites = {}
         for site, members in names.items():
             modules = [module.get_submodule(name.removeprefix(prefix).removesuffix(".weight")) for name in members]
-            # a router is called in the family's own way, a linear layer always in the same
+            # hook a linear layer if there is one: the call of a router depends on the family
             watched = next((one for one in modules if isinstance(one, nn.Linear)), modules[0])
             sites[site] = Site(watched, weights[members[0]].shape[1], tuple(members))
         return sites
@@ -247,25 +247,25 @@ def _half(
 
 
 def _check_halves(layer: nn.Module, architecture: Architecture) -> None:
-    """Refuse a layer with a module that is in neither half: calibration would leave it out of the computation.
+    """Refuse a layer with a module outside its two halves: calibration would omit it.
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: there is such a module.
     """
     declared = {name for half in architecture.halves for name in (half.norm, half.module)}
     found = {name for name, _ in layer.named_children()}
     own = [name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))]
     if found != declared or own:
         raise CheckpointError(
-            "a layer is not the two halves that its family declares",
+            "a layer does not consist of the two halves that its family declares",
             where=f"{architecture.class_name} of transformers, {type(layer).__name__}",
             found=", ".join(sorted({*found, *own})),
-            fix=f"declared are {', '.join(sorted(declared))}; use the version of transformers that quantlab asks for",
+            fix=f"declared are {', '.join(sorted(declared))}; use a version of transformers that quantlab requires",
         )
 
 
 def _take_experts(layer: nn.Module, architecture: Architecture, *, dtype: torch.dtype) -> RoutedExperts | None:
-    """Replace transformers' routed experts by ours, on the meta device; None where the layer is dense."""
+    """Replace transformers' routed experts by `RoutedExperts`, on the meta device; None if the layer is dense."""
     if architecture.mixture is None:
         return None
     mlp, name = layer.get_submodule(architecture.halves[1].module), architecture.mixture.EXPERTS
@@ -283,7 +283,7 @@ def _take_experts(layer: nn.Module, architecture: Architecture, *, dtype: torch.
 def _named_weights(
     layer: nn.Module, index: int, architecture: Architecture, experts: RoutedExperts | None
 ) -> dict[str, Tensor]:
-    """Every tensor of the layer under its name in the checkpoint."""
+    """The tensors of the layer by their names in the checkpoint."""
     tensors = (*layer.named_parameters(), *layer.named_buffers())
     ours = {id(tensor) for tensor in experts.parameters()} if experts is not None else set()
     weights = {f"model.layers.{index}.{name}": tensor.data for name, tensor in tensors if id(tensor) not in ours}
@@ -301,12 +301,13 @@ def _causal_attention(  # type: ignore[no-untyped-def]  # noqa: ANN202
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **options,  # noqa: ANN003 - what transformers' attention modules pass on
+    **options,  # noqa: ANN003 - options of transformers' attention modules
 ):
-    """transformers' attention call: query, key [B, A, L, D], value [B, A, L, V] -> [B, L, A, V] and no weights.
+    """transformers' attention call: query, key [B, A, L, D], value [B, A, L, V] -> [B, L, A, V], and None for the
+    weights.
 
-    The fused kernel for the CPU wants values as wide as queries; in latent attention they are narrower. Columns of zeros
-    add nothing to the output but zeros, which are cut off again. Without them all L² scores of every head would exist.
+    The fused CPU kernel requires values as wide as queries; in latent attention they are narrower. They are padded with
+    zeros, and the zero columns of the output are cut off. Otherwise all L² scores of every head would be materialised.
     """
     width = value.shape[-1]
     if query.device.type == "cpu" and width < query.shape[-1]:

@@ -1,13 +1,14 @@
-"""Routed experts: the tokens each of them reads, and the statistics of their inputs and outputs.
+"""Routed experts: the tokens routed to each expert, and the statistics of their inputs and outputs.
 
-Every expert is a small network with an input distribution of its own: the tokens its router sends it. They are not stored a
-second time. The normalised input of an expert's token is one row of the hidden states, normalised again whenever it is
-needed, so that the memory this takes is that of the routing: k indices and k weights per token. The hidden states must
-therefore not advance while the inputs are in use.
+Each expert has its own input distribution: the tokens the router sends to it. Their inputs are not stored separately.
+The input of an expert for a token is a row of the hidden states, which is normalised again whenever it is needed, so
+only the routing takes memory: k indices and k weights per token. The hidden states must not advance while the inputs
+are in use.
 
-An expert that few tokens reach has a Hessian of low rank, which is shrunk towards a prior. Gate and up of all experts read
-the same space, so their prior is the mean over all tokens of the layer. The inputs of down are neurons that have no
-counterpart in other experts, so their prior is the same expert on a sample of all tokens: `sample`.
+An expert that receives few tokens has a Hessian of low rank, which is shrunk towards a prior. Gate and up of all
+experts have the same input space, so their prior is the mean over all tokens of the layer. The inputs of down are
+neurons without counterpart in other experts, so their prior is the same expert evaluated on a sample of all tokens
+(`sample`).
 """
 
 from collections.abc import Collection, Iterator
@@ -25,32 +26,32 @@ from quantlab.calibration.hidden import HiddenStates
 from quantlab.numerics.statistics import Need, SiteStatistics
 
 _ROWS_AT_ONCE: Final = 1024
-"""Tokens of one expert computed at once on a CPU: their activations stay in its cache."""
+"""Tokens of one expert per batch on a CPU, so that their activations fit into its cache."""
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads the inputs of the experts of one stream, row by row."""
+    """Reads single inputs of the experts of one stream."""
 
     norm: nn.Module
     hidden: HiddenStates
     experts: RoutedExperts
 
     def inputs(self, rows: Tensor) -> Tensor:
-        """[n, H] of the tokens `rows` [n]."""
+        """Inputs [n, H] for the tokens `rows` [n]."""
         with torch.no_grad():
             normalised: Tensor = self.norm(self.hidden.rows(rows))
             return normalised
 
 
 class MoeInputs:
-    """The inputs of the routed experts of a layer; made by `collect_moe`.
+    """The inputs of the routed experts of a layer; created by `collect_moe`.
 
     Args:
         changed: the stream of the model with the changes so far, entering the half layer with the experts.
-        original: the stream of the unchanged model there; needed for cross terms.
+        original: the same stream of the unchanged model; required for cross terms.
         index: [T, k] int64, the experts of each token.
-        weights: [T, k] float32, their weights.
+        weights: [T, k] float32, their routing weights.
         layer: statistics over all tokens, the prior of every gate and up.
 
     Attributes:
@@ -74,7 +75,7 @@ class MoeInputs:
         self._weights: tuple[Tensor, ...] = torch.split(weights.flatten().index_select(0, order), counts)
 
     def rows(self, expert: int) -> Tensor:
-        """Indices of the tokens routed to the expert [n] int64, ascending, counted over all samples."""
+        """Indices of the tokens routed to the expert [n] int64, ascending, over all samples."""
         return self._rows[expert]
 
     def gate_weights(self, expert: int) -> Tensor:
@@ -86,7 +87,7 @@ class MoeInputs:
         return self._changed.inputs(self.rows(expert))
 
     def sample(self, count: int) -> Tensor:
-        """Indices of at most `count` tokens spread evenly over all, whatever expert they are routed to [n] int64."""
+        """Indices [n] int64 of at most `count` evenly spaced tokens, regardless of their routing."""
         count = min(count, self._tokens)
         return torch.arange(count) * self._tokens // max(count, 1)
 
@@ -117,10 +118,10 @@ class MoeInputs:
 
         Args:
             expert: its number.
-            gate, up: [I, H], with their changes; the cross term compares with the unchanged expert on the unchanged tokens.
+            gate, up: [I, H], as changed; the cross term compares with the unchanged expert on the unchanged inputs.
             needs: the statistics to compute.
-            rows: the tokens it reads [n] int64, by default its own; those of `sample` give the prior.
-            unchanged_expert: number of the same expert in the unchanged model, where experts before it were removed.
+            rows: its tokens [n] int64, by default those routed to it; for the prior those of `sample`.
+            unchanged_expert: number of the same expert in the unchanged model, if experts before it were removed.
 
         Raises:
             CheckpointError: an activation is NaN or infinite.
@@ -140,9 +141,9 @@ class MoeInputs:
         return accumulator.result(where=f"{self.block}, expert {expert}, input site down")
 
     def gated_norm(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> float:
-        """Sum of g · ‖f(x)‖₂ over the expert's tokens x, its weights being gate and up [I, H] and down [H, I].
+        """Sum of g · ‖f(x)‖₂ over the expert's tokens x, for its weights gate and up [I, H] and down [H, I].
 
-        g is the routing weight as the layer uses it, scaling included.
+        g is the routing weight as used by the layer, including scaling.
         """
         total = 0.0
         parts = zip(self._parts(self.rows(expert)), self._parts(self.gate_weights(expert)), strict=True)
@@ -154,7 +155,7 @@ class MoeInputs:
         return total
 
     def _parts(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Tokens in parts that are computed at once; no part where there is no token."""
+        """Batches of tokens; empty if there are no tokens."""
         return tuple(torch.split(tokens, self._step)) if len(tokens) else ()
 
     def _before(self, rows: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ class MoeInputs:
 def _reader(stream: Stream) -> _Reader:
     experts = stream.half.experts
     assert experts is not None, f"{stream.half.block} has no routed experts"
-    # the norm is copied: a pass may fold a scale into it while these inputs are in use
+    # copy the norm: a pass may fold a scale into it while these inputs are in use
     return _Reader(deepcopy(stream.half.norm), stream.hidden, experts)
 
 
@@ -175,7 +176,7 @@ def collect_moe(changed: Stream, *, needs: Collection[Need] = (), original: Stre
     Args:
         changed: the stream of the model with the changes so far, entering the half layer with the experts.
         needs: the statistics to compute over all tokens of the layer.
-        original: the stream of the unchanged model there; its tokens are assigned to experts by the changed model's router.
+        original: the same stream of the unchanged model; its tokens are routed by the changed model's router too.
 
     Raises:
         CheckpointError: an activation is NaN or infinite.

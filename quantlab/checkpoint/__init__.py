@@ -1,0 +1,1 @@
+"""Safetensors in and out: headers, index, reader, writer, tokenizer, and downloads from the hub."""

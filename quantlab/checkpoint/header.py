@@ -1,8 +1,8 @@
-"""The header of a safetensors file, read and checked without touching a tensor.
+"""The header of a safetensors file, read and validated without reading a tensor.
 
 A safetensors file is eight bytes (the header's length, little endian), the header (JSON: tensor name -> dtype, shape and
-byte range) and the bytes of the tensors, which must follow each other without gap or overlap. Everything in the header
-comes from outside, so everything is checked before an offset is trusted.
+byte range) and the bytes of the tensors, contiguous and without overlap. The header is untrusted input: every field is
+checked before an offset is used.
 Source: the format's description in the safetensors documentation.
 """
 
@@ -23,14 +23,14 @@ _LONGEST_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies.
+    """Location of a tensor.
 
     Attributes:
         name: the tensor's name.
-        dtype: the format's word, for example "BF16" or "F8_E4M3".
+        dtype: dtype word of the safetensors format, for example "BF16" or "F8_E4M3".
         shape: its dimensions.
-        file: the file that holds it.
-        offset: its first byte, counted from the start of the file.
+        file: the file that contains it.
+        offset: its first byte, from the start of the file.
     """
 
     name: str
@@ -52,7 +52,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one file, in the order of their bytes.
 
     Raises:
-        CheckpointError: no such file, or no well-formed safetensors file.
+        CheckpointError: the file is missing or is not a well-formed safetensors file.
     """
     try:
         size = path.stat().st_size
@@ -61,7 +61,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > size - 8 or length > _LONGEST_HEADER:
                 raise _damaged(
-                    path, "its header is longer than the file", f"a header of {length} bytes in a file of {size}"
+                    path, "its header is longer than the file", f"a header of {length} bytes in a file of {size} bytes"
                 )
             raw = file.read(length)
     except OSError as error:

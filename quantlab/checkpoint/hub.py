@@ -1,4 +1,4 @@
-"""A checkpoint by its Hugging Face id: downloaded once into the hub's own cache."""
+"""Download of a checkpoint from the Hugging Face hub, into the hub's own cache."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ _WANTED = [
 
 
 def download(model: str, *, revision: str | None) -> Path:
-    """The local directory of a model of the hub.
+    """Download a model from the hub, unless it is cached, and return its local directory.
 
     Raises:
-        CheckpointError: the model cannot be had.
+        CheckpointError: the download failed.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -30,7 +30,7 @@ def download(model: str, *, revision: str | None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            "the model is neither a directory nor to be had from the Hugging Face hub",
+            "the model is not a local directory and cannot be downloaded from the Hugging Face hub",
             where=model + (f"@{revision}" if revision else ""),
             found=str(error).splitlines()[0][:200],
             fix="correct the path (it is relative to the recipe), or the id; log in for gated models",

@@ -1,4 +1,4 @@
-"""A checkpoint directory as one table of tensors, from headers alone."""
+"""A checkpoint directory as one table of tensors, read from headers alone."""
 
 import hashlib
 import json
@@ -21,8 +21,8 @@ class Checkpoint:
     """A directory of safetensors with its config.json.
 
     Attributes:
-        directory: where it lies.
-        config: config.json as it stands.
+        directory: its path.
+        config: contents of config.json.
         tensors: every tensor by name.
     """
 
@@ -35,9 +35,9 @@ class Checkpoint:
         return tuple(sorted({entry.file for entry in self.tensors.values()}))
 
     def fingerprint(self) -> str:
-        """sha256 over config.json and every tensor's name, dtype, shape and place.
+        """sha256 of config.json and of every tensor's name, dtype, shape, file and offset.
 
-        It names the checkpoint without reading its weights; it does not notice weights edited in place.
+        It identifies the checkpoint without reading its weights, so it does not detect weights edited in place.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in sorted(self.tensors):
@@ -50,11 +50,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """Read the config and every header of a checkpoint.
 
     Raises:
-        CheckpointError: no directory, no safetensors, or an index and shards that contradict each other.
+        CheckpointError: the directory or its safetensors are missing, or index and shards contradict each other.
     """
     if not directory.is_dir():
         raise CheckpointError(
-            "there is no such checkpoint directory",
+            "the checkpoint directory does not exist",
             where=str(directory),
             found="nothing" if not directory.exists() else "a file",
             fix="give the path of a directory with config.json and *.safetensors",
@@ -77,16 +77,16 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
-            "only safetensors is read: a pickle can run code when it is loaded",
+            "only safetensors files are supported: a pickle can run code when it is loaded",
             where=str(directory),
             found=", ".join(pickles[:3]),
             fix='convert once, on a machine you trust with it: python -c "import transformers as t; '
             f"t.AutoModelForCausalLM.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\"",
         )
     raise CheckpointError(
-        "the directory holds no safetensors",
+        "the directory contains no safetensors files",
         where=str(directory),
-        found="neither " + INDEX_NAME + " nor " + SINGLE_NAME,
+        found=f"no {INDEX_NAME} and no {SINGLE_NAME}",
         fix="download the weights of the checkpoint",
     )
 
@@ -115,7 +115,7 @@ def _indexed_tensors(directory: Path) -> dict[str, TensorEntry]:
         for name in header:
             if name not in weight_map:
                 raise CheckpointError(
-                    "a shard holds a tensor the index does not know",
+                    "a shard contains a tensor that the index does not list",
                     where=str(directory / file),
                     found=name,
                     fix="download the index and the shards of one release",
@@ -124,13 +124,13 @@ def _indexed_tensors(directory: Path) -> dict[str, TensorEntry]:
 
 
 def _shard_path(directory: Path, file: str) -> Path:
-    """The path of a shard named by the index, which must be a plain file name of this directory."""
+    """The path of a shard named in the index; the name must be a plain file name."""
     if Path(file).name != file or file in {"", ".", ".."}:
         raise CheckpointError(
             "the index names a file outside the checkpoint",
             where=str(directory / INDEX_NAME),
             found=repr(file),
-            fix="shards lie beside the index; download it from the original release",
+            fix="shards must be in the directory of the index; download it from the original release",
         )
     path = directory / file
     if not path.is_file():

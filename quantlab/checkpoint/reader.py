@@ -1,7 +1,7 @@
-"""Tensors out of a checkpoint, one at a time, into memory of their own.
+"""Reads the tensors of a checkpoint one at a time, each into its own memory.
 
-Plain reads rather than a memory map: what has been read and used is freed, so the resident size stays that of the
-tensors in hand, whatever the checkpoint's size.
+It uses plain reads rather than a memory map, so that used tensors are freed and the resident size does not grow with
+the checkpoint.
 """
 
 import os
@@ -24,15 +24,15 @@ _LARGEST_READ = 1 << 30
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a non-empty CPU tensor, shared with it where it is contiguous."""
+    """The bytes of a non-empty CPU tensor; a view if the tensor is contiguous, else a copy."""
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def read_entry(entry: TensorEntry) -> Tensor:
-    """The tensor of a header entry.
+    """Read the tensor of a header entry.
 
     Raises:
-        CheckpointError: the file is gone or shorter than its header said.
+        CheckpointError: the file is missing or shorter than its header states.
     """
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
@@ -74,7 +74,7 @@ class Reader:
         return name in self.checkpoint.tensors
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`.
+        """Read the tensor `name`.
 
         Raises:
             CheckpointError: the checkpoint has no such tensor, or its bytes cannot be read.

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, as calibration and evaluation use it."""
+"""Loads the tokenizer of a checkpoint, for calibration and evaluation."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ from tokenizers import Tokenizer
 from quantlab.errors import CheckpointError
 from quantlab.files import read_json
 
-_FIX = "copy the tokenizer's files of the original release"
+_FIX = "copy the tokenizer's files from the original release"
 
 
 def load_tokenizer(directory: Path) -> tuple[Tokenizer, tuple[int, ...]]:
-    """The tokenizer of a checkpoint and the ids it puts before a text.
+    """Load the tokenizer of a checkpoint, and the ids it puts before a text.
 
-    tokenizer.json is read as it stands: the classes of transformers rebuild parts of it from their own defaults. They also
-    add the beginning-of-sequence token where tokenizer_config.json says `add_bos_token`, which tokenizer.json need not
-    contain; this is done here too. The tokenizer itself adds nothing, truncates nothing and pads nothing, so that its
-    offsets are those of the whole text; the caller adds the ids.
+    tokenizer.json is read directly, because the classes of transformers rebuild parts of it from their own defaults.
+    They also add the beginning-of-sequence token if tokenizer_config.json sets `add_bos_token`, which tokenizer.json
+    may lack; so does this function. The returned tokenizer neither adds tokens nor truncates nor pads, so that its
+    offsets refer to the whole text; the caller adds the ids.
 
     Raises:
         CheckpointError: there is no usable tokenizer, or its beginning-of-sequence token is not in its vocabulary.
@@ -28,12 +28,12 @@ def load_tokenizer(directory: Path) -> tuple[Tokenizer, tuple[int, ...]]:
         )
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises plain Exception
         raise CheckpointError("the tokenizer cannot be read", where=str(path), found=str(error), fix=_FIX) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     prefix = tuple(tokenizer.encode("").ids)
-    tokenizer.post_processor = None  # it may trim spaces off the offsets
+    tokenizer.post_processor = None  # it may exclude spaces from the offsets
     if prefix or not (directory / "tokenizer_config.json").is_file():
         return tokenizer, prefix
     settings = read_json(directory / "tokenizer_config.json")

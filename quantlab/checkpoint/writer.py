@@ -1,8 +1,8 @@
-"""Safetensors written as a stream: the header first, then each tensor's bytes as soon as they exist.
+"""Writes safetensors as a stream: the header first, then each tensor as soon as it is computed.
 
-The plan knows name, dtype and shape of everything a shard will hold, so the header can be written before any weight has
-been read, and no more than one tensor is ever in memory. A shard is written under a temporary name and renamed when its
-last byte is on disk.
+The plan has the name, dtype and shape of every tensor of a shard, so the header is written before any weight is read,
+and only one tensor is in memory at a time. A shard is written under a temporary name and renamed when it is completely
+on disk.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ from quantlab.files import write_error
 
 
 def shard_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    """The bytes before the first tensor.
+    """The bytes of a safetensors file before its first tensor.
 
     Args:
-        tensors: name, dtype word and shape of each tensor, in the order of their bytes.
+        tensors: name, dtype word and shape of each tensor, in file order.
     """
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -43,7 +43,7 @@ def shard_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
 class ShardWriter:
     """Writes one shard; use it as a context manager.
 
-    Leaving the block without an exception syncs the file and renames it into place; leaving it with one removes it.
+    On exit the file is synced and renamed; after an exception it is removed.
     """
 
     def __init__(self, path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
@@ -56,7 +56,7 @@ class ShardWriter:
 
     @property
     def sha256(self) -> str:
-        """Hash of the bytes written so far."""
+        """sha256 of the bytes written so far."""
         return self._digest.hexdigest()
 
     def __enter__(self) -> Self:
@@ -68,10 +68,10 @@ class ShardWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor, which must be the one the header announced at this place.
+        """Append the next tensor, in the order of the header.
 
         Raises:
-            ArtifactError: the disk does not take the bytes.
+            ArtifactError: the file cannot be written.
         """
         announced = self._expected[self._position]
         assert announced == (name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)), (

@@ -20,7 +20,7 @@ class PackQuantized:
     def can_express(self, number: NumberFormat) -> str | None:
         """Why the layout cannot store a format, None if it can."""
         if not number.symmetric and number.element != INT4:
-            return "zero points are read beside int4 only"
+            return "zero points are supported for int4 only"
         return _inexpressible(number)
 
     def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
@@ -45,14 +45,14 @@ class PackQuantized:
 
 @dataclass(frozen=True)
 class IntQuantized:
-    """Integers as int8, one a byte."""
+    """Integers stored as int8."""
 
     name: LayoutName = "int-quantized"
     parts: tuple[str, ...] = ("weight", "weight_scale", "weight_zero_point", "weight_g_idx")
 
     def can_express(self, number: NumberFormat) -> str | None:
         """Why the layout cannot store a format, None if it can."""
-        return _inexpressible(number) if number.symmetric else "zero points are not read unpacked"
+        return _inexpressible(number) if number.symmetric else "zero points are supported for packed integers only"
 
     def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
         """See `Layout`."""
@@ -69,7 +69,7 @@ class IntQuantized:
 
 @dataclass(frozen=True)
 class FloatQuantized:
-    """FP8 e4m3, one a byte; only read."""
+    """FP8 e4m3 values; read only."""
 
     name: LayoutName = "float-quantized"
     parts: tuple[str, ...] = ("weight", "weight_scale")
@@ -78,7 +78,7 @@ class FloatQuantized:
         """Why the layout cannot store a format, None if it can."""
         if number.element != E4M3:
             return f"{number.element} is not {E4M3}"
-        return None if number.symmetric else "floating-point numbers have no zero points"
+        return None if number.symmetric else "floating-point formats have no zero points"
 
     def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
         """See `Layout`."""
@@ -94,13 +94,13 @@ class FloatQuantized:
 
 
 def _inexpressible(number: NumberFormat) -> str | None:
-    """What of a format compressed-tensors' layouts of integers, as quantlab reads them, have no place for."""
+    """Why compressed-tensors' integer layouts, as quantlab reads them, cannot store a format; None if they can."""
     if not number.is_integer or number.bits not in {4, 8}:
-        return f"{number.element} is no 4- or 8-bit integer"
+        return f"{number.element} is not a 4- or 8-bit integer"
     if not number.by_row or number.group_size not in _GROUP_SIZES:
-        return f"scales belong to rows, or to groups of {', '.join(str(size) for size in _GROUP_SIZES if size)} columns"
+        return f"scales must belong to rows, or to groups of {', '.join(str(size) for size in _GROUP_SIZES if size)} columns"
     if number.activations is not None and number != NumberFormat(INT8, ROW, activations=Activations(INT8)):
-        return "activations are rounded to int8 per token, with int8 weights per row"
+        return "activations can only be int8 per token, with int8 weights per row"
     return None
 
 

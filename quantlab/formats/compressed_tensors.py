@@ -76,7 +76,7 @@ class QuantizationConfig:
 
     Attributes:
         groups: of linears.
-        ignore: names or "re:…" patterns of linears that stay as they are.
+        ignore: names or "re:…" patterns of linears that are not quantized.
     """
 
     groups: tuple[Group, ...]
@@ -164,7 +164,7 @@ def parse_config(quantization_config: Mapping[str, Any], where: str) -> Quantiza
 
 
 def _patterns(found: object, *, where: str) -> tuple[str, ...]:
-    """Names and "re:…" patterns that can be matched with."""
+    """Validate names and "re:…" patterns."""
     if not isinstance(found, list | tuple) or not all(isinstance(pattern, str) for pattern in found):
         raise _malformed(where, found)
     for pattern in found:
@@ -185,7 +185,7 @@ def _malformed(where: str, found: object) -> ArtifactError:
 
 
 def _group(targets: tuple[str, ...], described: Mapping[str, Any], word: object, *, where: str) -> Group:
-    """A config group as read; layout and number format have to go together."""
+    """Parse one config group; its layout must be able to store its number format."""
     weights, activations = described["weights"], described.get("input_activations")
     layout = _LAYOUTS.get(word) if isinstance(word, str) else None
     element = _ELEMENTS.get((weights.get("type", "int"), weights.get("num_bits")))
@@ -207,7 +207,7 @@ _ELEMENTS: Final[Mapping[tuple[object, object], Element]] = {("int", 4): INT4, (
 
 
 def _granularity(weights: Mapping[str, Any]) -> Granularity | None:
-    """The weights that share a scale, None where the description is none that is known."""
+    """The weights that share a scale, None for an unknown description."""
     size, structure = weights.get("group_size"), weights.get("block_structure")
     match weights.get("strategy"):
         case "channel":
@@ -224,7 +224,7 @@ def _granularity(weights: Mapping[str, Any]) -> Granularity | None:
 
 
 def _activations(described: Mapping[str, Any] | None) -> Activations | Literal[False] | None:
-    """How activations are rounded: symmetric, with a scale found at run time; False where it is another way."""
+    """The dynamic, symmetric quantization of activations; None without one, False if it is of another kind."""
     if not described:
         return None
     element = _ELEMENTS.get((described.get("type", "int"), described.get("num_bits")))
@@ -281,9 +281,10 @@ def _matches(pattern: str, module: str) -> bool:
 def describe(linears: Sequence[Linear]) -> QuantizationConfig:
     """The description of an artifact, for engines.
 
-    With one format, every Linear is a target and the rest is ignored. With several, each names its roles, or its modules one
-    by one where a role has several; the routed experts' format stands first, because transformers takes the first group that
-    names experts for all of them. Linears that were left alone one by one are ignored by name.
+    With one format, every Linear is a target and the others are ignored. With several formats, each group lists its
+    roles, or single modules if a role has several formats. The routed experts' format comes first, because transformers
+    applies the first group that names experts to all of them. Single linears that are not quantized are ignored by
+    name.
     """
     modules: dict[Role, dict[tuple[NumberFormat, LayoutName] | None, list[str]]] = {}
     for linear in linears:
@@ -307,7 +308,7 @@ def describe(linears: Sequence[Linear]) -> QuantizationConfig:
 
 
 def _ignored(linears: Sequence[Linear], modules: Mapping[Role, Mapping[Any, list[str]]]) -> list[str]:
-    """Patterns of the linears that stay as they are, by role where a whole role does, else one by one."""
+    """Patterns of the linears that are not quantized: one per role if the whole role is not, else one per linear."""
     whole = {role for role, keys in modules.items() if set(keys) == {None}} | {"lm_head"}
     ignore = [pattern for role, pattern in MODULE_PATTERNS.items() if role in whole]
     for layer in sorted({linear.layer for linear in linears if linear.role == "mtp"}):

@@ -1,9 +1,9 @@
 """The layout of DeepSeek-V3 and R1: FP8 e4m3 weights with one float32 scale per block of 128 x 128.
 
-A linear [N, K] is two tensors: `weight` [N, K] F8_E4M3 and `weight_scale_inv` [ceil(N/128), ceil(K/128)] F32, which may lie in
-another shard. The block size stands in config.json (`weight_block_size`); it cannot be derived from the shapes, because the
-last blocks may be ragged (see `quantlab.numerics.fp8`). Engines round activations to FP8 too, one scale per token and 128
-channels.
+A linear [N, K] is stored as two tensors: `weight` [N, K] F8_E4M3 and `weight_scale_inv` [ceil(N/128), ceil(K/128)] F32,
+which may be in another shard. The block size is in config.json (`weight_block_size`); it cannot be derived from the
+shapes, because the last blocks may be ragged (see `quantlab.numerics.fp8`). Engines also round activations to FP8, with
+one scale per token and 128 channels.
 """
 
 import re
@@ -35,12 +35,12 @@ class Fp8BlocksLayout:
         if number.element != E4M3:
             return f"{number.element} is not {E4M3}"
         if number.granularity.rows is None or number.granularity.columns is None or number.by_row:
-            return "scales belong to blocks of several rows and columns"
-        return None if number.scale == "F32" else "scales are float32"
+            return "scales must belong to blocks of several rows and columns"
+        return None if number.scale == "F32" else "scales must be float32"
 
     def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
         """See `Layout`."""
-        sizes = zip(shape, number.shard, strict=True)  # it derives the block from the shapes
+        sizes = zip(shape, number.shard, strict=True)  # transformers derives the block size from the shapes
         return "ragged FP8 blocks" if any(size > whole and size % whole for size, whole in sizes) else None
 
     def stored_tensors(
@@ -57,12 +57,12 @@ LAYOUT: Final = Fp8BlocksLayout()
 
 @dataclass(frozen=True)
 class Fp8Blocks:
-    """What a checkpoint of this layout says of its weights.
+    """The description of the weights of a checkpoint in this layout.
 
     Attributes:
         number: the format of its quantized linears.
-        unconverted: modules that stay as they are, for engines: in the tensors it is seen anyway. The experts of a layer are
-            one module.
+        unconverted: names of modules that are not quantized, for engines; the experts of a layer are one module.
+            Reading does not need it, because the tensors' dtypes show it.
     """
 
     number: NumberFormat
@@ -101,7 +101,8 @@ class Fp8Blocks:
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` of config.json, as DeepSeek releases it, with the modules that engines must not convert.
 
-        transformers takes the names as regular expressions from the start of a module's name, vLLM and SGLang as whole names.
+        transformers matches these names as regular expressions at the start of a module's name, vLLM and SGLang as
+        whole names.
         """
         granularity = self.number.granularity
         described = {
@@ -165,7 +166,7 @@ def scales_of(tensors: Mapping[str, TensorEntry], description: Fp8Blocks | None)
     """The scale of every FP8 weight, by the weight's name.
 
     Raises:
-        CheckpointError: an FP8 weight has no scale, a scale no FP8 weight, or they do not fit each other.
+        CheckpointError: an FP8 weight has no scale, a scale has no FP8 weight, or their shapes do not fit.
     """
     weights = [name for name, entry in tensors.items() if entry.dtype == _WEIGHT_DTYPE]
     scales = {name.removesuffix(_SCALE): entry for name, entry in tensors.items() if name.endswith(_SCALE)}

@@ -1,8 +1,8 @@
-"""Checkpoints whose experts lie fused, as transformers holds them, seen with one name per expert, as DeepSeek releases them.
+"""Presents checkpoints with fused experts (transformers' layout) with one name per expert (DeepSeek's layout).
 
-`experts.gate_up_proj` [E, 2I, H] holds for every expert the rows of gate, then those of up; `experts.down_proj` [E, H, I].
-Packed weights and scales are fused in the same way. A matrix of one expert is a run of bytes of its shard, so nothing is
-read or copied here: the table of tensors gets an entry for every run.
+`experts.gate_up_proj` [E, 2I, H] contains for every expert the rows of gate, then those of up; `experts.down_proj` is
+[E, H, I]. Packed weights and scales are fused in the same way. The matrix of one expert is a contiguous byte range of
+its shard, so nothing is read or copied: the table of tensors gets an entry for every range.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ def unfused(checkpoint: Checkpoint) -> Checkpoint:
 def _matrices(entry: TensorEntry, experts: str, kind: str, part: str | None) -> Iterator[TensorEntry]:
     part = _PARTS.get(part, part)
     if part == "weight_shape" or len(entry.shape) != 3:
-        return  # the shape of the whole: that of an expert's matrix follows from its words
+        return  # it is the shape of the fused tensor; an expert's shape follows from its packed words
     names = ("gate_proj", "up_proj") if kind == "gate_up" else ("down_proj",)
     count, rows, columns = entry.shape
     shape = (rows // len(names), columns)
     nbytes = entry.nbytes // max(count * len(names), 1)
     for index in range(count):
-        for place, name in enumerate(names):
-            offset = entry.offset + (index * len(names) + place) * nbytes
+        for position, name in enumerate(names):
+            offset = entry.offset + (index * len(names) + position) * nbytes
             yield TensorEntry(f"{experts}.{index}.{name}.{part}", entry.dtype, shape, entry.file, offset)

@@ -37,13 +37,13 @@ class Gptq:
     def can_express(self, number: NumberFormat) -> str | None:
         """Why the layout cannot store a format, None if it can."""
         if not number.is_integer or number.bits not in _BITS:
-            return f"{number.element} is no 4- or 8-bit integer"
+            return f"{number.element} is not a 4- or 8-bit integer"
         if not number.symmetric:
-            return "zero points off the middle are not read"
+            return "zero points are not supported"
         if number.activations is not None:
-            return "activations stay floating point"
+            return "quantized activations are not supported"
         if not number.by_row or number.group_size not in _GROUP_SIZES:
-            return f"scales belong to rows, or to groups of {', '.join(str(size) for size in _GROUP_SIZES if size)} columns"
+            return f"scales must belong to rows, or to groups of {', '.join(str(size) for size in _GROUP_SIZES if size)} columns"
         return None
 
     def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
@@ -72,13 +72,13 @@ _LAYOUTS: Final[Mapping[str, Gptq]] = {layout.name: layout for layout in (FIRST,
 
 @dataclass(frozen=True)
 class GptqConfig:
-    """What a checkpoint of these layouts says of its weights.
+    """The description of the weights of a checkpoint in one of these layouts.
 
     Attributes:
         number: the format of its linears.
-        layout: how they are stored.
-        overridden: whether some linears have numbers of their own (GPTQModel's `dynamic`).
-        where: the file and key the description stands in.
+        layout: their layout.
+        overridden: whether some linears have a format of their own (GPTQModel's `dynamic`).
+        where: file and key of the description.
     """
 
     number: NumberFormat
@@ -95,7 +95,7 @@ class GptqConfig:
         """How the weight `name` is stored, None if its tensors are floating point.
 
         Raises:
-            ArtifactError: its tensors disagree with the description, or are of numbers quantlab does not read.
+            ArtifactError: its tensors contradict the description, or their format is not supported.
         """
         parts = present(name.removesuffix("weight"), self.layout.parts, tensors)
         named = {part.name.rpartition(".")[2]: part for part in parts}

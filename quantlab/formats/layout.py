@@ -1,8 +1,8 @@
-"""What a layout is: the tensors that stand for one weight on disk, and the description of them in config.json.
+"""Layouts: the tensors that store one weight on disk, and their description in config.json.
 
-A layout has two halves. The half in this folder needs no torch: names, dtypes and shapes of the stored tensors, what can be
-expressed, and its part of config.json; the plan works with it. The half in `quantlab.formats.codecs` turns matrices into those
-tensors and back. `quantlab.formats.layouts` and `quantlab.formats.codecs.table` list the layouts there are.
+A layout has two parts. The part in this folder needs no torch: names, dtypes and shapes of the stored tensors, the
+formats it can express, and its part of config.json; the plan uses it. The codec in `quantlab.formats.codecs` converts
+matrices to those tensors and back. `quantlab.formats.layouts` and `quantlab.formats.codecs.table` list all layouts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,13 +27,13 @@ class Layout(Protocol):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What follows the module's name and a dot in the names of the stored tensors; the numbers themselves come first."""
+        """Suffixes of the stored tensors' names after the module's name and a dot; the quantized values come first."""
 
     def can_express(self, number: NumberFormat) -> str | None:
         """Why the layout cannot store a format, None if it can."""
 
     def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
-        """Why transformers 5 cannot load such a weight [N, K], of a routed expert or not; None if it can."""
+        """Why transformers 5 cannot load a weight [N, K] (`experts`: of routed experts); None if it can."""
 
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
@@ -55,10 +55,10 @@ class Stored:
     Attributes:
         number: its format.
         layout: its layout.
-        numbers: the tensor with the numbers themselves.
-        scale: the tensor with their scales.
-        parts: every tensor that belongs to it, `numbers` first.
-        shape: rows N and columns K of the weight; of packed integers whose columns do not fill words, K rounded up to whole words.
+        numbers: the tensor with the quantized values.
+        scale: the tensor with the scales.
+        parts: all of its tensors, `numbers` first.
+        shape: rows N and columns K of the weight; for packed integers K is rounded up to whole words.
     """
 
     number: NumberFormat
@@ -71,22 +71,23 @@ class Stored:
 
     @property
     def elements(self) -> int:
-        """Weights it stands for."""
+        """Number of weights."""
         return self.shape[0] * self.shape[1]
 
 
 class Description(Protocol):
-    """What a checkpoint says of its quantized weights."""
+    """A checkpoint's description of its quantized weights."""
 
     @property
     def formats(self) -> tuple[NumberFormat, ...]:
-        """The number formats that occur, in the order of the description."""
+        """Its number formats, in the order of the description."""
 
     def stored(self, name: str, tensors: Mapping[str, TensorEntry]) -> Stored | None:
         """How the weight `name` is stored, None if its tensors are not quantized.
 
         Raises:
-            ArtifactError, CheckpointError: tensors and description disagree, or the numbers are of a kind quantlab does not read.
+            ArtifactError, CheckpointError: tensors and description contradict each other, or the format is not
+                supported.
         """
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +99,7 @@ class Linear:
     """One linear of an artifact, quantized or not.
 
     Attributes:
-        module: its name: the weight's without ".weight".
+        module: its name (the weight's name without ".weight").
         role: what it is for.
         layer: index of its decoder layer, 0 outside them.
         number: its format; None where it is not quantized.
@@ -119,10 +120,11 @@ class Method:
     Attributes:
         word: its `quant_method`.
         layouts: those it describes.
-        parse: reads a `quantization_config`; the second argument says where it stands.
-        describe: makes one for an artifact whose linears are these, at least one of them quantized; None where none is written.
-        is_source: whether recipes may start from such a checkpoint: its numbers are floating point, and are expanded when read.
-        file: a file of the checkpoint that holds the description if config.json has none; empty if there is no such file.
+        parse: parses a `quantization_config`; the second argument is its location, for errors.
+        describe: describes the linears of an artifact, at least one of them quantized; None if the method is only read.
+        is_source: whether recipes may start from such a checkpoint; its values are floating point and expanded when
+            read.
+        file: a file of the checkpoint that contains the description if config.json has none; empty if there is none.
     """
 
     word: str
@@ -135,7 +137,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Dense:
-    """Floating point as it is: one tensor."""
+    """An unquantized weight: one floating-point tensor."""
 
     name: LayoutName = "dense"
     parts: tuple[str, ...] = ("weight",)
@@ -157,5 +159,5 @@ class Dense:
 
 
 def present(prefix: str, parts: Sequence[str], tensors: Mapping[str, TensorEntry]) -> tuple[TensorEntry, ...]:
-    """The tensors of a weight that there are: `prefix` is its module's name with a dot."""
+    """The existing tensors of a weight; `prefix` is its module's name with a dot."""
     return tuple(tensors[prefix + part] for part in parts if prefix + part in tensors)

@@ -1,4 +1,4 @@
-"""The layouts there are, and which of them a checkpoint is described by. Headers and config.json alone: no torch."""
+"""All layouts, and detection of a checkpoint's layout from headers and config.json. Does not import torch."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -15,7 +15,7 @@ LAYOUTS: Final[Mapping[LayoutName, Layout]] = {
     layout.name: layout for layout in (Dense(), *(layout for method in METHODS for layout in method.layouts))
 }
 NUMBERS: Final[tuple[str, ...]] = tuple(dict.fromkeys(layout.parts[0] for layout in LAYOUTS.values()))
-"""The parts that hold the numbers of a weight, one of them for every weight."""
+"""The name suffixes of tensors with quantized values; every weight has exactly one of them."""
 OTHER_PARTS: Final[tuple[str, ...]] = tuple(
     f".{part}" for layout in LAYOUTS.values() for part in layout.parts if part not in NUMBERS
 )
@@ -36,7 +36,7 @@ def method_of(checkpoint: Checkpoint) -> Method | None:
 
 
 def description_of(checkpoint: Checkpoint) -> Description | None:
-    """What a checkpoint says of its quantized weights, None if it is not quantized.
+    """A checkpoint's description of its quantized weights, None if it is not quantized.
 
     Raises:
         ArtifactError: its numbers are of a kind quantlab does not read.
@@ -48,16 +48,16 @@ def description_of(checkpoint: Checkpoint) -> Description | None:
     packed = next((name for name in checkpoint.tensors if name.endswith((".weight_packed", ".qweight"))), None)
     if packed is not None:
         raise CheckpointError(
-            "the checkpoint holds packed integers and does not say of what kind",
+            "the checkpoint contains packed integers but does not describe their format",
             where=where,
-            found=f"no quantization_config, and {packed}",
+            found=f"{packed}, but no quantization_config",
             fix="use the config.json (or quantize_config.json) of the same release",
         )
     return None
 
 
 def description_in(config: Mapping[str, Any], *, where: str) -> Description | None:
-    """What config.json says of quantized weights, None if it says nothing.
+    """The description of quantized weights in config.json, None if there is none.
 
     Raises:
         ArtifactError, CheckpointError: as `description_of`.
@@ -67,7 +67,7 @@ def description_in(config: Mapping[str, Any], *, where: str) -> Description | No
 
 
 def _found(checkpoint: Checkpoint) -> tuple[Method | None, Mapping[str, Any], str]:
-    """Method, description and where it stands."""
+    """Method, description and location of the description."""
     where = checkpoint.directory / "config.json"
     described = checkpoint.config.get("quantization_config") or {}
     if not described:
@@ -87,6 +87,6 @@ def _method_called(described: Mapping[str, Any], where: str) -> Method:
             "the checkpoint is quantized in a way quantlab does not read",
             where=where,
             found=str(word),
-            fix="use the original checkpoint; readable are plain, " + ", ".join(method.word for method in METHODS),
+            fix="use the original checkpoint; readable: not quantized, " + ", ".join(method.word for method in METHODS),
         )
     return found

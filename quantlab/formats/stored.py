@@ -1,4 +1,4 @@
-"""The weights of any checkpoint quantlab reads, whatever its layout."""
+"""Reads the weights of any supported checkpoint, independent of its layout."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from quantlab.numerics.number_format import NumberFormat
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint holds of one weight.
+    """Format and size of one weight of a checkpoint.
 
     Attributes:
         name: its logical name.
         numbers: name of the number format, or the dtype word of a weight that is not quantized.
-        description: of the format for people; empty for floating point.
-        parameters: weights it stands for.
-        nbytes: of all its parts.
+        description: readable description of the format; empty for floating point.
+        parameters: number of weights.
+        nbytes: bytes of all its tensors.
     """
 
     name: str
@@ -38,11 +38,11 @@ class StoredWeights:
     """Tensors by their logical names (``….weight``), decoded one at a time.
 
     Args:
-        reader: of the checkpoint's files.
-        device: tensors are brought there as they are stored, and decoded there.
+        reader: reads the checkpoint's files.
+        device: tensors are copied there in their stored form and decoded there.
 
     Attributes:
-        description: what the checkpoint says of its quantized weights, None if it is not quantized.
+        description: the checkpoint's description of its quantized weights, None if it is not quantized.
 
     Raises:
         ArtifactError: the checkpoint's numbers are of a kind quantlab does not read.
@@ -56,7 +56,7 @@ class StoredWeights:
         self.description = description_of(reader.checkpoint)
 
     def names(self) -> Iterator[str]:
-        """Logical names: every tensor, with the parts of a quantized weight counted as that weight."""
+        """Logical names: one per tensor, but one per weight for the tensors of a quantized weight."""
         for name in self._tensors:
             prefix, _, part = name.rpartition(".")
             if part in NUMBERS:
@@ -68,7 +68,7 @@ class StoredWeights:
         """How the weight `name` is stored, None if it is not quantized.
 
         Raises:
-            ArtifactError, CheckpointError: what the checkpoint says and what its tensors are disagree.
+            ArtifactError, CheckpointError: the checkpoint's description contradicts its tensors.
         """
         if self.description is None or not name.endswith(".weight"):
             return None
@@ -91,12 +91,12 @@ class StoredWeights:
 
     @property
     def method(self) -> str:
-        """How the checkpoint is quantized: the word of its description."""
+        """The checkpoint's `quant_method`, or "not quantized"."""
         method = method_of(self.reader.checkpoint)
         return "not quantized" if method is None else method.word
 
     def contents(self) -> Iterator[Content]:
-        """What there is of every weight, from headers alone."""
+        """Format and size of every weight, from headers alone."""
         for name in self.names():
             stored = self.stored(name)
             if stored is None:
@@ -107,7 +107,7 @@ class StoredWeights:
                 yield Content(name, stored.number.name, stored.number.description, stored.elements, nbytes)
 
     def held_bytes(self, name: str, dtype: torch.dtype) -> tuple[int, int]:
-        """What the weight `name` takes where integers stay packed and all else is of `dtype`, in bytes; its elements."""
+        """Bytes of the weight `name` in memory (integers stay packed, others are of `dtype`), and its elements."""
         stored = self.stored(name)
         if stored is not None and stored.number.is_integer:
             return stored.numbers.nbytes + stored.scale.nbytes, stored.elements
@@ -115,10 +115,10 @@ class StoredWeights:
         return elements * dtype.itemsize, elements
 
     def read(self, name: str) -> Tensor | QuantizedMatrix:
-        """The weight `name`: integers stay integers, FP8 blocks become bfloat16, everything else comes as stored.
+        """Read the weight `name`: integers stay quantized, FP8 blocks become bfloat16, other dtypes are unchanged.
 
         Raises:
-            ArtifactError: its parts do not fit each other, or hold numbers quantlab does not read.
+            ArtifactError: its tensors contradict each other, or have a format that quantlab does not read.
             CheckpointError: the tensor or a part of it is missing, or its parts do not fit.
         """
         stored = self.stored(name)
@@ -137,7 +137,7 @@ class StoredWeights:
         return matrix if stored.number.is_integer else matrix.dequantize(torch.bfloat16)
 
     def read_dense(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The weight `name` as floating point, whatever its layout: the reference every packed computation is held to."""
+        """The weight `name` in floating point, independent of its layout; the reference for packed computations."""
         weight = self.read(name)
         return weight.dequantize(dtype) if isinstance(weight, QuantizedMatrix) else weight.to(dtype)
 

@@ -1,7 +1,7 @@
 """FP8 e4m3 weights with one fp32 scale per 128x128 block: how DeepSeek-V3 and R1 store their linears.
 
 `weight` [N, K] float8_e4m3fn and `weight_scale_inv` [ceil(N/B), ceil(K/B)] float32 stand for
-``W = weight * weight_scale_inv`` block by block. The name is DeepSeek's: the tensor multiplies, it does not divide.
+``W = weight * weight_scale_inv`` block by block. Despite DeepSeek's name `inv`, the weight is multiplied by the scale.
 Blocks are counted from the first row and column, so the last block of a matrix whose size is no multiple of B is
 ragged: `kv_a_proj_with_mqa` of V3 has 576 rows, four full blocks and one of 64. The block size therefore cannot be
 derived from the two shapes (576 / 5 is not a whole number, and 160 / 2 = 80 is whole and wrong); it comes from
@@ -24,7 +24,7 @@ def block_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int
 
 
 def dequantize_blocks(weight: Tensor, scale_inv: Tensor, *, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The matrix that FP8 blocks stand for.
+    """Dequantize FP8 blocks.
 
     Args:
         weight: [N, K] float8_e4m3fn.

@@ -1,9 +1,10 @@
-"""Quantized matrices: small numbers times one scale per row, per group of columns or per block, and integer grids.
+"""Quantized matrices: integers or FP8 values times one scale per row, per group of columns or per block; integer grids.
 
 Symbols: W [N, K] weights (rows are outputs), g group size (K for "per row"), b bits, scale [N, K/g], integers q in
-[-2^(b-1), 2^(b-1) - 1], zero points z [N, K/g] in the same range (none in symmetric formats), and ``W ≈ (q - z) * scale``. The
-scale is rounded to the dtype it is stored in *before* the weights are divided by it: the stored numbers are then the ones the
-weights were rounded against. Algorithms work on ``p = q - z``, the steps from the zero point, which is q where there is none.
+[-2^(b-1), 2^(b-1) - 1], zero points z [N, K/g] in the same range (none in symmetric formats), and
+``W ≈ (q - z) * scale``. The scale is rounded to its stored dtype *before* the weights are divided by it, so the weights
+are rounded on the stored grid. Algorithms work on ``p = q - z``, the steps from the zero point; p = q without zero
+points.
 """
 
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ from quantlab.numerics.fp8 import dequantize_blocks
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A matrix of small numbers with scales.
+    """A quantized matrix.
 
     Attributes:
-        q: [N, K] int8, the integers; or float8_e4m3fn.
-        scale: [N, G] in its stored dtype; G divides K, and column k has scale ``k // (K / G)``. With blocks [ceil(N/r), ceil(K/c)].
-        bits: width of the numbers.
-        zero: [N, G] int8 zero points, in the range of q; None where zero is the middle of the grid.
-        block: rows r and columns c that share a scale; None where each scale belongs to one row.
+        q: [N, K] int8 integers, or float8_e4m3fn values.
+        scale: [N, G] in its stored dtype; G divides K, and column k has scale ``k // (K / G)``. With blocks it is
+            [ceil(N/r), ceil(K/c)].
+        bits: width of a stored value.
+        zero: [N, G] int8 zero points, in the range of q; None for symmetric formats.
+        block: rows r and columns c that share a scale; None if each scale belongs to one row.
     """
 
     q: Tensor
@@ -33,18 +35,18 @@ class QuantizedMatrix:
     block: tuple[int, int] | None = None
 
     def to(self, device: torch.device | str) -> "QuantizedMatrix":
-        """The same on another device."""
+        """The matrix on another device."""
         zero = None if self.zero is None else self.zero.to(device)
         return QuantizedMatrix(self.q.to(device), self.scale.to(device), self.bits, zero, self.block)
 
     def rows(self, some: slice) -> "QuantizedMatrix":
-        """Some rows of a matrix whose scales belong to rows."""
+        """A slice of rows; the scales must belong to rows, not blocks."""
         assert self.block is None, "blocks span rows"
         zero = None if self.zero is None else self.zero[some]
         return QuantizedMatrix(self.q[some], self.scale[some], self.bits, zero)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The matrix that is meant, [N, K] of `dtype`.
+        """The dequantized matrix [N, K] of `dtype`.
 
         ``(q - z) * scale`` is formed in the dtype of the scale (as transformers and vLLM do), then cast; blocks of
         floating-point numbers are multiplied in float32.
@@ -59,7 +61,7 @@ class QuantizedMatrix:
 
 
 def concatenated(parts: list[QuantizedMatrix]) -> QuantizedMatrix:
-    """Matrices of one format, scales belonging to rows, one below the other."""
+    """Concatenate matrices of one format by rows; their scales must belong to rows."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -74,7 +76,7 @@ def integer_range(bits: int) -> tuple[int, int]:
 
 
 def usable_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round scales to their stored `dtype`; where the result is zero (an all-zero group), 1, so that q is 0 there."""
+    """Round scales to their stored `dtype`; a zero scale (of an all-zero group) becomes 1, so that q is 0 there."""
     rounded = scale.to(dtype)
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
@@ -86,7 +88,7 @@ def quantize_to_grid(grouped: Tensor, scale: Tensor, *, bits: int, zero: Tensor 
         grouped: [N, G, g] float32.
         scale: [N, G] in its stored dtype.
         bits: width of the integers.
-        zero: [N, G] int8 zero points; None for none.
+        zero: [N, G] int8 zero points, or None.
 
     Returns:
         [N, G, g] float32 holding the steps ``q - z`` from the zero point.

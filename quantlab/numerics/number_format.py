@@ -1,7 +1,8 @@
-"""A number format as a value: the elements of a quantized matrix, and which of them share a scale and a zero point.
+"""Number formats as values: the element type of a quantized matrix, and the elements that share a scale and a zero
+point.
 
-The parts are orthogonal: any element type goes with any granularity. Whether a layout can store a format, or a bank of the
-runtime multiply by it, is for the layout or the bank to say. Nothing here needs torch: the plan computes sizes with it.
+The parts are orthogonal: any element type can be combined with any granularity. Layouts decide which formats they
+store, and banks of the runtime which they compute with. Nothing here needs torch: the plan computes sizes with it.
 
 Legend: a matrix [N, K] has N rows (outputs) and K columns (inputs).
 """
@@ -64,10 +65,10 @@ def block(rows: int, columns: int) -> Granularity:
 
 @dataclass(frozen=True)
 class Activations:
-    """How activations are rounded at run time, each to a symmetric grid whose scale is found there (dynamic).
+    """Dynamic quantization of activations: rounded at run time to a symmetric grid whose scale is computed there.
 
     Attributes:
-        element: what they become.
+        element: type of the rounded values.
         group_size: consecutive channels of a token that share a scale; None for one scale per token.
     """
 
@@ -77,14 +78,14 @@ class Activations:
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """The numbers of a quantized linear [N, K].
+    """The number format of a quantized linear [N, K].
 
     Attributes:
         element: type of the stored weights.
         granularity: weights that share a scale.
-        symmetric: whether zero is the middle of the grid; else each scale has a zero point beside it.
+        symmetric: whether zero is the middle of the grid; if not, there is a zero point for each scale.
         scale: dtype word of the scales, for example "F32"; empty for the 16-bit dtype of the artifact.
-        activations: how they are rounded; None where they stay floating point.
+        activations: quantization of the activations; None if they stay floating point.
     """
 
     element: Element
@@ -110,17 +111,17 @@ class NumberFormat:
 
     @property
     def group_size(self) -> int | None:
-        """Columns that share a scale; None for all of a row."""
+        """Columns that share a scale; None for whole rows."""
         return self.granularity.columns
 
     @property
     def divisor(self) -> int:
-        """What K must be a multiple of: groups and the 32-bit words of packed integers are whole; blocks may be ragged."""
+        """Required divisor of K: groups and the 32-bit words of packed integers must be whole; blocks may be ragged."""
         return self.group_size or 32 // self.bits if self.by_row else 1
 
     @property
     def shard(self) -> tuple[int, int]:
-        """What rows and columns of the part of a tensor-parallel rank must be a multiple of.
+        """Required divisors of the rows and columns of a tensor-parallel shard.
 
         Zero points of consecutive rows share a word of 32 bits.
         """
@@ -135,12 +136,12 @@ class NumberFormat:
         return math.ceil(shape[0] / (self.granularity.rows or shape[0])), self.groups(shape[1])
 
     def fits(self, shape: tuple[int, int]) -> bool:
-        """Whether the groups of a matrix [N, K] are whole; blocks may be ragged."""
+        """Whether K is a multiple of the group size; blocks may be ragged."""
         return not (self.by_row and self.group_size and shape[1] % self.group_size)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of a weight with its part of scales and zero points; what has one scale per row or matrix counts as none."""
+        """Bits per weight including scales and zero points; scales per row or per matrix are neglected."""
         rows, columns = self.granularity.rows, self.granularity.columns
         if rows is None or columns is None:
             return float(self.bits)
@@ -149,7 +150,7 @@ class NumberFormat:
 
     @property
     def name(self) -> str:
-        """One word for tables: a scheme of the recipe has this name too."""
+        """Short name, for tables; schemes of the recipe use the same names."""
         if not self.is_integer:
             rows, columns = self.granularity.rows, self.granularity.columns
             if rows is None or columns is None:
@@ -160,7 +161,7 @@ class NumberFormat:
 
     @property
     def description(self) -> str:
-        """One line for people: "W4A16: int4 weights, one scale per 128"."""
+        """One readable line: "W4A16: int4 weights, one scale per 128"."""
         activations = self.activations
         words = (
             f"W{self.bits}A{activations.element.bits if activations else 16}: {self.element} weights{self._shared()}"

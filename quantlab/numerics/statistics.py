@@ -1,13 +1,13 @@
-"""Statistics of the activations that enter a linear layer: second moments and magnitudes, never the activations themselves.
+"""Statistics of the activations that enter a linear layer: second moments and magnitudes.
 
 For rows x [K] of an input site, and rows x~ [K] of the same tokens in the unchanged model:
 
-    mean_square  mean of x²               what Wanda and searched scales weigh errors with
-    hessian      mean of x xᵀ             what GPTQ and SparseGPT weigh errors with
-    cross        mean of (x~ - x) xᵀ      what lets a layer compensate for the errors of the layers before it
-    magnitudes   mean |x| and max |x|     what AWQ and SmoothQuant scale by
+    mean_square  mean of x²               used by Wanda and the search for scales
+    hessian      mean of x xᵀ             used by GPTQ, SparseGPT and AWQ
+    cross        mean of (x~ - x) xᵀ      used by GPTQ to compensate for the errors of earlier layers
+    magnitudes   mean |x| and max |x|     used by AWQ and SmoothQuant
 
-Calibration collects them and algorithms read them; neither has to know the other.
+Calibration collects them, algorithms read them; neither imports the other.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor
 
 Need = Literal["squares", "magnitudes", "hessian", "cross"]
-"""A statistic to collect; the squares are part of everything."""
+"""A statistic to collect; "squares" are always collected."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Bind the passes of a recipe to their algorithms: weights of one input site and its statistics in, changed weights out."""
+"""Binds passes to their algorithms: the weights of one input site and its statistics in, changed weights out."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ _CLIP_STEPS = 20
 _CLIP_FLOORS: Final = {"mse": 0.6, "activations": 0.4}
 _REFITS: Final = {"mse": 0, "activations": 2}
 _PRIOR_STRENGTH: Final = 1.0
-"""What all experts' tokens weigh beside an expert's own, in tokens per channel, where the recipe does not say."""
+"""Weight of the prior in an expert's statistics, in tokens per channel, for algorithms without a `shrinkage` option."""
 
 _UNSEEN: Final = "no calibration token reached it: changed by the statistics of all tokens"
 _UNSEEN_ALONE: Final = "no calibration token reached it: changed as if all its inputs mattered alike"
@@ -45,10 +45,10 @@ class WeightReport:
         output_error: squared error of its outputs on the calibration text over the squared outputs; None without a Hessian.
         rtn_output_error: the same for rounding to nearest on the same grid.
         tokens: calibration tokens in its statistics.
-        fallback: the method that replaced the one of the recipe, empty if none did.
-        damping: damping of the Hessian, where it had to be more than the recipe says.
+        fallback: the method used instead of the recipe's; empty without a fallback.
+        damping: damping of the Hessian, if it exceeds the recipe's.
         dead_columns: number of inputs that were always zero, None for 0; their weights are rounded to nearest.
-        kept_rows: number of rows that are rounded to nearest because the error is smaller, None for 0.
+        kept_rows: number of rows that are rounded to nearest because their error is smaller, None for 0.
     """
 
     relative_error: float
@@ -71,15 +71,15 @@ class Inputs:
     """Statistics of the activations that enter a weight.
 
     Attributes:
-        own: of the tokens that reach the weight.
-        prior: of tokens of all experts; None where the weight is not an expert's.
+        own: statistics of the tokens that reach the weight.
+        prior: statistics of the tokens of all experts; None if the weight does not belong to an expert.
     """
 
     own: SiteStatistics
     prior: SiteStatistics | None = None
 
     def shrunk(self, strength: float) -> SiteStatistics:
-        """Own statistics shrunk towards the prior, so that an expert with few tokens has a usable Hessian.
+        """Own statistics shrunk towards the prior, which gives experts with few tokens a usable Hessian.
 
         Args:
             strength: weight of the prior, in tokens per input channel.
@@ -99,7 +99,7 @@ class Inputs:
 
 
 def needs_of(passes: Collection[Prune | Quantize]) -> frozenset[Need]:
-    """The statistics of its inputs that the passes of a weight read."""
+    """The input statistics that the passes of a weight need."""
     needs: set[Need] = set()
     for step in passes:
         algorithm = step.algorithm
@@ -124,7 +124,7 @@ class Group:
 
     Attributes:
         weights: [N, K] each, of any floating dtype, finite, all with the same K.
-        inputs: of these weights; needed by calibrated passes.
+        inputs: statistics of their inputs; required by calibrated passes.
     """
 
     weights: Mapping[str, Tensor]
@@ -134,12 +134,13 @@ class Group:
 def apply_passes(
     groups: Sequence[Group], passes: Sequence[Prune | Quantize], *, dtype: torch.dtype
 ) -> dict[str, Changed]:
-    """Change weights.
+    """Apply passes to weights.
 
     Args:
-        groups: the weights; several groups of one shape for experts, because one expert does not fill a device.
+        groups: the weights; for experts several groups of one shape, because a single expert does not saturate a
+            device.
         passes: at least one, in order; a quantize pass comes last.
-        dtype: in which the weights, or their scales, will be stored.
+        dtype: stored dtype of the weights or of their scales.
 
     Returns:
         Each weight in `dtype` or quantized, and its report.
@@ -164,7 +165,7 @@ def apply_passes(
 
 
 def _gptq_all(works: Sequence["_Work"], step: Quantize, algorithm: Gptq, dtype: torch.dtype) -> None:
-    """GPTQ of matrices of one shape at once."""
+    """Apply GPTQ to a batch of matrices of one shape."""
     inputs = [work.known.shrunk(algorithm.shrinkage) for work in works]
     options = GptqOptions(
         damping=algorithm.damping,
@@ -181,7 +182,7 @@ def _gptq_all(works: Sequence["_Work"], step: Quantize, algorithm: Gptq, dtype: 
         removed=None if works[0].mask is None else _stacked([work.mask for work in works]),
     )
     for index, work in enumerate(works):
-        work.take(done.member(index), algorithm)
+        work.set_gptq_result(done.member(index), algorithm)
 
 
 def _sparsegpt_all(works: Sequence["_Work"], step: Prune, algorithm: SparseGpt) -> None:
@@ -194,7 +195,7 @@ def _sparsegpt_all(works: Sequence["_Work"], step: Prune, algorithm: SparseGpt) 
         damping=algorithm.damping,
     )
     for index, work in enumerate(works):
-        work.take_pruned(pruned.member(index), algorithm)
+        work.set_sparsegpt_result(pruned.member(index), algorithm)
 
 
 def _pattern(step: Prune) -> tuple[int, int] | None:
@@ -208,10 +209,9 @@ def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
 
 
 class _Work:
-    """Weights of one group, concatenated by rows into one matrix, while passes change them.
+    """The weights of one group, concatenated by rows into one matrix, while passes change them.
 
-    The mask of removed weights is kept beside the matrix, so that a pass after pruning may change the weights that are left
-    and keeps every zero.
+    The mask of removed weights is kept, so that a pass after pruning changes only the remaining weights.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], inputs: Inputs | None) -> None:
@@ -227,7 +227,7 @@ class _Work:
         self._damping: float | None = None
         self._dead: int | None = None
         self._kept: list[int] = [0] * len(self._rows)
-        self._leans = False
+        self._used_prior = False
 
     @property
     def _dense(self) -> Tensor:
@@ -258,7 +258,7 @@ class _Work:
         self._matrix = self._dense.masked_fill(self.mask, 0)
 
     def quantize(self, step: Quantize, dtype: torch.dtype) -> None:
-        """Round the matrix to the numbers of a scheme; blocks of rows begin with each weight."""
+        """Round the matrix to the number format of a scheme; blocks start at the first row of each weight."""
         algorithm = step.algorithm
         match algorithm:
             case Gptq():
@@ -276,25 +276,25 @@ class _Work:
 
     def shrunk(self) -> SiteStatistics:
         """Statistics of its inputs, shrunk towards the prior where it is an expert's."""
-        self._leans = True
+        self._used_prior = True
         return self.known.shrunk(_PRIOR_STRENGTH)
 
     def _damped(self, needed: float, wanted: float) -> None:
-        """Note damping above what the recipe says; λ comes back in float32."""
+        """Record damping above the recipe's, with a tolerance because λ is float32."""
         if needed > 1.001 * wanted:
             self._damping = _four_digits(max(needed, self._damping or 0.0))
 
-    def take_pruned(self, done: SparseGptResult, algorithm: SparseGpt) -> None:
-        """Put the result of SparseGPT in the place of the matrix."""
+    def set_sparsegpt_result(self, done: SparseGptResult, algorithm: SparseGpt) -> None:
+        """Replace the matrix by the result of SparseGPT."""
         self._matrix, self.mask = done.W, done.mask
         self._damped(float(done.damping), algorithm.damping)
         if done.failed:
-            self._note("pruned without making good, the Hessian is singular at every damping")
+            self._note("pruned without compensation, the Hessian is singular at every damping")
 
-    def take(self, done: GptqResult, algorithm: Gptq) -> None:
-        """Put the result of GPTQ in the place of the matrix."""
+    def set_gptq_result(self, done: GptqResult, algorithm: Gptq) -> None:
+        """Replace the matrix by the result of GPTQ."""
         self._matrix = done.matrix()
-        self._leans = self._leans or algorithm.shrinkage > 0
+        self._used_prior = self._used_prior or algorithm.shrinkage > 0
         self._damped(float(done.damping), algorithm.damping)
         self._dead = int(done.dead) or None
         parts = zip(self._apart(done.rtn_error), self._apart(done.energy), strict=True)
@@ -310,7 +310,7 @@ class _Work:
         self._fallback = [what] * len(self._rows)
 
     def _apart(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Rows of the matrix split by weight."""
+        """Split the rows of the matrix by weight."""
         return torch.split_with_sizes(rows, self._rows)
 
     def finish(self, dtype: torch.dtype) -> dict[str, Changed]:
@@ -329,7 +329,7 @@ class _Work:
         }
 
     def _report(self, W: Tensor, result: Tensor | QuantizedMatrix, index: int) -> WeightReport:
-        """Numbers rounded to four digits: they are for people, and stay the same whatever order sums are taken in."""
+        """The report; numbers are rounded to four digits, so that they do not depend on the order of summation."""
         before = W.to(torch.float32)
         after = result.dequantize(torch.float32) if isinstance(result, QuantizedMatrix) else result.to(torch.float32)
         delta = after - before
@@ -352,7 +352,7 @@ class _Work:
         )
 
     def _unseen(self) -> str:
-        return _UNSEEN if self._leans and self.known.prior is not None else _UNSEEN_ALONE
+        return _UNSEEN if self._used_prior and self.known.prior is not None else _UNSEEN_ALONE
 
 
 def _in_blocks(W: Tensor, granularity: Granularity) -> QuantizedMatrix:

@@ -1,8 +1,8 @@
-"""Bind folds to their algorithms: statistics and weights of one fold in, one factor per channel out.
+"""Binds folds to their algorithms: statistics and weights of one fold in, one factor per channel out.
 
-A fold divides the channels of an input site where they are produced and multiplies the columns of everything that reads
-them; the model computes the same. Where a weight that stays in 16 bits takes part (a router, kv_b), factors are powers of
-two: multiplying by them rounds nothing, so that the fold is exact in the artifact too.
+A fold divides the channels of an input site in their producer and multiplies the columns of every reader; the model's
+function is unchanged. If a weight that stays in 16 bits is scaled (a router, kv_b), factors are powers of two, which
+are exact in 16 bits.
 """
 
 from collections import defaultdict
@@ -30,13 +30,13 @@ Statistics = Callable[[int | None, Collection[Need]], SiteStatistics]
 
 @dataclass(frozen=True)
 class FoldedLinear:
-    """A linear that reads the channels and is quantized by the algorithm of the fold.
+    """A linear that reads the channels and is quantized with the algorithm of the fold.
 
     Attributes:
         weight: [N, K].
-        expert: the routed expert it belongs to; None where it reads every token.
+        expert: the routed expert it belongs to; None for a linear that reads every token.
         quantize: the pass that quantizes it.
-        dtype: of its scales.
+        dtype: dtype of its scales.
     """
 
     weight: Tensor
@@ -69,11 +69,12 @@ def fold_factors(
 
     Args:
         algorithm: chooses the factors.
-        linears: all that the algorithm quantizes, at least one.
-        statistics: of the site; called twice for an expert under AWQ, because Hessians of all experts are too many to keep.
-        rows: the row of the producer that each channel comes from; channels of one row share a factor.
-        exact: whether factors have to be powers of two.
-        tokens: all calibration tokens.
+        linears: all readers that the algorithm quantizes, at least one.
+        statistics: returns statistics of the site; AWQ calls it twice per expert, because the Hessians of all experts
+            do not fit into memory.
+        rows: for each channel the producer's row that computes it; channels of one row share a factor.
+        exact: whether factors must be powers of two.
+        tokens: number of calibration tokens.
     """
     by_expert: dict[int | None, list[Tensor]] = defaultdict(list)
     for linear in linears:
@@ -85,7 +86,7 @@ def fold_factors(
         case Awq(steps=count):
             seen = sum(found.count for found in magnitudes)
             means = [one.mean_abs * (one.count / max(seen, 1)) for one in magnitudes if one.mean_abs is not None]
-            # scales are searched group by group after the fold; here that would cost twenty times as much and change little
+            # no search for scales here: it would take twenty times as long and change the factors little
             grid = replace(grid_of(linears[0].quantize, linears[0].dtype), clip_steps=0)
             options = AwqOptions(steps=count, weighted=False, rows=max(_ROWS // len(linears), 16), powers_of_two=exact)
             readers = _readers(by_expert, statistics, fold_needs(algorithm), tokens)

@@ -1,4 +1,4 @@
-"""Bind passes that remove whole parts of a layer to their algorithms: what stays, and the tensors of the smaller layer."""
+"""Binds passes that remove parts of a layer to their algorithms: which parts stay, and the tensors that remain."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quantlab.algorithms.reap import saliency, select_experts
-from quantlab.architectures.architecture import Claim
+from quantlab.architectures.architecture import ModelTensor
 from quantlab.architectures.layer import Routing
 from quantlab.recipe.algorithms import ExpertRemoval
 
@@ -31,8 +31,8 @@ def experts_that_stay(
 
     Args:
         algorithm: chooses them.
-        outputs: of all experts.
-        kept: how many stay.
+        outputs: statistics of all experts.
+        kept: number of experts that stay.
         routing: how the router picks experts.
 
     Raises:
@@ -48,23 +48,23 @@ def experts_that_stay(
 
 
 def without_experts(
-    tensors: Mapping[str, Tensor], claims: Mapping[str, Claim], kept: Sequence[int]
+    tensors: Mapping[str, Tensor], described: Mapping[str, ModelTensor], kept: Sequence[int]
 ) -> dict[str, Tensor]:
     """The tensors of a layer with only the experts `kept`, numbered 0, 1, … in that order.
 
     Args:
-        tensors: of the layer by name; those of the router have one row per expert.
-        claims: of the same names.
+        tensors: tensors of the layer by name; those of the router have one row per expert.
+        described: roles and experts of the same tensors, by name.
         kept: numbers of the experts that stay.
     """
     numbers = {expert: number for number, expert in enumerate(kept)}
     result = {}
     for name, tensor in tensors.items():
-        claim = claims[name]
-        if claim.role == "router":
+        about = described[name]
+        if about.role == "router":
             result[name] = tensor[list(kept)]
-        elif claim.expert is None:
+        elif about.expert is None:
             result[name] = tensor
-        elif claim.expert in numbers:
-            result[claim.in_expert(numbers[claim.expert])] = tensor
+        elif about.expert in numbers:
+            result[about.in_expert(numbers[about.expert])] = tensor
     return result

@@ -1,4 +1,4 @@
-"""Recipe x headers x architecture -> Plan. Only headers are read; no weight is touched, no device, no torch."""
+"""Recipe x headers x architecture -> Plan. Reads only headers: no weights, no device, no torch."""
 
 import fnmatch
 import hashlib
@@ -25,8 +25,7 @@ from quantlab.recipe.schemes import DTYPE_WORDS, SCHEMES, FloatDtype
 LARGEST_SHARD = 5_000_000_000
 _WIDE = {"F32", "F64"}
 _NO_NUMBER = {"corpus", "memory", "dtype"}
-"""Words of a calibration that a recipe's key leaves out: the text counts by its hash, the dtype belongs to the device."""
-
+"""Calibration fields excluded from a recipe's key: the text is hashed by content, the dtype belongs to the device."""
 
 AnyPass = Cast | Quantize | Prune
 
@@ -37,11 +36,11 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
     Args:
         recipe: the validated recipe.
         checkpoint: the source, headers only.
-        corpus_sha256: hash of the calibration text; part of the key of every variant that reads it.
+        corpus_sha256: hash of the calibration text; part of the key of every variant that uses it.
 
     Raises:
         CheckpointError: the source is incomplete or not supported.
-        PlanError: a pass claims nothing, or no engine would serve the result.
+        PlanError: a pass matches no tensor, or no engine could serve the result.
     """
     architecture = detect(checkpoint.config)
     weights = survey(checkpoint, architecture)
@@ -68,7 +67,7 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
 
 
 def describe(passes: Sequence[AnyPass]) -> str:
-    """The passes in one line, for people."""
+    """The passes in one readable line."""
     words: list[str] = []
     for step in passes:
         match step:
@@ -99,7 +98,7 @@ def _plan_variant(
     cast = next((step.cast for step in passes if isinstance(step, Cast)), None)
     changes = [step for step in passes if not isinstance(step, Cast)]
     steps = [_plan_step(weight, _applied(changes, weight, variant=name), cast) for weight in weights]
-    _check_claims(changes, steps, variant=name)
+    _check_matches(changes, steps, variant=name)
     removal, kept = None, None
     for step in changes:
         if isinstance(step, Prune) and isinstance(step.algorithm, ExpertRemoval):
@@ -128,13 +127,13 @@ def _plan_variant(
 
 
 def _algorithms(passes: Sequence[Prune | Quantize]) -> tuple[str, ...]:
-    """Names of the algorithms that change weights, sorted; every quantize pass also rounds to nearest, if only to compare."""
+    """Sorted names of the algorithms used; every quantize pass also uses `rtn`, at least for comparison."""
     rounding = {"rtn"} if any(isinstance(step, Quantize) for step in passes) else set()
     return tuple(sorted({step.algorithm.name for step in passes} | rounding))
 
 
 def _native_dtype(weights: Sequence[SourceWeight]) -> str:
-    """The dtype most of the source's floating-point bytes have; FP8 counts as bfloat16, which it is dequantized to."""
+    """The dtype of most of the source's floating-point bytes; FP8 counts as bfloat16, its dequantized dtype."""
     bytes_of = dict.fromkeys(("F16", "BF16", "F32", "F64"), 0)
     for weight in weights:
         if weight.dtype in bytes_of:
@@ -146,21 +145,21 @@ def _native_dtype(weights: Sequence[SourceWeight]) -> str:
 
 def _applied(passes: Sequence[Prune | Quantize], weight: SourceWeight, *, variant: str) -> tuple[Prune | Quantize, ...]:
     """The passes that change a weight."""
-    claim = weight.claim
-    if claim.rule is None or not claim.rule.linear or claim.role == "mtp":
+    tensor = weight.tensor
+    if tensor.rule is None or not tensor.rule.linear or tensor.role == "mtp":
         return ()
-    module = claim.name.removesuffix(".weight")
+    module = tensor.name.removesuffix(".weight")
     applied = tuple(
         step
         for step in passes
-        if claim.role in step.targets and not any(fnmatch.fnmatchcase(module, pattern) for pattern in step.ignore)
+        if tensor.role in step.targets and not any(fnmatch.fnmatchcase(module, pattern) for pattern in step.ignore)
     )
     for kind in (Prune, Quantize):
         same = [step for step in applied if isinstance(step, kind)]
         if len(same) > 1:
             raise PlanError(
-                "two passes of one kind claim the same weight",
-                where=f"variant {variant}, {claim.name}",
+                "two passes of one kind target the same weight",
+                where=f"variant {variant}, {tensor.name}",
                 found=describe(same),
                 fix="make their targets disjoint",
             )
@@ -168,8 +167,8 @@ def _applied(passes: Sequence[Prune | Quantize], weight: SourceWeight, *, varian
 
 
 def _plan_step(weight: SourceWeight, passes: tuple[Prune | Quantize, ...], cast: FloatDtype | None) -> Step:
-    entry, claim = weight.entry, weight.claim
-    exact = claim.rule is not None and claim.rule.exact
+    entry, tensor = weight.entry, weight.tensor
+    exact = tensor.rule is not None and tensor.rule.exact
     dtype = DTYPE_WORDS[cast] if cast and entry.dtype in FLOATING and not exact else weight.dtype
     quantize = next((step for step in passes if isinstance(step, Quantize)), None)
     scheme = SCHEMES[quantize.quantize] if quantize is not None else None
@@ -182,18 +181,25 @@ def _plan_step(weight: SourceWeight, passes: tuple[Prune | Quantize, ...], cast:
     elif dtype != entry.dtype:
         outcome, reason = "cast", f"{entry.dtype} to {dtype}" + (" by its block scales" if weight.scale else "")
     else:
-        outcome, reason = "kept", "no rule of the architecture knows it" if claim.rule is None else "no pass targets it"
+        outcome, reason = (
+            "kept",
+            "no rule of the architecture knows it" if tensor.rule is None else "no pass targets it",
+        )
     layout, number = (LAYOUTS[scheme.layout], scheme.format) if scheme else (LAYOUTS["dense"], None)
-    outputs = layout.stored_tensors(claim.name, entry.shape, number, dtype)
-    return Step(claim, entry, weight.scale, passes, dtype, outcome, reason, outputs)
+    outputs = layout.stored_tensors(tensor.name, entry.shape, number, dtype)
+    return Step(tensor, entry, weight.scale, passes, dtype, outcome, reason, outputs)
 
 
-def _check_claims(passes: Sequence[Prune | Quantize], steps: Sequence[Step], *, variant: str) -> None:
-    """A target or an ignore pattern that claims nothing is a mistake, not a wish that came true."""
+def _check_matches(passes: Sequence[Prune | Quantize], steps: Sequence[Step], *, variant: str) -> None:
+    """Raise an error for a target or an ignore pattern that matches nothing.
+
+    Raises:
+        PlanError: a target, a pass or an ignore pattern has no effect.
+    """
     modules = [
-        (step.claim.role, step.claim.name.removesuffix(".weight"))
+        (step.tensor.role, step.tensor.name.removesuffix(".weight"))
         for step in steps
-        if step.claim.rule and step.claim.rule.linear
+        if step.tensor.rule and step.tensor.rule.linear
     ]
     roles = sorted({role for role, _ in modules})
     for step in passes:
@@ -201,7 +207,7 @@ def _check_claims(passes: Sequence[Prune | Quantize], steps: Sequence[Step], *, 
         absent = [target for target in step.targets if target not in roles]
         if absent and (explicit or len(absent) == len(step.targets)):
             raise PlanError(
-                "a target claims nothing",
+                "a target matches nothing",
                 where=f"variant {variant}, {describe([step])}",
                 found=f"no linear of role {', '.join(absent)} in this checkpoint",
                 fix=f"its linears have the roles {', '.join(roles)}",
@@ -211,12 +217,12 @@ def _check_claims(passes: Sequence[Prune | Quantize], steps: Sequence[Step], *, 
                 "a pass changes nothing",
                 where=f"variant {variant}, {describe([step])}",
                 found=f"every targeted linear is ignored by {', '.join(step.ignore)}",
-                fix="ignore less, or leave the pass out",
+                fix="ignore fewer linears, or remove the pass",
             )
         for pattern in step.ignore:
             if not any(role in step.targets and fnmatch.fnmatchcase(module, pattern) for role, module in modules):
                 raise PlanError(
-                    "an ignore pattern claims nothing",
+                    "an ignore pattern matches nothing",
                     where=f"variant {variant}, {describe([step])}",
                     found=f"no targeted linear is called `{pattern}`",
                     fix="give a glob on names like "
@@ -225,12 +231,12 @@ def _check_claims(passes: Sequence[Prune | Quantize], steps: Sequence[Step], *, 
 
 
 def _blocks(steps: Sequence[Step]) -> tuple[Block, ...]:
-    """Cut the steps into blocks, and the blocks into shards of at most `LARGEST_SHARD` bytes."""
+    """Group the steps into blocks, and split each block into shards of at most `LARGEST_SHARD` bytes."""
     grouped: list[tuple[str, list[list[Step]]]] = []
-    for name, members in itertools.groupby(steps, key=lambda step: step.claim.block):
+    for name, members in itertools.groupby(steps, key=lambda step: step.tensor.block):
         block = list(members)
         if grouped and not any(step.outputs for step in block):
-            grouped[-1][1][-1].extend(block)  # nothing of it is stored: its ledger goes with the block before
+            grouped[-1][1][-1].extend(block)  # the block stores nothing: its ledger joins the previous block
             continue
         shards: list[list[Step]] = [[]]
         size = 0

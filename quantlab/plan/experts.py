@@ -1,7 +1,7 @@
-"""Plans that remove whole experts: how many stay, and what that makes of every tensor of a layer.
+"""Plans that remove whole experts: the number that stays, and the outcome of every tensor of a layer.
 
-Which experts stay is found when the model has been watched; how many is known before, so every size is too. Until then
-the steps stand for slots: slot 0 … E' - 1 will hold the experts that stay, in their old order.
+Calibration decides which experts stay; their number, and so every size, is known in advance. In the plan the steps of
+an expert stand for a slot: slots 0 … E' - 1 will hold the experts that stay, in their original order.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def kept_experts(removal: Prune, architecture: Architecture, config: Config, *, 
     Raises:
         PlanError: nothing would be removed, or the router would pick more experts than there are.
     """
-    assert architecture.mixture is not None, "the pass claims routed experts"
+    assert architecture.mixture is not None, "the pass targets routed experts"
     routing = architecture.mixture.routing(config)
     groups, each = routing.groups, routing.experts // routing.groups
     needed = max(-(-routing.top_k // routing.top_groups), routing.group_score, 1)
@@ -50,14 +50,14 @@ def without_experts(steps: Sequence[Step], removal: ExpertRemoval, *, kept: int)
 
 
 def _without(step: Step, algorithm: str, kept: int) -> Step:
-    claim = step.claim
+    tensor = step.tensor
     passes = tuple(change for change in step.passes if not isinstance(change.algorithm, ExpertRemoval))
-    if claim.role == "mtp":
+    if tensor.role == "mtp":
         reason = "its experts are never run in calibration, and the config has one number of experts for all layers"
         return replace(step, outcome="dropped", reason=reason, outputs=())
-    if claim.role == "routed_experts" and claim.expert is not None and claim.expert >= kept:
+    if tensor.role == "routed_experts" and tensor.expert is not None and tensor.expert >= kept:
         return replace(step, passes=(), outcome="dropped", reason=f"its expert is removed ({algorithm})", outputs=())
-    if claim.role == "router":
+    if tensor.role == "router":
         ((name, dtype, shape),) = step.outputs
         outputs = ((name, dtype, (kept, *shape[1:])),)
         return replace(
@@ -72,10 +72,10 @@ def _without(step: Step, algorithm: str, kept: int) -> Step:
 
 
 def removal_notes(steps: Sequence[Step], *, kept: int | None) -> tuple[str, ...]:
-    """What a reader should know of an artifact with fewer experts."""
+    """Notes on an artifact with fewer experts."""
     if kept is None:
         return ()
-    notes = [f"every layer keeps {kept} routed experts; they are numbered anew, and config.json says so"]
-    if any(step.claim.role == "mtp" for step in steps):
+    notes = [f"every layer keeps {kept} routed experts; they are renumbered, and config.json has the new number"]
+    if any(step.tensor.role == "mtp" for step in steps):
         notes.append("the multi-token-prediction layer is left out: its experts are never run in calibration")
     return tuple(notes)

@@ -1,6 +1,7 @@
-"""Where a variant folds scales: a tensor gives up a factor per channel, and everything that reads the channels takes it on.
+"""Scale folds of a variant: one tensor is divided by a factor per channel, and all readers of the channels are
+multiplied.
 
-The model computes the same before and after; what changes is how hard its weights and activations are to round.
+The model's function is unchanged; the rounding errors of its weights and activations are not.
 """
 
 from collections import defaultdict
@@ -15,13 +16,13 @@ from quantlab.recipe.algorithms import Awq, SmoothQuant
 
 @dataclass(frozen=True)
 class Fold:
-    """One place to fold.
+    """One fold.
 
     Attributes:
         site: the input site whose channels are scaled.
-        algorithm: what chooses the factors.
-        producers: the norm or the linear (with its bias) the channels come from; they are divided by the factors.
-        consumers: every linear that reads the channels, and the router; their columns are multiplied.
+        algorithm: the algorithm that chooses the factors.
+        producers: the norm or the linear (with its bias) that produces the channels; they are divided by the factors.
+        consumers: every linear that reads the channels, and the router; their columns are multiplied by the factors.
     """
 
     site: str
@@ -31,37 +32,41 @@ class Fold:
 
 
 def folds_of(steps: Iterable[Step]) -> tuple[Fold, ...]:
-    """The folds of one block in the order its forward pass reaches them; empty where no pass folds."""
+    """The folds of one block in the order of its forward pass."""
     order = [site for stage in STAGES for site in stage]
-    return tuple(sorted((fold for fold in _possible(steps) if not _unhelpful(fold)), key=lambda f: order.index(f.site)))
+    return tuple(
+        sorted((fold for fold in _all_folds(steps) if not _is_skipped(fold)), key=lambda f: order.index(f.site))
+    )
 
 
 def unsmoothed(steps: Iterable[Step]) -> tuple[str, ...]:
-    """Names of the weights of one block that SmoothQuant rounds without smoothing what they read: one factor for all experts
-    behind a norm serves none of them well."""
-    skipped = (fold for fold in _possible(steps) if _unhelpful(fold))
-    return tuple(step.claim.name for fold in skipped for step in fold.consumers if _folding(step))
+    """Names of the weights of one block that SmoothQuant rounds without smoothing their inputs.
+
+    Experts behind a shared norm would have to share one factor per channel, which fits none of them well.
+    """
+    skipped = (fold for fold in _all_folds(steps) if _is_skipped(fold))
+    return tuple(step.tensor.name for fold in skipped for step in fold.consumers if _folding(step))
 
 
-def _unhelpful(fold: Fold) -> bool:
-    experts = any(step.claim.expert is not None for step in fold.consumers)
+def _is_skipped(fold: Fold) -> bool:
+    experts = any(step.tensor.expert is not None for step in fold.consumers)
     return isinstance(fold.algorithm, SmoothQuant) and fold.site == "mlp" and experts
 
 
-def _possible(steps: Iterable[Step]) -> list[Fold]:
+def _all_folds(steps: Iterable[Step]) -> list[Fold]:
     producers: dict[tuple[str, int | None, bool], list[Step]] = defaultdict(list)
     readers: dict[str, list[Step]] = defaultdict(list)
     for step in steps:
-        rule = step.claim.rule
-        if rule is None or not step.outputs or step.claim.role == "mtp":
+        rule = step.tensor.rule
+        if rule is None or not step.outputs or step.tensor.role == "mtp":
             continue
         if rule.feeds is not None:
-            producers[rule.feeds, step.claim.expert, rule.role == "norm"].append(step)
+            producers[rule.feeds, step.tensor.expert, rule.role == "norm"].append(step)
         if rule.site is not None:
             readers[rule.site].append(step)
     folds = []
     for (site, expert, norm), members in producers.items():
-        consumers = [step for step in readers[site] if norm or step.claim.expert == expert]
+        consumers = [step for step in readers[site] if norm or step.tensor.expert == expert]
         algorithm = next((found for step in consumers if (found := _folding(step))), None)
         if algorithm is not None:
             folds.append(Fold(site, algorithm, tuple(members), tuple(consumers)))
@@ -74,51 +79,51 @@ def _folding(step: Step) -> Awq | SmoothQuant | None:
 
 
 def fold_notes(steps: Sequence[Step]) -> tuple[str, ...]:
-    """What of a variant's folds should be known."""
+    """Notes on a variant's folds."""
     count = sum(len(unsmoothed(block)) for block in _by_block(steps).values())
     if not count:
         return ()
     return (
-        f"smoothquant rounds {count} matrices of experts behind a norm they share without smoothing what they read: one "
-        "factor for all experts serves none of them well",
+        f"smoothquant rounds {count} expert matrices without smoothing their inputs: the experts share the norm before "
+        "them, and one factor for all experts fits none of them well",
     )
 
 
 def mark_folds(steps: Sequence[Step], *, variant: str) -> list[Step]:
-    """The steps with the outcome "folded" where folding is all that changes a tensor.
+    """The steps, with the outcome "folded" for tensors that only a fold changes.
 
     Raises:
-        PlanError: two algorithms want to scale the same channels.
+        PlanError: two algorithms scale the same channels.
     """
     folds = [fold for block in _by_block(steps).values() for fold in folds_of(block)]
     for fold in folds:
         _check_one_algorithm(fold, variant=variant)
-    folded = {step.claim.name: fold.algorithm.name for fold in folds for step in (*fold.producers, *fold.consumers)}
+    folded = {step.tensor.name: fold.algorithm.name for fold in folds for step in (*fold.producers, *fold.consumers)}
     return [
-        replace(step, outcome="folded", reason=f"takes part in the scales of {folded[step.claim.name]}")
-        if step.claim.name in folded and step.outcome in {"kept", "cast"}
+        replace(step, outcome="folded", reason=f"takes part in the scales of {folded[step.tensor.name]}")
+        if step.tensor.name in folded and step.outcome in {"kept", "cast"}
         else step
         for step in steps
     ]
 
 
 def check_folds_of_fewer_experts(steps: Sequence[Step], *, variant: str) -> None:
-    """Refuse a fold into experts in a variant that removes some and compares with the unchanged layer, which has all of them.
+    """Refuse folds into experts in a variant that removes experts and compares with the unchanged layer, which has all.
 
     Args:
-        steps: of a variant that removes experts and propagates the changed blocks' outputs.
-        variant: its name.
+        steps: steps of a variant that removes experts and propagates the outputs of the changed blocks.
+        variant: name of the variant.
 
     Raises:
-        PlanError: it folds into experts, and an algorithm compensates for the errors of earlier layers.
+        PlanError: the variant folds into experts, and an algorithm compensates for the errors of earlier layers.
     """
     corrects = next((step for step in steps if step.corrects), None)
     for fold in (fold for block in _by_block(steps).values() for fold in folds_of(block)):
-        if corrects is not None and any(step.claim.role == "routed_experts" for step in fold.consumers):
+        if corrects is not None and any(step.tensor.role == "routed_experts" for step in fold.consumers):
             raise PlanError(
-                "experts cannot be removed, scaled and compared with the unchanged model at once",
-                where=f"variant {variant}, {fold.producers[0].claim.name}",
-                found=f"{fold.algorithm.name} scales the channels of experts, and {corrects.claim.role} have a `correction`",
+                "a variant cannot remove experts, scale them and compare them with the unchanged model at once",
+                where=f"variant {variant}, {fold.producers[0].tensor.name}",
+                found=f"{fold.algorithm.name} scales the channels of experts, and {corrects.tensor.role} have a `correction`",
                 fix="write `correction: 0` for gptq, `propagate: original` for the calibration, or use one algorithm for all linears",
             )
 
@@ -126,19 +131,19 @@ def check_folds_of_fewer_experts(steps: Sequence[Step], *, variant: str) -> None
 def _by_block(steps: Iterable[Step]) -> dict[str, list[Step]]:
     blocks: dict[str, list[Step]] = defaultdict(list)
     for step in steps:
-        blocks[step.claim.block].append(step)
+        blocks[step.tensor.block].append(step)
     return blocks
 
 
 def _check_one_algorithm(fold: Fold, *, variant: str) -> None:
-    """What reads the same channels is scaled by the same factors, which one algorithm finds."""
+    """Refuse two algorithms for the readers of the same channels: they share one set of factors."""
     first = next(step for step in fold.consumers if _folding(step) == fold.algorithm)
     other = next((step for step in fold.consumers if _folding(step) not in {None, fold.algorithm}), None)
     if other is not None:
-        found = " and ".join(f"{step.claim.role}: {_folding(step)!r}" for step in (first, other))
+        found = " and ".join(f"{step.tensor.role}: {_folding(step)!r}" for step in (first, other))
         raise PlanError(
             "two algorithms scale the same channels",
-            where=f"variant {variant}, {fold.producers[0].claim.name} and what reads it",
+            where=f"variant {variant}, {fold.producers[0].tensor.name} and its readers",
             found=found,
-            fix=f"give {first.claim.role} and {other.claim.role} the same algorithm with the same options, or one of them rtn",
+            fix=f"give {first.tensor.role} and {other.tensor.role} the same algorithm with the same options, or one of them rtn",
         )

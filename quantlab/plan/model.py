@@ -1,10 +1,10 @@
-"""A plan: every tensor of the checkpoint with its one outcome, for every variant, before a weight has been read."""
+"""A plan: the one outcome of every tensor of the checkpoint in every variant, known before any weight is read."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from quantlab.architectures.architecture import Architecture, Claim
+from quantlab.architectures.architecture import Architecture, ModelTensor
 from quantlab.checkpoint.header import DTYPE_BITS, TensorEntry
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.formats.layout import StoredTensor
@@ -30,9 +30,9 @@ class LedgerEntry:
     Attributes:
         tensor: its name in the source.
         role: what it is for.
-        outcome: what became of it.
+        outcome: what is done with it.
         reason: why, or by which pass.
-        stored_as: names of the tensors that hold it now.
+        stored_as: names of the artifact's tensors that store it.
     """
 
     tensor: str
@@ -44,20 +44,20 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class Step:
-    """One weight (with its FP8 scale, if any): what is read, what is done, what is written.
+    """One weight (with its FP8 scale, if any): what is read, how it is changed, what is written.
 
     Attributes:
-        claim: the tensor's name, role, layer and expert.
-        source: where it lies.
-        scale: where its FP8 scale lies, None unless it is an FP8 weight.
+        tensor: its name, role, layer and expert.
+        source: location in the source.
+        scale: location of its FP8 scale, None unless it is an FP8 weight.
         passes: the passes that change its values, in order.
-        dtype: dtype word it is stored in, and its scales if it is quantized.
-        outcome: its entry in the ledger.
-        reason: likewise.
-        outputs: the tensors it becomes.
+        dtype: dtype word of the stored weight, or of its scales if it is quantized.
+        outcome: its outcome in the ledger.
+        reason: its reason in the ledger.
+        outputs: the tensors that store it.
     """
 
-    claim: Claim
+    tensor: ModelTensor
     source: TensorEntry
     scale: TensorEntry | None
     passes: tuple[Prune | Quantize, ...]
@@ -68,22 +68,22 @@ class Step:
 
     @property
     def quantize(self) -> Quantize | None:
-        """The pass that quantizes it, if one does."""
+        """The pass that quantizes it, if any."""
         return next((step for step in self.passes if isinstance(step, Quantize)), None)
 
     @property
     def scheme(self) -> Scheme | None:
-        """What it is quantized to, None where it is not."""
+        """The scheme it is quantized to, None if it is not quantized."""
         return SCHEMES[self.quantize.quantize] if self.quantize else None
 
     @property
     def layout(self) -> LayoutName:
-        """How its outputs are stored."""
+        """The layout of its outputs."""
         return self.scheme.layout if self.scheme else "dense"
 
     @property
     def corrects(self) -> bool:
-        """Whether its algorithm compares with the unchanged model, to make good for the errors of earlier layers."""
+        """Whether its algorithm compares with the unchanged model to compensate for the errors of earlier layers."""
         algorithm = self.quantize.algorithm if self.quantize else None
         return isinstance(algorithm, Gptq) and bool(algorithm.correction)
 
@@ -96,8 +96,8 @@ class Step:
         return sum(map(stored_bytes, self.outputs))
 
     def ledger(self) -> Iterator[LedgerEntry]:
-        """The ledger's entries: the weight's, and its scale's."""
-        name, role = self.claim.name, self.claim.role
+        """The ledger entries of the weight and of its FP8 scale."""
+        name, role = self.tensor.name, self.tensor.role
         yield LedgerEntry(name, role, self.outcome, self.reason, tuple(output[0] for output in self.outputs))
         if self.scale is not None:
             yield LedgerEntry(self.scale.name, role, "dropped", f"multiplied into {name}", ())
@@ -130,22 +130,22 @@ class Block:
 
 @dataclass(frozen=True)
 class VariantPlan:
-    """Everything that will become of the checkpoint under one variant.
+    """The plan of one variant.
 
     Attributes:
         name: the variant's name.
         description: its passes in one line.
         dtype: the 16-bit dtype of its floating-point tensors, as config.json spells it.
-        blocks: what is read, done and written, in order.
-        calibration: what its algorithms watch the model read; None if none of them does.
-        removal: the algorithm that chooses which routed experts leave, None where all stay.
-        experts: how many routed experts every MoE layer keeps, None where all stay.
+        blocks: its blocks, in the order of processing.
+        calibration: settings of the calibration text; None if no algorithm is calibrated.
+        removal: the algorithm that chooses the routed experts to remove, None if all stay.
+        experts: number of routed experts that every MoE layer keeps, None if all stay.
         algorithms: names of the algorithms that change its weights.
-        recipe_key: hash of what the recipe asks for: passes, source, calibration text and settings. What else the artifact depends on,
-            the code and the device, is added by `quantlab.run.identity`.
+        recipe_key: hash of the recipe's passes, source, calibration text and settings. `quantlab.run.identity` adds the
+            rest that the artifact depends on: code, libraries and device.
         peak_memory_bytes: estimate of the largest resident size while it is made.
-        tensor_parallel: sizes of tensor parallelism at which engines can split every quantized linear.
-        notes: what its reader should know.
+        tensor_parallel: tensor-parallel sizes at which engines can split every quantized linear.
+        notes: remarks for the plan's reader and the model card.
     """
 
     name: str
@@ -166,8 +166,8 @@ class VariantPlan:
         return (step for block in self.blocks for shard in block.shards for step in shard.steps)
 
     @property
-    def watches_unchanged(self) -> bool:
-        """Whether text flows through the unchanged model: alone, or to make good for the errors of earlier layers."""
+    def uses_unchanged_model(self) -> bool:
+        """Whether the text passes through the unchanged model, alone or beside the changed one for comparison."""
         return self.calibration is not None and (
             self.calibration.propagate == "original" or any(step.corrects for step in self.steps)
         )
@@ -179,7 +179,7 @@ class VariantPlan:
 
     @property
     def artifact_bytes(self) -> int:
-        """Bytes of all tensors it will store."""
+        """Bytes of all tensors of the artifact."""
         return sum(step.output_bytes for step in self.steps)
 
 

@@ -1,6 +1,6 @@
-"""What serving engines demand of a quantized checkpoint, checked while it is still a plan.
+"""Requirements of serving engines on a quantized checkpoint, checked on the plan.
 
-Each rule is one that vLLM or SGLang enforces at load time, hours after the artifact was made.
+vLLM or SGLang enforce each of these rules at load time, which would be hours later.
 """
 
 from collections import defaultdict
@@ -17,10 +17,11 @@ _TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 
 
 def check_serving_rules(steps: Sequence[Step], *, variant: str) -> None:
-    """Check that engines can serve what the steps would make.
+    """Check that engines can serve the planned artifact.
 
     Raises:
-        PlanError: a group or an n:m pattern that does not divide, or matrices that engines fuse and that have different schemes.
+        PlanError: a group or an n:m pattern does not divide a matrix, or matrices that engines fuse have different
+            schemes.
     """
     for step in steps:
         scheme = step.scheme
@@ -31,9 +32,9 @@ def check_serving_rules(steps: Sequence[Step], *, variant: str) -> None:
             if pattern is not None and step.source.shape[1] % pattern.of:
                 raise PlanError(
                     "the pattern does not divide a matrix",
-                    where=f"variant {variant}, {step.claim.name}",
+                    where=f"variant {variant}, {step.tensor.name}",
                     found=f"{step.source.shape[1]} columns in {pattern.of}s ({pattern})",
-                    fix=f"leave it alone with `ignore: [{step.claim.name.removesuffix('.weight')}]`, or prune a share",
+                    fix=f"leave it alone with `ignore: [{step.tensor.name.removesuffix('.weight')}]`, or prune a share",
                 )
     _check_methods(steps, variant=variant)
     _check_fused(steps, variant=variant)
@@ -41,10 +42,10 @@ def check_serving_rules(steps: Sequence[Step], *, variant: str) -> None:
 
 
 def tensor_parallel_sizes(steps: Iterable[Step], *, heads: int) -> tuple[int, ...]:
-    """Sizes of tensor parallelism that divide the attention heads and, in every quantized linear, leave whole groups."""
+    """Tensor-parallel sizes that divide the attention heads and leave whole groups in every quantized linear."""
     sizes = [size for size in _TENSOR_PARALLEL_SIZES if heads % size == 0]
     for step in steps:
-        scheme, rule = step.scheme, step.claim.rule
+        scheme, rule = step.scheme, step.tensor.rule
         if scheme is None or rule is None:
             continue
         axis = 1 if rule.splits == "columns" else 0
@@ -54,12 +55,12 @@ def tensor_parallel_sizes(steps: Iterable[Step], *, heads: int) -> tuple[int, ..
 
 
 def serving_notes(steps: Sequence[Step]) -> tuple[str, ...]:
-    """What is allowed but should be known."""
+    """Notes on limits of engines that do not make the plan invalid."""
     notes = []
-    if any(step.claim.role == "kv_b" and step.layout == "pack-quantized" for step in steps):
+    if any(step.tensor.role == "kv_b" and step.layout == "pack-quantized" for step in steps):
         notes.append("kv_b is packed: SGLang reads kv_b_proj only unquantized, vLLM loads it")
     schemes = {
-        role: {step.scheme for step in steps if step.claim.role == role}
+        role: {step.scheme for step in steps if step.tensor.role == role}
         for role in ("routed_experts", "shared_experts")
     }
     if (
@@ -75,7 +76,7 @@ def serving_notes(steps: Sequence[Step]) -> tuple[str, ...]:
     }
     for pattern in sorted(patterns):
         notes.append(
-            f"the zeros of {pattern} pruning are stored like any other weight: no engine that loads this saves memory or time by them"
+            f"the zeros of {pattern} pruning are stored like any other weight: no engine that loads this artifact saves memory or time from them"
         )
     return tuple(notes)
 
@@ -89,32 +90,32 @@ def _indivisible(step: Step, scheme: Scheme, variant: str) -> PlanError:
         and other.format.group_size
         and columns % other.format.group_size == 0
     ]
-    module = step.claim.name.removesuffix(".weight")
+    module = step.tensor.name.removesuffix(".weight")
     use = f"use {smaller[0]}, or " if smaller else ""
     return PlanError(
         "the group does not divide a matrix",
-        where=f"variant {variant}, {step.claim.name}",
+        where=f"variant {variant}, {step.tensor.name}",
         found=f"{columns} columns in groups of {scheme.format.divisor} ({scheme.name})",
         fix=f"{use}leave it alone with `ignore: [{module}]`",
     )
 
 
 def _check_methods(steps: Sequence[Step], *, variant: str) -> None:
-    """config.json has room for one description."""
+    """Refuse schemes of several quantization methods: config.json describes only one."""
     methods = {method_of_layout(step.layout).word: step.scheme.name for step in steps if step.scheme is not None}
     if len(methods) > 1:
         raise PlanError(
-            "the schemes of a variant are stored by different methods, and config.json describes one",
+            "the schemes of a variant need different quantization methods, and config.json can describe only one",
             where=f"variant {variant}",
             found=", ".join(f"{scheme} ({method})" for method, scheme in methods.items()),
-            fix="make a variant of each",
+            fix="write one variant per method",
         )
 
 
 def _check_fused(steps: Sequence[Step], *, variant: str) -> None:
     groups: dict[str, list[Step]] = defaultdict(list)
     for step in steps:
-        if (group := step.claim.fusion_group) is not None:
+        if (group := step.tensor.fusion_group) is not None:
             groups[group].append(step)
     for group, members in groups.items():
         _check_one_scheme(members, what=f"engines fuse these matrices into one ({group})", variant=variant)
@@ -123,12 +124,10 @@ def _check_fused(steps: Sequence[Step], *, variant: str) -> None:
 def _check_experts(steps: Sequence[Step], *, variant: str) -> None:
     layers: dict[str, list[Step]] = defaultdict(list)
     for step in steps:
-        if step.claim.role == "routed_experts" and step.claim.expert is not None:
-            layers[step.claim.block].append(step)
+        if step.tensor.role == "routed_experts" and step.tensor.expert is not None:
+            layers[step.tensor.block].append(step)
     for layer, members in layers.items():
-        _check_one_scheme(
-            members, what=f"engines have one kernel for all experts of a layer ({layer})", variant=variant
-        )
+        _check_one_scheme(members, what=f"engines use one kernel for all experts of a layer ({layer})", variant=variant)
 
 
 def _check_one_scheme(members: Sequence[Step], *, what: str, variant: str) -> None:
@@ -139,6 +138,6 @@ def _check_one_scheme(members: Sequence[Step], *, what: str, variant: str) -> No
             raise PlanError(
                 f"{what}, but their schemes differ",
                 where=f"variant {variant}",
-                found=f"{first.claim.name}: {names[0]}; {other.claim.name}: {names[1]}",
+                found=f"{first.tensor.name}: {names[0]}; {other.tensor.name}: {names[1]}",
                 fix="give them one scheme: target or ignore all of them",
             )

@@ -1,8 +1,8 @@
-"""The tensors of the source checkpoint: each claimed by a role, checked against config.json, FP8 weights paired with scales."""
+"""The tensors of the source: classified by role, checked against config.json, FP8 weights paired with scales."""
 
 from dataclasses import dataclass
 
-from quantlab.architectures.architecture import Architecture, Claim, Dimensions
+from quantlab.architectures.architecture import Architecture, Dimensions, ModelTensor
 from quantlab.architectures.config import size_of
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.checkpoint.index import Checkpoint
@@ -15,55 +15,59 @@ FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3"}
 
 @dataclass(frozen=True)
 class SourceWeight:
-    """One tensor of the source with its claim, and its FP8 scale."""
+    """One tensor of the source: its role, its location, and the location of its FP8 scale (None without)."""
 
-    claim: Claim
+    tensor: ModelTensor
     entry: TensorEntry
     scale: TensorEntry | None
 
     @property
     def dtype(self) -> str:
-        """Dtype word of its values as they are read: FP8 is expanded to bfloat16."""
+        """Dtype word of its values after reading: FP8 is expanded to bfloat16."""
         return "BF16" if self.scale else self.entry.dtype
 
 
 def survey(checkpoint: Checkpoint, architecture: Architecture) -> tuple[SourceWeight, ...]:
-    """Claim every tensor, in the order of blocks and of the bytes within a block.
+    """Classify every tensor, in the order of blocks and of the bytes within a block.
 
     Raises:
-        CheckpointError: the checkpoint is quantized already, a tensor is missing or of the wrong shape, an FP8 weight has
-            no scale or a scale no weight.
+        CheckpointError: the checkpoint is already quantized, a tensor is missing or has the wrong shape, an FP8 weight
+            has no scale, or a scale has no weight.
     """
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method not in {None, *(known.word for known in METHODS if known.is_source)}:
         raise CheckpointError(
-            "the source is quantized already",
+            "the source is already quantized",
             where=str(checkpoint.directory / "config.json"),
             found=f"quant_method {method}",
             fix="start from the original BF16, FP16 or FP8 checkpoint",
         )
     description = description_of(checkpoint)
-    assert description is None or isinstance(description, Fp8Blocks), "the one layout a recipe may start from"
+    assert description is None or isinstance(description, Fp8Blocks), (
+        "the only quantized layout a recipe may start from"
+    )
     scales = scales_of(checkpoint.tensors, description)
     paired = {scale.name for scale in scales.values()}
     layers = size_of(checkpoint.config, "num_hidden_layers")
-    claims = {name: architecture.claim(name, hidden_layers=layers) for name in checkpoint.tensors if name not in paired}
-    _check_complete(checkpoint, architecture, has_mtp=any(claim.role == "mtp" for claim in claims.values()))
-    for name, claim in claims.items():
-        _check_place(checkpoint.tensors[name], claim, architecture.dimensions(checkpoint.config))
-    weights = [SourceWeight(claim, checkpoint.tensors[name], scales.get(name)) for name, claim in claims.items()]
-    weights.sort(key=lambda weight: (_block_order(weight.claim), weight.entry.file.name, weight.entry.offset))
+    classified = {
+        name: architecture.classify(name, hidden_layers=layers) for name in checkpoint.tensors if name not in paired
+    }
+    _check_complete(checkpoint, architecture, has_mtp=any(tensor.role == "mtp" for tensor in classified.values()))
+    for name, tensor in classified.items():
+        _check_layer_and_dtype(checkpoint.tensors[name], tensor, architecture.dimensions(checkpoint.config))
+    weights = [SourceWeight(tensor, checkpoint.tensors[name], scales.get(name)) for name, tensor in classified.items()]
+    weights.sort(key=lambda weight: (_block_order(weight.tensor), weight.entry.file.name, weight.entry.offset))
     return tuple(weights)
 
 
-def _block_order(claim: Claim) -> tuple[int, int]:
-    if claim.layer is not None:
-        return 1, claim.layer
-    return (0, 0) if claim.role == "embeddings" else (2, 0)
+def _block_order(tensor: ModelTensor) -> tuple[int, int]:
+    if tensor.layer is not None:
+        return 1, tensor.layer
+    return (0, 0) if tensor.role == "embeddings" else (2, 0)
 
 
 def _check_complete(checkpoint: Checkpoint, architecture: Architecture, *, has_mtp: bool) -> None:
-    """Compare names and shapes with what the config says the model has."""
+    """Compare names and shapes with those expected from the config."""
     for name, shape in architecture.expected(checkpoint.config, with_mtp=has_mtp):
         entry = checkpoint.tensors.get(name)
         if entry is None:
@@ -82,20 +86,20 @@ def _check_complete(checkpoint: Checkpoint, architecture: Architecture, *, has_m
             )
 
 
-def _check_place(entry: TensorEntry, claim: Claim, sizes: Dimensions) -> None:
-    """Refuse what the model has no place for, and numbers no algorithm here reads."""
+def _check_layer_and_dtype(entry: TensorEntry, tensor: ModelTensor, sizes: Dimensions) -> None:
+    """Refuse tensors of layers or experts beyond those of config.json, and dtypes quantlab does not read."""
     layers, experts = sizes["layers"] + sizes.get("mtp_layers", 0), sizes["experts"]
-    beyond = (claim.layer is not None and claim.layer >= layers) or (
-        claim.expert is not None and claim.expert >= experts
+    beyond = (tensor.layer is not None and tensor.layer >= layers) or (
+        tensor.expert is not None and tensor.expert >= experts
     )
-    if claim.rule is not None and beyond:
+    if tensor.rule is not None and beyond:
         raise CheckpointError(
-            "config.json has no place for a tensor",
+            "a tensor belongs to a layer or expert that config.json does not have",
             where=f"{entry.file}, {entry.name}",
             found=f"{layers} layers with {experts} experts",
             fix="use the config.json and the weights of one release",
         )
-    if claim.rule is not None and entry.dtype not in FLOATING:
+    if tensor.rule is not None and entry.dtype not in FLOATING:
         raise CheckpointError(
             "a weight has a dtype quantlab does not read",
             where=f"{entry.file}, {entry.name}",

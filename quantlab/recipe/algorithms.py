@@ -1,7 +1,7 @@
-"""The algorithms as words of the recipe: how integers, zeros and folds are chosen, with what a user may set of each.
+"""The algorithms a recipe may name, with their options.
 
-What every option means numerically is said where the algorithm is (`quantlab/algorithms/`, one paper one file); here are
-its name, its range and its default.
+This file has the name, range and default of every option; its numerical meaning is documented with the algorithm in
+`quantlab/algorithms/`, one file per paper.
 """
 
 from typing import Annotated, ClassVar, Final, Literal
@@ -13,7 +13,7 @@ Clip = Literal["none", "mse", "activations"]
 
 
 class Strict(BaseModel):
-    """A part of a recipe: frozen, and nothing may be said that it does not know."""
+    """A part of a recipe: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -23,10 +23,10 @@ class Rtn(Strict):
 
     name: Literal["rtn"]
     grid: Grid | None = None
-    """How the scale of a group follows from its weights; by default `signed` for int4 and `absmax` for int8. Formats with zero points
+    """Convention for the scale of a group; by default `signed` for int4 and `absmax` for int8. Formats with zero points
     have a convention of their own."""
     clip: Clip = "none"
-    """`mse`: search, per group, the shrunken scale with the least squared error; `activations`: the same with each error
+    """`mse`: search the scale of each group for the least squared error; `activations`: the same with each error
     weighted by the mean square of its input, which needs calibration."""
 
     @property
@@ -36,55 +36,55 @@ class Rtn(Strict):
 
 
 class Gptq(Strict):
-    """Second-order rounding: each column's error is made good by the columns after it."""
+    """Second-order rounding: the columns that follow compensate for each column's rounding error."""
 
     name: Literal["gptq"]
     grid: Grid | None = None
     """As for `rtn`."""
     clip: Clip = "activations"
-    """How the scales are searched before the columns are rounded."""
+    """Search of the scales before the columns are rounded."""
     order: Literal["activations", "columns"] = "activations"
-    """`activations`: columns with the largest inputs first, on scales that are fixed before (no index per column is stored)."""
+    """`activations`: columns with the largest inputs first, on scales fixed before (no index per column is stored)."""
     damping: float = Field(default=0.01, gt=0, lt=1)
-    """What is added to the Hessian's diagonal, as a share of its mean."""
+    """Value added to the Hessian's diagonal, as a fraction of its mean."""
     shrinkage: float = Field(default=1.0, ge=0)
-    """Weight of the prior in an expert's Hessian, in tokens per input channel: an expert that saw few tokens leans on it."""
+    """Weight of the prior in an expert's Hessian, in tokens per input channel; matters for experts with few tokens."""
     correction: float = Field(default=1.0, ge=0, le=1)
-    """How much of the error that earlier layers passed on is made good, 0 to 1; costs a second pass of the unchanged model."""
+    """Fraction of the error of earlier layers that is compensated, 0 to 1; above 0 the unchanged model runs too."""
     refine: int = Field(default=1, ge=0, le=20)
-    """Rounds of improving integers and scales after the columns are done."""
+    """Rounds of refinement of integers and scales after the last column."""
 
     calibrated: ClassVar[bool] = True
 
 
 class Awq(Strict):
-    """Activation-aware scaling: channels with large inputs are scaled up before rounding, and down where they come from."""
+    """Activation-aware scaling: columns with large inputs are scaled up before rounding, their producers down."""
 
     name: Literal["awq"]
     grid: Grid | None = None
     """As for `rtn`."""
     clip: Clip = "activations"
-    """How scales are searched after the channels were scaled."""
+    """Search of the scales after the channels were scaled."""
     steps: int = Field(default=20, ge=1, le=100)
-    """Exponents tried between 0 and 1."""
+    """Number of exponents tried between 0 and 1."""
 
     calibrated: ClassVar[bool] = True
 
 
 class SmoothQuant(Strict):
-    """Moves the difficulty of quantizing activations into the weights, channel by channel. For `int8`."""
+    """Moves the range of activations into the weights, channel by channel. For `int8`."""
 
     name: Literal["smoothquant"]
     grid: Grid | None = None
     """As for `rtn`."""
     alpha: float = Field(default=0.5, ge=0, le=1)
-    """How much of it is moved: 0 nothing, 1 all of it."""
+    """Fraction of the range that moves into the weights: 0 nothing, 1 all of it."""
 
     calibrated: ClassVar[bool] = True
 
 
 class Magnitude(Strict):
-    """Remove the weights of smallest magnitude, matrix by matrix."""
+    """Remove the weights of smallest magnitude in each matrix."""
 
     name: Literal["magnitude"]
 
@@ -92,7 +92,7 @@ class Magnitude(Strict):
 
 
 class Wanda(Strict):
-    """Remove the weights that matter least, row by row: magnitude times the norm of their input."""
+    """Remove the weights with the smallest saliency in each row: magnitude times the norm of the input."""
 
     name: Literal["wanda"]
 
@@ -100,17 +100,17 @@ class Wanda(Strict):
 
 
 class SparseGpt(Strict):
-    """Remove weights column by column and let the ones that stay make good for them."""
+    """Remove weights column by column; the remaining weights compensate for the error."""
 
     name: Literal["sparsegpt"]
     damping: float = Field(default=0.01, gt=0, lt=1)
-    """What is added to the Hessian's diagonal, as a share of its mean."""
+    """Value added to the Hessian's diagonal, as a fraction of its mean."""
 
     calibrated: ClassVar[bool] = True
 
 
 class Reap(Strict):
-    """Remove whole routed experts: those whose routed outputs are smallest. The same number in every layer and routing group."""
+    """Remove the routed experts with the smallest routed outputs, the same number in every layer and routing group."""
 
     name: Literal["reap"]
 

@@ -1,4 +1,4 @@
-"""A recipe file in, a recipe with its places resolved out."""
+"""Load a recipe file and resolve the paths in it."""
 
 import hashlib
 import re
@@ -14,12 +14,12 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe with where it came from.
+    """A recipe and its file.
 
     Attributes:
         path: the file.
-        content: the file's bytes, which go into every artifact.
-        recipe: what they say.
+        content: bytes of the file, which every artifact contains.
+        recipe: the parsed recipe.
     """
 
     path: Path
@@ -34,21 +34,21 @@ class LoadedRecipe:
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
-    def resolve(self, place: str) -> Path:
-        """A path of the recipe, which is relative to the recipe's own directory."""
-        return (self.path.parent / place).resolve()
+    def resolve(self, path: str) -> Path:
+        """Resolve a path in the recipe, which is relative to the recipe's directory."""
+        return (self.path.parent / path).resolve()
 
     @property
     def corpus(self) -> Path | None:
-        """The calibration text, None where no variant reads it."""
+        """The calibration text, None if no variant is calibrated."""
         calibration = self.recipe.calibration
         return None if calibration is None or not self.recipe.calibrated else self.resolve(calibration.corpus)
 
     def corpus_sha256(self) -> str:
-        """Hash of the calibration text, empty where no variant reads it.
+        """sha256 of the calibration text, empty if no variant is calibrated.
 
         Raises:
-            RecipeError: the file is not there.
+            RecipeError: the file cannot be read.
         """
         if self.corpus is None:
             return ""
@@ -64,7 +64,7 @@ class LoadedRecipe:
 
     @property
     def hub_id(self) -> tuple[str, str | None] | None:
-        """Hugging Face id and revision of the model, when it is no local directory."""
+        """Hugging Face id and revision of the model; None if it is a local directory."""
         model = self.recipe.model
         if self.resolve(model).exists() or not _HUB_ID.match(model):
             return None
@@ -76,33 +76,33 @@ def load_recipe(path: Path) -> LoadedRecipe:
     """Read and check a recipe.
 
     Raises:
-        RecipeError: the file cannot be read, is no YAML, or says something a recipe cannot say.
+        RecipeError: the file cannot be read, is not YAML, or is not a valid recipe.
     """
     recipe, content = load_document(path, Recipe, kind="recipe")
     if recipe.evaluate is not None:
         baselines = ["source", *recipe.variants]
         if recipe.evaluate.baseline not in baselines:
             raise RecipeError(
-                "the baseline is no variant",
+                "the baseline is not a variant",
                 where=f"{path}, evaluate.baseline",
                 found=repr(recipe.evaluate.baseline),
                 fix=nearest(recipe.evaluate.baseline, baselines),
             )
     loaded = LoadedRecipe(path, content, recipe)
-    places = [
+    paths = [
         recipe.model,
         *([recipe.calibration.corpus] if recipe.calibration else []),
         *([recipe.evaluate.suite] if recipe.evaluate else []),
         *([recipe.evaluate.claims] if recipe.evaluate and recipe.evaluate.claims else []),
     ]
-    for place in places:
+    for name in paths:
         try:
-            loaded.resolve(place).exists()
+            loaded.resolve(name).exists()
         except (OSError, ValueError) as error:
             raise RecipeError(
                 "a path cannot be used",
                 where=str(path),
-                found=repr(place)[:120],
-                fix="give a path this system can name",
+                found=repr(name)[:120],
+                fix="use a path that is valid on this system",
             ) from error
     return loaded

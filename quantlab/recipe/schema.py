@@ -1,4 +1,4 @@
-"""The recipe as frozen models: the words a user may write, and nothing else."""
+"""The schema of a recipe, as frozen pydantic models."""
 
 import re
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -32,7 +32,7 @@ VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length
 
 
 def _targets(value: object) -> object:
-    """Explain why a role that exists cannot be a target before the list of allowed ones is shown."""
+    """Check roles; a role that exists but cannot be a target gets its own error."""
     for role in value if isinstance(value, list | tuple) else ():
         if role in get_args(Role) and role not in QUANTIZABLE_ROLES:
             raise ValueError(
@@ -48,7 +48,7 @@ class _Targeted(Strict):
     """The roles whose linears the pass changes."""
 
     ignore: tuple[str, ...] = ()
-    """Linears to leave alone all the same: globs on their names, for example `model.layers.0.mlp.down_proj`."""
+    """Linears that the pass leaves unchanged: globs on their names, for example `model.layers.0.mlp.down_proj`."""
 
     check_targets = field_validator("targets", mode="before")(_targets)
 
@@ -73,24 +73,24 @@ class NOfM(Strict):
 
 
 def _sparsity(value: object) -> object:
-    """A share or an n:m pattern, with a message for everything else."""
+    """Parse a fraction or an n:m pattern."""
     if isinstance(value, NOfM):
         return value
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+):(\d+)", value)):
         removed, of = int(match[1]), int(match[2])
         if not 0 < removed < of:
-            raise ValueError(f"{value} removes {removed} of {of}; n must lie between 1 and m - 1")
+            raise ValueError(f"{value} removes {removed} of {of}; n must be between 1 and m - 1")
         return NOfM(removed=removed, of=of)
     if isinstance(value, float) and 0 < value < 1:
         return value
-    raise ValueError('not a share between 0 and 1; write for example 0.08, or "2:4"')
+    raise ValueError('not a fraction between 0 and 1; write for example 0.08, or "2:4"')
 
 
 Sparsity = Annotated[float | NOfM, BeforeValidator(_sparsity)]
 
 
 class Quantize(_Targeted):
-    """Store linears as smaller numbers."""
+    """Store linears in a quantized number format."""
 
     quantize: SchemeName
     """The scheme, for example `int4_g128`."""
@@ -107,7 +107,7 @@ class Quantize(_Targeted):
         number = SCHEMES[self.quantize].format
         if not number.is_integer and self.algorithm != Rtn(name="rtn"):
             raise ValueError(
-                f"{self.algorithm.name} chooses integers, which {self.quantize} has not; use {{name: rtn}} without options"
+                f"{self.algorithm.name} chooses integers, and {self.quantize} has none; use {{name: rtn}} without options"
             )
         if self.algorithm.grid is not None and not number.symmetric:
             raise ValueError(
@@ -115,7 +115,7 @@ class Quantize(_Targeted):
             )
         if isinstance(self.algorithm, SmoothQuant) and number.activations is None:
             raise ValueError(
-                f"smoothquant is for quantized activations, which {self.quantize} has not; use int8, or awq with {self.quantize}"
+                f"smoothquant needs quantized activations, and {self.quantize} has none; use int8, or awq with {self.quantize}"
             )
         return self
 
@@ -124,8 +124,8 @@ class Prune(_Targeted):
     """Set weights to zero, or remove whole experts."""
 
     prune: Sparsity
-    """Share of each matrix's weights to remove, for example 0.08, or n of every m in a row, for example "2:4"; with the
-    algorithm `reap`, share of the routed experts."""
+    """Fraction of each matrix's weights to remove, for example 0.08, or n of every m in a row, for example "2:4"; with
+    the algorithm `reap`, fraction of the routed experts."""
     algorithm: PruneAlgorithm = Magnitude(name="magnitude")
     """How the weights to remove are chosen."""
 
@@ -136,12 +136,12 @@ class Prune(_Targeted):
 
     @property
     def ratio(self) -> float:
-        """Share of weights (or experts) to remove."""
+        """Fraction of weights (or experts) to remove."""
         return self.prune if isinstance(self.prune, float) else self.prune.removed / self.prune.of
 
     @property
     def pattern(self) -> "NOfM | None":
-        """The n:m pattern, None where only the share is given."""
+        """The n:m pattern, None if a fraction is given."""
         return self.prune if isinstance(self.prune, NOfM) else None
 
     @model_validator(mode="before")
@@ -160,14 +160,14 @@ class Prune(_Targeted):
             if self.targets != ("routed_experts",):
                 raise ValueError(f"{name} removes routed experts; write targets: [routed_experts], or leave them out")
             if self.pattern is not None:
-                raise ValueError(f"{name} removes a share of the experts; write a number such as 0.25")
+                raise ValueError(f"{name} removes a fraction of the experts; write a number such as 0.25")
             if self.ignore:
                 raise ValueError(f"{name} removes the same number of experts in every layer; leave `ignore` out")
         return self
 
 
 def _pass_kind(value: object) -> str | None:
-    """The member of the union a pass belongs to: the verb among its keys."""
+    """The union member of a pass, named by the verb among its keys."""
     if isinstance(value, BaseModel):
         return type(value).__name__
     verbs = [verb for verb in ("cast", "quantize", "prune") if isinstance(value, dict) and verb in value]
@@ -189,7 +189,7 @@ def _check_order(passes: tuple[Cast | Quantize | Prune, ...]) -> tuple[Cast | Qu
         raise ValueError("a variant has no passes; give at least one, for example [{cast: float16}]")
     kinds = [type(step) for step in passes]
     if Cast in kinds[1:]:
-        raise ValueError("a variant casts late or twice; put one cast first")
+        raise ValueError("a cast is not the first pass; put one cast first")
     if Quantize in kinds and Prune in kinds[kinds.index(Quantize) :]:
         raise ValueError("a variant prunes after quantizing; put prune before quantize: the zeros stay zeros")
     return passes
@@ -199,39 +199,40 @@ Passes = Annotated[tuple[Pass, ...], AfterValidator(_check_order)]
 
 
 class Calibration(Strict):
-    """The text that calibrated algorithms watch the model read."""
+    """The text whose activations calibrated algorithms use."""
 
     corpus: str
     """JSON lines with a `text` field; path relative to the recipe."""
     samples: int = Field(default=128, gt=0, strict=True)
-    """How many samples."""
+    """Number of samples."""
     length: int = Field(default=512, gt=0, strict=True)
     """Tokens per sample."""
     seed: int = Field(default=0, ge=0, strict=True)
     """Seed of the choice of samples."""
     propagate: Literal["quantized", "original"] = "quantized"
-    """Whose outputs the next block reads: those of the changed blocks, or those of the unchanged model."""
+    """Inputs of the next block: the outputs of the changed blocks, or those of the unchanged model."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of weights and activations while the model is watched; left out, float32 on a CPU and bfloat16 on a GPU."""
+    """Dtype of weights and activations during calibration; by default float32 on a CPU and bfloat16 on a GPU."""
     memory: str = Field(default="4 GB", pattern=r"^\d+(\.\d+)? ?[KMGT]?B$")
-    """Hidden states kept in memory, for example `4 GB`; above it they lie in files of the output directory. It changes no number."""
+    """Memory for hidden states, for example `4 GB`; beyond it they are kept in files of the output directory. Does not
+    change any number."""
 
     @property
     def memory_bytes(self) -> int:
-        """The cap in bytes."""
+        """`memory` in bytes."""
         number, unit = re.fullmatch(r"([\d.]+) ?([KMGT]?)B", self.memory).groups()  # type: ignore[union-attr]  # the pattern holds
         return int(float(number) * 1000 ** " KMGT".index(unit or " "))
 
 
 class Evaluate(Strict):
-    """What is measured of each artifact."""
+    """How each artifact is measured."""
 
     suite: str
     """A file of eval/suites; path relative to the recipe."""
     baseline: str = "source"
-    """What losses are relative to: `source`, the checkpoint at its native precision, or a variant."""
+    """Reference of all losses: `source`, the checkpoint at its native precision, or a variant."""
     claims: str | None = None
-    """A file of eval/claims to hold against the matrix; path relative to the recipe."""
+    """A file of eval/claims to check against the matrix; path relative to the recipe."""
 
 
 class Recipe(Strict):
@@ -240,11 +241,11 @@ class Recipe(Strict):
     model: str
     """A directory with config.json and safetensors, relative to the recipe, or a Hugging Face id with @revision."""
     calibration: Calibration | None = None
-    """Needed by calibrated algorithms only."""
+    """Required by calibrated algorithms only."""
     variants: dict[VariantName, Passes] = Field(min_length=1)
-    """Name -> passes, in the order they are applied."""
+    """Name -> passes, in order of application."""
     evaluate: Evaluate | None = None
-    """Left out, `run` makes the artifacts and measures nothing."""
+    """Without it, `run` makes the artifacts and measures nothing."""
 
     @field_validator("variants", mode="after")
     @classmethod
@@ -267,6 +268,6 @@ class Recipe(Strict):
                 for step in passes:
                     if step.calibrated:
                         raise ValueError(
-                            f"variant {name} watches the model read text, but no text is given; add `calibration: {{corpus: FILE.jsonl}}`"
+                            f"variant {name} needs calibration, but the recipe has no calibration text; add `calibration: {{corpus: FILE.jsonl}}`"
                         )
         return self

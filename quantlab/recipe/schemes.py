@@ -1,7 +1,6 @@
-"""The schemes a recipe may name: a number format, the layout it is stored in, and the grid its scales start from.
+"""The table of schemes: number format, layout, and default convention of the scales.
 
-This is the one table of them. Formats that are read but not written need no entry: reading builds the `NumberFormat` from
-the checkpoint's own description.
+Formats that are only read need no entry: reading builds the `NumberFormat` from the checkpoint's description.
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from quantlab.numerics.number_format import E4M3, INT4, INT8, ROW, Activations, 
 FloatDtype = Literal["float16", "bfloat16"]
 SchemeName = Literal["int8", "int8_weight", "int4_g128", "int4_g64", "int4_g32", "int4_g128_asym", "fp8_block"]
 LayoutName = Literal["dense", "pack-quantized", "int-quantized", "float-quantized", "gptq", "gptq_v2", "fp8-blocks"]
-"""How the tensors of a weight lie on disk; `quantlab.formats.layouts` has an object for each."""
+"""Layouts of a weight on disk; `quantlab.formats.layouts` has an object for each."""
 DefaultGrid = Literal["absmax", "signed", "minmax"]
 
 DTYPE_WORDS: dict[FloatDtype, str] = {"float16": "F16", "bfloat16": "BF16"}
@@ -20,13 +19,12 @@ DTYPE_WORDS: dict[FloatDtype, str] = {"float16": "F16", "bfloat16": "BF16"}
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a word of the recipe stands for.
+    """A scheme.
 
     Attributes:
-        format: the numbers of a quantized linear.
-        layout: how they are stored.
-        grid: convention of the scales where the recipe names none (see `quantlab.algorithms.scales`); None for formats
-            that are no integers.
+        format: number format of a quantized linear.
+        layout: its layout on disk.
+        grid: default convention of the scales (see `quantlab.algorithms.scales`); None for floating-point formats.
     """
 
     format: NumberFormat
@@ -35,12 +33,12 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """The word of the recipe."""
+        """The name in the recipe."""
         return self.format.name
 
     @property
     def description(self) -> str:
-        """One line for people."""
+        """The number format in one readable line."""
         return self.format.description
 
 

@@ -1,0 +1,1 @@
+"""Makes artifacts: blocks in order, layer edits, journal, identity, manifest and model card."""

@@ -1,4 +1,4 @@
-"""What an artifact holds besides its weights: config, index, tokenizer, manifest and model card."""
+"""The files of an artifact besides its weights: config, index, tokenizer, manifest and model card."""
 
 import hashlib
 import json
@@ -28,12 +28,12 @@ _OWN_FILES = {"config.json", INDEX_NAME, MANIFEST_NAME}
 
 @dataclass(frozen=True)
 class Making:
-    """An artifact in the making.
+    """An unfinished artifact.
 
     Attributes:
         plan: the compiled recipe.
         variant: the plan of this artifact.
-        recipe: the recipe as it was written.
+        recipe: the recipe file.
         identity: everything the artifact depends on.
     """
 
@@ -44,13 +44,13 @@ class Making:
 
 
 def finish_artifact(making: Making, directory: Path, blocks: Sequence[FinishedBlock]) -> None:
-    """Write everything but the shards. Each file depends on the identity and the weights alone, not on when it was made."""
+    """Write all files except the shards. Their contents depend only on the identity and the weights, not on time."""
     plan, variant = making.plan, making.variant
     reports = {name: report for block in blocks for name, report in block.reports.items()}
     files = {file.name: file for block in blocks for file in block.files}
     for path in directory.iterdir():
         if path.name not in files:
-            path.unlink()  # left by a run that was killed while it wrote the small files
+            path.unlink()  # left by a run that was killed while writing the small files
     _write_json(directory / "config.json", patched_config(plan, variant))
     _write_json(directory / INDEX_NAME, _index(variant))
     for path in companions(plan.checkpoint.directory):
@@ -59,7 +59,7 @@ def finish_artifact(making: Making, directory: Path, blocks: Sequence[FinishedBl
     card = model_card(plan, variant, making.recipe, reports, coverage, calibrated_on=calibrated_on(making.identity))
     write_atomically(directory / CARD_NAME, card.encode())
     for path in sorted(directory.iterdir()):
-        if path.name not in files and path.name != CARD_NAME:  # the card gets its measured numbers later
+        if path.name not in files and path.name != CARD_NAME:  # measured numbers are added to the card later
             data = path.read_bytes()
             files[path.name] = FileRecord(path.name, hashlib.sha256(data).hexdigest(), len(data))
     write_atomically(directory / MANIFEST_NAME, _manifest(making, files, blocks))
@@ -69,22 +69,22 @@ def finish_artifact(making: Making, directory: Path, blocks: Sequence[FinishedBl
 
 
 def calibrated_on(identity: Identity) -> str:
-    """Where calibration computed, for people; empty where nothing was calibrated."""
+    """Device and dtype of the calibration as text; empty without calibration."""
     if identity.calibration is None:
         return ""
     return f"{identity.calibration.gpu or processor()}, in {identity.calibration.dtype}"
 
 
 def manifest_identity(artifact: Path) -> dict[str, Any]:
-    """The identity of an artifact as its manifest holds it; of one made before manifests held it, only its key.
+    """The identity of an artifact from its manifest; only the key if the manifest has no identity.
 
     Raises:
-        ArtifactError: the directory is no artifact of quantlab.
+        ArtifactError: the directory is not an artifact of quantlab.
     """
     path = artifact / MANIFEST_NAME
     if not path.is_file():
         raise ArtifactError(
-            "the output directory holds something quantlab did not make",
+            "the output directory contains something that quantlab did not make",
             where=str(artifact),
             found=f"no {MANIFEST_NAME}",
             fix="choose another --out",
@@ -95,7 +95,7 @@ def manifest_identity(artifact: Path) -> dict[str, Any]:
 
 
 def manifest_is_whole(artifact: Path) -> bool:
-    """Whether every file of an artifact's manifest is there with its size."""
+    """Whether every file of an artifact's manifest exists with the recorded size."""
     files = read_json(artifact / MANIFEST_NAME).get("files", {})
     return all(
         (artifact / name).is_file() and (artifact / name).stat().st_size == file["bytes"]
@@ -104,9 +104,9 @@ def manifest_is_whole(artifact: Path) -> bool:
 
 
 def patched_config(plan: Plan, variant: VariantPlan) -> dict[str, Any]:
-    """The source's config.json with only dtype and quantization_config changed.
+    """The source's config.json with a new dtype and quantization_config, and the number of experts if some are removed.
 
-    Re-serialising it through a config class would lose what that class does not know: `topk_method`, `scoring_func`.
+    Serialising it through a config class would lose fields unknown to the class: `topk_method`, `scoring_func`.
     """
     config = dict(plan.checkpoint.config)
     config.pop("quantization_config", None)
@@ -121,20 +121,20 @@ def patched_config(plan: Plan, variant: VariantPlan) -> dict[str, Any]:
 
 
 def quantization_config(variant: VariantPlan) -> Description | None:
-    """How engines are told what is quantized; None if nothing is."""
+    """The description of the quantized weights for engines; None if nothing is quantized."""
     linears = [
         Linear(
-            step.claim.name.removesuffix(".weight"),
-            step.claim.role,
-            step.claim.layer or 0,
+            step.tensor.name.removesuffix(".weight"),
+            step.tensor.role,
+            step.tensor.layer or 0,
             step.scheme.format if step.scheme else None,
             step.layout,
         )
         for step in variant.steps
         if step.outputs
-        and step.claim.name.endswith(".weight")
-        and step.claim.rule is not None
-        and (step.claim.rule.linear or step.claim.role == "router")
+        and step.tensor.name.endswith(".weight")
+        and step.tensor.rule is not None
+        and (step.tensor.rule.linear or step.tensor.role == "router")
     ]
     if not variant.layouts:
         return None
@@ -194,24 +194,24 @@ def _manifest(making: Making, files: Mapping[str, FileRecord], blocks: Sequence[
             report = reports.get(entry.tensor)
             line = asdict(_renamed(entry, step, experts))
             ledger.append(line | (report.known() if report is not None else {}))
-    # one line per tensor: a ledger of 90,000 entries stays readable with ordinary text tools
+    # one line per tensor keeps a ledger of 90,000 entries readable with text tools
     lines = ",\n".join("  " + json.dumps(entry) for entry in ledger)
     return f'{json.dumps(head, indent=1)[:-2]},\n "ledger": [\n{lines}\n ]\n}}\n'.encode()
 
 
 def _numbering(block: FinishedBlock, plan: Plan) -> tuple[int, ...]:
-    """The expert of the source for every slot: those that stay, then those that go."""
+    """The source's expert for every slot: those that stay, then those that are removed."""
     experts = plan.architecture.dimensions(plan.checkpoint.config)["experts"]
     gone = set(range(experts)) - set(block.kept_experts)
     return (*block.kept_experts, *sorted(gone))
 
 
 def _renamed(entry: LedgerEntry, step: Step, experts: Mapping[str, Sequence[int]]) -> LedgerEntry:
-    """A ledger entry under the name its tensor has in the source: the plan spoke of slots."""
-    slot = step.claim.expert
-    if slot is None or step.claim.block not in experts:
+    """A ledger entry with the tensor's name in the source instead of the plan's slot."""
+    slot = step.tensor.expert
+    if slot is None or step.tensor.block not in experts:
         return entry
-    old, new = step.claim.name, step.claim.in_expert(experts[step.claim.block][slot])
+    old, new = step.tensor.name, step.tensor.in_expert(experts[step.tensor.block][slot])
     return replace(entry, tensor=entry.tensor.replace(old, new), reason=entry.reason.replace(old, new))
 
 

@@ -1,8 +1,9 @@
-"""Calibrated variants: the calibration text passes through the model block by block, and each block is edited in between.
+"""Calibrated variants: the calibration text passes through the model block by block, and each block is edited on the
+way.
 
-The next block reads the outputs of this one as edited (`propagate: quantized`) or as it was (`propagate: original`). Where an
-algorithm compensates for the errors of earlier layers, the unchanged model runs beside. Results of the unchanged model are
-kept for other variants.
+The next block reads the outputs of the edited block (`propagate: quantized`) or of the unchanged one (`propagate:
+original`). If an algorithm compensates for the errors of earlier layers, the unchanged model runs too. Results of the
+unchanged model are kept for other variants.
 """
 
 import hashlib
@@ -27,18 +28,18 @@ from quantlab.run.weights import BlockWeights, Read
 
 _CHANGED = "changed"
 _DEVICE_SHARE = 4
-"""Hidden states take at most this part of what is free on a device with memory of its own."""
+"""Hidden states take at most 1 / 4 of the free GPU memory."""
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where a calibrated variant computes and keeps its files.
+class Resources:
+    """Directories, disk budget and device of a calibrated variant.
 
     Attributes:
         work: directory of this variant's hidden states.
         shared: directory of the results that variants share.
-        budget: bytes that these may take.
-        device: where the layers compute.
+        budget: disk space for the shared results, in bytes.
+        device: device of the layers.
     """
 
     work: Path
@@ -55,13 +56,13 @@ class CalibratedRun:
         variant: a variant with `calibration`.
         tokens: [samples, length] int64.
         read: reads the source weight of a step.
-        places: where it computes and keeps its files.
+        resources: directories, disk budget and device.
     """
 
-    def __init__(self, plan: Plan, variant: VariantPlan, tokens: Tensor, read: Read, places: Places) -> None:
+    def __init__(self, plan: Plan, variant: VariantPlan, tokens: Tensor, read: Read, resources: Resources) -> None:
         assert variant.calibration is not None
-        self._variant, self._tokens, self._read, self._directory = variant, tokens, read, places.work
-        device, config = places.device, plan.checkpoint.config
+        self._variant, self._tokens, self._read, self._directory = variant, tokens, read, resources.work
+        device, config = resources.device, plan.checkpoint.config
         self._computing = computing_of(variant.calibration, device)
         dtype = self._computing.torch_dtype
         whole = self._skeleton = Skeleton(config, dtype=dtype, device=device)
@@ -72,12 +73,12 @@ class CalibratedRun:
         follows = variant.calibration.propagate == "quantized"
         device_bytes = torch.cuda.mem_get_info(device)[0] // _DEVICE_SHARE if device.type == "cuda" else 0
         cap = variant.calibration.memory_bytes
-        self._workspace = Workspace(places.work, memory_bytes=cap, device=device, device_bytes=device_bytes)
+        self._workspace = Workspace(resources.work, memory_bytes=cap, device=device, device_bytes=device_bytes)
         shape = (*tokens.shape, whole.width)
         self._unchanged: Unchanged | None = None
-        if variant.watches_unchanged:
-            steps = {step.claim.name: step for step in variant.steps}
-            stages = SharedStages(places.shared / self._shared_key(plan), budget=places.budget, device=device)
+        if variant.uses_unchanged_model:
+            steps = {step.tensor.name: step for step in variant.steps}
+            stages = SharedStages(resources.shared / self._shared_key(plan), budget=resources.budget, device=device)
             hidden = self._workspace.stream(*shape, dtype=dtype)
             self._unchanged = Unchanged(whole, tokens, lambda name: read(steps[name]), hidden, stages)
         self._changed = self._workspace.stream(*shape, dtype=dtype) if follows else None
@@ -97,15 +98,15 @@ class CalibratedRun:
         return layer is not None and layer < self._skeleton.layers
 
     def edit(self, block: Block, weights: BlockWeights) -> EditedLayer:
-        """Edit the weights of a decoder layer; the hidden states are those after the block then.
+        """Edit the weights of a decoder layer, and advance the hidden states past it.
 
         Args:
-            block: of the plan, the one after the last that was edited.
-            weights: of the block.
+            block: the block after the one edited last.
+            weights: weights of the block.
 
         Raises:
             CheckpointError: a weight cannot be read, or weights, activations or results are not finite.
-            ArtifactError: the disk does not take the hidden states.
+            ArtifactError: the hidden states cannot be written.
         """
         index, changed = _layer_of(block), self._changed
         assert index is not None
@@ -121,7 +122,7 @@ class CalibratedRun:
         return layer
 
     def committed(self) -> None:
-        """Remove the hidden states of earlier blocks, now that the journal names the last one."""
+        """Remove the hidden states of earlier blocks; call it when the last block is in the journal."""
         discard_streams(self._directory, keep=self._after)
         if self._unchanged is not None:
             self._unchanged.stages.tidy()
@@ -134,16 +135,16 @@ class CalibratedRun:
         return EditedFlow(layer, self._changed, self._unchanged, self._workspace)
 
     def _embed(self, stream: HiddenStates) -> None:
-        step = next(step for step in self._variant.steps if step.claim.name == EMBEDDINGS)
+        step = next(step for step in self._variant.steps if step.tensor.name == EMBEDDINGS)
         embeddings = self._read(step).to(TORCH_DTYPES[step.dtype])
         for which, _ in stream.batches():
             stream.write(which, self._skeleton.embed(self._tokens[which], embeddings))
 
     def _shared_key(self, plan: Plan) -> str:
-        """Hash of everything that the unchanged model's hidden states depend on."""
+        """Hash of everything the hidden states of the unchanged model depend on."""
         parts = (plan.checkpoint.fingerprint(), tokens_sha256(self._tokens), shared_identity(self._computing))
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def _layer_of(block: Block) -> int | None:
-    return block.shards[0].steps[0].claim.layer
+    return block.shards[0].steps[0].tensor.layer

@@ -1,4 +1,4 @@
-"""Where a recipe's results lie, and who may write there."""
+"""The output directory of a recipe: its layout, its lock, and the state of its artifacts."""
 
 import fcntl
 import os
@@ -23,9 +23,9 @@ _COMPANIONS_BYTES = 100_000_000
 class RunDirectory:
     """The output directory of a recipe: artifacts/, records/, the matrix, and .work/ while something is unfinished.
 
-    Everything unfinished is in .work/, one directory a variant: `shards` becomes the artifact by one rename, `journal`
-    says which of its blocks are done, `replaced` is an older artifact on its way out. `shared` beside them is what variants
-    share.
+    All unfinished work is in .work/, with one directory per variant: `shards` becomes the artifact by one rename,
+    `journal.jsonl` lists its finished blocks, `replaced` is an older artifact about to be deleted. Variants share the
+    results in `.work/shared`.
     """
 
     path: Path
@@ -44,15 +44,15 @@ class RunDirectory:
 
     @property
     def shared(self) -> Path:
-        """What variants in the making share."""
+        """Directory of the results that unfinished variants share."""
         return self.path / ".work" / "shared"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other run out of the directory; unfinished work stays in .work/, nothing else does.
+        """Lock the directory for this run; at the end .work/ is removed unless it contains unfinished work.
 
         Raises:
-            ArtifactError: another run is writing there, or the directory cannot be made.
+            ArtifactError: another run has locked the directory, or it cannot be created.
         """
         existed = self.path.exists()
         lock = self._lock()
@@ -77,10 +77,10 @@ class RunDirectory:
                     "another run is writing to the output directory",
                     where=str(self.path),
                     found="its lock is held",
-                    fix="wait for it, or choose another --out",
+                    fix="wait for the other run, or choose another --out",
                 ) from error
             except FileNotFoundError:
-                continue  # a run that ended removed .work/ between the two calls
+                continue  # another run ended and removed .work/ between the two calls
             except OSError as error:
                 raise ArtifactError(
                     "the output directory cannot be locked",
@@ -90,21 +90,22 @@ class RunDirectory:
                 ) from error
             if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
                 return lock
-            lock.close()  # the file was removed by a run that ended; what is locked is not what others will find
+            lock.close()  # another run ended and removed the file: others would lock a new one
 
     def state(self, variant: str, identity: Identity, *, overwrite: bool = False) -> State:
-        """Whether a variant's artifact is there, whole, and what this code would make.
+        """State of a variant's artifact relative to the current code, recipe and device.
 
         Args:
-            variant: its name.
+            variant: name of the variant.
             identity: everything the artifact depends on.
-            overwrite: answer "outdated" for an artifact of another recipe or device, which is to be replaced.
+            overwrite: return "outdated" for an artifact of another recipe or device instead of raising.
 
         Returns:
-            "complete"; "missing"; "outdated" where other code made it from the same recipe, so that it has to be made again.
+            "complete"; "missing"; "outdated" if other code made it from the same recipe and it must be made again.
 
         Raises:
-            ArtifactError: something else has its place: an artifact of another recipe, model or device, or no artifact at all.
+            ArtifactError: its path holds an incomplete artifact, one of another recipe, model or device, or something
+                else.
         """
         artifact = self.artifact(variant)
         if not artifact.exists():
@@ -117,7 +118,7 @@ class RunDirectory:
             return "outdated"
         whole = difference != "none"
         raise ArtifactError(
-            "the output directory holds "
+            "the output directory contains "
             + (f"an artifact of another {difference}" if whole else "an incomplete artifact"),
             where=str(artifact),
             found=identity.explain(found) if whole else "files are missing",
@@ -125,10 +126,11 @@ class RunDirectory:
         )
 
     def check_measurable(self, variant: VariantPlan) -> bool:
-        """Check that a variant's artifact is there, whole and of this recipe; on which device and by which code it was made is its own affair.
+        """Check that a variant's artifact exists, is complete and belongs to this recipe, made by any code on any
+        device.
 
         Returns:
-            Whether this very code would make it.
+            Whether the current code would make the same artifact.
 
         Raises:
             ArtifactError: it is missing, incomplete, or of another recipe.
@@ -136,30 +138,30 @@ class RunDirectory:
         artifact = self.artifact(variant.name)
         if not artifact.exists():
             raise ArtifactError(
-                "an artifact is not there yet",
+                "an artifact is missing",
                 where=str(artifact),
                 found="no such directory",
-                fix="make it first: `quantlab run` with this recipe",
+                fix="make it first with `quantlab run`",
             )
         found = manifest_identity(artifact)
         if found.get("recipe") != variant.recipe_key or not manifest_is_whole(artifact):
             whole = manifest_is_whole(artifact)
             raise ArtifactError(
-                "the output directory holds "
+                "the output directory contains "
                 + ("an artifact of another recipe" if whole else "an incomplete artifact"),
                 where=str(artifact),
                 found=f"recipe {str(found.get('recipe'))[:12]}, this one is {variant.recipe_key[:12]}"
                 if whole
                 else "files are missing",
-                fix="choose another --out, or make it again: `quantlab run` with --overwrite",
+                fix="choose another --out, or make it again with `quantlab run --overwrite`",
             )
         return is_current(variant, found)
 
     def publish(self, variant: VariantPlan) -> None:
-        """Give the finished shards their name; an artifact that is replaced goes only now, by a rename too.
+        """Rename the finished shards to the artifact's path; an older artifact is moved away first and then deleted.
 
         Raises:
-            ArtifactError: the disk does not take the rename.
+            ArtifactError: a rename failed.
         """
         artifact, replaced = self.artifact(variant.name), self.work(variant.name) / "replaced"
         try:
@@ -170,21 +172,21 @@ class RunDirectory:
             shutil.rmtree(self.work(variant.name))
         except OSError as error:
             raise ArtifactError(
-                "the artifact cannot be put in its place",
+                "the artifact cannot be moved to its path",
                 where=str(artifact),
                 found=error.strerror,
                 fix="artifacts/ must be a directory on the disk of --out",
             ) from error
 
     def tidy(self, variant: VariantPlan) -> None:
-        """Remove what a run that was killed after the last rename has left."""
+        """Remove a variant's work directory, left by a run that was killed after the last rename."""
         shutil.rmtree(self.work(variant.name), ignore_errors=True)
 
     def check_space(self, plan: Plan, complete: set[str]) -> int:
-        """Refuse to begin what the disk cannot hold.
+        """Check that the missing artifacts fit onto the disk.
 
         Returns:
-            The bytes that will still be free.
+            Bytes that will remain free.
 
         Raises:
             PlanError: less space is free than the missing artifacts need.
@@ -204,14 +206,14 @@ class RunDirectory:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and its parents.
+    """Create a directory and its parents.
 
     Raises:
-        ArtifactError: it cannot be made.
+        ArtifactError: it cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(
-            "the output directory cannot be made", where=str(path), found=error.strerror, fix="choose another --out"
+            "the output directory cannot be created", where=str(path), found=error.strerror, fix="choose another --out"
         ) from error

@@ -1,14 +1,14 @@
-"""Layer edits: what a variant does to one half of a decoder layer, in the order in which it is done.
+"""Layer edits: the changes a variant makes to one half of a decoder layer, in order.
 
     RemoveExperts    which routed experts stay, and the smaller layer          passes/removal.py
     FoldScales       factors per channel, folded into neighbours               passes/fold.py
     ChangeStage      linears of one stage: pruned, quantized                   passes/apply.py
-    ChangeExperts    routed experts likewise: gate and up, then down           passes/apply.py
+    ChangeExperts    the same for routed experts: gate and up, then down       passes/apply.py
 
-Every edit names the statistics it needs, has them collected, calls the function of `passes/` that binds it to its algorithm
-(tensors and statistics in, tensors out) and puts the tensors into the layer. The first two change the structure of the layer
-and look at a whole half; the others change linears in the order of the forward pass, so that each stage is changed with the
-statistics of the changed stages before it.
+Every edit declares the statistics it needs, requests them, calls the function of `passes/` that binds it to its
+algorithm (tensors and statistics in, tensors out) and stores the results in the layer. The first two change the
+structure of a whole half; the others change linears in the order of the forward pass, each stage with statistics that
+reflect the changed stages before it.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -32,9 +32,9 @@ from quantlab.run.layer import EditedLayer
 from quantlab.run.weights import Change
 
 _BATCH_BYTES: Final = 1 << 28
-"""Memory for the Hessians, weights and results of experts that are changed at once on a CPU."""
+"""Memory for the Hessians, weights and results of one batch of experts on a CPU."""
 _BATCH_SHARE: Final = 5
-"""The same on a GPU, as a divisor of its whole memory, so that results do not depend on what is free."""
+"""The same on a GPU, as a divisor of its total memory, so that results do not depend on free memory."""
 _UNSCALED: Final = "not scaled: no calibration token reached it"
 
 
@@ -42,11 +42,11 @@ class LayerEdit(Protocol):
     """One edit of half a layer."""
 
     def needs(self, layer: EditedLayer) -> frozenset[Need]:
-        """The statistics of inputs that it reads."""
+        """The input statistics that it needs."""
         ...
 
     def apply(self, layer: EditedLayer, inputs: HalfInputs) -> None:
-        """Have the statistics collected and change the layer.
+        """Request the statistics and change the layer.
 
         Raises:
             CheckpointError: activations or results are not finite.
@@ -83,15 +83,15 @@ class RemoveExperts:
     """Remove whole routed experts.
 
     Attributes:
-        algorithm: chooses them.
-        kept: how many stay.
+        algorithm: chooses the experts.
+        kept: number of experts that stay.
     """
 
     algorithm: ExpertRemoval
     kept: int
 
     def needs(self, layer: EditedLayer) -> frozenset[Need]:
-        """None of inputs: it reads the norms of outputs."""
+        """No input statistics: it uses the norms of the experts' outputs."""
         return frozenset()
 
     def apply(self, layer: EditedLayer, inputs: HalfInputs) -> None:
@@ -111,10 +111,10 @@ class RemoveExperts:
 
 @dataclass(frozen=True)
 class FoldScales:
-    """Fold scales into the producers and consumers of input sites. All factors are found before the first is applied.
+    """Fold scales into the producers and consumers of input sites. All factors are computed before any is applied.
 
     Attributes:
-        folds: of one half, in the order of its forward pass.
+        folds: folds of one half, in the order of its forward pass.
     """
 
     folds: tuple[Fold, ...]
@@ -125,10 +125,10 @@ class FoldScales:
 
     def apply(self, layer: EditedLayer, inputs: HalfInputs) -> None:
         """See `LayerEdit`."""
-        outside = [fold.site for fold in self.folds if any(step.claim.expert is None for step in fold.consumers)]
+        outside = [fold.site for fold in self.folds if any(step.tensor.expert is None for step in fold.consumers)]
         found = inputs.sites(list(dict.fromkeys(outside)), self.needs(layer))
         experts = None
-        if any(step.claim.expert is not None for fold in self.folds for step in fold.consumers):
+        if any(step.tensor.expert is not None for fold in self.folds for step in fold.consumers):
             experts = inputs.experts()
             layer.tokens_per_expert = layer.tokens_per_expert if layer.kept else experts.tokens
         changes: list[tuple[str, Change]] = []
@@ -143,15 +143,15 @@ class FoldScales:
         found: Mapping[str, SiteStatistics],
         experts: ExpertInputs | None,
     ) -> Iterator[tuple[str, Change]]:
-        """The change of every weight that takes part in a fold."""
-        claim, channels = fold.producers[0].claim, fold.consumers[0].source.shape[1]
-        if experts is not None and claim.expert is not None and not experts.tokens[claim.expert]:
-            layer.notes |= {step.claim.name: _UNSCALED for step in fold.consumers}
+        """The change of every producer and consumer of a fold."""
+        tensor, channels = fold.producers[0].tensor, fold.consumers[0].source.shape[1]
+        if experts is not None and tensor.expert is not None and not experts.tokens[tensor.expert]:
+            layer.notes |= {step.tensor.name: _UNSCALED for step in fold.consumers}
 
         def statistics(expert: int | None, needs: Collection[Need]) -> SiteStatistics:
             if expert is None:
                 return found[fold.site]
-            assert experts is not None, "an expert reads what the router sends it"
+            assert experts is not None, "an expert has its own input statistics"
             if fold.site == "mlp":
                 return experts.gate_up(expert, needs)
             gate, up, _ = layer.expert(expert)
@@ -159,13 +159,13 @@ class FoldScales:
 
         linears = [
             FoldedLinear(
-                layer.modules.weights[step.claim.name], step.claim.expert, step.quantize, TORCH_DTYPES[step.dtype]
+                layer.modules.weights[step.tensor.name], step.tensor.expert, step.quantize, TORCH_DTYPES[step.dtype]
             )
             for step in fold.consumers
             if step.quantize and step.quantize.algorithm == fold.algorithm
         ]
         matrices = [step for step in (*fold.producers, *fold.consumers) if len(step.source.shape) == 2]
-        rows = layer.model.architecture.fed_rows(claim, layer.model.config, channels=channels)
+        rows = layer.model.architecture.fed_rows(tensor, layer.model.config, channels=channels)
         factors = fold_factors(
             fold.algorithm,
             linears,
@@ -173,19 +173,19 @@ class FoldScales:
             rows=rows,
             exact=any(step.quantize is None for step in matrices),
             tokens=layer.model.tokens,
-        ).cpu()  # where source weights are
+        ).cpu()  # the device of source weights
         for step in fold.consumers:
-            yield step.claim.name, partial(scaled_columns, factors=factors)
+            yield step.tensor.name, partial(scaled_columns, factors=factors)
         for step in fold.producers:
-            yield step.claim.name, partial(divided_rows, factors=factors, rows=rows)
+            yield step.tensor.name, partial(divided_rows, factors=factors, rows=rows)
 
 
 @dataclass(frozen=True)
 class ChangeStage:
-    """Prune or quantize the linears of one stage, routed experts excepted.
+    """Prune or quantize the linears of one stage, except routed experts.
 
     Attributes:
-        sites: the linears that read each input site of the stage.
+        sites: the linears that read each input site of the stage, by site.
     """
 
     sites: Mapping[str, tuple[Step, ...]]
@@ -204,7 +204,7 @@ class ChangeStage:
 
 @dataclass(frozen=True)
 class ChangeExperts:
-    """Prune or quantize the routed experts, some at once: gate and up, then down with the changed ones before it."""
+    """Prune or quantize the routed experts in batches: gate and up, then down on inputs of the changed gate and up."""
 
     def needs(self, layer: EditedLayer) -> frozenset[Need]:
         """See `LayerEdit`."""
@@ -219,16 +219,18 @@ class ChangeExperts:
         numbers, at_once = list(members), _experts_at_once(layer.device, members)
         for start in range(0, len(numbers), at_once):
             batch = numbers[start : start + at_once]
-            enter = {expert: _at("mlp", members[expert]) for expert in batch}
-            _change(layer, [(steps, _gate_up_inputs(layer, experts, expert, steps)) for expert, steps in enter.items()])
-            leave = {expert: _at("down", members[expert]) for expert in batch}
-            _change(layer, [(steps, _down_inputs(layer, experts, expert, steps)) for expert, steps in leave.items()])
+            gate_up = {expert: _reading("mlp", members[expert]) for expert in batch}
+            _change(
+                layer, [(steps, _gate_up_inputs(layer, experts, expert, steps)) for expert, steps in gate_up.items()]
+            )
+            down = {expert: _reading("down", members[expert]) for expert in batch}
+            _change(layer, [(steps, _down_inputs(layer, experts, expert, steps)) for expert, steps in down.items()])
 
     def _experts(self, layer: EditedLayer) -> dict[int, list[Step]]:
         found: dict[int, list[Step]] = {}
         for step in layer.steps:
-            if step.claim.expert is not None and step.claim.role == "routed_experts" and step.outputs:
-                found.setdefault(step.claim.expert, []).append(step)
+            if step.tensor.expert is not None and step.tensor.role == "routed_experts" and step.outputs:
+                found.setdefault(step.tensor.expert, []).append(step)
         return found
 
 
@@ -255,13 +257,13 @@ def _down_inputs(layer: EditedLayer, experts: ExpertInputs | None, expert: int, 
 
 
 def _needs(layer: EditedLayer, steps: Collection[Step]) -> frozenset[Need]:
-    """The statistics that the passes read; cross terms only where the unchanged layer runs beside."""
+    """The statistics that the passes of steps need; cross terms only if the unchanged layer runs too."""
     needs = frozenset(need for step in steps for need in needs_of(step.passes))
     return needs if layer.unchanged is not None else needs - {"cross"}
 
 
 def _experts_at_once(device: torch.device, experts: Mapping[int, Sequence[Step]]) -> int:
-    """How many fit into memory: six matrices of the size of a Hessian and sixteen of that of a weight, in float32."""
+    """Experts per batch; each needs six float32 matrices of Hessian size and sixteen of weight size."""
     room = _BATCH_BYTES
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory // _BATCH_SHARE
@@ -270,18 +272,18 @@ def _experts_at_once(device: torch.device, experts: Mapping[int, Sequence[Step]]
     return max(room // (24 * columns**2 + 64 * elements), 1)
 
 
-def _at(site: str, steps: Sequence[Step]) -> list[Step]:
-    return [step for step in steps if step.claim.rule is not None and step.claim.rule.site == site]
+def _reading(site: str, steps: Sequence[Step]) -> list[Step]:
+    return [step for step in steps if step.tensor.rule is not None and step.tensor.rule.site == site]
 
 
 def _change(layer: EditedLayer, sites: Sequence[tuple[Sequence[Step], Inputs | None]]) -> None:
-    """Change the linears of one site, or of the same site of several experts; those under the same passes together."""
+    """Change the linears of one site, or of the same site of several experts, batched by passes, dtype and shape."""
     groups: dict[tuple[object, ...], list[Group]] = {}
     for steps, inputs in sites:
         for key, members in groupby(steps, key=lambda step: (step.passes, step.dtype)):
             if not key[0]:
                 continue
-            weights = {step.claim.name: layer.weights.source(step.claim.name).to(layer.device) for step in members}
+            weights = {step.tensor.name: layer.weights.source(step.tensor.name).to(layer.device) for step in members}
             shape = (sum(map(len, weights.values())), next(iter(weights.values())).shape[1])
             groups.setdefault((*key, shape), []).append(Group(weights, inputs))
     for together in groups.values():

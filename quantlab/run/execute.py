@@ -1,4 +1,4 @@
-"""Make every artifact of a recipe."""
+"""Makes every artifact of a recipe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,17 +11,23 @@ from quantlab.run.identity import identify
 from quantlab.run.loop import Progress, Settings, run_variant
 
 RECIPE_COPY = ".recipe.yaml"
-"""The recipe of a run, kept for the order of its rows."""
+"""Copy of the recipe in the output directory; `quantlab report` reads the order of rows from it."""
 
 _DEFAULTS = Settings()
 
 Announce = Callable[[VariantPlan], Progress]
-"""Called when work on a variant begins; returns what is told its progress."""
+"""Called when work on a variant begins; returns the callback for its progress."""
 
 
 @dataclass(frozen=True)
 class MadeArtifacts:
-    """Names of the variants made now, of those among them whose artifact other code had made, and of those that were there already."""
+    """Names of variants.
+
+    Attributes:
+        made: artifacts made by this run.
+        outdated: those among `made` that replace an artifact of other code.
+        kept: artifacts that were already complete.
+    """
 
     made: tuple[str, ...]
     outdated: tuple[str, ...]
@@ -31,17 +37,17 @@ class MadeArtifacts:
 def make_artifacts(
     plan: Plan, recipe: LoadedRecipe, directory: RunDirectory, announce: Announce, settings: Settings = _DEFAULTS
 ) -> MadeArtifacts:
-    """Make the artifacts that are not there yet, one variant after the other.
+    """Make the missing and outdated artifacts, one variant after the other.
 
     Args:
         plan: the compiled recipe.
         recipe: the recipe it was compiled from.
-        directory: where results go.
-        announce: told which variant begins.
-        settings: how to go about it; the disk space for what variants share is found here.
+        directory: the output directory.
+        announce: called when work on a variant begins.
+        settings: of the run; `shared_bytes` is set here.
 
     Raises:
-        ArtifactError: the directory is in use, or holds artifacts of another recipe, or cannot be written.
+        ArtifactError: the directory is in use, contains artifacts of another recipe, or cannot be written.
         CheckpointError: a weight cannot be read or is not finite.
         PlanError: the disk is too small.
     """
@@ -55,7 +61,7 @@ def make_artifacts(
         }
         complete = {name for name, state in states.items() if state == "complete"}
         free = directory.check_space(plan, complete)
-        sharing = sum(variant.watches_unchanged for variant in plan.variants if variant.name not in complete)
+        sharing = sum(variant.uses_unchanged_model for variant in plan.variants if variant.name not in complete)
         settings = replace(settings, shared_bytes=free // 2 if sharing > 1 else 0)
         for variant in plan.variants:
             if variant.name in complete:

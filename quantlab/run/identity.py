@@ -1,13 +1,13 @@
-"""The identity of an artifact: everything its bytes depend on, as one key and as the parts that explain a difference.
+"""The identity of an artifact: everything its bytes depend on, as one key and as parts that explain a difference.
 
-    recipe        passes, source checkpoint, calibration text and settings: what the user asked for
-    code          fingerprint of the code that makes it, only the algorithms it uses among all algorithms
-    versions      of the libraries whose arithmetic decides numbers
-    calibration   device class, GPU and dtype that calibration computes in; the CPU's name stands beside them and not in the key,
-                  because another CPU only adds up in another order
+    recipe        passes, source checkpoint, calibration text and settings
+    code          fingerprint of the code that makes it; of the algorithms only those it uses
+    versions      versions of the libraries that determine numbers
+    calibration   device class, GPU and dtype of calibration. The CPU's name is recorded but not part of the key:
+                  another CPU changes only the order of summation
 
-An artifact, a journal and shared statistics are reused only under an equal key. Where the code or the libraries differ the same recipe
-is made again; where the recipe or the calibration's device differs the user decides.
+Artifacts, journals and shared statistics are reused only under an equal key. If code or libraries differ, the artifact
+is made again; if the recipe or the device of calibration differs, the user decides.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ _SHARED = ("quantlab.run.shared", "quantlab.calibration.inputs")
 
 @dataclass(frozen=True)
 class Computing:
-    """Where and how precisely calibration computes.
+    """Device and precision of calibration.
 
     Attributes:
         device: "cpu" or "cuda".
-        gpu: its name, empty on the CPU.
-        dtype: of weights and activations while the model is watched: "float32" or "bfloat16".
+        gpu: name of the GPU, empty on a CPU.
+        dtype: dtype of weights and activations during calibration: "float32" or "bfloat16".
     """
 
     device: str
@@ -44,13 +44,13 @@ class Computing:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch has it."""
+        """The torch dtype."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
 
 def computing_of(calibration: Calibration, device: torch.device) -> Computing:
-    """Where and how precisely a calibration computes on a device: as the recipe says, else float32 on a CPU and bfloat16 on a GPU."""
+    """Device and precision of a calibration; the default dtype is float32 on a CPU and bfloat16 on a GPU."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     dtype = calibration.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     return Computing(device.type, gpu, dtype)
@@ -71,12 +71,12 @@ class Identity:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def written(self) -> dict[str, Any]:
-        """The identity as manifests and journals hold it, with the name of the CPU that calibrated."""
+        """The identity as stored in manifests and journals, with the name of the CPU that calibrated."""
         calibration = None if self.calibration is None else asdict(self.calibration) | {"cpu": processor()}
         return {"key": self.key, **asdict(self), "calibration": calibration}
 
     def difference(self, written: Mapping[str, Any]) -> Difference:
-        """The first part, from the recipe down to the code, in which a written identity differs from this one."""
+        """The first part in which a stored identity differs from this one: recipe, then calibration, then code."""
         if written.get("key") == self.key:
             return "none"
         if written.get("recipe") != self.recipe:
@@ -84,19 +84,19 @@ class Identity:
         return "code" if _written_computing(written) == self.calibration else "calibration"
 
     def explain(self, written: Mapping[str, Any]) -> str:
-        """How a written identity differs from this one in its recipe or calibration, for people."""
+        """The difference of a stored identity in recipe or calibration, as text."""
         if written.get("recipe") != self.recipe:
             return f"recipe {str(written.get('recipe') or written.get('key'))[:12]}, this one is {self.recipe[:12]}"
         return f"calibrated on {_described(_written_computing(written))}, this run would calibrate on {_described(self.calibration)}"
 
 
 def identify(variant: VariantPlan, device: torch.device) -> Identity:
-    """The identity of a variant's artifact as this code would make it, calibrating on a device."""
+    """The identity of a variant's artifact made by the current code with calibration on a device."""
     return _identity(variant, None if variant.calibration is None else computing_of(variant.calibration, device))
 
 
 def is_current(variant: VariantPlan, written: Mapping[str, Any]) -> bool:
-    """Whether this code would make an artifact of this identity on the device that made it."""
+    """Whether the current code, on the device that made an artifact, would give it the same identity."""
     return bool(_identity(variant, _written_computing(written)).key == written.get("key"))
 
 
@@ -115,13 +115,13 @@ def _described(computing: Computing | None) -> str:
 
 
 def shared_identity(computing: Computing) -> str:
-    """Everything but the model and the text that statistics of the unchanged model depend on: code, libraries, device and dtype."""
+    """Dependencies of the unchanged model's statistics besides model and text: code, libraries, device and dtype."""
     code = code_fingerprint(_SHARED, without=_other_devices(computing))
     return f"{code} {_versions(('torch', 'transformers'))} {computing}"
 
 
 def _making_code(variant: VariantPlan, calibration: Computing | None) -> str:
-    """The fingerprint of the code that makes a variant: the whole way through a run, but only the algorithms the variant uses."""
+    """Fingerprint of the code that makes a variant: the run's code, and the algorithms that the variant uses."""
     unused = () if calibration is not None else ("quantlab.calibration", "quantlab.run.calibrated")
     algorithms = tuple(f"quantlab.algorithms.{name}" for name in variant.algorithms)
     way = code_fingerprint(("quantlab.run.execute",), without=("quantlab.algorithms", *unused))
@@ -130,10 +130,10 @@ def _making_code(variant: VariantPlan, calibration: Computing | None) -> str:
 
 
 def _other_devices(computing: Computing | None) -> tuple[str, ...]:
-    """Packages of kernels for devices that do not compute."""
+    """Packages with kernels for devices that are not used."""
     return () if computing is not None and computing.device == "cuda" else ("quantlab.algorithms.cuda",)
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions without a local part ("+cpu"): which build computes is said by the device."""
+    """Versions without the local part ("+cpu"), because the device already identifies the build."""
     return {name: found.partition("+")[0] for package in packages for name, found in version_of(package).items()}

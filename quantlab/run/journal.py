@@ -1,7 +1,7 @@
-"""What of an artifact is finished: one line per block, written when the block's shards are safely on disk.
+"""The journal of an unfinished artifact: one line per finished block, written when the block's shards are on disk.
 
-The first line is the artifact's identity, so that work begun under another recipe, by other code or on another device is never continued. A line torn by a
-crash is cut off; its block is made again, with the same bytes.
+The first line is the artifact's identity, so that work from another recipe, other code or another device is never
+continued. An incomplete last line, left by a crash, is removed; its block is made again, with the same bytes.
 """
 
 import json
@@ -18,7 +18,7 @@ from quantlab.run.identity import Identity
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A finished file: name, sha256 of its bytes, and how many there are."""
+    """A finished file: name, sha256 and size in bytes."""
 
     name: str
     sha256: str
@@ -30,11 +30,11 @@ class FinishedBlock:
     """A block whose shards are on disk.
 
     Attributes:
-        name: of the block.
+        name: name of the block.
         files: its shards.
-        reports: of the weights that were changed.
-        tokens_per_expert: calibration tokens each routed expert got; empty where none was watched.
-        kept_experts: old numbers of the routed experts that stay; empty where all do.
+        reports: reports on the changed weights, by name.
+        tokens_per_expert: calibration tokens routed to each expert; empty if routing was not recorded.
+        kept_experts: old numbers of the routed experts that stay; empty if all stay.
     """
 
     name: str
@@ -45,7 +45,7 @@ class FinishedBlock:
 
 
 def journal_identity(path: Path) -> dict[str, Any] | None:
-    """The identity of the artifact a journal belongs to, None where there is none or its first line is not whole."""
+    """The identity of the artifact a journal belongs to; None without a journal or a complete first line."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     if len(lines) < 2:
         return None
@@ -54,11 +54,11 @@ def journal_identity(path: Path) -> dict[str, Any] | None:
 
 
 class Journal:
-    """The journal of one artifact in the making.
+    """The journal of one unfinished artifact.
 
     Args:
         path: the journal's file.
-        directory: where the shards are written.
+        directory: directory of the shards.
         identity: everything the artifact depends on.
 
     Raises:
@@ -73,7 +73,7 @@ class Journal:
             found = json.loads(lines[0])
             if (difference := identity.difference(found)) != "none":
                 raise ArtifactError(
-                    f"the output directory holds unfinished work of another {difference}",
+                    f"the output directory contains unfinished work of another {difference}",
                     where=str(directory),
                     found=identity.explain(found),
                     fix="choose another --out, or start over with --overwrite",
@@ -96,17 +96,17 @@ class Journal:
         """Record that a block is finished.
 
         Raises:
-            ArtifactError: the disk does not take the line.
+            ArtifactError: the line cannot be written.
         """
         self._append(json.dumps(asdict(block)))
         self._blocks[block.name] = block
 
     def finished(self, order: Sequence[str]) -> tuple[FinishedBlock, ...]:
-        """The finished blocks in the plan's order."""
+        """The finished blocks in the given order."""
         return tuple(self._blocks[name] for name in order)
 
     def _whole_lines(self) -> list[str]:
-        """The lines that end; the remains of one that does not are removed from the file."""
+        """The complete lines; an incomplete last line is removed from the file."""
         if not self.path.exists():
             return []
         data = self.path.read_bytes()
@@ -126,7 +126,7 @@ class Journal:
                 "the journal cannot be written",
                 where=str(self.path),
                 found=error.strerror,
-                fix="free space or choose another --out, then run the same command again: what is complete is kept",
+                fix="free space or choose another --out, then run the same command again: finished work is kept",
             ) from error
 
 

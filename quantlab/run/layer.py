@@ -1,4 +1,4 @@
-"""One decoder layer while its weights are edited: the modules that compute with them, and what is known so far."""
+"""One decoder layer while its weights are edited: the modules that compute with them, and the results so far."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ _UNSMOOTHED = "not smoothed: experts share the norm before them"
 
 @dataclass(frozen=True)
 class Skeletons:
-    """Make layers with all experts, and with those that stay (the same where all do)."""
+    """Skeletons with all experts, and with those that stay; the same skeleton if all stay."""
 
     whole: Skeleton
     reduced: Skeleton
@@ -35,10 +35,10 @@ class Model:
     Attributes:
         architecture: its family.
         config: its config.json.
-        skeletons: make its layers.
+        skeletons: allocate its layers.
         follows: whether the layer computes with its changed weights (`propagate: quantized`) or with those of the source.
-        compares: whether the unchanged layer runs beside the changed one.
-        tokens: of the calibration text.
+        compares: whether the unchanged layer runs too.
+        tokens: number of calibration tokens.
     """
 
     architecture: Architecture
@@ -53,16 +53,16 @@ class EditedLayer:
     """A decoder layer whose weights are being edited.
 
     Args:
-        model: it belongs to.
-        index: of the layer.
-        weights: of its block.
+        model: the model it belongs to.
+        index: index of the layer.
+        weights: weights of its block.
 
     Attributes:
-        modules: compute with the weights as they are now.
-        unchanged: computes with those of the source, folds included; None where nothing is compared with it.
-        tokens_per_expert: calibration tokens that each routed expert got; empty where none was routed.
-        kept: numbers of the routed experts that stay; empty where all do.
-        notes: by weight, what its report has to say beside what the passes say.
+        modules: the layer with its current weights.
+        unchanged: the layer with the source's weights, folds included; None without comparison.
+        tokens_per_expert: calibration tokens routed to each expert; empty if routing was not recorded.
+        kept: numbers of the routed experts that stay; empty if all stay.
+        notes: fallback texts by weight, for reports whose passes had no fallback.
     """
 
     def __init__(self, model: Model, index: int, weights: BlockWeights) -> None:
@@ -84,29 +84,29 @@ class EditedLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes."""
+        """The device of the layer."""
         return self.model.skeletons.whole.device
 
     @property
     def steps(self) -> Iterable[Step]:
-        """What the plan says of every weight."""
+        """The steps of the plan for all weights."""
         return self.weights.steps.values()
 
     def expert(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate, up [I, H] and down [H, I] of a routed expert, as the layer computes with them."""
+        """Current gate, up [I, H] and down [H, I] of a routed expert."""
         names = self.model.architecture.expert_names(self.index, number)
         gate, up, down = (self.modules.weights[name] for name in names)
         return gate, up, down
 
     def keep_experts(self, kept: Sequence[int]) -> None:
-        """Go on with a layer that has only these routed experts, renumbered in their order."""
+        """Replace the layer by one with only these routed experts, renumbered in order."""
         before, self.kept = self.modules.weights, tuple(kept)
         self.weights.restructure(partial(without_experts, kept=kept))
         self.modules = self.model.skeletons.reduced.layer(self.index)
         self.modules.fill(lambda name: before[name] if self.weights.changed(name) else self._current(name))
 
     def fold(self, changes: Iterable[tuple[str, Change]]) -> None:
-        """Apply folds to weights, in order; several may meet in one."""
+        """Apply folds to weights, in order; a weight may take part in several."""
         names = []
         for name, change in changes:
             self.weights.fold(name, change)
@@ -117,7 +117,7 @@ class EditedLayer:
                 self.unchanged.weights[name].copy_(self.weights.source(name))
 
     def set(self, name: str, weight: Tensor, result: Tensor | QuantizedMatrix, report: WeightReport | None) -> None:
-        """Put the result of the passes in the place of a weight; arguments as those of `BlockWeights.set`.
+        """Replace a weight by the result of the passes; arguments as those of `BlockWeights.set`.
 
         Raises:
             CheckpointError: the dtype the weight is stored in cannot hold the result.

@@ -1,17 +1,17 @@
-"""The run of one variant: blocks in, shards out. A weight goes this way:
+"""The run of one variant: blocks in, shards out. The stages of a weight:
 
-    plan          Step: where it lies, its passes, its dtype                              plan/
-    read          BlockWeights: once, decoded, finite                                     formats/stored.py, run/weights.py
-    statistics    HalfInputs: of the activations that enter it                            calibration/inputs.py
+    plan          Step: location in the source, passes, dtype                             plan/
+    read          BlockWeights: read once, decoded, checked to be finite                  formats/stored.py, run/weights.py
+    statistics    HalfInputs: statistics of the activations that enter it                 calibration/inputs.py
     change        layer edits: experts removed, scales folded, linears changed            run/edits.py -> passes/ -> algorithms/
     encode        the tensors that store it                                               formats/
     write         ShardWriter: in the order of the shard's header                         checkpoint/writer.py
 
 Without calibration there are no statistics and no layer edits: each weight is read, changed and written before the next one.
-With it, a decoder layer is edited as a whole (`calibrated.py`, `block.py`) while calibration text passes through it.
+With calibration, a decoder layer is edited as a whole (`calibrated.py`, `block.py`) while the text passes through it.
 
-An artifact is made in a hidden work directory and appears under its name by one rename, when it is complete. Until then a
-journal names the blocks that are done; the same command continues after them.
+An artifact is made in a hidden work directory and renamed to its final path when it is complete. Until then a journal
+lists the finished blocks, and the same command continues after them.
 """
 
 from collections.abc import Callable
@@ -37,17 +37,17 @@ from quantlab.run.journal import FileRecord, FinishedBlock, Journal, journal_ide
 from quantlab.run.weights import BlockWeights, read_finite
 
 Progress = Callable[[int], None]
-"""Called with the bytes of the source that have just been processed."""
+"""Called with the number of source bytes processed since the last call."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run goes about its work.
+    """Settings of a run.
 
     Attributes:
-        device: where layers compute while they are calibrated; it is part of the identity of calibrated artifacts.
-        overwrite: replace artifacts and unfinished work of other recipes instead of refusing.
-        shared_bytes: disk space for what calibrated variants share.
+        device: device of calibration; part of the identity of calibrated artifacts.
+        overwrite: replace artifacts and unfinished work of other recipes instead of raising an error.
+        shared_bytes: disk space for the results that calibrated variants share.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -67,7 +67,7 @@ def run_variant(
 
     Raises:
         CheckpointError: a weight cannot be read or is not finite.
-        ArtifactError: a file cannot be written, or unfinished work of another recipe is in the way.
+        ArtifactError: a file cannot be written, or the directory contains unfinished work of another recipe.
     """
     source = StoredWeights(Reader(plan.checkpoint))
     shards = directory.shards(variant.name)
@@ -77,16 +77,16 @@ def run_variant(
         identity.difference(begun) == "code" or (settings.overwrite and begun["key"] != identity.key)
     ):
         directory.tidy(variant)
-    tokens = _calibration_tokens(plan, variant, recipe)  # unusable text is an error before anything is written
+    tokens = _calibration_tokens(plan, variant, recipe)  # report unusable text before anything is written
     make_directory(shards)
     journal = Journal(directory.journal(variant.name), shards, identity=identity)
     read = partial(read_finite, source=source)
     calibrated = None
     if tokens is not None:
-        from quantlab.run.calibrated import CalibratedRun, Places  # imports transformers, which takes seconds
+        from quantlab.run.calibrated import CalibratedRun, Resources  # imports transformers, which takes seconds
 
-        places = Places(directory.work(variant.name), directory.shared, settings.shared_bytes, settings.device)
-        calibrated = CalibratedRun(plan, variant, tokens, read, places)
+        resources = Resources(directory.work(variant.name), directory.shared, settings.shared_bytes, settings.device)
+        calibrated = CalibratedRun(plan, variant, tokens, read, resources)
     for block in variant.blocks:
         if journal.has(block.name):
             progress(block.source_bytes)
@@ -119,11 +119,12 @@ def _calibration_tokens(plan: Plan, variant: VariantPlan, recipe: LoadedRecipe) 
 
 
 def write_block(block: Block, weights: BlockWeights, directory: Path, progress: Progress) -> FinishedBlock:
-    """Encode and write the weights of one block, shard by shard; those that were not edited are read and changed here.
+    """Encode and write the weights of one block, shard by shard; weights that were not edited are read and changed
+    here.
 
     Raises:
         CheckpointError: a weight cannot be read or is not finite, or the dtype it is stored in cannot hold the result.
-        ArtifactError: the disk does not take a shard.
+        ArtifactError: a shard cannot be written.
     """
     files: list[FileRecord] = []
     reports: dict[str, WeightReport] = {}
@@ -132,10 +133,10 @@ def write_block(block: Block, weights: BlockWeights, directory: Path, progress: 
             for step in shard.steps:
                 if not step.outputs:
                     continue
-                result, report = weights.take(step.claim.name)
+                result, report = weights.pop(step.tensor.name)
                 if report is not None:
-                    reports[step.claim.name] = report
-                for name, tensor in encode(step.layout, step.claim.name, result).items():
+                    reports[step.tensor.name] = report
+                for name, tensor in encode(step.layout, step.tensor.name, result).items():
                     writer.write(name, tensor)
                 progress(step.source_bytes)
         files.append(FileRecord(shard.file, writer.sha256, writer.nbytes))

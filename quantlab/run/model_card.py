@@ -1,4 +1,4 @@
-"""README.md of an artifact: what it is, what changed, how to load it and what not to expect of it."""
+"""The model card (README.md) of an artifact: contents, changes, loading instructions and limits."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +12,7 @@ from quantlab.recipe.load import LoadedRecipe
 
 CARD_NAME = "README.md"
 MEASURED_START, MEASURED_END = "<!-- measured by quantlab -->", "<!-- end of what was measured -->"
-"""Between these two lines a report writes the variant's numbers; everything else in the card is of the making."""
+"""Reports write the variant's measured numbers between these two lines; the run writes the rest of the card."""
 _WORST = 10
 
 
@@ -29,26 +29,26 @@ def model_card(
 
     Args:
         plan: the compiled recipe.
-        variant: what was made.
-        recipe: as it was written.
-        reports: of every weight that was changed.
+        variant: the plan of the artifact.
+        recipe: the recipe file.
+        reports: reports on the changed weights, by name.
         coverage: calibration tokens per routed expert, by block.
-        calibrated_on: the device and dtype that calibration computed in; empty without calibration.
+        calibrated_on: device and dtype of calibration; empty without calibration.
     """
     sections = [
         _front_matter(variant),
         f"# {variant.name}: {variant.description}\n",
-        f"Made by quantlab from `{recipe.recipe.model}` ({plan.architecture.class_name}) with the recipe `{recipe.name}`, which stands below. "
-        "`manifest.json` has the hash of every file but this one, and the outcome of every tensor.\n",
-        f"## What was measured\n\n{MEASURED_START}\nNothing yet.\n{MEASURED_END}\n",
+        f"Made by quantlab from `{recipe.recipe.model}` ({plan.architecture.class_name}) with the recipe `{recipe.name}` (below). "
+        "`manifest.json` contains the hash of every file except this one, and the outcome of every tensor.\n",
+        f"## Measurements\n\n{MEASURED_START}\nNot measured yet.\n{MEASURED_END}\n",
         _roles_table(variant),
         _calibration_section(variant, coverage, calibrated_on),
         _errors_section(reports),
         _loading_section(variant, plan),
     ]
     limits = [
-        "It is derived from the source model and has its licence and its limits.",
-        "What was measured holds for that text, those tasks and that hardware.",
+        "The artifact inherits the licence and the limitations of the source model.",
+        "The measurements are valid for the text, tasks and hardware they were made with.",
         *variant.notes,
     ]
     sections.append("## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits) + "\n")
@@ -69,14 +69,14 @@ def _roles_table(variant: VariantPlan) -> str:
     groups: dict[tuple[str, str], list[Step]] = defaultdict(list)
     for step in variant.steps:
         stored = step.outputs[0][1] if step.outputs else "nothing"
-        groups[step.claim.role, step.quantize.quantize if step.quantize else stored].append(step)
+        groups[step.tensor.role, step.quantize.quantize if step.quantize else stored].append(step)
     rows = [
         f"| {role} | {what} | {len(steps)} | {sum(step.source_bytes for step in steps) / 1e6:,.2f} | {sum(step.output_bytes for step in steps) / 1e6:,.2f} |"
         for (role, what), steps in groups.items()
     ]
     return "\n".join(
         [
-            "## What is stored\n",
+            "## Stored tensors\n",
             "| role | stored as | tensors | source MB | MB |",
             "|---|---|--:|--:|--:|",
             *rows,
@@ -98,8 +98,8 @@ def _calibration_section(variant: VariantPlan, coverage: Mapping[str, Sequence[i
     ]
     if coverage:
         lines += [
-            "Tokens that reached the routed experts by the model's own routing. An expert with fewer tokens than it has inputs is called "
-            f"starved{_leaning(variant)}.\n",
+            "Calibration tokens that the model's router sent to each expert. An expert with fewer tokens than input channels is called "
+            f"starved{_shrinkage_note(variant)}.\n",
             "| layer | fewest | median | most | starved |",
             "|---|--:|--:|--:|--:|",
             *(
@@ -111,14 +111,14 @@ def _calibration_section(variant: VariantPlan, coverage: Mapping[str, Sequence[i
     return "\n".join(lines)
 
 
-def _leaning(variant: VariantPlan) -> str:
-    """What is done about few tokens, where something is."""
-    changes = [change for step in variant.steps if step.claim.expert is not None for change in step.passes]
-    lean = any(_leans(change.algorithm) for change in changes)
-    return "; its statistics are those of all experts' tokens to the extent that its own are few" if lean else ""
+def _shrinkage_note(variant: VariantPlan) -> str:
+    """How experts with few tokens are treated; empty if not specially."""
+    changes = [change for step in variant.steps if step.tensor.expert is not None for change in step.passes]
+    shrunk = any(_shrinks(change.algorithm) for change in changes)
+    return "; the fewer tokens it has, the more its statistics are shrunk towards those of all tokens" if shrunk else ""
 
 
-def _leans(algorithm: QuantizeAlgorithm | PruneAlgorithm) -> bool:
+def _shrinks(algorithm: QuantizeAlgorithm | PruneAlgorithm) -> bool:
     match algorithm:
         case Gptq(shrinkage=shrinkage):
             return shrinkage > 0
@@ -132,7 +132,7 @@ def _starved(variant: VariantPlan, block: str, counts: Sequence[int]) -> int:
     inputs = max(
         step.source.shape[1]
         for step in variant.steps
-        if step.claim.block == block and step.claim.role == "routed_experts" and len(step.source.shape) == 2
+        if step.tensor.block == block and step.tensor.role == "routed_experts" and len(step.source.shape) == 2
     )
     return sum(count < inputs for count in counts)
 
@@ -142,7 +142,7 @@ def _errors_section(reports: Mapping[str, WeightReport]) -> str:
         return ""
     errors = [report.relative_error for report in reports.values()]
     lines = [
-        "## What it cost\n",
+        "## Errors of the changed weights\n",
         f"Relative error of the changed weights (Frobenius norm of the change over that of the weight): median {median(errors):.4f} over "
         f"{len(errors)} matrices.",
     ]
@@ -158,8 +158,8 @@ def _errors_section(reports: Mapping[str, WeightReport]) -> str:
     lines += _repairs(reports.values())
     worst = sorted(reports, key=lambda name: (-outputs.get(name, 0), -reports[name].relative_error, name))[:_WORST]
     lines += [
-        "\nThe worst:\n",
-        "| weight | error of the weight | of its output | by rounding | zeros |",
+        "\nLargest errors:\n",
+        "| weight | error of the weight | of its output | of its output with plain rounding | zeros |",
         "|---|--:|--:|--:|--:|",
     ]
     for name in worst:
@@ -174,16 +174,18 @@ def _errors_section(reports: Mapping[str, WeightReport]) -> str:
 
 
 def _repairs(reports: Collection[WeightReport]) -> list[str]:
-    """What had to be done to statistics, counted."""
+    """Counts of rows, Hessians and inputs that needed special treatment."""
     damped = [report.damping for report in reports if report.damping is not None]
     dead = [report.dead_columns for report in reports if report.dead_columns]
     kept = [report.kept_rows for report in reports if report.kept_rows]
     lines = []
     if kept:
-        lines.append(f"- {sum(kept):,} rows in {len(kept)} matrices are rounded to nearest, which is better there")
+        lines.append(
+            f"- {sum(kept):,} rows in {len(kept)} matrices are rounded to nearest, because their error is smaller"
+        )
     if damped:
         lines.append(
-            f"- {len(damped)} Hessians were damped more than the recipe says, by up to {max(damped):g} of their mean"
+            f"- {len(damped)} Hessians needed more damping than the recipe's, up to {max(damped):g} times their mean diagonal"
         )
     if dead:
         lines.append(
@@ -195,7 +197,7 @@ def _repairs(reports: Collection[WeightReport]) -> list[str]:
 def _refused_by_transformers(step: Step) -> str | None:
     assert step.scheme is not None, "a quantized weight has a scheme"
     rows, columns = step.source.shape
-    experts = step.claim.role == "routed_experts"
+    experts = step.tensor.role == "routed_experts"
     return LAYOUTS[step.layout].transformers_refuses(step.scheme.format, (rows, columns), experts=experts)
 
 
@@ -203,15 +205,17 @@ def _loading_section(variant: VariantPlan, plan: Plan) -> str:
     quantized = _quantized(variant)
     refused = [reason for step in quantized if (reason := _refused_by_transformers(step)) is not None]
     packed = any(step.scheme is not None and step.scheme.format.is_integer for step in quantized)
-    lines = ["## How to load it\n"]
+    lines = ["## Loading\n"]
     if refused:
         lines.append(f"- transformers: cannot load {refused[0]} (5.x); use vLLM, SGLang or quantlab's runtime.")
     else:
         expands = ""
         if packed:
-            expands = " It expands packed weights to 16 bits: neither memory nor time is saved there."
+            expands = " It expands packed weights to 16 bits, so it saves neither memory nor time."
         elif quantized:
-            expands = " It multiplies by FP8 on GPUs of compute capability 8.9 and later, and expands it to 16 bits elsewhere."
+            expands = (
+                " It computes in FP8 on GPUs of compute capability 8.9 and later, and expands FP8 to 16 bits elsewhere."
+            )
         lines.append(f"- transformers: `AutoModelForCausalLM.from_pretrained(DIR)`.{expands}")
     held = (
         "weights stay packed" if packed or not quantized else "FP8 is expanded to bfloat16, activations are not rounded"
@@ -219,10 +223,10 @@ def _loading_section(variant: VariantPlan, plan: Plan) -> str:
     lines.append(f"- quantlab, {held}: `from quantlab.runtime.load import load; model = load(Path(DIR))`.")
     sizes = ", ".join(map(str, variant.tensor_parallel))
     lines.append(
-        f"- vLLM: `vllm serve DIR`; SGLang: `python -m sglang.launch_server --model-path DIR`. Tensor parallel sizes that divide its groups: {sizes}."
+        f"- vLLM: `vllm serve DIR`; SGLang: `python -m sglang.launch_server --model-path DIR`. Supported tensor-parallel sizes: {sizes}."
     )
-    if any(step.claim.role == "mtp" and step.outputs for step in variant.steps):
+    if any(step.tensor.role == "mtp" and step.outputs for step in variant.steps):
         lines.append(
-            "- The multi-token-prediction layer is carried through in 16 bits; engines use it for speculative decoding, transformers ignores it."
+            "- The multi-token-prediction layer is kept in 16 bits; engines use it for speculative decoding, transformers ignores it."
         )
     return "\n".join(lines) + "\n"

@@ -1,9 +1,9 @@
-"""Results that the variants of a run share: those of the unchanged model on the calibration text.
+"""Results of the unchanged model on the calibration text, shared by the variants of a run.
 
-Hidden states after a layer of the unchanged model are used by every variant with `propagate: original` and by every variant
-that compensates for errors of earlier layers; statistics of its input sites by all variants with `propagate: original` that
-need the same ones. The first variant computes them, the others read them from files under a key of everything they depend
-on. Nothing depends on a file being there: a missing result is computed again, with the same bits.
+Hidden states after a layer are used by every variant with `propagate: original` and by every variant that compensates
+for errors of earlier layers; statistics of input sites by all variants with `propagate: original` that need the same
+ones. The first variant computes them; the others read them from files under a key of everything they depend on. The
+files are a cache: a missing result is computed again, with the same bits.
 """
 
 from collections.abc import Callable, Collection
@@ -25,12 +25,12 @@ _STREAM = "original"
 
 
 class SharedStages:
-    """Files with results of the unchanged model.
+    """A cache of results of the unchanged model, in files.
 
     Args:
-        directory: of the files; made when the first is written.
-        budget: bytes they may take together. The last hidden states are always kept, for a run that is interrupted.
-        device: where tensors that are read arrive.
+        directory: directory of the files, created when the first is written.
+        budget: largest total size in bytes. The last hidden states are always kept, for interrupted runs.
+        device: device of the tensors that are read.
     """
 
     def __init__(self, directory: Path, *, budget: int, device: torch.device | None = None) -> None:
@@ -38,23 +38,23 @@ class SharedStages:
         self._used = sum(path.stat().st_size for path in directory.glob("*"))
 
     def layers(self) -> list[int]:
-        """The layers after which hidden states are kept, ascending."""
+        """The layers after which hidden states are saved, ascending."""
         return sorted(int(block.removeprefix("layer ")) for block in saved_streams(self._directory))
 
     def load(self, layer: int, hidden: HiddenStates) -> None:
-        """Set the stream to what it was after a layer.
+        """Load the stream saved after a layer.
 
         Raises:
             CheckpointError: the file is damaged.
-            ArtifactError: it holds a stream of another shape.
+            ArtifactError: its stream has another shape.
         """
         load_streams(self._directory, f"layer {layer}", {_STREAM: hidden})
 
     def save(self, layer: int, hidden: HiddenStates) -> None:
-        """Keep the stream, which is that after a layer.
+        """Save the stream after a layer.
 
         Raises:
-            ArtifactError: the disk does not take it.
+            ArtifactError: the file cannot be written.
         """
         make_directory(self._directory)
         save_streams(self._directory, f"layer {layer}", {_STREAM: hidden})
@@ -69,15 +69,15 @@ class SharedStages:
                 path.unlink()
 
     def statistics(self, name: str, needs: Collection[Need], compute: Callable[[], SiteStatistics]) -> SiteStatistics:
-        """Statistics under a name, computed if there is no file.
+        """Statistics by name, computed if there is no file.
 
         Args:
             name: layer, input site and expert.
-            needs: the statistics; the same site with other needs is another file, since other sums have other bits.
+            needs: the statistics; other needs of the same site have another file, because the last bits may differ.
             compute: computes them.
 
         Raises:
-            ArtifactError: the disk does not take them.
+            ArtifactError: the file cannot be written.
         """
 
         def tensors() -> dict[str, Tensor]:
@@ -88,10 +88,10 @@ class SharedStages:
         return SiteStatistics(count=int(found.pop("count")), **found)
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors under a name, computed if there is no file.
+        """Tensors by name, computed if there is no file.
 
         Raises:
-            ArtifactError: the disk does not take them.
+            ArtifactError: the file cannot be written.
         """
         path = self._directory / f"{name.replace(' ', '-')}.safetensors"
         if path.is_file():
@@ -116,14 +116,14 @@ class SharedStages:
 
 
 class Unchanged:
-    """The unchanged model with the calibration text in one of its layers.
+    """The unchanged model, with the calibration text at the input of one of its layers.
 
     Args:
-        skeleton: makes its layers.
+        skeleton: allocates its layers.
         tokens: [samples, length] int64.
         read: reads a source weight by name, of any floating dtype.
-        hidden: the stream, of undefined values.
-        stages: where hidden states are looked up and kept.
+        hidden: a stream with undefined values.
+        stages: cache of hidden states.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class Unchanged:
         self._enters: int | None = None
 
     def enter(self, layer: int) -> HiddenStates:
-        """The hidden states that enter a layer, computed from the last that are known.
+        """The hidden states that enter a layer, computed from the last saved ones.
 
-        They belong to the caller until `leave`; a caller that does not call it may advance them through other weights.
+        The caller may advance them in place. It calls `finish_layer` if it advanced them through the unchanged layer.
         """
         if self._enters != layer:
             start = max((number + 1 for number in self.stages.layers() if number < layer), default=0)
@@ -149,27 +149,27 @@ class Unchanged:
         self._enters = None
         return self._hidden
 
-    def knows(self, layer: int) -> bool:
-        """Whether the hidden states after a layer are kept."""
+    def has_saved(self, layer: int) -> bool:
+        """Whether the hidden states after a layer are saved."""
         return layer in self.stages.layers()
 
     def run_ahead(self, number: int, layer: Layer) -> None:
-        """Compute and keep the hidden states after a layer before its weights are edited, so that they are not read again.
+        """Compute and save the hidden states after a layer before its weights are edited, to avoid reading them again.
 
         Args:
-            number: of the layer.
-            layer: with the weights of the source.
+            number: index of the layer.
+            layer: the layer with the weights of the source.
         """
-        if number + 1 == self._skeleton.layers or self.knows(number):
+        if number + 1 == self._skeleton.layers or self.has_saved(number):
             return
         self.enter(number)
         self._pass_through(layer)
         self.stages.save(number, self._hidden)
 
-    def leave(self, layer: int) -> None:
-        """Declare that the hidden states are those after this layer now."""
+    def finish_layer(self, layer: int) -> None:
+        """Declare that the hidden states are now those after this layer, and save them."""
         self._enters = layer + 1
-        if not self.knows(layer):
+        if not self.has_saved(layer):
             self.stages.save(layer, self._hidden)
 
     def _embed(self) -> None:

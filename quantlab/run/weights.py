@@ -1,12 +1,12 @@
-"""The weights of a block on their way from the source to the artifact.
+"""The weights of a block between source and artifact. The states of a weight:
 
-    read      once, when somebody first asks, and checked to be finite
-    edited    experts removed, scales folded in: the weight as a function of the source, nothing rounded
-    result    what the passes made of it: in the dtype it is stored in, or on its integer grid
-    taken     handed out to be encoded and written
+    read      read once, on first use, and checked to be finite
+    edited    experts removed, scales folded in: a function of the source weight, not rounded
+    result    the result of the passes: in its stored dtype, or quantized
+    popped    handed over to be encoded and written
 
-A weight is held as it was read until its result takes its place, and a result until it is taken. A block therefore holds at
-most one copy of its weights, in the dtype of the source or of the result. Where no layer edit asks, that is one weight.
+A weight is held as read until its result replaces it, and the result until it is popped. A block therefore holds at
+most one copy of its weights, in the dtype of the source or of the result; without layer edits it holds a single weight.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from quantlab.architectures.architecture import Claim
+from quantlab.architectures.architecture import ModelTensor
 from quantlab.checkpoint.reader import TORCH_DTYPES
 from quantlab.errors import CheckpointError
 from quantlab.formats.stored import StoredWeights
@@ -25,31 +25,31 @@ from quantlab.plan.model import Block, Step
 Read = Callable[[Step], Tensor]
 """Reads the source weight of a step."""
 Change = Callable[[Tensor], Tensor]
-"""Computes an edited weight from the weight before."""
-Restructure = Callable[[Mapping[str, Tensor], Mapping[str, Claim]], dict[str, Tensor]]
-"""Computes the tensors of a smaller layer from those of a layer and what they are, by name."""
+"""Computes an edited weight from the previous one."""
+Restructure = Callable[[Mapping[str, Tensor], Mapping[str, ModelTensor]], dict[str, Tensor]]
+"""Computes the tensors of a smaller layer from the tensors of a layer and their roles, by name."""
 
 
 class BlockWeights:
     """The weights of one block.
 
     Args:
-        block: of the plan.
+        block: a block of the plan.
         read: reads a source weight.
 
     Attributes:
-        steps: what the plan says of each weight, by name.
+        steps: the plan's step for each weight, by name.
     """
 
     def __init__(self, block: Block, read: Read) -> None:
-        self.steps: Mapping[str, Step] = {step.claim.name: step for shard in block.shards for step in shard.steps}
+        self.steps: Mapping[str, Step] = {step.tensor.name: step for shard in block.shards for step in shard.steps}
         self._read = read
         self._sources: dict[str, Tensor] = {}
         self._folds: dict[str, list[Change]] = {}
         self._results: dict[str, Changed] = {}
 
     def source(self, name: str) -> Tensor:
-        """A weight with the edits so far and no pass applied, in the dtype of the source or, with a fold, in float32."""
+        """A weight with all edits so far, before passes; in the dtype of the source or, if folded, in float32."""
         assert name not in self._results, f"{name} has been changed"
         if name not in self._sources:
             self._sources[name] = self._read(self.steps[name])
@@ -59,26 +59,26 @@ class BlockWeights:
         return weight
 
     def stored(self, name: str) -> Tensor:
-        """A weight that no pass changes, as it will be stored."""
+        """A weight that no pass changes, in its stored dtype."""
         return self.source(name).to(TORCH_DTYPES[self.steps[name].dtype])
 
     def fold(self, name: str, change: Change) -> None:
-        """Let a fold change a weight from now on."""
+        """Add a fold to a weight."""
         self._folds.setdefault(name, []).append(change)
 
     def restructure(self, change: Restructure) -> None:
-        """Replace the weights that have been read and not changed by those of a smaller layer."""
-        claims = {name: self.steps[name].claim for name in self._sources}
-        self._sources = change(self._sources, claims)
+        """Replace the weights that were read and not changed yet by those of a smaller layer."""
+        described = {name: self.steps[name].tensor for name in self._sources}
+        self._sources = change(self._sources, described)
 
     def set(self, name: str, weight: Tensor, result: Tensor | QuantizedMatrix, report: WeightReport | None) -> None:
-        """Put the result of the passes in the place of a weight.
+        """Replace a weight by the result of the passes.
 
         Args:
-            name: of the weight.
-            weight: as `source` gave it, on the device of the result.
-            result: of the passes.
-            report: on it; None where no pass changed it.
+            name: name of the weight.
+            weight: the value of `source`, on the device of the result.
+            result: result of the passes.
+            report: report on the result; None if no pass changed the weight.
 
         Raises:
             CheckpointError: the dtype it is stored in cannot hold the result.
@@ -88,11 +88,11 @@ class BlockWeights:
         del self._sources[name]
 
     def changed(self, name: str) -> bool:
-        """Whether a weight has its result."""
+        """Whether the result of a weight is set."""
         return name in self._results
 
-    def take(self, name: str) -> Changed:
-        """Hand out the result of a weight and forget it. A weight without one is changed now, without statistics.
+    def pop(self, name: str) -> Changed:
+        """Remove and return the result of a weight. A weight without a result is changed now, without statistics.
 
         Raises:
             CheckpointError: it cannot be read or is not finite, or the dtype it is stored in cannot hold the result.
@@ -108,25 +108,25 @@ class BlockWeights:
 
 
 def read_finite(step: Step, source: StoredWeights) -> Tensor:
-    """The source weight of a step.
+    """Read the source weight of a step.
 
     Raises:
-        CheckpointError: it holds NaN or infinity.
+        CheckpointError: it contains NaN or infinity.
     """
-    weight = source.read(step.claim.name)
+    weight = source.read(step.tensor.name)
     assert isinstance(weight, Tensor), "the plan refuses sources on integer grids"
     if not is_finite(weight):
         raise CheckpointError(
             "a weight is not finite",
-            where=f"{step.source.file}, {step.claim.name}",
+            where=f"{step.source.file}, {step.tensor.name}",
             found=f"{int((~weight.isfinite()).sum())} values are NaN or infinite",
-            fix="download the shard again; if it stays so, the checkpoint itself is broken",
+            fix="download the shard again; if the error persists, the checkpoint itself is damaged",
         )
     return weight
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinity; in one pass without temporaries, since both show in the extremes."""
+    """Whether a tensor has neither NaN nor infinity; computed from the extremes, in one pass without temporaries."""
     if weight.numel() == 0 or not weight.is_floating_point():
         return True
     low, high = weight.aminmax()
@@ -134,10 +134,10 @@ def is_finite(weight: Tensor) -> bool:
 
 
 def check_range(step: Step, weight: Tensor, changed: Tensor | QuantizedMatrix) -> None:
-    """Refuse a result that its dtype cannot hold.
+    """Refuse a result that its stored dtype cannot represent.
 
     Raises:
-        CheckpointError: values or scales became infinite, or scales zero where weights are not.
+        CheckpointError: values or scales became infinite, or scales of nonzero weights became zero.
     """
     values = changed.scale if isinstance(changed, QuantizedMatrix) else changed
     if not is_finite(values):
@@ -152,16 +152,16 @@ def check_range(step: Step, weight: Tensor, changed: Tensor | QuantizedMatrix) -
         return
     raise CheckpointError(
         f"a weight {problem} the dtype it is stored in",
-        where=f"{step.source.file}, {step.claim.name}",
+        where=f"{step.source.file}, {step.tensor.name}",
         found=found,
         fix="cast to bfloat16 instead" if step.dtype == "F16" else "leave it out with `ignore`",
     )
 
 
 def lost_groups(weight: Tensor, matrix: QuantizedMatrix) -> int:
-    """Number of groups that became zero because their scale is too small to store; pruned groups do not count."""
+    """Number of groups that became zero because their scale is too small for its dtype; pruned groups do not count."""
     if matrix.block is not None:
-        return 0  # float32 scales hold every 16-bit weight
+        return 0  # float32 scales do not underflow
     rows, groups = matrix.scale.shape
     finfo = torch.finfo(matrix.scale.dtype)
     largest = weight.view(rows, groups, -1).abs().amax(dim=2).to(torch.float32)

@@ -1,4 +1,4 @@
-"""The GPU's inner loops against those in PyTorch, which are tested against their papers."""
+"""The CUDA kernels of the inner loops against the PyTorch loops, which are tested against their papers."""
 
 from dataclasses import replace
 
@@ -34,14 +34,14 @@ def test_gptq_on_a_gpu_is_as_good_as_on_a_cpu(
     options = replace(GptqOptions(), rounds=1)
     plain = gptq_batch(W, H, grid, options, removed=removed)
     on_gpu = gptq_batch(W.cuda(), H.cuda(), grid, options, removed=None if removed is None else removed.cuda())
-    assert (on_gpu.q.cpu() != plain.q).float().mean().item() < 0.02  # ties, and sums in another order
+    assert (on_gpu.q.cpu() != plain.q).float().mean().item() < 0.02  # ties and another order of summation
     torch.testing.assert_close(on_gpu.error.sum().cpu(), plain.error.sum(), rtol=0.02, atol=0)
     if removed is not None:
         assert not on_gpu.q.cpu()[removed].any()
 
 
 def test_coordinate_descent_on_a_gpu_makes_the_same_moves() -> None:
-    """In float32 from the same start, one block: sums differ in their last bits only."""
+    """One block in float32 from the same start: sums differ only in their last bits."""
     W, H, _ = problem(batch=2, rows=40, columns=128, sparse=False)
     H = H / H.diagonal(dim1=1, dim2=2).mean()
     target, scale = W.mT.contiguous(), torch.full((2, 1, 40), 0.3)

@@ -17,7 +17,7 @@ PLAIN = GptqOptions(rounds=0)
 
 
 def problem(rows: int = 24, columns: int = 96, *, seed: int = 0, tokens: int = 600) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, inputs that go together and differ in size, and their second moment."""
+    """Weights, correlated inputs of different magnitudes, and their second moment."""
     torch.manual_seed(seed)
     mix = torch.randn(columns // 4, columns)
     X = (torch.randn(tokens, columns // 4) @ mix + torch.randn(tokens, columns)) * torch.exp(torch.randn(columns) * 0.5)
@@ -28,7 +28,7 @@ def problem(rows: int = 24, columns: int = 96, *, seed: int = 0, tokens: int = 6
 def column_loop(
     W: Tensor, H: Tensor, scale: Tensor, *, order: list[int], damping: float, removed: Tensor | None = None
 ) -> Tensor:
-    """Integers [N, K], one column after the other; the inverse of what is left of H is downdated explicitly."""
+    """Integers [N, K] of the column loop; the inverse of the remaining part of H is downdated explicitly."""
     W, H = W.double().clone(), H.double()
     columns = W.shape[1]
     inverse = torch.linalg.inv(H + damping * H.diagonal().mean() * torch.eye(columns, dtype=torch.float64))
@@ -46,7 +46,7 @@ def column_loop(
 
 
 def best_on_support(W: Tensor, H: Tensor, removed: Tensor) -> Tensor:
-    """Where the pass starts when weights are removed; compared with linear systems in the tests of SparseGPT."""
+    """Start of the pass with removed weights; the tests of SparseGPT compare it with linear systems."""
     unit = H.diagonal().mean()
     start = W.masked_fill(removed, 0)
     return fitted_on_support(
@@ -74,7 +74,7 @@ def test_integers_are_those_of_the_papers_loop(columns: int, act_order: bool, sp
         W = best_on_support(W, H, removed)
     order = H.diagonal().argsort(descending=True).tolist() if act_order else list(range(columns))
     expected = column_loop(W, H, result.scale, order=order, damping=0.01, removed=removed)
-    # a tie that float32 and float64 decide differently changes what follows in its row
+    # if float32 and float64 break a tie differently, later columns of the row differ too
     same_rows = (result.q == expected).all(dim=1).float().mean()
     assert same_rows >= 0.95
 
@@ -87,7 +87,7 @@ def test_scales_are_searched_with_the_mean_squares_of_the_inputs() -> None:
 
 
 def test_order_of_columns_is_that_of_permuting_by_hand() -> None:
-    """With scales that do not depend on the order (one per row), ordering columns equals handing in permuted matrices."""
+    """With one scale per row, which does not depend on the order, ordering columns equals permuting the matrices."""
     W, _, H = problem()
     grid = GridOptions(4, None, torch.float32, "signed")
     order = H.diagonal().argsort(descending=True)
@@ -110,7 +110,7 @@ def test_errors_and_energy_are_those_of_the_outputs() -> None:
 
 @pytest.mark.parametrize("matrices", [2, 3])
 def test_matrices_that_share_inputs_share_them_unharmed(matrices: int) -> None:
-    """Rows below each other get what each matrix gets alone: the second must not meet an H that the first permuted."""
+    """Concatenated matrices give the results of single ones; the second must not see an H permuted for the first."""
     W, _, H = problem(rows=24)
     parts = W.split(24 // matrices)
     together = gptq(W, H, GRID)
@@ -207,9 +207,9 @@ def test_statistics_that_are_not_finite_are_refused(value: float) -> None:
 
 def test_statistics_of_another_width_are_refused() -> None:
     W, _, H = problem()
-    with pytest.raises(CalibrationError, match="does not fit"):
+    with pytest.raises(CalibrationError, match="wrong shape"):
         gptq(W, H[:, :95], GRID)
-    with pytest.raises(CalibrationError, match="does not fit"):
+    with pytest.raises(CalibrationError, match="wrong shape"):
         gptq(W, H, GRID, C=H[:95, :95])
     with pytest.raises(CalibrationError, match="negative"):
         gptq(W, -H, GRID)
@@ -245,14 +245,14 @@ def test_nothing_handed_in_is_changed() -> None:
 
 
 def shifted(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs of a changed model beside those of the original: original, H of the changed, C."""
+    """Inputs of the original model, and H and C for the inputs of a changed one."""
     torch.manual_seed(7)
     original = X + 0.2 * X.roll(1, 1) + 0.1 * torch.randn_like(X)
     return original, X.T @ X / len(X), (original - X).T @ X / len(X)
 
 
 def test_errors_with_correction_are_those_of_the_original_outputs() -> None:
-    """Differences are those of the sampled objective, and zero is the real-valued target."""
+    """Errors differ like the sampled objective, and are zero at the real-valued target."""
     W, X, _ = problem()
     original, H, C = shifted(W, X)
     result = gptq(W, H, GRID, C=C)

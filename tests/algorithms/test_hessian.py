@@ -1,4 +1,4 @@
-"""The factor against explicit inverses, shrinkage against a mean over tokens."""
+"""The factor against explicit inverses, and shrinkage against a mean over tokens."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from quantlab.algorithms.hessian import damped_factor, normalised, row_errors
 
 @pytest.mark.parametrize("size", [1, 7, 150])
 def test_factor_gives_the_inverse_of_every_tail(size: int) -> None:
-    """Downdating: the inverse of H without its first j columns is that of the factor without its first j."""
+    """The inverse of H without its first j columns follows from the factor without its first j columns."""
     torch.manual_seed(0)
     X = torch.randn(3, 400, size)
     H, _ = normalised(X.mT @ X)

@@ -1,4 +1,4 @@
-"""Refinement of integers and scales against trying every single change, and against least squares."""
+"""Refinement of integers and scales against exhaustive single changes and least squares."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def example(
     dtype: torch.dtype = torch.bfloat16,
     bits: int = 4,
 ) -> tuple[Problem, Tensor, Tensor]:
-    """A problem of two matrices and integers that are far from the best."""
+    """A problem of two matrices, with integers far from the optimum."""
     torch.manual_seed(seed)
     X = torch.randn(2, 200, columns) @ (torch.randn(2, columns, columns) / columns**0.5 + 0.3 * torch.eye(columns))
     target = torch.randn(2, columns, rows) * 0.05
@@ -52,7 +52,7 @@ def test_when_converged_no_single_integer_can_be_improved(bits: int) -> None:
 
 
 def test_a_pass_is_that_of_one_column_after_the_other() -> None:
-    """More columns than a block, against a loop in float64 that computes every residual anew."""
+    """More columns than a block, against a float64 loop that recomputes every residual."""
     problem, q, scale = example(columns=192, groups=2, rows=4)
     expected = q.clone()
     steps = scale.double().repeat_interleave(96, 1)
@@ -99,7 +99,7 @@ def test_scales_are_the_least_squares_answer() -> None:
 
 
 def test_stored_scales_are_close_to_the_best_stored_ones() -> None:
-    """No single scale can go to a neighbouring number of its dtype and lower the error."""
+    """Moving any single scale to a neighbouring number of its dtype does not lower the error."""
     problem, q, scale = example()
     fitted = refit_scales(problem, q, scale)
     best = errors(problem, q, fitted)

@@ -30,7 +30,7 @@ def test_of_equals_the_first_stay() -> None:
 
 
 def test_the_router_finds_enough_experts() -> None:
-    """Two open groups of three experts hold six."""
+    """Two open groups of three experts have six experts."""
     select_experts(torch.rand(16), kept=12, groups=4, picked=6, open_groups=2)
     with pytest.raises(PlanError, match="more experts than stay"):
         select_experts(torch.rand(16), kept=8, groups=4, picked=6, open_groups=2)

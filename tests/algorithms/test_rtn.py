@@ -1,4 +1,4 @@
-"""RTN against a loop over groups written from the definitions."""
+"""RTN against a loop over groups that follows the definitions."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_every_integer_and_scale_equals_the_oracle(bits: int, group: int | None,
             part = slice(index * width, (index + 1) * width)
             scale, integers = oracle(W[row, part].float(), bits=bits, grid=grid, dtype=dtype)
             assert result.scale[row, index].item() == scale
-            # division in float32 against float64 may disagree on exact ties only
+            # float32 and float64 division may differ on exact ties only
             differs = [i for i, (a, b) in enumerate(zip(result.q[row, part].tolist(), integers, strict=True)) if a != b]
             assert all(abs(W[row, part][i].item() / scale % 1 - 0.5) < 1e-5 for i in differs)
 

@@ -1,4 +1,4 @@
-"""The search of scales with importance and closed form, against trying candidates one group at a time."""
+"""The search for scales with importance and closed form, against trying all candidates group by group."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ GRID = GridOptions(4, 32, torch.bfloat16, "signed", clip_steps=10, clip_floor=0.
 
 
 def weighted_errors(W: Tensor, importance: Tensor, grid: GridOptions) -> Tensor:
-    """[N, G] float64, of the weights as they are stored."""
+    """Errors [N, G] float64 of the stored weights."""
     result = round_to_nearest(W, grid, importance=importance)
     width = W.shape[1] // result.scale.shape[1]
     delta = result.q.double() * result.scale.double().repeat_interleave(width, 1) - W.double()
@@ -58,7 +58,7 @@ def test_more_search_is_never_worse(seed: int, grid: str, bits: int) -> None:
 
 
 def test_refit_reaches_the_closed_form() -> None:
-    """In float32 the scale ends where least squares over its own integers puts it."""
+    """In float32 the scale converges to the least-squares solution for its integers."""
     W, importance = heavy(0)
     result = round_to_nearest(W, replace(GRID, scale_dtype=torch.float32, refits=30), importance=importance)
     q, w, m = (tensor.double().view(-1, 4, 32) for tensor in (result.q, W, importance.expand_as(W)))

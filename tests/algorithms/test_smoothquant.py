@@ -1,4 +1,4 @@
-"""Smoothing against its definition, and its search against rounding sampled activations."""
+"""Smoothing against its definition, and its effect on rounded activations."""
 
 import pytest
 import torch

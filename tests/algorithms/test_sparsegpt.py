@@ -24,7 +24,7 @@ def damped(H: Tensor, damping: float = 0.01) -> Tensor:
 
 
 def best_on_support(W: Tensor, H: Tensor, mask: Tensor) -> Tensor:
-    """Every row by its own linear system, float64."""
+    """Solve one linear system per row, in float64."""
     result = torch.zeros(W.shape, dtype=torch.float64)
     for row, (w, removed) in enumerate(zip(W.double(), mask, strict=True)):
         keep = ~removed
@@ -33,7 +33,7 @@ def best_on_support(W: Tensor, H: Tensor, mask: Tensor) -> Tensor:
 
 
 def column_loop(W: Tensor, H: Tensor, *, count: int | None, pattern: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 within one block: the inverse of what is left of H is downdated explicitly."""
+    """Algorithm 1 within one block; the inverse of the remaining part of H is downdated explicitly."""
     W = W.double().clone()
     inverses = [torch.linalg.inv(H)]
     for k in range(W.shape[1] - 1):
@@ -68,7 +68,7 @@ def test_pass_is_that_of_the_paper(pattern: tuple[int, int] | None) -> None:
 
 
 def test_the_pass_alone_is_exact_where_removed_weights_come_first() -> None:
-    """Weights behind the last removed one are all free: the pass is then the least-squares answer on its support."""
+    """If all weights after the removed ones are free, the pass gives the least-squares solution on its support."""
     W, H = problem(columns=96)
     W[:, :30] *= 1e-4
     result = sparsegpt(W, H, ratio=30 / 96, fit_steps=0)
@@ -154,7 +154,7 @@ def test_a_hopeless_hessian_only_removes() -> None:
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
 def test_ratios_that_leave_nothing_are_refused(ratio: float) -> None:
     W, H = problem()
-    with pytest.raises(CalibrationError, match="not below 1"):
+    with pytest.raises(CalibrationError, match=r"not in \[0, 1\)"):
         sparsegpt(W, H, ratio=ratio)
 
 

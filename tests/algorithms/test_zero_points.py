@@ -15,7 +15,7 @@ SEARCHED = GridOptions(4, 32, torch.bfloat16, "minmax", clip_steps=8, clip_floor
 
 
 def skewed(rows: int, columns: int, *, seed: int = 0) -> Tensor:
-    """Groups of one sign, of both and of zeros."""
+    """Groups of one sign, of both signs, and of zeros."""
     torch.manual_seed(seed)
     W = torch.randn(rows, columns) * 0.02 + 0.03 * torch.randn(rows, columns // 32).repeat_interleave(32, 1)
     W[0, :32] = 0
@@ -25,7 +25,7 @@ def skewed(rows: int, columns: int, *, seed: int = 0) -> Tensor:
 
 
 def exact(matrix: QuantizedMatrix) -> Tensor:
-    """[N, K] float32, the product not rounded to the dtype of the scale."""
+    """Dequantized [N, K] float32; the product is not rounded to the dtype of the scale."""
     assert matrix.zero is not None
     width = matrix.q.shape[1] // matrix.scale.shape[1]
     steps = matrix.q - matrix.zero.repeat_interleave(width, 1)
@@ -33,7 +33,7 @@ def exact(matrix: QuantizedMatrix) -> Tensor:
 
 
 def nearest(weights: list[float], scale_of: float) -> tuple[list[int], float, int]:
-    """Integers, scale and zero point of one group: `minmax` shrunk by a factor, one weight after the other."""
+    """Integers, scale and zero point of one group for `minmax` shrunk by a factor, computed weight by weight."""
     high, low = max(0.0, *weights) * scale_of, min(0.0, *weights) * scale_of
     exact = torch.tensor((high - low), dtype=torch.float32) / 15
     scale = float(exact.to(torch.bfloat16)) or 1.0
@@ -96,7 +96,7 @@ def statistics(columns: int, *, seed: int = 1) -> Tensor:
 
 
 def column_loop(W: Tensor, H: Tensor, grid: QuantizedMatrix, *, damping: float, removed: Tensor | None) -> Tensor:
-    """Integers of algorithm 1 in the order of the columns, the inverse downdated explicitly, in float64."""
+    """Integers of algorithm 1 in column order in float64; the inverse is downdated explicitly."""
     W, H = W.double().clone(), H.double()
     columns = W.shape[1]
     inverse = torch.linalg.inv(H + damping * H.diagonal().mean() * torch.eye(columns, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What families declare, against transformers' own modules and configs."""
+"""Declarations of families against transformers' modules and configs."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.true_shapes import DISTILL_7B, QWEN3_8B, V2_LITE, V3
 
 @pytest.fixture(scope="module")
 def skeletons() -> dict[str, torch.nn.Module]:
-    """transformers' own models of every family on the meta device."""
+    """transformers' models of every family on the meta device."""
     with torch.device("meta"):
         return {
             family: AutoModelForCausalLM.from_config(CONFIG_MAPPING[family].from_dict(dict(config)))
@@ -63,7 +63,7 @@ def test_declared_modules_are_those_of_transformers(family: str, skeletons: dict
 def test_linears_of_one_input_are_those_transformers_calls_with_it(
     family: str, skeletons: dict[str, torch.nn.Module]
 ) -> None:
-    """Calls of linears in an attention module whose argument is the tensor that the module got."""
+    """Compare with the linears that an attention module calls with its own input tensor."""
     called: list[str] = []
     module = skeletons[family].model.layers[0].self_attn
     x = torch.empty(1, 3, int(CONFIGS[family]["hidden_size"]), device="meta", dtype=next(module.parameters()).dtype)
@@ -124,7 +124,7 @@ def test_windows() -> None:
 def test_nothing_is_folded_through_norms_of_heads() -> None:
     architecture = detect(QWEN3_8B)
     rules = {
-        name: architecture.claim(f"model.layers.0.self_attn.{name}", hidden_layers=36).rule
+        name: architecture.classify(f"model.layers.0.self_attn.{name}", hidden_layers=36).rule
         for name in ("q_norm.weight", "k_norm.weight", "v_proj.weight")
     }
     assert all(rules[name] is not None and rules[name].feeds is None for name in ("q_norm.weight", "k_norm.weight"))

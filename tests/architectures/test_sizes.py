@@ -53,4 +53,4 @@ def test_first_rule_claims_the_right_role() -> None:
         "model.layers.3.something.new": "other",
     }
     for name, role in roles.items():
-        assert architecture.claim(name, hidden_layers=61).role == role
+        assert architecture.classify(name, hidden_layers=61).role == role

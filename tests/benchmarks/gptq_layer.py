@@ -63,7 +63,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, object]
     config = config | {"num_hidden_layers": layer + 1, "num_nextn_predict_layers": 0}
     plan, device = plan_of(config, arguments, directory), torch.device(arguments.device)
     block = next(block for block in plan.variants[0].blocks if block.name == f"layer {layer}")
-    steps = {step.claim.name: step for shard in block.shards for step in shard.steps}
+    steps = {step.tensor.name: step for shard in block.shards for step in shard.steps}
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     whole = Skeleton(plan.checkpoint.config, dtype=dtype, device=device)
     room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 0
@@ -71,7 +71,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, object]
     generator = torch.Generator(device=device).manual_seed(0)
 
     def read(step):  # the same weight whenever it is read
-        generator.manual_seed(zlib.crc32(step.claim.name.encode()))
+        generator.manual_seed(zlib.crc32(step.tensor.name.encode()))
         weight = torch.randn(step.source.shape, dtype=torch.float32, device=device, generator=generator)
         return weight.mul_(0.5).add_(1) if weight.dim() == 1 else weight.mul_(0.02).to(torch.bfloat16)
 
@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, object]
         before.write(slice(sample, sample + 1), hidden.to(dtype))
         noise = torch.randn(hidden.shape, device=device, generator=generator).mul_(0.05)
         changed.write(slice(sample, sample + 1), (hidden + noise).to(dtype))
-    corrects = plan.variants[0].watches_unchanged
+    corrects = plan.variants[0].uses_unchanged_model
     stages = SharedStages(directory / "shared", budget=0)
     if corrects:
         stages.save(layer - 1, before)
@@ -111,7 +111,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, object]
     if profiler is not None:
         profiler.stop()
         print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
-    found = [weights.take(name)[1] for name in steps]
+    found = [weights.pop(name)[1] for name in steps]
     reports = [report for report in found if report is not None and report.output_error is not None]
     return {
         "model": arguments.model,

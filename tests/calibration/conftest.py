@@ -1,4 +1,4 @@
-"""The four families as whole float32 models, each loaded once, with all they did when they read the calibration tokens."""
+"""Whole float32 models of four families, each loaded once, with a record of their run on the calibration tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ class Whole:
     """A family's tiny model.
 
     Attributes:
-        source: the checkpoint as it is released; FP8 for DeepSeek-V3.
-        dense: the same in float32, without quantization.
-        weights: of `dense`.
+        source: the checkpoint as released; FP8 for DeepSeek-V3.
+        dense: the same checkpoint in float32, without quantization.
+        weights: weights of `dense`.
         model: transformers' model of `dense`.
-        seen: what it did.
+        seen: record of its run.
     """
 
     source: Path

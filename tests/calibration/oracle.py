@@ -1,4 +1,4 @@
-"""What calibration must find, found the slow way: the whole model in memory, and every input of every module kept."""
+"""A slow oracle of calibration: the whole model in memory, with every input of every module recorded."""
 
 import json
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ def tokens(seed: int = 5) -> Tensor:
 
 
 def dense_weights(directory: Path) -> dict[str, Tensor]:
-    """Every weight of a checkpoint in float32, FP8 blocks multiplied out element by element."""
+    """Every weight of a checkpoint in float32; FP8 blocks are dequantized element by element."""
     stored: dict[str, Tensor] = {}
     for path in directory.glob("*.safetensors"):
         stored.update(load_file(path))
@@ -37,7 +37,7 @@ def dense_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def write_dense(source: Path, target: Path, **changes: object) -> Path:
-    """The checkpoint in float32, without quantization, with fields of its config changed."""
+    """Write the checkpoint in float32, without quantization, with changed config fields."""
     target.mkdir(parents=True)
     config = {**json.loads((source / "config.json").read_text()), "torch_dtype": "float32", **changes}
     config.pop("quantization_config", None)
@@ -54,7 +54,7 @@ def load_model(directory: Path) -> PreTrainedModel:
 
 @dataclass
 class Seen:
-    """All a model did: hidden states before and after every layer, the inputs of every linear, the calls of the experts."""
+    """Record of a model's run: hidden states around every layer, inputs of every linear, calls of the experts."""
 
     hidden: list[Tensor] = field(default_factory=list)
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -92,7 +92,7 @@ def cross(original: Tensor, x: Tensor) -> Tensor:
 
 
 def close(found: Tensor | None, expected: Tensor, *, tolerance: float = 2e-5) -> bool:
-    """Whether the largest difference is small against the largest value."""
+    """Whether the largest difference is small relative to the largest value."""
     assert found is not None
     assert found.shape == expected.shape
     return bool((found.double() - expected.double()).abs().max() <= tolerance * expected.double().abs().max())

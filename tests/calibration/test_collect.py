@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantlab.calibration.collect import Stream, advance, collect, record, settle
+from quantlab.calibration.collect import Stream, advance, collect, keep_last_inputs, record
 from quantlab.calibration.hidden import HiddenStates, Workspace
 from quantlab.calibration.layer import Half, Layer
 from quantlab.errors import CheckpointError
@@ -44,7 +44,7 @@ def halves(layer: Layer) -> list[Half]:
 
 
 def test_every_linear_of_every_layer(whole: Whole, tmp_path: Path) -> None:
-    """Nothing is changed in between, so that the whole model's inputs are those of every stage."""
+    """No weights change between stages, so every stage's inputs equal those of the whole model."""
     skeleton = skeleton_of(whole.source)
     stream = embedded(skeleton, whole.weights, tmp_path)
     checked = set()
@@ -109,14 +109,14 @@ def test_stopping_early_computes_nothing_behind(wholes: dict[str, Whole], tmp_pa
     assert set(ran) == {"kv_b"}
     for name, weight in layer.weights.items():
         if ".experts." in name and "shared" not in name:
-            weight.fill_(torch.nan)  # whoever computes with them spoils everything
+            weight.fill_(torch.nan)  # any computation with them gives NaN
     collect(Stream(layer.mlp, stream), ["down"], needs=["hessian"])
     assert set(ran) == {"kv_b"}
     assert not layer.mlp.sites["down"].module._forward_pre_hooks
 
 
 def perturbed(whole: Whole, layer: int) -> tuple[dict[str, torch.Tensor], Seen]:
-    """The weights with every linear of the layers up to `layer` changed, and what the whole model does with them."""
+    """The weights with every linear of the layers up to `layer` changed, and a record of the model's run with them."""
     weights = {name: tensor.clone() for name, tensor in whole.weights.items()}
     generator = torch.Generator().manual_seed(3)
     for name, tensor in weights.items():
@@ -158,7 +158,7 @@ def test_cross_terms_with_a_changed_model(whole: Whole, tmp_path: Path, recorded
                     for name in set(half.sites[site].weights) & set(seen.inputs):
                         x, unchanged = seen.inputs[name], whole.seen.inputs[name]
                         expected = cross(unchanged, x)
-                        # a difference of nearly equal inputs carries their rounding
+                        # the difference of nearly equal inputs contains their rounding errors
                         assert (found[site].cross - expected).abs().max() <= 1e-5 * hessian(x).abs().max()
                         assert close(found[site].hessian, hessian(x))
                         largest = max(largest, expected.abs().max().item())
@@ -202,23 +202,23 @@ def test_settling_changes_no_bit(whole: Whole, tmp_path: Path) -> None:
     for index in (0, 1):
         layer = filled(skeleton, index, whole.weights)
         for half in layer.halves:
-            plain, settled = Stream(half, one), settle(Stream(half, two), workspace)
-            assert (settled.last is None) == (half.experts is not None)
+            plain, kept = Stream(half, one), keep_last_inputs(Stream(half, two), workspace)
+            assert (kept.last is None) == (half.experts is not None)
             for stage in half.stages:
-                for stream in (plain, settled):
+                for stream in (plain, kept):
                     collect(stream, stage, needs=["hessian"])
                 for name in half.sites[stage[0]].weights:
                     layer.weights[name].mul_(1.01)
             advance(plain)
-            advance(settled)
+            advance(kept)
             assert torch.equal(one.read(slice(None)), two.read(slice(None)))
 
 
-def test_collecting_an_earlier_stage_again_unsettles(wholes: dict[str, Whole], tmp_path: Path) -> None:
+def test_collecting_an_earlier_stage_again_discards_the_last_inputs(wholes: dict[str, Whole], tmp_path: Path) -> None:
     whole = wholes["deepseek_v3"]
     skeleton, workspace = skeleton_of(whole.source), Workspace(tmp_path, memory_bytes=1 << 30, device=CPU)
     layer, hidden = filled(skeleton, 0, whole.weights), embedded(skeleton, whole.weights, tmp_path)
-    stream = settle(Stream(layer.attention, hidden), workspace)
+    stream = keep_last_inputs(Stream(layer.attention, hidden), workspace)
     collect(stream, ["o"], needs=["hessian"])
     layer.weights["model.layers.0.self_attn.kv_b_proj.weight"].mul_(2)
     collect(stream, ["q_latent", "kv_latent"], needs=["hessian"])
@@ -231,7 +231,7 @@ def test_settling_without_memory_leaves_the_stream_as_it_is(wholes: dict[str, Wh
     whole = wholes["llama"]
     skeleton = skeleton_of(whole.source)
     stream = Stream(filled(skeleton, 0, whole.weights).attention, embedded(skeleton, whole.weights, tmp_path))
-    assert settle(stream, Workspace(tmp_path, memory_bytes=1000, device=CPU)) is stream
+    assert keep_last_inputs(stream, Workspace(tmp_path, memory_bytes=1000, device=CPU)) is stream
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

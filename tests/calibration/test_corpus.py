@@ -1,4 +1,4 @@
-"""Calibration text: which tokens become samples, and what is said of text that cannot."""
+"""Calibration text: the tokens of samples, and the errors for unusable text."""
 
 import json
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ BOS = 1
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A tokenizer whose token n is the word "wn", and 1 begins a text."""
+    """A tokenizer whose token n is the word "wn" and whose begin token is 1."""
     directory = tmp_path / "checkpoint"
     directory.mkdir()
     words = {"<unk>": 0, "<bos>": BOS} | {f"w{n}": n for n in range(2, VOCABULARY)}
@@ -35,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def write(path: Path, documents: Iterable[Iterable[int]]) -> Path:
-    """A corpus of documents given by their tokens."""
+    """Write a corpus of documents, given by their tokens."""
     path.write_text("".join(json.dumps({"text": " ".join(f"w{n}" for n in document)}) + "\n" for document in documents))
     return path
 
@@ -91,7 +91,7 @@ def test_the_seed_decides(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_fewer_samples_are_the_first_of_more(checkpoint: Path, tmp_path: Path) -> None:
-    """Reading stops when there are enough, and what was read before does not depend on that."""
+    """Reading stops when there are enough samples, which does not change the earlier ones."""
     corpus = write(tmp_path / "corpus.jsonl", [range(start, start + 45) for start in range(10, 500, 50)])
     many = sample_tokens(corpus, checkpoint, samples=30, length=11, seed=0)
     for count in (1, 9, 10, 11, 25):
@@ -155,14 +155,14 @@ def test_too_little_text(checkpoint: Path, tmp_path: Path) -> None:
     corpus = write(tmp_path / "corpus.jsonl", [range(10, 50)])
     assert "1 documents, 40 tokens: 4 samples of 10, not 5" in refusal(CalibrationError, corpus, checkpoint, samples=5)
     message = refusal(CalibrationError, corpus, checkpoint, length=1)
-    assert message.startswith("a calibration sample has no room for text\n")
+    assert message.startswith("a calibration sample is too short to hold text\n")
 
 
 def test_tokenizers_that_cannot_be_used(checkpoint: Path, tmp_path: Path) -> None:
     corpus = write(tmp_path / "corpus.jsonl", [range(10, 60)])
     (checkpoint / "config.json").write_text('{"vocab_size": 20}')
     message = refusal(CheckpointError, corpus, checkpoint)
-    assert message.startswith("the tokenizer makes tokens the model does not know\n")
+    assert message.startswith("the tokenizer produces tokens outside the model's vocabulary\n")
     assert "a vocabulary of 20" in message
     (checkpoint / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": {"content": "<s>"}}')
     message = refusal(CheckpointError, corpus, checkpoint)

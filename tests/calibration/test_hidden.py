@@ -1,4 +1,4 @@
-"""Hidden states: in memory or in a file, the numbers are the same, and a restart finds them again."""
+"""Hidden states have the same values in memory and in files, and are found again after a restart."""
 
 import errno
 import os
@@ -133,7 +133,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ArtifactError, match="hidden states of the calibration cannot be put on disk") as problem:
+    with pytest.raises(ArtifactError, match="hidden states of the calibration cannot be written to disk") as problem:
         stream(tmp_path, memory=0)
     assert "No space left on device; 0.0 GB needed" in str(problem.value)
     assert not list(tmp_path.iterdir())

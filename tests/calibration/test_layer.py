@@ -1,4 +1,4 @@
-"""Layers handed out one at a time compute what transformers' whole model computes."""
+"""Layers allocated one at a time compute the same as transformers' whole model."""
 
 from pathlib import Path
 
@@ -92,8 +92,8 @@ def test_every_site_and_stage(whole: Whole) -> None:
         assert len(layer.attention.stages) == (3 if latent else 2)
         assert layer.mlp.stages == (("mlp",), ("down",))
         assert (layer.mlp.experts is not None) == (latent and index > 0)
-        claims = [skeleton.architecture.claim(name, hidden_layers=skeleton.layers) for name in layer.weights]
-        linears = {c.name for c in claims if c.rule is not None and c.rule.linear and c.expert is None}
+        tensors = [skeleton.architecture.classify(name, hidden_layers=skeleton.layers) for name in layer.weights]
+        linears = {c.name for c in tensors if c.rule is not None and c.rule.linear and c.expert is None}
         assert linears <= {name for half in layer.halves for site in half.sites.values() for name in site.weights}
 
 
@@ -141,6 +141,6 @@ def test_a_layer_with_a_module_in_neither_half_is_refused(wholes: dict[str, Whol
     skeleton = skeleton_of(wholes["llama"].source)
     skeleton._layers[1].after = torch.nn.Identity()
     skeleton.layer(0)
-    with pytest.raises(CheckpointError, match="not the two halves") as problem:
+    with pytest.raises(CheckpointError, match="not consist of the two halves") as problem:
         skeleton.layer(1)
     assert "after" in str(problem.value)

@@ -1,4 +1,4 @@
-"""Routed experts: who reads what, found token by token, and what follows from it."""
+"""Routed experts: routing and statistics against a token-by-token oracle."""
 
 from pathlib import Path
 
@@ -24,13 +24,13 @@ def expert(weights: dict[str, Tensor], number: int) -> tuple[Tensor, Tensor, Ten
 
 
 def entering(weights: dict[str, Tensor], number: int, x: Tensor) -> Tensor:
-    """What enters the expert's down projection, in float64."""
+    """Inputs of the expert's down projection, in float64."""
     gate, up, _ = expert(weights, number)
     return silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
 
 
 def inputs_of(whole: Whole, weights: dict[str, Tensor], directory: Path, **options: object) -> MoeInputs:
-    """Layer 1 of a changed model beside the unchanged one; layer 0 is changed too."""
+    """Layer 1 of a changed model and of the unchanged one; layer 0 is changed too."""
     skeleton = skeleton_of(whole.source)
     streams = []
     for tensors in (weights, whole.weights):
@@ -42,7 +42,7 @@ def inputs_of(whole: Whole, weights: dict[str, Tensor], directory: Path, **optio
 
 
 def route(family: str, weights: dict[str, Tensor], x: Tensor) -> dict[int, float]:
-    """Experts and weights of one token [H] by the papers' rules, one number at a time."""
+    """Experts and weights of one token [H] by the papers' rules, computed number by number."""
     logits = weights[f"{PREFIX}gate.weight"].double() @ x.double()
     if family == "deepseek_v2":
         scores = logits.softmax(dim=0).tolist()

@@ -1,4 +1,4 @@
-"""Every way a checkpoint directory can be broken, and what is said about it."""
+"""Damaged checkpoint directories, and the error for each kind of damage."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def _edit_json(path: Path, change: Callable[[dict], None]) -> None:
 
 
 def _edit_shard(directory: Path, change: Callable[[dict], None]) -> None:
-    """Change the tensors of the shard that holds a given name; the index follows."""
+    """Change the tensors of the shard that contains a given name, and update the index."""
     for path in sorted(directory.glob("*.safetensors")):
         tensors = load_file(path)
         before = set(tensors)
@@ -103,11 +103,11 @@ def _remove_weights(directory: Path) -> None:
 
 DOWN = "model.layers.1.mlp.experts.3.down_proj.weight"
 DAMAGES: dict[str, tuple[Damage, str, str]] = {
-    "no directory": (shutil.rmtree, "there is no such checkpoint directory", "give the path"),
+    "no directory": (shutil.rmtree, "the checkpoint directory does not exist", "give the path"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json cannot be read", "Hugging Face checkpoint"),
     "config no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON", "download"),
-    "no weights": (_remove_weights, "the directory holds no safetensors", "download the weights"),
-    "pickle": (_pickle_only, "only safetensors is read", "save_pretrained"),
+    "no weights": (_remove_weights, "the directory contains no safetensors files", "download the weights"),
+    "pickle": (_pickle_only, "only safetensors files are supported", "save_pretrained"),
     "missing shard": (lambda d: _first_shard(d).unlink(), "a shard is missing", "download the shard"),
     "truncated shard": (lambda d: _first_shard(d).write_bytes(_first_shard(d).read_bytes()[:-7]), "a shard is truncated", "download the shard again"),
     "empty shard": (lambda d: _first_shard(d).write_bytes(b""), "its header is longer than the file", "download"),
@@ -117,10 +117,10 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "range and shape differ": (lambda d: _rewrite_header(d, _shift_range), "does not fit its shape", "download"),
     "unknown dtype": (lambda d: _rewrite_header(d, _unknown_dtype), "unknown dtype", "known: F64"),
     "bytes at the end": (lambda d: _first_shard(d).write_bytes(_first_shard(d).read_bytes() + b"xx"), "bytes follow the last tensor", "download"),
-    "index outside": (lambda d: _edit_json(d / INDEX, lambda i: i["weight_map"].update({DOWN: "../evil.safetensors"})), "names a file outside the checkpoint", "beside the index"),
+    "index outside": (lambda d: _edit_json(d / INDEX, lambda i: i["weight_map"].update({DOWN: "../evil.safetensors"})), "names a file outside the checkpoint", "in the directory of the index"),
     "index without map": (lambda d: (d / INDEX).write_text("{}"), "no usable weight_map", "download the index"),
     "index names a ghost": (lambda d: _edit_json(d / INDEX, lambda i: i["weight_map"].update(ghost=_first_shard(d).name)), "missing from its shard", "download the shard"),
-    "index forgets a tensor": (lambda d: _edit_json(d / INDEX, lambda i: i["weight_map"].pop(DOWN)), "a tensor the index does not know", "one release"),
+    "index forgets a tensor": (lambda d: _edit_json(d / INDEX, lambda i: i["weight_map"].pop(DOWN)), "a tensor that the index does not list", "one release"),
     "tensor missing": (lambda d: _edit_shard(d, _drop("model.layers.2.input_layernorm.weight")), "a tensor is missing", "complete checkpoint"),
     "wrong shape": (lambda d: _edit_shard(d, _replace("lm_head.weight", (384, 64))), "a tensor has the wrong shape", "one release"),
     "scale missing": (lambda d: _edit_shard(d, _drop(DOWN + "_scale_inv")), "an FP8 weight has no scale", "complete checkpoint"),
@@ -132,13 +132,13 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "quantization_config no mapping": (lambda d: _edit_json(d / "config.json", lambda c: c.update(quantization_config="fp8")), "no usable quantization_config", "original release"),
     "architectures no list": (lambda d: _edit_json(d / "config.json", lambda c: c.update(architectures=5)), "the architecture is not supported", "LlamaForCausalLM"),
     "moe_layer_freq 0": (lambda d: _edit_json(d / "config.json", lambda c: c.update(moe_layer_freq=0)), "no usable moe_layer_freq", "original release"),
-    "too few layers": (lambda d: _edit_json(d / "config.json", lambda c: c.update(num_hidden_layers=1, num_nextn_predict_layers=0)), "no place for a tensor", "one release"),
+    "too few layers": (lambda d: _edit_json(d / "config.json", lambda c: c.update(num_hidden_layers=1, num_nextn_predict_layers=0)), "layer or expert that config.json does not have", "one release"),
     "too few experts": (lambda d: _edit_json(d / "config.json", lambda c: c.update(n_routed_experts=4)), "a tensor has the wrong shape", "one release"),
     "absurd layers": (lambda d: _edit_json(d / "config.json", lambda c: c.update(num_hidden_layers=10**12)), "no usable num_hidden_layers", "original release"),
     "dtype no word": (lambda d: _rewrite_header(d, lambda h: h[next(n for n in h if n != "__metadata__")].update(dtype=[])), "unknown dtype", "known: F64"),
     "deep JSON": (lambda d: (d / INDEX).write_text('{"weight_map": ' + "[" * 100_000), "is not JSON", "download"),
     "another FP8": (lambda d: _edit_shard(d, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e5m2)}) if "lm_head.weight" in t else None), "a dtype quantlab does not read", "BF16"),
-    "quantized already": (lambda d: _edit_json(d / "config.json", lambda c: c["quantization_config"].update(quant_method="gptq")), "the source is quantized already", "original BF16"),
+    "already quantized": (lambda d: _edit_json(d / "config.json", lambda c: c["quantization_config"].update(quant_method="gptq")), "the source is already quantized", "original BF16"),
 }  # fmt: skip
 
 
@@ -188,6 +188,6 @@ def test_every_family_is_claimed_completely(checkpoints: dict[str, Path]) -> Non
     for directory in checkpoints.values():
         checkpoint = open_checkpoint(directory)
         weights = survey(checkpoint, detect(checkpoint.config))
-        assert {weight.claim.role for weight in weights} & {"other"} == set()
+        assert {weight.tensor.role for weight in weights} & {"other"} == set()
         paired = sum(weight.scale is not None for weight in weights)
         assert len(weights) + paired == len(checkpoint.tensors)

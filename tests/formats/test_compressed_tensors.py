@@ -1,4 +1,4 @@
-"""Our encoding against compressed-tensors' own compressors, and the description against its own models."""
+"""Encoding against compressed-tensors' compressors, and the description against its pydantic models."""
 
 import pytest
 import torch
@@ -117,7 +117,7 @@ def test_description_survives_a_round_trip() -> None:
 def test_numbers_we_do_not_read_are_refused(change: dict) -> None:
     config = all_linears(SCHEMES["int8_weight"], ()).to_json()
     config["config_groups"]["group_0"]["weights"].update(change)
-    with pytest.raises(ArtifactError, match="of a kind quantlab does not read"):
+    with pytest.raises(ArtifactError, match="a number format that quantlab does not read"):
         parse_config(config, where="config.json")
 
 
@@ -152,5 +152,5 @@ def test_malformed_targets_are_refused(targets: object) -> None:
 def test_activations_we_do_not_compute_with_are_refused(change: dict) -> None:
     config = all_linears(SCHEMES["int8"], ()).to_json()
     config["config_groups"]["group_0"]["input_activations"].update(change)
-    with pytest.raises(ArtifactError, match="of a kind quantlab does not read"):
+    with pytest.raises(ArtifactError, match="a number format that quantlab does not read"):
         parse_config(config, where="config.json")

@@ -1,4 +1,4 @@
-"""FP8 as compressed-tensors stores it, against its own compressor and transformers' model of the same numbers."""
+"""FP8 of compressed-tensors against the library's compressor and transformers' model of the same weights."""
 
 import shutil
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_descriptions_survive_a_round_trip() -> None:
 def test_activations_with_stored_scales_are_refused(change: dict[str, Any]) -> None:
     config = described("channel")
     config["config_groups"]["group_0"]["input_activations"] |= change
-    with pytest.raises(ArtifactError, match="of a kind quantlab does not read"):
+    with pytest.raises(ArtifactError, match="a number format that quantlab does not read"):
         parse_config(config, "config.json")
 
 

@@ -1,4 +1,4 @@
-"""Our GPTQ layout against an independent decoder, and what is refused of it."""
+"""The GPTQ layouts against an independent decoder, and the checkpoints that are refused."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def decoded(stored: dict[str, Tensor], config: GptqConfig, tmp_path: Any) -> Qua
 
 
 def encode(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
-    """In the first layout."""
+    """Encode in the first layout ("gptq")."""
     codec = CODECS["gptq"]
     assert codec.encode is not None
     return codec.encode(name, matrix)
@@ -63,7 +63,7 @@ def test_an_independent_decoder_reads_what_is_encoded(bits: int, group: int | No
 def test_round_trip_of_both_formats(bits: int, group: int | None, layout: str | None, tmp_path: Any) -> None:
     wanted = matrix(bits, group)
     stored = encode("m.weight", wanted)
-    if layout == "gptq_v2":  # every zero point is one more: one in every field of the words
+    if layout == "gptq_v2":  # adds one to every zero point: one in every field of the words
         stored["m.qzeros"] += 0x11111111 if bits == 4 else 0x01010101
     config = parse_config(described(bits=bits, group_size=group or -1, checkpoint_format=layout), where="config.json")
     described_as = config.stored("m.weight", entries(stored, tmp_path))
@@ -114,7 +114,7 @@ def test_what_is_not_read_is_refused(change: dict, message: str) -> None:
 @pytest.mark.parametrize("change", [{"bits": 8}, {"group_size": 64}, {"group_size": -1}])
 def test_a_description_of_other_numbers_is_refused(change: dict, tmp_path: Any) -> None:
     stored = encode("m.weight", matrix(4, 128))
-    with pytest.raises(ArtifactError, match=r"disagree[^$]*4 bits in 2 groups"):
+    with pytest.raises(ArtifactError, match=r"contradict[^$]*4 bits in 2 groups"):
         decoded(stored, parse_config(described(**change), where="here"), tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Any) -> None:
     config = parse_config(described(), where="here")
     whole = encode("m.weight", matrix(4, 128))
     for broken in ({"m.scales": whole["m.scales"][:, :32]}, {"m.qzeros": whole["m.qzeros"][:1]}):
-        with pytest.raises(ArtifactError, match="disagree"):
+        with pytest.raises(ArtifactError, match="contradict"):
             decoded(whole | broken, config, tmp_path)
-    with pytest.raises(ArtifactError, match=r"disagree[^$]*missing"):
+    with pytest.raises(ArtifactError, match=r"contradict[^$]*missing"):
         decoded({name: t for name, t in whole.items() if name != "m.scales"}, config, tmp_path)

@@ -135,5 +135,5 @@ def test_decoded_blocks_are_their_products() -> None:
 def test_integers_that_are_packed_by_nobody_are_refused() -> None:
     codec = CODECS["int-quantized"]
     stored = {"m.weight": torch.zeros(2, 4), "m.weight_scale": torch.ones(2, 1)}
-    with pytest.raises(ArtifactError, match="disagree"):
+    with pytest.raises(ArtifactError, match="contradict"):
         codec.decode("m.weight", stored, NumberFormat(INT8, ROW))

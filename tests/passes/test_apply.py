@@ -1,4 +1,4 @@
-"""What passes make of statistics and of each other's results, against the long way round."""
+"""Passes against a direct computation: their use of statistics and of each other's results."""
 
 from dataclasses import replace
 
@@ -69,7 +69,7 @@ def test_zeros_of_pruning_stay_zeros_and_experts_together_are_experts_alone() ->
 
 
 def test_what_was_done_to_statistics_is_counted() -> None:
-    """More damping than asked for, inputs that were always zero, rows that rounding serves better."""
+    """Increased damping, inputs that were always zero, and rows with a smaller error under plain rounding."""
     torch.manual_seed(0)
     X = torch.randn(300, 1) + 0.1 * torch.randn(300, 64)
     X[:, 5] = 0

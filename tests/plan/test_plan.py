@@ -1,4 +1,4 @@
-"""Plans: totality, sizes, serving rules; from headers alone and without torch."""
+"""Plans: every tensor has one outcome, sizes, serving rules; from headers alone and without torch."""
 
 import json
 import subprocess
@@ -72,7 +72,7 @@ def test_default_targets_leave_what_engines_expect_unchanged(
     checkpoints: dict[str, Path], write_recipe: WriteRecipe
 ) -> None:
     plan = make_plan(write_recipe(checkpoints["deepseek_v3"], "  w4a16: [{quantize: int4_g128}]\n"))
-    quantized = {step.claim.role for step in plan.variants[0].steps if step.quantize}
+    quantized = {step.tensor.role for step in plan.variants[0].steps if step.quantize}
     assert quantized == {"routed_experts", "shared_experts", "dense_mlp", "attention"}
     outcomes = {entry.tensor: entry for step in plan.variants[0].steps for entry in step.ledger()}
     assert outcomes["model.layers.1.mlp.gate.e_score_correction_bias"].outcome == "kept"
@@ -83,19 +83,19 @@ def test_default_targets_leave_what_engines_expect_unchanged(
 
 def test_correction_bias_keeps_float32_under_a_cast(checkpoints: dict[str, Path], write_recipe: WriteRecipe) -> None:
     plan = make_plan(write_recipe(checkpoints["deepseek_v3"], "  fp16: [{cast: float16}]\n"))
-    dtypes = {step.claim.name.rsplit(".", 1)[-1]: step.outputs[0][1] for step in plan.variants[0].steps}
+    dtypes = {step.tensor.name.rsplit(".", 1)[-1]: step.outputs[0][1] for step in plan.variants[0].steps}
     assert dtypes == {"weight": "F16", "e_score_correction_bias": "F32"}
 
 
 REFUSED = [
     ("deepseek_v3", "[{quantize: int4_g128, ignore: ['*q_a_proj']}]", "engines fuse these matrices into one (layer 0 q_a+kv_a)", "target or ignore all"),
-    ("deepseek_v3", "[{quantize: int4_g128, ignore: ['*experts.3.*']}]", "engines have one kernel for all experts of a layer (layer 1)", "target or ignore all"),
+    ("deepseek_v3", "[{quantize: int4_g128, ignore: ['*experts.3.*']}]", "engines use one kernel for all experts of a layer (layer 1)", "target or ignore all"),
     ("deepseek_v3", "[{quantize: int4_g128, ignore: ['*.mlp.gate_proj']}]", "engines fuse these matrices into one (layer 0 gate+up)", "target or ignore all"),
     ("llama", "[{quantize: int8, ignore: ['*k_proj']}]", "engines fuse these matrices into one (layer 0 q+k+v)", "target or ignore all"),
-    ("llama", "[{quantize: int8, targets: [routed_experts]}]", "a target claims nothing", "attention, dense_mlp"),
-    ("llama", "[{prune: 0.1, targets: [attention, kv_b]}]", "a target claims nothing", "attention, dense_mlp"),
-    ("llama", "[{quantize: int8, ignore: ['*nothing*']}]", "an ignore pattern claims nothing", "model.layers.0"),
-    ("llama", "[{quantize: int8, targets: [attention]}, {quantize: int4_g64, targets: [attention, dense_mlp]}]", "two passes of one kind claim the same weight", "disjoint"),
+    ("llama", "[{quantize: int8, targets: [routed_experts]}]", "a target matches nothing", "attention, dense_mlp"),
+    ("llama", "[{prune: 0.1, targets: [attention, kv_b]}]", "a target matches nothing", "attention, dense_mlp"),
+    ("llama", "[{quantize: int8, ignore: ['*nothing*']}]", "an ignore pattern matches nothing", "model.layers.0"),
+    ("llama", "[{quantize: int8, targets: [attention]}, {quantize: int4_g64, targets: [attention, dense_mlp]}]", "two passes of one kind target the same weight", "disjoint"),
 ]  # fmt: skip
 
 

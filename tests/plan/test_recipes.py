@@ -1,4 +1,4 @@
-"""The recipes that ship, planned from headers at the true shapes of the models they name."""
+"""The shipped recipes, planned from headers with the true shapes of their models."""
 
 from pathlib import Path
 
@@ -65,8 +65,8 @@ def test_each_reach_of_v3_is_what_it_says(plans: dict[str, Plan]) -> None:
     for variant in plans["deepseek-v3"].variants:
         schemes: dict[str, set[str | None]] = {}
         for step in variant.steps:
-            if step.claim.rule is not None and step.claim.rule.linear:
-                schemes.setdefault(step.claim.role, set()).add(step.quantize.quantize if step.quantize else None)
+            if step.tensor.rule is not None and step.tensor.rule.linear:
+                schemes.setdefault(step.tensor.role, set()).add(step.quantize.quantize if step.quantize else None)
         by_role.append(schemes)
     kept = {role: {None} for role in ("kv_b", "lm_head", "mtp", "router") if role in by_role[0]}
     rest = ("attention", "shared_experts", "dense_mlp")

@@ -1,4 +1,4 @@
-"""What a recipe may say, and how each mistake is answered: file, line, path, what was found, the fix."""
+"""Valid recipes, and the error for each mistake: file, line, path, value found, fix."""
 
 from pathlib import Path
 
@@ -30,27 +30,27 @@ MISTAKES = [
     ("[routed_experts]", "[router]", "`router` is never quantized or pruned", "targets", "routed_experts, shared_experts"),
     ("[routed_experts]", "[]", "`targets` is empty", "targets", "at least one"),
     ("name: rtn, ", "", "`name` is missing", "[1].algorithm", "{name: …}"),
-    ("8e-2", "yes", "not a share between 0 and 1", "variants.pruned-8-w4a16[0].prune", "0.08"),
-    ("8e-2", "1.5", "not a share between 0 and 1", "prune", "2:4"),
-    ("8e-2", "1.0", "not a share between 0 and 1", "prune", "2:4"),
-    ("8e-2", "-0.1", "not a share between 0 and 1", "prune", "2:4"),
+    ("8e-2", "yes", "not a fraction between 0 and 1", "variants.pruned-8-w4a16[0].prune", "0.08"),
+    ("8e-2", "1.5", "not a fraction between 0 and 1", "prune", "2:4"),
+    ("8e-2", "1.0", "not a fraction between 0 and 1", "prune", "2:4"),
+    ("8e-2", "-0.1", "not a fraction between 0 and 1", "prune", "2:4"),
     ("8e-2", "4:4", "4:4 removes 4 of 4", "prune", "between 1 and m - 1"),
     ("8e-2", "4:2", "4:2 removes 4 of 2", "prune", "between 1 and m - 1"),
     ("8e-2", "0.2, algorithm: {name: reap}, targets: [attention]", "reap removes routed experts", "[0]", "leave them out"),
-    ("8e-2", "2:4, algorithm: {name: reap}", "reap removes a share of the experts", "[0]", "0.25"),
+    ("8e-2", "2:4, algorithm: {name: reap}", "reap removes a fraction of the experts", "[0]", "0.25"),
     ("8e-2", "0.2, algorithm: {name: reap}, ignore: [a]", "reap removes the same number", "[0]", "leave `ignore` out"),
-    ("{name: rtn, clip: mse}", "{name: smoothquant}", "smoothquant is for quantized activations", "[1]", "awq"),
+    ("{name: rtn, clip: mse}", "{name: smoothquant}", "smoothquant needs quantized activations", "[1]", "awq"),
     ("{name: rtn, clip: mse}", "{name: gptq, correction: 2}", "a value out of range", "correction", "less than or equal to 1"),
     ("length: 512", "memory: 4 potatoes", "a value out of range", "calibration.memory", "pattern"),
-    ("  int8:  ", "  fp16:  ", "a key is given twice", ":5", "keep one of the two"),
+    ("  int8:  ", "  fp16:  ", "a key is repeated", ":5", "keep one of the two"),
     ("length: 512", "length: abc", "wrong type", ":2, calibration.length", "`length` takes a whole number"),
     ("suite:", "suit:", "unknown key", ":8, evaluate.suit", "did you mean `suite`?"),
     ("[{cast: float16}]", "[]", "a variant has no passes", ":4, variants.fp16", "at least one"),
     ("[{cast: float16}]", "{cast: float16}", "wrong type", ":4, variants.fp16", "takes a list"),
     ("[{quantize: int8}]", "[{quantize: int8}, {prune: 0.1}]", "a variant prunes after quantizing", "variants.int8", "put prune before quantize"),
-    ("[{quantize: int8}]", "[{quantize: int8}, {cast: float16}]", "a variant casts late or twice", "variants.int8", "put one cast first"),
+    ("[{quantize: int8}]", "[{quantize: int8}, {cast: float16}]", "a cast is not the first pass", "variants.int8", "put one cast first"),
     ("  int8:", "  source:", "a variant cannot be called `source`", "variants", "choose another name"),
-    ("baseline: source", "baseline: fp61", "the baseline is no variant", "evaluate.baseline", "did you mean `fp16`?"),
+    ("baseline: source", "baseline: fp61", "the baseline is not a variant", "evaluate.baseline", "did you mean `fp16`?"),
     ("model: ../model\n", "", "`model` is missing", "top level", "add `model: …`"),
     ("model: ..", ": [", "the recipe is not valid YAML", ":1", "correct the syntax"),
     ("  fp16: ", "  FP 16: ", "a value out of range", "variants", "pattern"),
@@ -97,7 +97,7 @@ def test_calibration_is_asked_for_where_an_algorithm_needs_it(tmp_path: Path) ->
     path.write_text(text)
     assert load_recipe(path).corpus_sha256() == "", "nothing here reads text"
     error = _load(tmp_path, text.replace("clip: mse", "clip: activations"))
-    assert error.what.startswith("variant pruned-8-w4a16 watches the model read text")
+    assert error.what.startswith("variant pruned-8-w4a16 needs calibration")
     assert "calibration" in (error.fix or "")
 
 

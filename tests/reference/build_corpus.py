@@ -1,8 +1,8 @@
 """Build the training text, the held-out text and the calibration text from Debian and npm packages.
 
-Which documents are held out is decided first, by a hash of their names, from sources that may be redistributed. Then
-everything that repeats is dropped from the training side: whole units that occur in the held-out text or earlier in
-the training text, and units that share a run of 13 words with the held-out text.
+Held-out documents are chosen first, by a hash of their names, from sources that may be redistributed. Then repeated
+text is removed from the training side: whole units that occur in the held-out text or earlier in the training text, and
+units that share a run of 13 words with the held-out text.
 
     python tests/reference/build_corpus.py --packages DIRECTORY --work DIRECTORY --corpora eval/corpora [--download]
 

@@ -1,7 +1,7 @@
-"""Documents as lists of short units, and the ways of telling that two texts are the same.
+"""Documents as lists of short units, and detection of repeated text.
 
-A unit is a paragraph, or, for sources without paragraph breaks, a run of sentences. Everything that removes text works
-on units, so that one repeated licence paragraph costs a document that paragraph and nothing else.
+A unit is a paragraph, or a run of sentences for sources without paragraph breaks. Text is removed by unit, so that a
+repeated licence paragraph removes only that paragraph from a document.
 """
 
 import hashlib
@@ -97,7 +97,7 @@ def shingles(unit: str) -> Iterator[int]:
 
 
 class Deduplicator:
-    """Remembers the units that were seen and drops the ones that come again."""
+    """Removes units that were seen before."""
 
     def __init__(self, minimum_length: int = 40) -> None:
         self._seen: set[bytes] = set()
@@ -105,7 +105,7 @@ class Deduplicator:
         self.dropped = 0
 
     def filter(self, document: Document) -> Document:
-        """The document without long units that were seen before, here or in an earlier document."""
+        """The document without long units that occurred before, in it or in an earlier document."""
         kept = []
         for unit in document.units:
             if len(unit) >= self._minimum_length:

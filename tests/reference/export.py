@@ -1,7 +1,7 @@
 """Write a trained model as DeepSeek releases V3: FP8 blocks with inverse scales, per-expert names, several shards.
 
-A shard is closed as soon as it is full, so the scale of its last weight may open the next shard; the releases have that
-property too, and readers must look names up in the index.
+A shard is closed when it is full, so the scale of its last weight may be in the next shard, as in the releases; readers
+must look names up in the index.
 """
 
 import json
@@ -23,7 +23,7 @@ _EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up|down)_proj$")
 
 
 def released_names(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Float32 tensors under the released names: experts apart, the MTP layer with its copies of embedding and head."""
+    """Float32 tensors under the released names: one per expert, the MTP layer with its copies of embedding and head."""
     named: dict[str, Tensor] = {}
     for name, tensor in state.items():
         match = _EXPERTS.match(name)
@@ -109,7 +109,7 @@ def _storage_order(name: str) -> tuple[int, list[str | int]]:
 
 
 def shard(stored: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Tensors in storage order, a new shard whenever one has reached its part of the bytes."""
+    """Tensors in storage order; a new shard starts when the current one has its fraction of the bytes."""
     total = sum(tensor.nbytes for tensor in stored.values())
     shards: list[dict[str, Tensor]] = [{}]
     written = 0

@@ -101,7 +101,7 @@ class Attention(nn.Module):
         k_rope = rotate(k_rope.unsqueeze(1), cos, sin).expand(-1, self.heads, -1, -1)
         query = torch.cat([q_nope, rotate(q_rope, cos, sin)], dim=-1)
         key = torch.cat([k_nope, k_rope], dim=-1)
-        # The fast attention kernels want values as wide as keys.
+        # The fused attention kernels require values as wide as keys.
         v = functional.pad(v, (0, self.nope + self.rope - self.value))
         out = functional.scaled_dot_product_attention(query, key, v, is_causal=True)[..., : self.value]
         return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
@@ -146,7 +146,7 @@ class Router(nn.Module):
 
 
 class Spread(torch.autograd.Function):
-    """Copy token n to the places of its K experts in the sorted order; the gradient gathers and sums them."""
+    """Copy token n to the positions of its K experts in the sorted order; the gradient gathers and sums them."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The packages the corpus is made of: what is taken from each, and under which licence.
+"""The packages of the corpus: the documents taken from each, and their licence.
 
 Every reader turns an unpacked package into documents. `shippable` says whether passages may be printed in
 `eval/corpora`: public-domain and permissively licensed texts only. Copyleft texts serve as training text alone.
@@ -101,7 +101,7 @@ def read_devil(root: Path, source: Source) -> Iterator[Document]:
 
 
 def read_gcide(root: Path, source: Source) -> Iterator[Document]:
-    """Dictionary entries without those that were themselves taken from WordNet, which is a held-out source."""
+    """Dictionary entries, without those taken from WordNet, which is a held-out source."""
     (path,) = (root / source.roots[0]).glob("*.dict.dz")
     text = re.sub(r"\n\s*\[1913 Webster\]", "", normalise(_text_of(path)))
     entries = [entry.strip("\n") for entry in re.split(r"\n(?=[A-Za-z'-]+ \\)", text)]

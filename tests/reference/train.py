@@ -28,12 +28,12 @@ from scoring import score, summarise
 from torch import Tensor
 
 VALIDATION_TOKENS = 300_000
-"""Tail of the shuffled training stream that steers choices, so that the held-out text never does."""
+"""Tail of the shuffled training stream used for validation, so that the held-out text never is."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is told; recorded with its results."""
+    """Settings of a run, recorded with its results."""
 
     minutes: float
     """Wall-clock time of training, compilation excluded."""

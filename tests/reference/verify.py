@@ -1,4 +1,4 @@
-"""Read the checkpoint back the slow way and measure it with transformers' own DeepSeek-V3 in float32.
+"""Read the checkpoint with a slow oracle and measure it with transformers' DeepSeek-V3 in float32.
 
     python tests/reference/verify.py --checkpoint eval/reference/deepseek-v3-mini --heldout eval/corpora/heldout.jsonl \\
         --work DIRECTORY --results FILE
@@ -61,7 +61,7 @@ def structure(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def dequantize(folder: Path, target: Path) -> float:
-    """Write the BF16 twin of a checkpoint; returns the largest scale change when its matrices are rounded again."""
+    """Write a BF16 copy of a checkpoint; return the largest change of a scale when its matrices are rounded again."""
     tensors = read_checkpoint(folder)
     config = json.loads((folder / "config.json").read_text())
     rows, columns = config.pop("quantization_config")["weight_block_size"]
@@ -93,7 +93,7 @@ def xz_bits_per_byte(texts: list[str]) -> float:
 
 
 def load(folder: Path) -> Any:
-    """The BF16 twin in float32; stops when a weight of the model is missing from the files."""
+    """Load the BF16 copy in float32; exit if a weight of the model is missing from the files."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
     )

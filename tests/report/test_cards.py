@@ -16,7 +16,7 @@ from quantlab.report.files import write_report
 from quantlab.report.matrix.model_cards import END, START
 from quantlab.run.model_card import MEASURED_END, MEASURED_START
 
-BEFORE, AFTER = "# w4a16\n\n## What was measured\n\n", "\n## How to load it\n\n- as you like\n"
+BEFORE, AFTER = "# w4a16\n\n## Measurements\n\n", "\n## Loading\n\n- as you like\n"
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def run(rich: list[Record], tmp_path: Path) -> tuple[list[Record], Path]:
     """Records whose w4a16 has an artifact with a card."""
     artifact = tmp_path / "artifacts" / "w4a16"
     artifact.mkdir(parents=True)
-    (artifact / "README.md").write_text(f"{BEFORE}{START}\nNothing yet.\n{END}\n{AFTER}")
+    (artifact / "README.md").write_text(f"{BEFORE}{START}\nNot measured yet.\n{END}\n{AFTER}")
     (artifact / "manifest.json").write_text(json.dumps({"files": {"config.json": {}}}))
     return [at_home(record, artifact) for record in rich], artifact
 
@@ -44,7 +44,7 @@ def test_the_row_stands_in_its_place(run: tuple[list[Record], Path]) -> None:
     card = (artifact / "README.md").read_text()
     assert card.startswith(BEFORE + START)
     assert card.endswith(f"{END}\n{AFTER}")
-    assert "Nothing yet" not in card
+    assert "Not measured yet" not in card
     tokens = MarkdownIt("commonmark").enable("table").parse(card)
     assert "table_open" in [token.type for token in tokens]
     for needed in (

@@ -202,7 +202,7 @@ def test_statistics_of_the_original_differ_from_those_of_the_changed_model(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """Random factors in every fold of a float32 model, applied through the plan's own list of who takes part."""
+    """Random factors in every fold of a float32 model, applied to the producers and consumers of the plan."""
     recipe = load_recipe(write_recipe(tmp_path, models[family], ALGORITHMS.splitlines()[2] + "\n"))
     source = open_checkpoint(models[family])
     plan = compile_plan(recipe.recipe, source)
@@ -213,13 +213,13 @@ def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path]
     generator = torch.Generator().manual_seed(3)
     for fold in folds:
         channels = fold.consumers[0].source.shape[1]
-        rows = architecture.fed_rows(fold.producers[0].claim, source.config, channels=channels)
+        rows = architecture.fed_rows(fold.producers[0].tensor, source.config, channels=channels)
         factors = torch.empty(max(rows) + 1).uniform_(0.3, 3, generator=generator)[torch.tensor(rows)]
         for step in fold.consumers:
-            weights[step.claim.name] = scaled_columns(weights[step.claim.name], factors)
+            weights[step.tensor.name] = scaled_columns(weights[step.tensor.name], factors)
         for step in fold.producers:
-            weights[step.claim.name] = divided_rows(weights[step.claim.name], factors, rows)
-    routed = [fold for fold in folds if any(step.claim.role == "router" for step in fold.consumers)]
+            weights[step.tensor.name] = divided_rows(weights[step.tensor.name], factors, rows)
+    routed = [fold for fold in folds if any(step.tensor.role == "router" for step in fold.consumers)]
     assert len(routed) == (2 if "deepseek" in family else 0), "every router reads what a fold scales"
     sites = {fold.site for fold in folds}
     assert sites == {"attention", "o", "mlp", "down"} | ({"q_latent"} if family == "deepseek_v3" else set())
@@ -234,15 +234,15 @@ def test_folds_leave_the_logits_as_they_are(family: str, models: dict[str, Path]
     with torch.no_grad():
         before = load_model(plain)(tokens()).logits
     assert ((logits() - before).norm() / before.norm()).item() <= 1e-5
-    if routed:  # left out, as AutoAWQ leaves it out for DeepSeek, the same comparison fails
+    if routed:  # without scaling the router, as in AutoAWQ for DeepSeek, the comparison fails
         unscaled = dense_weights(models[family])
-        for step in (step for fold in routed for step in fold.consumers if step.claim.role == "router"):
-            weights[step.claim.name] = unscaled[step.claim.name]
+        for step in (step for fold in routed for step in fold.consumers if step.tensor.role == "router"):
+            weights[step.tensor.name] = unscaled[step.tensor.name]
         assert ((logits() - before).norm() / before.norm()).item() >= 1e-2
 
 
 def never_routed(models: dict[str, Path], directory: Path) -> tuple[dict, list[int]]:
-    """Write a DeepSeek-V3 whose router never picks one expert of each group; its config and those experts."""
+    """Write a DeepSeek-V3 whose router never picks one expert of each group; return its config and those experts."""
     write_dense(models["deepseek_v3"], directory, num_nextn_predict_layers=0, n_group=2, topk_group=1)
     with_tokenizer(directory)
     path = directory / "model.safetensors"
@@ -277,7 +277,7 @@ def test_an_expert_without_tokens_is_told(models: dict[str, Path], tmp_path: Pat
 
 
 def test_what_smoothquant_leaves_is_told(models: dict[str, Path], tmp_path: Path) -> None:
-    """Neither the channels that experts share nor those of an expert without tokens are smoothed."""
+    """Channels shared by experts, and channels of experts without tokens, are not smoothed."""
     _, unwanted = never_routed(models, tmp_path / "model")
     recipe = write_recipe(tmp_path, tmp_path / "model", ALGORITHMS.splitlines()[3] + "\n")
     loaded = load_recipe(recipe)
@@ -316,7 +316,7 @@ def test_removed_scaled_and_compared_experts_are_an_error_of_the_plan(models: di
     )
     source = open_checkpoint(models["deepseek_v2"])
     recipe = load_recipe(write_recipe(tmp_path, models["deepseek_v2"], f"  v: {passes}\n"))
-    with pytest.raises(PlanError, match="removed, scaled and compared") as caught:
+    with pytest.raises(PlanError, match="remove experts, scale them and compare") as caught:
         compile_plan(recipe.recipe, source)
     assert "awq scales the channels of experts, and routed_experts have a `correction`" in str(caught.value)
     without = passes.replace("{name: gptq}", "{name: gptq, correction: 0}")
@@ -326,7 +326,7 @@ def test_removed_scaled_and_compared_experts_are_an_error_of_the_plan(models: di
 
 
 def test_removed_experts_are_those_no_token_needs(models: dict[str, Path], tmp_path: Path) -> None:
-    """Experts that the router never picks go, and the model without them computes what it did."""
+    """Experts that the router never picks are removed, and the model computes the same without them."""
     model = tmp_path / "model"
     config, unwanted = never_routed(models, model)
     each = config["n_routed_experts"] // config["n_group"]

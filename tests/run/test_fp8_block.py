@@ -1,4 +1,4 @@
-"""fp8_block end to end: a BF16 checkpoint in, DeepSeek's released FP8 layout out, which others read."""
+"""fp8_block end to end: a BF16 checkpoint in, DeepSeek's FP8 layout out, read by other loaders."""
 
 import json
 from pathlib import Path
@@ -141,7 +141,7 @@ def test_the_layer_of_mtp_is_named_for_every_engine(checkpoints: dict[str, Path]
 
 
 def test_an_fp8_source_keeps_its_numbers(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """The codes are the source's byte for byte. The source is read as bfloat16, so a scale may move by half a step of that."""
+    """FP8 values equal the source's byte for byte. Scales may change by half a bfloat16 step, the dtype of reading."""
     source = tensors(checkpoints["deepseek_v3"])
     stored = tensors(made(checkpoints["deepseek_v3"], f"[{{quantize: fp8_block, {EVERYTHING}}}]", tmp_path))
     names = [name for name in stored if name.endswith("_scale_inv")]

@@ -1,4 +1,4 @@
-"""Artifacts are made again when what made them has changed, and only then."""
+"""Artifacts are made again if and only if something they depend on has changed."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import quantlab.run.calibrated  # noqa: F401 - so that a trace of what is executed sees no imports
+import quantlab.run.calibrated  # noqa: F401 - so that the trace of executed code contains no imports
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.errors import ArtifactError
 from quantlab.fingerprint import modules_reached
@@ -41,7 +41,7 @@ def variants_of(recipe: Path) -> dict[str, VariantPlan]:
 
 @pytest.mark.slow
 def test_code_remakes_what_it_makes_and_wording_nothing(tmp_path: Path) -> None:
-    """One line of GPTQ remakes the variants of GPTQ and nothing else; a docstring and a move remake nothing."""
+    """Changing one line of GPTQ remakes only GPTQ's variants; changing a docstring or moving files remakes nothing."""
     shutil.copytree(ROOT / "quantlab", tmp_path / "code" / "quantlab", ignore=shutil.ignore_patterns("__pycache__"))
     model = with_tokenizer(make_checkpoint(tmp_path / "model", "llama"))
     recipe = write_recipe(tmp_path, model, VARIANTS)
@@ -82,7 +82,7 @@ def test_code_remakes_what_it_makes_and_wording_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
 def test_every_algorithm_that_runs_is_in_the_fingerprint(family: str, tmp_path: Path) -> None:
-    """What is executed below quantlab/algorithms while a variant is made is among the modules its fingerprint is taken of."""
+    """All code of quantlab/algorithms that runs while a variant is made is part of its fingerprint."""
     model = with_tokenizer(make_checkpoint(tmp_path / "model", family))
     more = "  reap: [{prune: 0.25, algorithm: {name: reap}}]\n" if family == "deepseek_v2" else ""
     lines = [

@@ -1,4 +1,4 @@
-"""Peak memory of a run: bounded by its largest weight, not by the checkpoint, and by what the plan says."""
+"""Peak memory of a run: bounded by its largest weight, not the checkpoint's size, and by the plan's estimate."""
 
 import json
 import os
@@ -62,9 +62,9 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 def peak_of(recipe: Path, out: Path) -> int:
-    """Largest resident bytes of `quantlab run`, as its process sees them; what the parent's accounting says of a child
-    includes the parent's own pages. glibc is told to give freed megabytes back at once: left to itself it keeps a few
-    of them, now more, now less, and the figure would be the allocator's."""
+    """Largest resident bytes of `quantlab run`, measured in its own process: the parent's accounting of a child
+    includes the parent's pages. glibc is configured to return freed memory at once; otherwise it keeps a varying number
+    of megabytes."""
     command = [sys.executable, "-c", DRIVER, "run", str(recipe), "--out", str(out), "--quiet"]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

@@ -1,4 +1,4 @@
-"""The whole tool on tiny checkpoints: artifacts re-opened with other people's loaders and compared number by number."""
+"""The whole tool on tiny checkpoints: artifacts are loaded with other libraries and compared number by number."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 
 def dense_source(directory: Path) -> dict[str, Tensor]:
-    """The source with FP8 blocks multiplied out, by the tests' own reference."""
+    """The source with FP8 blocks dequantized by the tests' oracle."""
     tensors = tensors_of(directory)
     return {
         name: reference_dequantize(tensor, tensors[name + "_scale_inv"])
@@ -156,8 +156,8 @@ def test_manifest_and_companions(family: str, runs: dict[str, RunDirectory]) -> 
         assert {"tokenizer_config.json", "generation_config.json"} <= set(manifest["files"])
         card = (artifact / "README.md").read_text()
         for needed in (
-            "## What was measured",
-            "## How to load it",
+            "## Measurements",
+            "## Loading",
             "transformers",
             "vLLM",
             "SGLang",

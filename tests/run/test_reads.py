@@ -1,4 +1,4 @@
-"""Every tensor of a decoder layer is read and decoded once per variant, and a block never holds source and result of a weight."""
+"""Every tensor of a layer is read and decoded once per variant; a block never holds source and result of a weight."""
 
 from collections import Counter
 from functools import partial
@@ -74,12 +74,12 @@ def test_a_weight_is_the_source_with_its_edits(tmp_path: Path, model: Path) -> N
     block = next(block for block in plan.variants[0].blocks if block.name == "layer 1")
     prefix = "model.layers.1.mlp."
     numbers = {
-        step.claim.name: float(index) for index, step in enumerate(s for shard in block.shards for s in shard.steps)
+        step.tensor.name: float(index) for index, step in enumerate(s for shard in block.shards for s in shard.steps)
     }
 
     def read(step):
         rows = torch.arange(step.source.shape[0], dtype=torch.bfloat16).view(-1, *[1] * (len(step.source.shape) - 1))
-        return rows.expand(step.source.shape) + numbers[step.claim.name] * 1000
+        return rows.expand(step.source.shape) + numbers[step.tensor.name] * 1000
 
     weights = BlockWeights(block, read)
     for name in weights.steps:

@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a run ends with the bytes of one that was never killed."""
+"""A run that is killed at any moment and restarted produces the same bytes as an uninterrupted one."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ import pytest
 WriteRecipe = Callable[..., Path]
 VARIANTS = "  w4a16: [{quantize: int4_g128}]\n  fp16: [{cast: float16}]\n"
 
-# Runs the command line in a process that kills itself, without warning, at the N-th call of a function.
+# Runs the command line in a process that kills itself at the N-th call of a function.
 DRIVER = """
 import os, signal, sys
 import quantlab.files as files, quantlab.checkpoint.writer as writer, quantlab.run.artifact as artifact
@@ -41,9 +41,9 @@ sys.argv = ["quantlab", *sys.argv[3:]]
 from quantlab.cli import main
 main()
 """
-# first tensor; inside a shard; between a shard and its line in the journal; before the config; before the manifest; while
-# the manifest is half written; before the artifact gets its name; before the journal is removed. The second variant begins
-# after the first is complete: tensor 200 and block 9 are its.
+# first tensor; inside a shard; between a shard and its line in the journal; before the config; before the manifest; with
+# a half-written manifest; before the artifact is renamed; before the journal is removed. The second variant starts after
+# the first is complete: tensor 200 and block 9 belong to it.
 MOMENTS = [
     ("write", 1), ("write", 40), ("write", 250), ("commit", 3), ("commit", 9), ("finish", 1), ("finish", 6), ("half a file", 19),
     ("publish", 1), ("publish", 2), ("tidy", 1),
@@ -135,7 +135,7 @@ def test_artifacts_of_another_recipe_are_refused_and_can_be_replaced(recipe: Pat
     before = hashes(out)
     refused = start(*command(recipe, out))
     assert refused.returncode == 1
-    assert "the output directory holds an artifact of another recipe" in refused.stderr
+    assert "the output directory contains an artifact of another recipe" in refused.stderr
     assert "--overwrite" in refused.stderr
     assert hashes(out) == before
     assert start(*command(recipe, out), "--overwrite").returncode == 0
@@ -199,7 +199,7 @@ def test_a_directory_that_is_no_artifact_is_refused(recipe: Path, tmp_path: Path
     for extra in ([], ["--overwrite"]):
         refused = start(*command(recipe, tmp_path / "out"), *extra)
         assert refused.returncode == 1
-        assert "something quantlab did not make" in refused.stderr
+        assert "something that quantlab did not make" in refused.stderr
     assert precious.read_text() == "years of work"
 
 
@@ -303,4 +303,4 @@ def test_no_writable_directory(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused = start(*command(recipe, tmp_path / "file" / "out"))
     assert refused.returncode == 1
-    assert "the output directory cannot be made" in refused.stderr
+    assert "the output directory cannot be created" in refused.stderr

@@ -1,4 +1,4 @@
-"""What variants share: the same artifacts as without sharing, and nothing of the unchanged model computed twice."""
+"""Results shared by variants: artifacts equal those without sharing, and the unchanged model is computed only once."""
 
 import json
 from collections import Counter

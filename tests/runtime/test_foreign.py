@@ -96,7 +96,7 @@ def test_gptq_with_dynamic_overrides_for_some_linears(checkpoints: dict[str, Pat
         )
     check(artifact)
     edit_config(artifact.directory, lambda fields: fields["quantization_config"].pop("dynamic"))
-    with pytest.raises(ArtifactError, match=r"disagree[^$]*config\.json says 4 bits"):
+    with pytest.raises(ArtifactError, match=r"contradict[^$]*config\.json says 4 bits"):
         load(artifact.directory)
 
 
@@ -204,7 +204,7 @@ def test_a_scheme_that_contradicts_the_tensors(artifacts: Callable, tmp_path: Pa
     edit_config(
         copy, lambda fields: fields["quantization_config"]["config_groups"]["group_0"]["weights"].update(weights)
     )
-    with pytest.raises(ArtifactError, match="disagree"):
+    with pytest.raises(ArtifactError, match="contradict"):
         load(copy)
 
 

@@ -3,8 +3,8 @@
     python tests/tasks/build.py            # writes eval/tasks/*.jsonl
     python tests/tasks/build.py DIRECTORY  # writes there
 
-Only the standard library, and of the random generator only `random()`, whose sequence Python keeps from version to
-version. Nothing here looks at what any model answers.
+Uses only the standard library, and of its random generator only `random()`, whose sequence is stable across versions of
+Python. No model's answers are used.
 """
 
 import json
@@ -45,14 +45,14 @@ def documents() -> list[dict[str, str]]:
 
 
 def whole(document: dict[str, str]) -> str:
-    """The id of the text a document is a part of: parts are not independent, so they are one unit of an error bar."""
+    """The id of the text that a document is part of; parts are not independent, so intervals treat them as one unit."""
     return document["id"].partition("#")[0]
 
 
 def spread(
     random: Random, texts: Sequence[dict[str, str]], wanted: int, make: Callable[[Random, dict[str, str]], list[Item]]
 ) -> list[Item]:
-    """Items from all domains and all documents in turn; a domain that runs out leaves its share to the others."""
+    """Draw items from all domains and documents in turn; other domains replace one that runs out."""
     domains = sorted({text["domain"] for text in texts})
     turns = []
     for domain in domains:
@@ -103,7 +103,7 @@ def continuation(random: Random, document: dict[str, str]) -> list[Item]:
 
 
 def last_word(_: Random, document: dict[str, str]) -> list[Item]:
-    """The last word of a sentence or clause, where it stands in the fifty words before it already, as a human could guess it."""
+    """The last word of a sentence or clause that also occurs in the fifty words before, so that it can be guessed."""
     text = document["text"]
     spans = word_spans(text)
     items: list[Item] = []
@@ -127,7 +127,7 @@ def last_word(_: Random, document: dict[str, str]) -> list[Item]:
 
 
 def retrieval(random: Random) -> list[Item]:
-    """A line with a number somewhere in other text, whose words return at the end: which number was it?"""
+    """A line with a number within other text; at the end its words are repeated, and the number is asked for."""
     things = [
         "harbour",
         "lantern",

@@ -1,8 +1,8 @@
-"""Minimal pairs: two sentences that differ in one word, one of them ungrammatical. From templates, all words our own choice.
+"""Minimal pairs from templates: two sentences that differ in one word, one of them ungrammatical.
 
-Eight kinds of one rule each. Both sentences have the same words but one, and the words that differ are common in either
-place, so that only the rest of the sentence can tell which is right. Every combination of subject, verb and so on is made
-and a fixed number of each kind is drawn.
+There are eight kinds, each testing one rule. The two differing words are both common in their position, so that only
+the rest of the sentence determines which is correct. All combinations of subject, verb and so on are generated, and a
+fixed number of each kind is drawn.
 """
 
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def agreement() -> Iterator[Pair]:
 
 
 def agreement_across() -> Iterator[Pair]:
-    """The noun next to the verb has the other number than the subject."""
+    """The noun next to the verb differs in number from the subject."""
     for (one, many), (other, others), state in product(OBJECTS.items(), PEOPLE.items(), STATES[:3]):
         yield f"{one} of {others} is {state}", f"{one} of {others} are {state}"
         yield f"{many} of {other} are {state}", f"{many} of {other} is {state}"
@@ -150,7 +150,7 @@ KINDS = {
 
 
 def pairs(random: Random) -> list[dict[str, object]]:
-    """The items, as the files of eval/tasks hold them; the pairs of a kind share their words, which the error bar knows."""
+    """The items in the format of eval/tasks; the pairs of a kind share words, which intervals take into account."""
     items: list[dict[str, object]] = []
     for kind, make in KINDS.items():
         left = sorted(set(make()))

@@ -15,7 +15,7 @@ def _rotary(config: Config) -> RotaryLayout:
 
 
 def _routing(config: Config) -> Routing:
-    """A group is judged by its best expert; transformers does not read `norm_topk_prob`, which the releases set to false."""
+    """A group's score is that of its best expert. transformers ignores `norm_topk_prob`, false in the releases."""
     limited = config.get("topk_method") == "group_limited_greedy"
     groups = (size_of(config, "n_group", default=1) or 1) if limited else 1
     return Routing(

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1: sigmoid routers whose choice a bias corrects, and multi-token-prediction layers (arXiv 2412.19437)."""
+"""DeepSeek-V3 and R1: sigmoid routers with a correction bias, and multi-token-prediction layers (arXiv 2412.19437)."""
 
 from quantlab.architectures.architecture import Architecture, Dimensions
 from quantlab.architectures.config import Config, number_of, size_of
@@ -15,7 +15,7 @@ def _rotary(config: Config) -> RotaryLayout:
 
 
 def _routing(config: Config) -> Routing:
-    """A group is judged by the sum of its two best experts."""
+    """The score of a group is the sum of its two best experts' scores."""
     groups = size_of(config, "n_group", default=1) or 1
     return Routing(
         experts=size_of(config, "n_routed_experts", default=0),

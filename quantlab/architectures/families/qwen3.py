@@ -1,4 +1,4 @@
-"""Qwen3, dense: DeepSeek-R1-0528-Qwen3-8B. As Llama, with an RMS norm of each head of queries and keys (arXiv 2505.09388)."""
+"""Qwen3, dense: DeepSeek-R1-0528-Qwen3-8B. Llama with per-head RMS norms of queries and keys (arXiv 2505.09388)."""
 
 from quantlab.architectures.architecture import Architecture, Dimensions
 from quantlab.architectures.config import Config

@@ -1,0 +1,1 @@
+"""Codecs: matrices to the stored tensors of a layout and back."""

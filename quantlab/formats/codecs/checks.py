@@ -1,4 +1,4 @@
-"""Checks of stored integers: columns in their own order, zero points in the middle of the grid."""
+"""Checks of stored integers: columns in order, zero points in the middle of the grid."""
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ def check_order(name: str, group_of: Tensor, *, columns: int, groups: int) -> No
     """Refuse columns that were reordered by activation.
 
     Args:
-        name: the weight's.
-        group_of: [K] the group of every column; -1 throughout says nothing.
+        name: name of the weight.
+        group_of: [K] group index of every column; all -1 if not recorded.
         columns: K.
         groups: scales per row.
 
     Raises:
-        ArtifactError: the groups are not runs of equal length.
+        ArtifactError: the groups are not consecutive blocks of equal length.
     """
     if group_of.numel() == columns and bool((group_of == -1).all()):
         return
@@ -31,7 +31,7 @@ def check_order(name: str, group_of: Tensor, *, columns: int, groups: int) -> No
 
 
 def asymmetric(name: str) -> ArtifactError:
-    """The error of zero points off the middle of the grid in a format that is described as symmetric."""
+    """The error for zero points off the middle of the grid in a format described as symmetric."""
     return ArtifactError(
         "a weight is quantized asymmetrically",
         where=name,

@@ -1,4 +1,4 @@
-"""The tensors of compressed-tensors' layouts of integers, made from matrices and read back."""
+"""Encodes and decodes the layouts of compressed-tensors."""
 
 from collections.abc import Mapping
 
@@ -34,17 +34,17 @@ def encode_plain(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
 
 
 def decode(name: str, stored: Mapping[str, Tensor], number: NumberFormat) -> QuantizedMatrix:
-    """The inverse of both, also for what llm-compressor writes.
+    """The inverse of `encode_packed` and `encode_plain`, also for checkpoints of llm-compressor.
 
     Args:
         name: the weight's name, ending in ".weight".
-        stored: its parts by name. Integers are packed where there is a `weight_packed`, else int8; scales per row may lack
-            their second dimension; `weight_shape` may be missing; zero points of symmetric formats have to be zero,
+        stored: its tensors by name. Integers are packed if there is a `weight_packed`, else int8; scales per row may
+            lack their second dimension; `weight_shape` may be missing; zero points of symmetric formats must be zero,
             `weight_g_idx` in order.
         number: its format.
 
     Raises:
-        ArtifactError: the parts do not fit the format or each other, or hold numbers quantlab does not read.
+        ArtifactError: the tensors contradict the format or each other, or have a format that quantlab does not read.
     """
     prefix = name.removesuffix("weight")
     scale, words = stored[prefix + "weight_scale"], stored.get(prefix + "weight_packed")

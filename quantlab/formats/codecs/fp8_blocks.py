@@ -1,4 +1,4 @@
-"""The tensors of DeepSeek's FP8 blocks, made from matrices and read back."""
+"""Encodes and decodes DeepSeek's FP8 blocks."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,4 @@
-"""The tensors of the GPTQ layouts, made from matrices and read back.
-
-The transpose of `qweight` is the packing of compressed-tensors.
-"""
+"""Encodes and decodes the GPTQ layouts; transposed, `qweight` is packed like `weight_packed` of compressed-tensors."""
 
 from collections.abc import Mapping
 
@@ -21,7 +18,7 @@ def encode(name: str, matrix: QuantizedMatrix, *, zero_offset: int) -> dict[str,
     Args:
         name: ending in ".weight".
         matrix: symmetric integers.
-        zero_offset: what the layout takes off a zero point before storing it: 1 for "gptq", 0 for "gptq_v2".
+        zero_offset: the layout's subtrahend for stored zero points: 1 for "gptq", 0 for "gptq_v2".
     """
     (rows, columns), groups = matrix.q.shape, matrix.scale.shape[1]
     prefix = name.removesuffix("weight")

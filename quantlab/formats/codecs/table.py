@@ -1,4 +1,4 @@
-"""The codec of every layout: matrices to stored tensors and back. `quantlab.formats.layouts` has the other half of each."""
+"""The codec of every layout: matrices to stored tensors and back. `quantlab.formats.layouts` lists the other part."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from quantlab.recipe.schemes import LayoutName
 
 @dataclass(frozen=True)
 class Codec:
-    """Both directions of a layout.
+    """Encoder and decoder of a layout.
 
     Attributes:
         encode: weight name and matrix -> its tensors by name, in the order of the layout; None for layouts that are only read.
