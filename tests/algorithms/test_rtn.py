@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantlab.algorithms.rtn import rtn
+from quantlab.algorithms import rtn as rtn_module
+from quantlab.algorithms.rtn import round_batch, round_to_nearest, rtn
+from quantlab.algorithms.scales import GridOptions
 
 CASES = [(4, 128), (4, 32), (4, None), (8, None), (8, 64)]
 
@@ -79,3 +81,20 @@ def test_the_weight_is_not_changed() -> None:
     before = W.clone()
     rtn(W, bits=4, group_size=32, scale_dtype=torch.bfloat16, grid="signed", clip_steps=5)
     assert torch.equal(W, before)
+
+
+@pytest.mark.parametrize("grid", ["signed", "minmax"])
+def test_matrices_of_a_batch_are_rounded_as_if_each_were_alone(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands of rows cross from one matrix into the next, and every row keeps the importance of its own matrix."""
+    monkeypatch.setattr(rtn_module, "_BAND_WEIGHTS", {"cpu": 3 * 64})
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(4, 5, 64, generator=generator)
+    importance = torch.rand(4, 64, generator=generator)
+    options = GridOptions(4, 32, torch.bfloat16, grid, clip_steps=8, clip_floor=0.5, refits=1)
+    together = round_batch(W, options, importance=importance)
+    for index in range(4):
+        alone = round_to_nearest(W[index], options, importance=importance[index])
+        rows = slice(5 * index, 5 * index + 5)
+        assert torch.equal(together.q[rows], alone.q)
+        assert torch.equal(together.scale[rows], alone.scale)
+        assert grid != "minmax" or torch.equal(together.zero[rows], alone.zero)
