@@ -66,7 +66,9 @@ def test_devices_of_a_machine_with_gpus(cuda: SimpleNamespace) -> None:
     with pytest.raises(DeviceError, match=r"device cuda:2[^$]*2 CUDA devices"):
         device.find_device("cuda:2")
     cuda.capability = (7, 5)
-    with pytest.raises(DeviceError, match=r"too old[^$]*Tesla T4[^$]*capability 7\.5[^$]*8\.0 or newer"):
+    with pytest.raises(
+        DeviceError, match=r"does not support this GPU[^$]*Tesla T4[^$]*capability 7\.5[^$]*8\.0 or newer"
+    ):
         device.find_device("cuda")
 
 
