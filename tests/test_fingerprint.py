@@ -82,7 +82,7 @@ def test_modules_are_followed_through_imports(edit: Edit) -> None:
     edit()
     assert fingerprint.modules_reached(["package.top"]) == {"package.top", "package.late", "package.inner.low"}
     assert fingerprint.modules_reached(["package.top"], without=["package.inner"]) == {"package.top", "package.late"}
-    with pytest.raises(ValueError, match=r"package\.nothing is no module"):
+    with pytest.raises(ValueError, match=r"package\.nothing is not a module"):
         fingerprint.modules_reached(["package.nothing"])
 
 
