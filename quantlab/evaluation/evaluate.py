@@ -14,14 +14,20 @@ from pathlib import Path
 
 from quantlab import hardware
 from quantlab.errors import ArtifactError, EvaluationError
+from quantlab.evaluation.holm_correction import with_holm_correction
 from quantlab.evaluation.manifest import check_unchanged, made_by, matrix_errors, read_manifest, tokens_per_expert
-from quantlab.evaluation.processes.cells import Bench, Found, SpeedTurns, measure_row, sound_parts
+from quantlab.evaluation.processes.artifact_cells import (
+    ArtifactResults,
+    EvaluationContext,
+    SpeedProcesses,
+    measure_artifact,
+    reusable_results,
+)
 from quantlab.evaluation.processes.messages import Progress, predictions_complete
-from quantlab.evaluation.processes.workers import Worker
+from quantlab.evaluation.processes.worker_client import Worker
 from quantlab.evaluation.record import Failure, Pass, Record, read_record
 from quantlab.evaluation.suite import LoadedSuite, load_suite
-from quantlab.evaluation.tasks.scores import kept_scores, twin
-from quantlab.evaluation.verdicts import adjusted
+from quantlab.evaluation.tasks.scores import same_task, saved_scores
 from quantlab.files import write_atomically
 from quantlab.fingerprint import code_fingerprint
 
@@ -48,7 +54,7 @@ _CELLS = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class EvaluatedArtifact:
     """One artifact to evaluate.
 
     Attributes:
@@ -77,8 +83,8 @@ class EvaluationRequest:
         recipe: the recipe's name.
         recipe_sha256: hash of its file.
         suite: the suite's file.
-        baseline: the variant that losses are relative to; one of the cells.
-        cells: what to evaluate, in the order of the rows, the source checkpoint first.
+        baseline: the variant that losses are relative to; one of the artifacts.
+        artifacts: what to evaluate, in the order of the rows, the source checkpoint first.
         reuse: whether records that still hold are kept.
         time_limit: seconds that one measurement may take, and one task.
         command: what was run, for the records.
@@ -91,7 +97,7 @@ class EvaluationRequest:
     recipe_sha256: str
     suite: Path
     baseline: str
-    cells: tuple[Cell, ...]
+    artifacts: tuple[EvaluatedArtifact, ...]
     reuse: bool = True
     time_limit: float = 3600.0
     command: str = ""
@@ -105,7 +111,7 @@ class _Evaluation:
 
     request: EvaluationRequest
     suite: LoadedSuite
-    baseline: Cell
+    baseline: EvaluatedArtifact
     hardware: str
     versions: dict[str, str]
     progress: Progress
@@ -135,14 +141,16 @@ class _Evaluation:
         others = () if self.request.gpu else ("quantlab.runtime.cuda",)
         return {cell: code_fingerprint(roots, without=others) for cell, roots in _CELLS.items()}
 
-    def is_baseline(self, cell: Cell) -> bool:
-        return cell.variant == self.baseline.variant
+    def is_baseline(self, artifact: EvaluatedArtifact) -> bool:
+        return artifact.variant == self.baseline.variant
 
     def path(self, variant: str) -> Path:
         return self.records / f"{variant}.json"
 
-    def bench(self, worker: Worker) -> Bench:
-        return Bench(worker, self.suite, self.predictions, self.scores, self.key, self.request.device, self.progress)
+    def context(self, worker: Worker) -> EvaluationContext:
+        return EvaluationContext(
+            worker, self.suite, self.predictions, self.scores, self.key, self.request.device, self.progress
+        )
 
 
 def evaluate(request: EvaluationRequest, *, progress: Progress | None = None) -> list[Record]:
@@ -153,45 +161,47 @@ def evaluate(request: EvaluationRequest, *, progress: Progress | None = None) ->
         progress: told of each stage; also told how many records were kept.
 
     Returns:
-        The records, in the order of the cells.
+        The records, in the order of the artifacts.
 
     Raises:
         RecipeError: the suite is malformed.
-        EvaluationError: the corpus cannot be read, the baseline is no cell, or no process can be started.
+        EvaluationError: the corpus cannot be read, the baseline is no artifact, or no process can be started.
         ArtifactError: an artifact was changed since it was made, or a record cannot be written.
     """
     evaluation = _prepare(request, progress or _silent)
     found = _known(evaluation)
     missing = [
-        cell
-        for cell in request.cells
-        if found[cell.variant].lacks(evaluation.suite, is_baseline=evaluation.is_baseline(cell))
+        artifact
+        for artifact in request.artifacts
+        if found[artifact.variant].is_incomplete(evaluation.suite, is_baseline=evaluation.is_baseline(artifact))
     ]
-    if len(missing) < len(request.cells):
-        kept = len(request.cells) - len(missing)
-        evaluation.progress(f"{kept} of {len(request.cells)} records kept from before", 1, 1)
-    for cell in missing:  # stopped half-way, no record of something else stays behind
-        if found[cell.variant] == Found():
-            evaluation.path(cell.variant).unlink(missing_ok=True)
+    if len(missing) < len(request.artifacts):
+        kept = len(request.artifacts) - len(missing)
+        evaluation.progress(f"{kept} of {len(request.artifacts)} records kept from before", 1, 1)
+    for artifact in missing:  # stopped half-way, no record of something else stays behind
+        if found[artifact.variant] == ArtifactResults():
+            evaluation.path(artifact.variant).unlink(missing_ok=True)
     if missing:
         _measure(evaluation, missing, found)
-    records = adjusted([_record(evaluation, cell, found[cell.variant]) for cell in request.cells])
+    records = with_holm_correction(
+        [_record(evaluation, artifact, found[artifact.variant]) for artifact in request.artifacts]
+    )
     for record in records:
         _write(evaluation, record)
     return records
 
 
 def _prepare(request: EvaluationRequest, progress: Progress) -> _Evaluation:
-    baselines = [cell for cell in request.cells if cell.variant == request.baseline]
+    baselines = [artifact for artifact in request.artifacts if artifact.variant == request.baseline]
     if not baselines:
         raise EvaluationError(
             "the baseline is not among the artifacts",
             where="evaluate.baseline",
             found=request.baseline,
-            fix="use one of: " + ", ".join(cell.variant for cell in request.cells),
+            fix="use one of: " + ", ".join(artifact.variant for artifact in request.artifacts),
         )
-    for cell in request.cells:
-        check_unchanged(cell.directory)
+    for artifact in request.artifacts:
+        check_unchanged(artifact.directory)
     suite = load_suite(request.suite)
     bridged = any(not task.ours for task in suite.suite.tasks)
     versions = hardware.versions() | (hardware.version_of("lm-eval") if bridged else {})
@@ -210,39 +220,39 @@ def _prepare(request: EvaluationRequest, progress: Progress) -> _Evaluation:
     return evaluation
 
 
-def _known(evaluation: _Evaluation) -> dict[str, Found]:
+def _known(evaluation: _Evaluation) -> dict[str, ArtifactResults]:
     """What earlier evaluations found of every variant and still holds."""
-    found = {cell.variant: _earlier(evaluation, cell) for cell in evaluation.request.cells}
+    found = {artifact.variant: _earlier(evaluation, artifact) for artifact in evaluation.request.artifacts}
     baseline = evaluation.baseline.variant
     others = [one for variant, one in found.items() if variant != baseline]
     if any(one.quality is None or one.served is None for one in others) and not predictions_complete(
         evaluation.predictions, evaluation.key
     ):
         found[baseline] = replace(found[baseline], quality=None)  # there would be nothing to compare with
-    answered = kept_scores(evaluation.scores, evaluation.key)
+    answered = saved_scores(evaluation.scores, evaluation.key)
     tasks = {
         number: result
         for number, result in found[baseline].tasks.items()
-        if all(number in one.tasks for one in others) or twin(result, answered) is not None
+        if all(number in one.tasks for one in others) or same_task(result, answered) is not None
     }
     found[baseline] = replace(found[baseline], tasks=tasks)
     return found
 
 
-def _earlier(evaluation: _Evaluation, cell: Cell) -> Found:
+def _earlier(evaluation: _Evaluation, artifact: EvaluatedArtifact) -> ArtifactResults:
     """What the record of an earlier evaluation says, where measuring again could only repeat it."""
-    path = evaluation.path(cell.variant)
+    path = evaluation.path(artifact.variant)
     if not evaluation.request.reuse or not path.is_file():
-        return Found()
+        return ArtifactResults()
     try:
         record = read_record(path)
     except ArtifactError:  # of another version: measured again
-        return Found()
+        return ArtifactResults()
     tasks = dict(enumerate(record.tasks))
     same = _record(
         evaluation,
-        cell,
-        Found(
+        artifact,
+        ArtifactResults(
             record.quality,
             record.served,
             tasks,
@@ -254,32 +264,32 @@ def _earlier(evaluation: _Evaluation, cell: Cell) -> Found:
     )
     apart = _WORDS | {"code"}
     if record.model_dump(exclude=apart) != same.model_dump(exclude=apart):
-        return Found()
+        return ArtifactResults()
     changed = {cell for cell, fingerprint in evaluation.code.items() if record.code.get(cell) != fingerprint}
-    return sound_parts(evaluation.suite, record).without(changed)
+    return reusable_results(evaluation.suite, record).without(changed)
 
 
-def _measure(evaluation: _Evaluation, missing: list[Cell], found: dict[str, Found]) -> None:
+def _measure(evaluation: _Evaluation, missing: list[EvaluatedArtifact], found: dict[str, ArtifactResults]) -> None:
     """Measure what is missing. Each record is written as soon as it is complete but for its speed, and again with it."""
     request = evaluation.request
     with Worker(evaluation.records / _WORK, threads=hardware.threads(), time_limit=request.time_limit) as worker:
-        bench = evaluation.bench(worker)
-        turns = SpeedTurns(
-            bench,
-            {cell.variant: cell.directory for cell in missing if found[cell.variant].speed is None},
-            source=request.cells[0].directory,
+        context = evaluation.context(worker)
+        turns = SpeedProcesses(
+            context,
+            {artifact.variant: artifact.directory for artifact in missing if found[artifact.variant].speed is None},
+            source=request.artifacts[0].directory,
         )
-        for done, cell in enumerate(sorted(missing, key=lambda cell: not evaluation.is_baseline(cell))):
-            turns.catch_up(done / len(missing))
-            variant = cell.variant
+        for done, artifact in enumerate(sorted(missing, key=lambda artifact: not evaluation.is_baseline(artifact))):
+            turns.run_due(done / len(missing))
+            variant = artifact.variant
             known = replace(found[variant], command=request.command, failures=())
-            found[variant] = measure_row(
-                bench, variant, cell.directory, known, is_baseline=evaluation.is_baseline(cell)
+            found[variant] = measure_artifact(
+                context, variant, artifact.directory, known, is_baseline=evaluation.is_baseline(artifact)
             )
-            _write(evaluation, _record(evaluation, cell, found[variant]))
-        turns.catch_up(1.0)
-    for cell in missing:
-        variant = cell.variant
+            _write(evaluation, _record(evaluation, artifact, found[variant]))
+        turns.run_due(1.0)
+    for artifact in missing:
+        variant = artifact.variant
         known = found[variant]
         failures = _of_speed(turns.failures, variant) + known.failures
         found[variant] = replace(known, speed=turns.speeds.get(variant, known.speed), failures=failures)
@@ -289,17 +299,17 @@ def _of_speed(failures: Mapping[str, str], variant: str) -> tuple[Failure, ...]:
     return (Failure(cell="speed", reason=failures[variant]),) if variant in failures else ()
 
 
-def _record(evaluation: _Evaluation, cell: Cell, found: Found) -> Record:
+def _record(evaluation: _Evaluation, artifact: EvaluatedArtifact, found: ArtifactResults) -> Record:
     request, suite = evaluation.request, evaluation.suite
-    manifest = read_manifest(cell.directory)
+    manifest = read_manifest(artifact.directory)
     return Record(
         recipe=request.recipe,
         recipe_sha256=request.recipe_sha256,
-        variant=cell.variant,
-        description=cell.description,
-        passes=cell.passes,
-        artifact=cell.artifact,
-        artifact_sha256=cell.artifact_sha256,
+        variant=artifact.variant,
+        description=artifact.description,
+        passes=artifact.passes,
+        artifact=artifact.artifact,
+        artifact_sha256=artifact.artifact_sha256,
         baseline=request.baseline,
         baseline_sha256=evaluation.baseline.artifact_sha256,
         suite=suite.title,

@@ -10,7 +10,7 @@ _PASS = re.compile(r"(?P<prune>prune )?(?P<setting>\S+)(?: \((?P<algorithm>\w+)[
 _TIMED_WITH = ", timed once with "
 
 
-def with_facts(record: Any) -> Any:  # noqa: ANN401 - JSON that nobody has checked yet
+def with_later_fields(record: Any) -> Any:  # noqa: ANN401 - JSON that nobody has checked yet
     """The JSON of a record with the fields that its version did not write.
 
     Args:

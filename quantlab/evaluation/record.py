@@ -15,7 +15,7 @@ from pydantic_core import from_json
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.measured import Frozen, Measured, Significance
 from quantlab.evaluation.memory.metrics import Memory
-from quantlab.evaluation.old_records import with_facts
+from quantlab.evaluation.old_records import with_later_fields
 from quantlab.evaluation.quality.metrics import Quality
 from quantlab.evaluation.served.metrics import Served
 from quantlab.evaluation.speed.metrics import Speed
@@ -240,7 +240,7 @@ def read_record(path: Path) -> Record:
         ArtifactError: the file cannot be read or is no record of this version.
     """
     try:
-        return Record.model_validate(with_facts(from_json(path.read_bytes())))
+        return Record.model_validate(with_later_fields(from_json(path.read_bytes())))
     except OSError as error:
         raise ArtifactError(
             "a record cannot be read", where=str(path), found=error.strerror, fix="run `quantlab eval` again"

@@ -182,7 +182,7 @@ def holm(values: Sequence[float]) -> list[float]:
 def median(values: Floats) -> Measured:
     """The median of repetitions [n] with its interval between order statistics; of fewer than six, with their range.
 
-    With x sorted, x_k to x_(n+1-k) covers the median with 1 - 2 P(B < k), B binomial of n coins. Between the last k that covers
+    With x sorted, x_k to x_(n+1-k) covers the median with 1 - 2 P(B < k), B binomial of n coins. ProcessVariation the last k that covers
     it with 95 % and the next one, which does not, both ends are interpolated (Hettmansperger and Sheather 1986, equation 4).
     """
     x, n = np.sort(values), len(values)
@@ -199,7 +199,7 @@ def median(values: Floats) -> Measured:
 
 
 @dataclass(frozen=True)
-class Between:
+class ProcessVariation:
     """Variation of the median of a timing between processes.
 
     Attributes:
@@ -211,7 +211,7 @@ class Between:
     degrees: float
 
 
-def between(medians: Floats, *, independent: float) -> Between:
+def process_variation(medians: Floats, *, independent: float) -> ProcessVariation:
     """Variance between processes, pooled over the twins of one cell: three processes of one twin are too few to estimate it.
 
     Args:
@@ -219,10 +219,10 @@ def between(medians: Floats, *, independent: float) -> Between:
         independent: as how many independent numbers the differences of all twins count.
     """
     variance = float(np.log(medians).var(axis=1, ddof=1).mean())
-    return Between(math.sqrt(variance), independent * (medians.shape[1] - 1))
+    return ProcessVariation(math.sqrt(variance), independent * (medians.shape[1] - 1))
 
 
-def repeated(processes: Sequence[Floats], spread: Between) -> Measured:
+def over_processes(processes: Sequence[Floats], spread: ProcessVariation) -> Measured:
     """A timing repeated in several processes, with the interval in which as many processes more would find it 19 times in 20.
 
     Args:

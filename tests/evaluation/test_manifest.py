@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantlab.errors import ArtifactError
-from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
 from quantlab.evaluation.manifest import (
     check_unchanged,
     kept_experts,
@@ -89,9 +89,9 @@ def test_a_changed_artifact_is_not_evaluated(name: str, artifact: Path, suite: P
     assert any(error.kind == "self_attn.o_proj" for error in matrix_errors(read_manifest(artifact)))
     change, found = CHANGES[name]
     change(artifact)
-    cells = (Cell("w4a16", "", artifact, "artifacts/w4a16", "0"),)
+    artifacts = (EvaluatedArtifact("w4a16", "", artifact, "artifacts/w4a16", "0"),)
     request = EvaluationRequest(
-        directory=tmp_path / "run", recipe="r", recipe_sha256="r", suite=suite, baseline="w4a16", cells=cells
+        directory=tmp_path / "run", recipe="r", recipe_sha256="r", suite=suite, baseline="w4a16", artifacts=artifacts
     )
     with pytest.raises(ArtifactError, match="changed since it was made") as raised:
         evaluate(request)

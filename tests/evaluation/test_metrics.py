@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from quantlab.evaluation.metric import metrics_of
-from quantlab.evaluation.old_records import passes_of, with_facts
+from quantlab.evaluation.old_records import passes_of, with_later_fields
 from quantlab.evaluation.quality.metrics import SUMS, Divergence, Documents, Domain
 from quantlab.evaluation.record import PARTS, Record, read_record
 from quantlab.plan.compile import describe
@@ -105,10 +105,10 @@ def test_old_records_get_their_facts_once() -> None:
     assert record.quality.documents is not None
     assert record.quality.documents.kl_tokens == record.quality.documents.tokens
     again = json.loads(record.model_dump_json())
-    assert with_facts(again) == again, "a new record is left alone"
+    assert with_later_fields(again) == again, "a new record is left alone"
     assert Record.model_validate(again) == record
     sampled = old | {"quality": json.loads(json.dumps(old["quality"]))}
     sampled["quality"]["divergence"]["kl_sample"] = "one in 3 of 13,260 tokens"
-    documents = Record.model_validate(with_facts(sampled)).quality.documents
+    documents = Record.model_validate(with_later_fields(sampled)).quality.documents
     assert documents.kl_tokens == (), "how many of a document's tokens it was taken on is not known"
-    assert with_facts([]) == []
+    assert with_later_fields([]) == []

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantlab.checkpoint.index import open_checkpoint
-from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
 from quantlab.evaluation.metric import metrics_of
 from quantlab.evaluation.record import Pass, Record
 from quantlab.report.comparison.compare import compare
@@ -56,11 +56,17 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     (root / "suite.yaml").write_text(SUITE)
     directories = {"source": REFERENCE, "sound": sound, "same": same, "shuffled": shuffled}
     made = (Pass(operation="quantize", setting="int4_g128", algorithm="rtn"),)
-    cells = tuple(
-        Cell(name, name, path, name, name, () if name == "source" else made) for name, path in directories.items()
+    artifacts = tuple(
+        EvaluatedArtifact(name, name, path, name, name, () if name == "source" else made)
+        for name, path in directories.items()
     )
     request = EvaluationRequest(
-        directory=root / "run", recipe="r", recipe_sha256="r", suite=root / "suite.yaml", baseline="source", cells=cells
+        directory=root / "run",
+        recipe="r",
+        recipe_sha256="r",
+        suite=root / "suite.yaml",
+        baseline="source",
+        artifacts=artifacts,
     )
     return {record.variant: record for record in evaluate(request)}
 

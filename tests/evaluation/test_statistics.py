@@ -10,12 +10,12 @@ import pytest
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.statistics import (
     RESAMPLES,
-    between,
     holm,
     mcnemar,
     median,
+    over_processes,
     percentile,
-    repeated,
+    process_variation,
     resample,
 )
 
@@ -207,8 +207,8 @@ def evaluated(generator: np.random.Generator, processes: int, *, between_process
         clock = generator.normal(0, 0.1, (1, 1, rounds))
         times = np.exp(effects + clock + generator.normal(0, 0.02, (len(UNEQUAL), BATCHES, rounds)))
         values[:, :, process] = 2 * times[1:] / times[:1]
-    spreads = [between(np.median(values[:, batch], axis=2), independent=2) for batch in range(BATCHES)]
-    return [repeated(list(cell), spread) for twin in values for cell, spread in zip(twin, spreads, strict=True)]
+    spreads = [process_variation(np.median(values[:, batch], axis=2), independent=2) for batch in range(BATCHES)]
+    return [over_processes(list(cell), spread) for twin in values for cell, spread in zip(twin, spreads, strict=True)]
 
 
 @pytest.mark.parametrize("processes", [3, 4])

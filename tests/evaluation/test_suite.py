@@ -80,7 +80,7 @@ def test_asking_needs_no_torch() -> None:
         "suite",
         "statistics",
         "processes.messages",
-        "processes.workers",
+        "processes.worker_client",
         "evaluate",
         "served.metrics",
         "speed.own_layers",

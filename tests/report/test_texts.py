@@ -10,11 +10,11 @@ from markdown_it import MarkdownIt
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.memory.metrics import Expanded
 from quantlab.evaluation.record import Record
-from quantlab.report.matrix.cells import PRUNED_NOTE, human_bytes, notes, number
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.html import to_html
 from quantlab.report.matrix.markdown import to_markdown
 from quantlab.report.matrix.matrix import build_matrix
+from quantlab.report.matrix.table_cells import PRUNED_NOTE, human_bytes, notes, number
 
 
 def tables(markdown: str) -> list[list[list[str]]]:

@@ -25,7 +25,7 @@ _STAT: Final = Path("/proc/stat")
 
 
 @dataclass(frozen=True)
-class Moment:
+class ClockReading:
     """Clocks read together, in seconds.
 
     Attributes:
@@ -44,7 +44,7 @@ class Moment:
         return cls(time.perf_counter(), times.user + times.system, _busy_seconds())
 
 
-def crowd(begin: Moment, end: Moment, *, threads: int) -> str | None:
+def cpu_contention(begin: ClockReading, end: ClockReading, *, threads: int) -> str | None:
     """What others did between two moments, in words; None if too little to matter.
 
     Args:
@@ -59,14 +59,14 @@ def crowd(begin: Moment, end: Moment, *, threads: int) -> str | None:
     return f"other processes took {others:.1f} of {threads} cores" if others > _TOLERATED * threads else None
 
 
-def crowded_gpu(percent: int | None) -> str | None:
+def gpu_contention(percent: int | None) -> str | None:
     """What a GPU's utilization says while this process leaves it idle, in words; None if nothing that matters, or unknown."""
     if percent is None or percent <= _BUSY_PERCENT:
         return None
     return f"other processes kept the GPU busy for {percent} % of the time"
 
 
-def spread(rates: Floats) -> str | None:
+def rounds_spread(rates: Floats) -> str | None:
     """What repeated timings [n] of one cell say against it; None if they agree."""
     first, middle, third = np.quantile(rates, [0.25, 0.5, 0.75])
     share = (third - first) / middle

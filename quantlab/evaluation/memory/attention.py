@@ -22,8 +22,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from quantlab.errors import DeviceError
-from quantlab.evaluation.machine.contention import spread
-from quantlab.evaluation.machine.gauges import forget_peak, give_back, held_bytes, now, peak_bytes, watched
+from quantlab.evaluation.machine.contention import rounds_spread
+from quantlab.evaluation.machine.time_and_memory import (
+    held_bytes,
+    now,
+    peak_bytes,
+    release_memory,
+    reset_peak,
+    with_contention,
+)
 from quantlab.evaluation.processes.messages import AttentionRequest, AttentionResult, Progress
 from quantlab.evaluation.record import AttentionCell
 from quantlab.evaluation.speed.models import DTYPES, Layout, layout_name, layout_of
@@ -77,10 +84,10 @@ def measure_attention(request: AttentionRequest, progress: Progress) -> Attentio
     if not shape:
         own = own_layers(read_json(request.directory / "config.json"))
         shape, layers = dict(own.config), own.layers
-    return attempt(shape, layout_of(request.directory), case, find_device(request.device), layers)
+    return measure_case(shape, layout_of(request.directory), case, find_device(request.device), layers)
 
 
-def attempt(
+def measure_case(
     shape: Mapping[str, Any], layout: Layout, case: Case, device: torch.device, layers: Sequence[int] = ()
 ) -> AttentionResult:
     """What a combination takes, or why it was not measured.
@@ -112,7 +119,7 @@ def attempt(
             attention=case.implementation,
             layers=layers,
         )
-        return AttentionResult(cell=measured(model, case), layout=layout_name(layout, model))
+        return AttentionResult(cell=measure_model(model, case), layout=layout_name(layout, model))
     except DeviceError as error:
         return failed(f"not tried: {error.found}")
     except (RuntimeError, MemoryError) as error:
@@ -133,7 +140,7 @@ def needed_bytes(shape: Mapping[str, Any], case: Case, device: torch.device) -> 
 
 
 @torch.inference_mode()
-def measured(model: PreTrainedModel, case: Case) -> AttentionCell:
+def measure_model(model: PreTrainedModel, case: Case) -> AttentionCell:
     """Peaks above the weights, bytes of the cache and tokens per second."""
     device = model.device
     generator = torch.Generator().manual_seed(_SEED)
@@ -141,16 +148,16 @@ def measured(model: PreTrainedModel, case: Case) -> AttentionCell:
     few = DynamicCache(config=model.config)
     for part in (ids[:, :_FEW], ids[:, :1]):  # kernels are made and thread pools started before anything counts
         model(input_ids=part, **cache_arguments(few), logits_to_keep=1)
-    give_back()
+    release_memory()
     held = held_bytes(device)
 
     def both() -> tuple[_Repeats, _Repeats]:
         decode = _decode(model, few, ids[:, :1], case)
-        give_back()
-        forget_peak(device)
+        release_memory()
+        reset_peak(device)
         return decode, _repeat(lambda: _read(model, ids), case, device)
 
-    (decode, prefill), others = watched(both, device)
+    (decode, prefill), others = with_contention(both, device)
     rates = {
         "prefill_tokens_per_second": case.context / prefill.seconds,
         "decode_tokens_per_second": case.steps / decode.seconds,
@@ -166,7 +173,7 @@ def measured(model: PreTrainedModel, case: Case) -> AttentionCell:
             for name, values in rates.items()
             if len(values) > 1
         },
-        noise={name: reason for name, values in rates.items() if (reason := others or spread(values))},
+        noise={name: reason for name, values in rates.items() if (reason := others or rounds_spread(values))},
         prefill_tokens_per_second=median(rates["prefill_tokens_per_second"]),
         decode_tokens_per_second=median(rates["decode_tokens_per_second"]),
     )
@@ -188,7 +195,7 @@ def _read(model: PreTrainedModel, ids: Tensor) -> None:
 def _decode(model: PreTrainedModel, few: DynamicCache, token: Tensor, case: Case) -> _Repeats:
     cache = _repeated(few, case.context, model)
     held = sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
-    forgotten = forget_peak(model.device)
+    forgotten = reset_peak(model.device)
 
     def steps() -> None:
         for _ in range(case.steps):

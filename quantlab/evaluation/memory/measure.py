@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from quantlab.architectures.detect import of_model_type
 from quantlab.architectures.layer import LatentAttention
 from quantlab.checkpoint.index import INDEX_NAME, open_checkpoint
-from quantlab.evaluation.machine.gauges import forget_peak, now, peak_bytes
+from quantlab.evaluation.machine.time_and_memory import now, peak_bytes, reset_peak
 from quantlab.evaluation.memory.metrics import Expanded, Memory
 from quantlab.evaluation.processes.messages import MemoryRequest, Progress
 from quantlab.evaluation.statistics import median
@@ -38,7 +38,7 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
     suite = load_suite(request.suite).suite
     device = find_device(request.device)
     if device.type == "cuda":  # a process has one peak, and it begins with the process
-        forget_peak(device)
+        reset_peak(device)
 
     def loading(done: int, total: int) -> None:
         if 100 * done // total > 100 * (done - 1) // total:  # a hundred times for a bar, however many weights

@@ -7,7 +7,7 @@ and stands in the baseline's record.
 from pathlib import Path
 
 from quantlab.evaluation.processes.messages import AttentionRequest, AttentionResult, Progress
-from quantlab.evaluation.processes.workers import CellError, Worker
+from quantlab.evaluation.processes.worker_client import CellError, Worker
 from quantlab.evaluation.record import Attention, AttentionCell
 from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.suite import LoadedSuite

@@ -14,7 +14,7 @@ from quantlab.evaluation.speed.metrics import Timed
 Progress = Callable[[str, int, int], None]
 """Told of a stage, how much of it is done and how much there is (0 when that is not known)."""
 
-Tell = Callable[[BaseModel], None]
+SendPart = Callable[[BaseModel], None]
 """Takes a part of a cell's answer as soon as it is there."""
 
 EXPLAINED = 3
@@ -140,7 +140,7 @@ class SpeedRequest(_Strict):
     """As in `QualityRequest`."""
 
 
-class TwinTimings(_Strict):
+class ModelTimings(_Strict):
     """What one model did in one process."""
 
     layout: str
@@ -168,7 +168,7 @@ class SpeedResult(_Strict):
     """The models in a few words."""
     computed_by: str
     """The GPU, or whose operators the processor ran, and how steps ran."""
-    twins: tuple[TwinTimings, ...]
+    timings: tuple[ModelTimings, ...]
     """Entry i of a rate is from the same turn in all twins, entry i of all joules from the same stretch."""
     failures: dict[str, str]
     """Variant -> why it could not be measured."""

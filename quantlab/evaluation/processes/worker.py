@@ -30,10 +30,10 @@ from quantlab.evaluation.processes.messages import (
     MemoryRequest,
     Progress,
     QualityRequest,
+    SendPart,
     ServedRequest,
     SpeedRequest,
     TasksRequest,
-    Tell,
 )
 from quantlab.evaluation.quality.measure import measure_quality
 from quantlab.evaluation.served.measure import measure_served
@@ -51,7 +51,7 @@ def main() -> None:
     for name in _PRELOADED:
         getattr(transformers, name)
     gc.freeze()  # what is imported stays: collections in children pass over it, which would copy its pages
-    _tell(answers, event="ready")
+    _send(answers, event="ready")
     for line in sys.stdin:
         job = Job.model_validate_json(line)
         child = os.fork()
@@ -61,7 +61,7 @@ def main() -> None:
             sys.stderr.flush()
             os._exit(code)
         _, status = os.waitpid(child, 0)
-        _tell(answers, event="exit", status=os.waitstatus_to_exitcode(status))
+        _send(answers, event="exit", status=os.waitstatus_to_exitcode(status))
 
 
 def _run(job: Job, answers: TextIO) -> int:
@@ -72,13 +72,13 @@ def _run(job: Job, answers: TextIO) -> int:
     torch.set_num_threads(job.threads)
 
     def progress(stage: str, done: int, total: int) -> None:
-        _tell(answers, event="progress", stage=stage, done=done, total=total)
+        _send(answers, event="progress", stage=stage, done=done, total=total)
 
-    def tell(part: BaseModel) -> None:
-        _tell(answers, event="part", answer=part.model_dump_json())
+    def send(part: BaseModel) -> None:
+        _send(answers, event="part", answer=part.model_dump_json())
 
     try:
-        answer = _measure(job, progress, tell)
+        answer = _measure(job, progress, send)
     except QuantlabError as error:
         job.result.write_text(str(error).replace("\n  ", "; "), encoding="utf-8")
         return EXPLAINED
@@ -86,14 +86,14 @@ def _run(job: Job, answers: TextIO) -> int:
     return 0
 
 
-def _measure(job: Job, progress: Progress, tell: Tell) -> BaseModel:
+def _measure(job: Job, progress: Progress, send: SendPart) -> BaseModel:
     match job.request:
         case QualityRequest():
             return measure_quality(job.request, progress)
         case ServedRequest():
             return measure_served(job.request, progress)
         case TasksRequest():
-            return measure_tasks(job.request, progress, tell)
+            return measure_tasks(job.request, progress, send)
         case MemoryRequest():
             return measure_memory(job.request, progress)
         case SpeedRequest():
@@ -104,7 +104,7 @@ def _measure(job: Job, progress: Progress, tell: Tell) -> BaseModel:
             assert_never(job.request)
 
 
-def _tell(answers: TextIO, **fields: object) -> None:
+def _send(answers: TextIO, **fields: object) -> None:
     answers.write(json.dumps(fields) + "\n")
     answers.flush()
 

@@ -34,7 +34,7 @@ _STATES = "layers.npy"
 _ROUTES = "routes.npz"
 
 
-class Routes:
+class RouteRecorder:
     """Records which experts every token is sent to, from the first forward pass inside `with` on.
 
     Args:
@@ -84,7 +84,7 @@ class Routes:
         return {name: np.concatenate(parts) for name, parts in self._parts.items() if parts}
 
 
-def keep_routes(directory: Path, routes: Mapping[str, NDArray[np.int16]]) -> None:
+def save_routes(directory: Path, routes: Mapping[str, NDArray[np.int16]]) -> None:
     """Write the baseline's routes."""
     with (directory / _ROUTES).open("wb") as file:
         np.savez(file, **dict(routes))  # type: ignore[arg-type]  # numpy takes arrays of any name
@@ -146,7 +146,7 @@ def sample(held_out: HeldOut, model: PreTrainedModel, tokens: int) -> tuple[Wind
 
 
 @torch.inference_mode()
-def keep_states(directory: Path, model: PreTrainedModel, windows: Sequence[Window]) -> None:
+def save_states(directory: Path, model: PreTrainedModel, windows: Sequence[Window]) -> None:
     """Write the baseline's hidden states before each layer and after the last [L + 1, W, t, H]."""
     if not windows:
         return

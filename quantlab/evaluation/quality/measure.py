@@ -18,12 +18,12 @@ from quantlab.evaluation.processes.messages import Progress, QualityRequest, Qua
 from quantlab.evaluation.quality.baseline import Baseline, BaselineWriter, TokenScores
 from quantlab.evaluation.quality.layers import (
     LayerErrors,
-    Routes,
+    RouteRecorder,
     agreeing,
-    keep_routes,
-    keep_states,
     layer_errors,
     sample,
+    save_routes,
+    save_states,
 )
 from quantlab.evaluation.quality.metrics import SUMS, Divergence, Documents, Domain, Quality
 from quantlab.evaluation.quality.predictions import score
@@ -54,7 +54,7 @@ def measure_quality(request: QualityRequest, progress: Progress) -> QualityResul
     model = load(request.directory, dtype=dtype, device=request.device)
     windows = sample(held_out, model, text.suite.layer_error_tokens)
     scored = lambda done, total: progress("scoring", done, total)  # noqa: E731 - the stage's name and nothing else
-    with Routes(model, kept_experts(read_manifest(request.directory))) as routes:
+    with RouteRecorder(model, kept_experts(read_manifest(request.directory))) as routes:
         if request.role == "compared":
             baseline = Baseline(request.predictions, tokens_sha256=held_out.sha256, dtype=dtype, device=model.device)
             scores = score(model, held_out, baseline=baseline, progress=scored, routes=routes)
@@ -77,8 +77,8 @@ def measure_quality(request: QualityRequest, progress: Progress) -> QualityResul
         quality = quality.model_copy(update={"divergence": divergence})
         return QualityResult(quality=quality, failures=errors.faults() if errors is not None else {})
     if request.role == "baseline":
-        keep_routes(request.predictions, routes.found())
-        keep_states(request.predictions, model, windows)
+        save_routes(request.predictions, routes.found())
+        save_states(request.predictions, model, windows)
     alone = summarise(held_out, scores, None, compute_dtype=suite.dtype)
     return QualityResult(quality=_with_operators(alone, request), failures={})
 

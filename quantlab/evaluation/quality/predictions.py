@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.quality.baseline import Baseline, BaselineWriter, TokenScores
-from quantlab.evaluation.quality.layers import Routes
+from quantlab.evaluation.quality.layers import RouteRecorder
 from quantlab.evaluation.quality.windows import HeldOut, Window
 
 BATCH_TOKENS = 4096
@@ -34,7 +34,7 @@ def score(
     baseline: Baseline | None = None,
     keep: BaselineWriter | None = None,
     progress: Callable[[int, int], None] | None = None,
-    routes: Routes | None = None,
+    routes: RouteRecorder | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> TokenScores:
     """Score every token of the windows, in their order.

@@ -51,7 +51,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Models:
+class ModelBuilder:
     """How models are made for timing.
 
     Attributes:
@@ -64,7 +64,7 @@ class Models:
     description: str
     shape: Mapping[str, Any]
 
-    def make(self, layout: Layout, directory: Path, *, device: str) -> PreTrainedModel:
+    def build(self, layout: Layout, directory: Path, *, device: str) -> PreTrainedModel:
         """The model of a layout.
 
         Args:
@@ -88,9 +88,9 @@ class Models:
                 return random_twin(self.shape, layout.quantization, dtype=dtype, seed=_SEED, device=device)
 
 
-def choose_models(
+def choose_builder(
     suite: SpeedSuite, layouts: Mapping[Layout, Path], device: torch.device, timed: Timed | None
-) -> Models:
+) -> ModelBuilder:
     """What is timed.
 
     Args:
@@ -100,13 +100,13 @@ def choose_models(
         timed: what an earlier process chose; None to choose.
     """
     if suite.shape:
-        return Models("twin", suite.description, suite.shape)
+        return ModelBuilder("twin", suite.description, suite.shape)
     if timed is None:
         timed = "artifact" if _fit(layouts, device) else "own layers"
     if timed == "artifact":
-        return Models(timed, "the whole artifacts", {})
+        return ModelBuilder(timed, "the whole artifacts", {})
     described = dict.fromkeys(own_layers(json.loads(layout.config)).description for layout in layouts)
-    return Models("own layers", "; ".join(described), {})
+    return ModelBuilder("own layers", "; ".join(described), {})
 
 
 def _fit(layouts: Mapping[Layout, Path], device: torch.device) -> bool:

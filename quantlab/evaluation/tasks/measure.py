@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.processes.messages import Progress, TaskAnswer, TasksRequest, TasksResult, Tell
+from quantlab.evaluation.processes.messages import Progress, SendPart, TaskAnswer, TasksRequest, TasksResult
 from quantlab.evaluation.suite import LoadedSuite, TaskRun, load_suite
 from quantlab.evaluation.tasks import lm_eval_tasks
 from quantlab.evaluation.tasks.likelihood import Likelihood, encode, likelihoods
 from quantlab.evaluation.tasks.offline import Item, Metric
-from quantlab.evaluation.tasks.scores import ItemScores, keep_scores, kept_scores, summarise_task, twin
+from quantlab.evaluation.tasks.scores import ItemScores, same_task, save_scores, saved_scores, summarise_task
 from quantlab.runtime.load import load
 
 NO_BASELINE = "nothing to compare with: the baseline did not answer it"
@@ -35,7 +35,7 @@ class Answering:
     prefix: tuple[int, ...]
 
 
-def measure_tasks(request: TasksRequest, progress: Progress, tell: Tell) -> TasksResult:
+def measure_tasks(request: TasksRequest, progress: Progress, send: SendPart) -> TasksResult:
     """Answer tasks of the suite, the model loaded once; one that cannot be answered costs that one alone.
 
     Raises:
@@ -47,22 +47,22 @@ def measure_tasks(request: TasksRequest, progress: Progress, tell: Tell) -> Task
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[loaded.suite.text.dtype]
     answering = Answering(load(request.directory, dtype=dtype, device=request.device), tokenizer, prefix)
     for number in request.runs:
-        tell(TaskAnswer(run=number))
+        send(TaskAnswer(run=number))
         try:
             scores = answer(answering, loaded, loaded.runs[number], progress)
-            tell(_told(request, number, scores))
+            send(_task_answer(request, number, scores))
         except EvaluationError as error:
-            tell(TaskAnswer(run=number, reason=str(error).replace("\n  ", "; ")))
+            send(TaskAnswer(run=number, reason=str(error).replace("\n  ", "; ")))
     return TasksResult(answered=len(request.runs))
 
 
-def _told(request: TasksRequest, number: int, scores: ItemScores) -> TaskAnswer:
+def _task_answer(request: TasksRequest, number: int, scores: ItemScores) -> TaskAnswer:
     """The answer for a record; the baseline's scores are kept, those of others compared with them."""
     if request.role == "baseline":
         result = summarise_task(scores, None)
-        keep_scores(request.scores, request.key, scores)
+        save_scores(request.scores, request.key, scores)
         return TaskAnswer(run=number, result=result)
-    baseline = twin(scores, kept_scores(request.scores, request.key))
+    baseline = same_task(scores, saved_scores(request.scores, request.key))
     reason = NO_BASELINE if baseline is None else None
     return TaskAnswer(run=number, result=summarise_task(scores, baseline), reason=reason)
 

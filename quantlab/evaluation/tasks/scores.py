@@ -47,18 +47,18 @@ class _Kept(BaseModel):
     tasks: tuple[ItemScores, ...]
 
 
-def keep_scores(path: Path, key: str, found: ItemScores) -> None:
+def save_scores(path: Path, key: str, found: ItemScores) -> None:
     """Add the baseline's scores of one task to those already there under the same key.
 
     Raises:
         ArtifactError: they cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    others = tuple(one for one in kept_scores(path, key) if twin(found, [one]) is None)
+    others = tuple(one for one in saved_scores(path, key) if same_task(found, [one]) is None)
     write_atomically(path, _Kept(key=key, tasks=(*others, found)).model_dump_json().encode())
 
 
-def kept_scores(path: Path, key: str) -> tuple[ItemScores, ...]:
+def saved_scores(path: Path, key: str) -> tuple[ItemScores, ...]:
     """The baseline's scores in `path`; none if they are not those of the baseline and suite that `key` names."""
     try:
         kept = TypeAdapter(_Kept).validate_json(path.read_bytes())
@@ -67,7 +67,7 @@ def kept_scores(path: Path, key: str) -> tuple[ItemScores, ...]:
     return kept.tasks if kept.key == key else ()
 
 
-def twin(found: ItemScores | TaskResult, others: Sequence[ItemScores]) -> ItemScores | None:
+def same_task(found: ItemScores | TaskResult, others: Sequence[ItemScores]) -> ItemScores | None:
     """The scores of the same task, metric, seed and shots; None if they are not among the others."""
     wanted = (found.name, found.metric, found.seed, found.shots)
     return next((one for one in others if (one.name, one.metric, one.seed, one.shots) == wanted), None)

@@ -5,10 +5,10 @@ from typing import Final, Literal
 
 from quantlab.evaluation.measured import Measured
 from quantlab.report.claims.check import KEPT, NAMES, SAVED, CheckedClaim, Verdict
-from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.columns import columns
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import link_to
+from quantlab.report.matrix.table_cells import interval, number
 
 Mood = Literal["good", "bad", "plain"]
 _MOODS: Final[dict[Verdict, tuple[Mood, str]]] = {

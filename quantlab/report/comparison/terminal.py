@@ -8,7 +8,7 @@ from rich.text import Text
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.metric import Unit
 from quantlab.report.comparison.compare import Comparison, Number, Pair
-from quantlab.report.matrix.cells import interval, number
+from quantlab.report.matrix.table_cells import interval, number
 from quantlab.report.matrix.terminal import in_encoding
 
 _STYLES = {"A is better": "bold", "B is better": "bold", "not comparable": "yellow", "not judged": "yellow"}

@@ -9,14 +9,14 @@ from pathlib import Path
 from quantlab.evaluation.record import Record
 from quantlab.report.files import find_records, write_texts
 from quantlab.report.leaderboard.leaderboard import NAME, Leaderboard, Place, build_leaderboard
-from quantlab.report.matrix.cells import cell, notes
 from quantlab.report.matrix.columns import Column, columns
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.html import environment, main_and_rest, plots, versions
-from quantlab.report.matrix.html_tables import make_sheet
+from quantlab.report.matrix.html_tables import make_html_table
 from quantlab.report.matrix.markdown import cell_text, code, escaped, table_line
 from quantlab.report.matrix.rows import link_to
 from quantlab.report.matrix.scatter_plot import SPEED_NAMES
+from quantlab.report.matrix.table_cells import cell, notes
 
 ORDER = (
     "Best first by KL to the baseline, which sees every change of a prediction where accuracy sees only what becomes right or "
@@ -68,8 +68,8 @@ def leaderboard_html(board: Leaderboard) -> str:
             board=board,
             matrix=matrix,
             sheets=(
-                make_sheet(matrix, "main", "All records, best first", main, ranks=ranks),
-                make_sheet(matrix, "rest", "All other numbers", rest),
+                make_html_table(matrix, "main", "All records, best first", main, ranks=ranks),
+                make_html_table(matrix, "rest", "All other numbers", rest),
             ),
             every=every,
             csv=leaderboard_csv(board),

@@ -17,8 +17,8 @@ from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record, TaskKey
 from quantlab.report.comparison.paired import paired
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.row_verdicts import summary
 from quantlab.report.matrix.rows import Row, build_row, metric, row_as_json
-from quantlab.report.matrix.verdict import summary
 
 NAME = "leaderboard"
 _RANKED_BY: Final = "kl_to_baseline"

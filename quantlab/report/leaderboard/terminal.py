@@ -7,7 +7,7 @@ from rich.text import Text
 
 from quantlab.report.leaderboard.files import ORDER, shown_columns
 from quantlab.report.leaderboard.leaderboard import Leaderboard
-from quantlab.report.matrix.cells import cell
+from quantlab.report.matrix.table_cells import cell
 from quantlab.report.matrix.terminal import in_encoding
 
 

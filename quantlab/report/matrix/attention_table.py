@@ -5,8 +5,8 @@ from typing import Final
 
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.record import AttentionCell
-from quantlab.report.matrix.cells import human_bytes, number
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.table_cells import human_bytes, number
 
 TITLE: Final = "Long contexts, by implementation of attention"
 _MEMORY: Final = {

@@ -13,8 +13,8 @@ from quantlab.evaluation.record import Attention
 from quantlab.report.matrix.columns import columns_of, unlisted_of
 from quantlab.report.matrix.layer_maps import LAYER_MEASURES, in_order
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.row_verdicts import summary
 from quantlab.report.matrix.rows import Row, Value, task_labels, task_of
-from quantlab.report.matrix.verdict import summary
 
 Line = dict[str, str | float | int | None]
 

@@ -5,17 +5,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from quantlab.evaluation.speed.metrics import timed_words
 from quantlab.report.claims.table import claims_table
 from quantlab.report.matrix.attention_table import attention_table
-from quantlab.report.matrix.cells import cell, failures, notes, number, served_warnings, tokens_of
 from quantlab.report.matrix.columns import Column, columns
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.expert_map import SHARE_MARKS, SHARE_NAMES, heat_maps
-from quantlab.report.matrix.html_tables import Sheet, make_sheet
+from quantlab.report.matrix.html_tables import HtmlTable, make_html_table
 from quantlab.report.matrix.layer_maps import LETTER_WIDTH, TILE_HEIGHT, TILE_WIDTH, group_maps, layer_maps, matrix_maps
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.recommend import RULES, Recommendation, at_least, recommend
 from quantlab.report.matrix.rows import noise_of
 from quantlab.report.matrix.scatter_plot import SPEED_NAMES, Plot, lay_out
 from quantlab.report.matrix.speed_bars import lay_out_bars
+from quantlab.report.matrix.table_cells import cell, failures, notes, number, served_warnings, tokens_of
 
 
 def to_html(matrix: Matrix) -> str:
@@ -93,19 +93,19 @@ def versions(matrix: Matrix) -> tuple[tuple[str, str], ...]:
     return tuple((name, " / ".join(sorted({one[name] for one in found if name in one}))) for name in names)
 
 
-def _sheets(matrix: Matrix, every: tuple[Column, ...], found: tuple[Recommendation, ...]) -> tuple[Sheet, ...]:
+def _sheets(matrix: Matrix, every: tuple[Column, ...], found: tuple[Recommendation, ...]) -> tuple[HtmlTable, ...]:
     picked = {row.variant: tuple(one.goal for one in found if one.variant == row.variant) for row in matrix.rows}
     main, others = main_and_rest(every)
     tasks = tuple(column for column in others if column.group == "tasks")
     domains = tuple(column for column in others if column.group == "domains")
     rest = tuple(column for column in others if column.group not in ("tasks", "domains"))
     caption = "Accuracy, memory and speed of every variant"
-    sheets = [make_sheet(matrix, "main", caption, main, picked=picked)]
+    sheets = [make_html_table(matrix, "main", caption, main, picked=picked)]
     if tasks:
-        sheets.append(make_sheet(matrix, "tasks", "Tasks: what each variant lost, and its score", tasks))
-    sheets.append(make_sheet(matrix, "rest", "All other numbers", rest))
+        sheets.append(make_html_table(matrix, "tasks", "Tasks: what each variant lost, and its score", tasks))
+    sheets.append(make_html_table(matrix, "rest", "All other numbers", rest))
     if domains:
-        sheets.append(make_sheet(matrix, "domains", "Quality by kind of text", domains))
+        sheets.append(make_html_table(matrix, "domains", "Quality by kind of text", domains))
     return tuple(sheets)
 
 

@@ -3,20 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from quantlab.report.matrix.cells import Cell, cell, counts, details
 from quantlab.report.matrix.columns import Column
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.row_verdicts import summary, verdicts
 from quantlab.report.matrix.rows import METRICS, Row, link_to, noise_of
-from quantlab.report.matrix.verdict import summary, verdicts
+from quantlab.report.matrix.table_cells import TableCell, cell, counts, details
 
 _LONGEST_REASON = 120
 
 
 @dataclass(frozen=True)
-class Drawn:
+class HtmlCell:
     """A cell with the small graphic under its number; positions in percent of the cell's width."""
 
-    cell: Cell
+    cell: TableCell
     tip: str = ""
     """Hover text: the number with interval, n, verdict, p and origin."""
     href: str | None = None
@@ -33,7 +33,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Line:
+class HtmlRow:
     """One row of a table."""
 
     row: Row
@@ -48,11 +48,11 @@ class Line:
     lost: bool
     filters: dict[str, str]
     """Values that the page's filter reads; in the main table only."""
-    cells: tuple[Drawn, ...]
+    cells: tuple[HtmlCell, ...]
 
 
 @dataclass(frozen=True)
-class Sheet:
+class HtmlTable:
     """One sortable table."""
 
     name: str
@@ -61,11 +61,11 @@ class Sheet:
     columns: tuple[Column, ...]
     counts: tuple[str, ...]
     """n of each column."""
-    lines: tuple[Line, ...]
+    lines: tuple[HtmlRow, ...]
     main: bool
 
 
-def make_sheet(
+def make_html_table(
     matrix: Matrix,
     name: str,
     caption: str,
@@ -73,7 +73,7 @@ def make_sheet(
     *,
     picked: Mapping[str, tuple[str, ...]] | None = None,
     ranks: Mapping[str, str] | None = None,
-) -> Sheet:
+) -> HtmlTable:
     """The table of some columns.
 
     Args:
@@ -89,7 +89,7 @@ def make_sheet(
     for index, row in enumerate(matrix.rows):
         told = summary(row)
         lines.append(
-            Line(
+            HtmlRow(
                 row=row,
                 is_baseline=row.variant == matrix.baseline,
                 href=link_to(row),
@@ -101,7 +101,7 @@ def make_sheet(
                 cells=tuple(_with_reasons([drawn[index] for drawn in by_column], shown)),
             )
         )
-    return Sheet(
+    return HtmlTable(
         name,
         caption,
         "variant",
@@ -130,20 +130,20 @@ def _filters(matrix: Matrix, row: Row) -> dict[str, str]:
     }
 
 
-def _with_reasons(drawn: Sequence[Drawn], shown: Sequence[Column]) -> list[Drawn]:
+def _with_reasons(drawn: Sequence[HtmlCell], shown: Sequence[Column]) -> list[HtmlCell]:
     """The reason of a failure stands in the first cell it cost."""
     told: set[str] = set()
     result = []
     for column, found in zip(shown, drawn, strict=True):
         if found.cell.state == "failed" and column.group not in told:
             told.add(column.group)
-            result.append(Drawn(cell=found.cell, tip=found.tip, reason=_shortened(found.cell.reason or "")))
+            result.append(HtmlCell(cell=found.cell, tip=found.tip, reason=_shortened(found.cell.reason or "")))
         else:
             result.append(found)
     return result
 
 
-def _drawn_column(matrix: Matrix, column: Column) -> list[Drawn]:
+def _drawn_column(matrix: Matrix, column: Column) -> list[HtmlCell]:
     """The cells of one column on their common scale; only the columns that decide are drawn."""
     cells = [cell(matrix, row, column) for row in matrix.rows]
     ends = [end for found in cells for end in (found.number, found.low, found.high) if end is not None]
@@ -151,12 +151,12 @@ def _drawn_column(matrix: Matrix, column: Column) -> list[Drawn]:
     span = (most - least) or 1.0
     drawn = []
     for row, found in zip(matrix.rows, cells, strict=True):
-        plain = Drawn(cell=found, tip=details(row, column, found), href=link_to(row, column.field))
+        plain = HtmlCell(cell=found, tip=details(row, column, found), href=link_to(row, column.field))
         drawn.append(_with_graphic(plain, column, least=least, span=span))
     return drawn
 
 
-def _with_graphic(drawn: Drawn, column: Column, *, least: float, span: float) -> Drawn:
+def _with_graphic(drawn: HtmlCell, column: Column, *, least: float, span: float) -> HtmlCell:
     found = drawn.cell
     if not column.is_headline or found.number is None:
         return drawn

@@ -4,13 +4,13 @@ import re
 
 from quantlab.report.claims.table import claims_table
 from quantlab.report.matrix.attention_table import attention_table
-from quantlab.report.matrix.cells import Cell, cell, counts, failures, notes, served_warnings, tokens_of
 from quantlab.report.matrix.columns import GROUPS, Column, columns
 from quantlab.report.matrix.layer_maps import layer_maps
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.recommend import RULES, recommend
+from quantlab.report.matrix.row_verdicts import summary
 from quantlab.report.matrix.rows import Row
-from quantlab.report.matrix.verdict import summary
+from quantlab.report.matrix.table_cells import TableCell, cell, counts, failures, notes, served_warnings, tokens_of
 
 _MOST_LAYERS = 16
 
@@ -68,7 +68,7 @@ def _table(matrix: Matrix, shown: list[Column], *, with_description: bool = Fals
     return "\n".join(lines)
 
 
-def _text(found: Cell, column: Column, told: set[str]) -> str:
+def _text(found: TableCell, column: Column, told: set[str]) -> str:
     """A cell; the reason of a failure stands in the first cell it cost."""
     if found.state == "failed":
         reason = "" if column.group in told else f": {escaped(found.reason or '')}"
@@ -77,7 +77,7 @@ def _text(found: Cell, column: Column, told: set[str]) -> str:
     return cell_text(found)
 
 
-def cell_text(found: Cell) -> str:
+def cell_text(found: TableCell) -> str:
     """A number with its interval and the mark of noise."""
     noise = " noisy" if found.noise else ""
     return f"{found.text} ({found.interval}){noise}" if found.interval else found.text + noise

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantlab.evaluation.speed.metrics import TIMED_WORDS
-from quantlab.report.matrix.cells import cell, notes
 from quantlab.report.matrix.columns import columns
 from quantlab.report.matrix.markdown import cell_text, escaped, table_line
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.row_verdicts import summary
 from quantlab.report.matrix.rows import Row
-from quantlab.report.matrix.verdict import summary
+from quantlab.report.matrix.table_cells import cell, notes
 
 START, END = "<!-- measured by quantlab -->", "<!-- end of what was measured -->"
 

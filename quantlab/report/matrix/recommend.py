@@ -13,10 +13,10 @@ from typing import Final, Literal
 
 from quantlab.evaluation.measured import Measured
 from quantlab.report.comparison.paired import paired
-from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.row_verdicts import verdicts
 from quantlab.report.matrix.rows import Row, metric, noise_of, same_layout
-from quantlab.report.matrix.verdict import verdicts
+from quantlab.report.matrix.table_cells import interval, number
 
 _RISE: Final = "perplexity_change_percent"
 NEGLIGIBLE_PERCENT = 0.1

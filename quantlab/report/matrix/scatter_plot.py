@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from quantlab.evaluation.measured import Measured
-from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import Row, noise_of
+from quantlab.report.matrix.table_cells import interval, number
 
 SPEED_STEPS = (0.95, 1.25, 2.0, 3.0)
 """Where the classes of speed over FP16 begin, but the slowest."""

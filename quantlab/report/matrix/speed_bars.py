@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.speed.metrics import timed_words
-from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import Row, in_size, link_to, noise_of
 from quantlab.report.matrix.scatter_plot import Tick, nice_ticks
+from quantlab.report.matrix.table_cells import interval, number
 
 WIDTH = 360.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 118.0, 74.0, 8.0, 24.0

@@ -11,12 +11,12 @@ from rich.text import Text
 
 from quantlab.report.claims.table import ClaimsTable, claims_table
 from quantlab.report.matrix.attention_table import AttentionTable, attention_table
-from quantlab.report.matrix.cells import Cell, cell, failures, notes, served_warnings
 from quantlab.report.matrix.columns import Column, columns
 from quantlab.report.matrix.layer_maps import layer_maps
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.recommend import recommend
-from quantlab.report.matrix.verdict import summary
+from quantlab.report.matrix.row_verdicts import summary
+from quantlab.report.matrix.table_cells import TableCell, cell, failures, notes, served_warnings
 
 _LABEL_WIDTH = 9
 _LONGEST_LINE = 120
@@ -123,7 +123,7 @@ def _claims(claims: ClaimsTable, console: Console) -> Table:
     return table
 
 
-def _text(found: Cell, column: Column, console: Console) -> Text:
+def _text(found: TableCell, column: Column, console: Console) -> Text:
     match found.state:
         case "baseline":
             return Text(in_encoding(console, found.text), style="italic dim")

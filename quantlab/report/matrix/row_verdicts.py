@@ -1,4 +1,4 @@
-"""The verdicts on the losses of a row, in words. They are the records' own (`evaluation.verdicts`); nothing is judged twice."""
+"""The verdicts on the losses of a row, in words. They are the records' own (`evaluation.holm_correction`); nothing is judged twice."""
 
 from collections.abc import Iterator
 

@@ -17,8 +17,8 @@ from quantlab.report.files import write_report
 from quantlab.report.matrix.matrix import build_matrix
 from quantlab.report.matrix.model_cards import END, START
 from quantlab.report.matrix.recommend import recommend
+from quantlab.report.matrix.row_verdicts import judge, summary
 from quantlab.report.matrix.terminal import print_matrix
-from quantlab.report.matrix.verdict import judge, summary
 from tests.report.conftest import make_task, measured
 
 Make = Callable[..., Record]

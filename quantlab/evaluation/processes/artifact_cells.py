@@ -28,7 +28,7 @@ from quantlab.evaluation.processes.messages import (
     TasksResult,
     predictions_complete,
 )
-from quantlab.evaluation.processes.workers import CellError, Worker, wrong_answer
+from quantlab.evaluation.processes.worker_client import CellError, Worker, invalid_answer
 from quantlab.evaluation.quality.metrics import Quality
 from quantlab.evaluation.record import Attention, Failure, Record, TaskResult
 from quantlab.evaluation.served.metrics import Served
@@ -38,7 +38,7 @@ from quantlab.evaluation.suite import LoadedSuite, SpeedSuite, TaskRun
 
 
 @dataclass
-class Bench:
+class EvaluationContext:
     """What measuring an artifact takes from the whole evaluation.
 
     Attributes:
@@ -63,7 +63,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Found:
+class ArtifactResults:
     """What is known of one artifact; None is what has not been measured, or failed.
 
     Attributes:
@@ -81,12 +81,12 @@ class Found:
     command: str = ""
     failures: tuple[Failure, ...] = ()
 
-    def without(self, cells: Collection[str]) -> "Found":
+    def without(self, cells: Collection[str]) -> "ArtifactResults":
         """The same without what these cells measured."""
         empty: dict[str, Any] = dict.fromkeys(cells) | ({"tasks": {}} if "tasks" in cells else {})
         return replace(self, **empty)
 
-    def lacks(self, suite: LoadedSuite, *, is_baseline: bool) -> bool:
+    def is_incomplete(self, suite: LoadedSuite, *, is_baseline: bool) -> bool:
         """Whether anything the suite asks for is still to be measured."""
         return (
             self.quality is None
@@ -98,7 +98,7 @@ class Found:
         )
 
 
-def sound_parts(suite: LoadedSuite, record: Record) -> Found:
+def reusable_results(suite: LoadedSuite, record: Record) -> ArtifactResults:
     """What a record holds, less whatever had failed and may be tried again."""
     failed = {failure.cell for failure in record.failures}
     is_baseline = record.variant == record.baseline
@@ -109,7 +109,7 @@ def sound_parts(suite: LoadedSuite, record: Record) -> Found:
         if result is not None:
             answered.remove(result)
             tasks[number] = result
-    return Found(
+    return ArtifactResults(
         quality=record.quality if "quality" not in failed else None,
         served=record.served if is_baseline or (record.served and record.served.served_kl_to_baseline) else None,
         tasks=tasks,
@@ -128,7 +128,7 @@ def _is_of(run: TaskRun, task: TaskResult) -> bool:
     )
 
 
-class SpeedTurns:
+class SpeedProcesses:
     """The speed of all artifacts at once, because ratios are taken within interleaved rounds; its processes take turns with the rows.
 
     Spread over the whole evaluation they differ by what a machine does in minutes, which another evaluation will differ by too;
@@ -139,22 +139,22 @@ class SpeedTurns:
         failures: why a variant has no speed.
     """
 
-    def __init__(self, bench: Bench, artifacts: Mapping[str, Path], source: Path) -> None:
+    def __init__(self, context: EvaluationContext, artifacts: Mapping[str, Path], source: Path) -> None:
         """Prepare.
 
         Args:
-            bench: shared by all rows.
+            context: shared by all rows.
             artifacts: variant -> directory, of those whose speed is wanted.
             source: the checkpoint that in float16 is the FP16 side where no artifact is.
         """
         self.speeds: Mapping[str, Speed] = {}
         self.failures: Mapping[str, str] = {}
-        self._bench = bench
+        self._bench = context
         self._artifacts, self._source = dict(artifacts), source
-        self._suite = bench.suite.suite.speed if artifacts else None
+        self._suite = context.suite.suite.speed if artifacts else None
         self._results: list[SpeedResult] = []
 
-    def catch_up(self, done: float) -> None:
+    def run_due(self, done: float) -> None:
         """Run the processes whose turn has come when this share of the rows is done: the first before all, the last after."""
         while self._suite is not None and not self.failures and len(self._results) < self._suite.processes:
             if len(self._results) > done * (self._suite.processes - 1):
@@ -185,11 +185,13 @@ class SpeedTurns:
             self.speeds = speeds_of(suite, self._results)
 
 
-def measure_row(bench: Bench, variant: str, directory: Path, found: Found, *, is_baseline: bool) -> Found:
+def measure_artifact(
+    context: EvaluationContext, variant: str, directory: Path, found: ArtifactResults, *, is_baseline: bool
+) -> ArtifactResults:
     """Quality, served path, tasks and memory of one artifact, of the baseline also attention; only what is not known yet.
 
     Args:
-        bench: shared by all rows.
+        context: shared by all rows.
         variant: names the row.
         directory: the artifact.
         found: what is known.
@@ -197,117 +199,119 @@ def measure_row(bench: Bench, variant: str, directory: Path, found: Found, *, is
     """
     failures = list(found.failures)
     if found.quality is None:
-        found = replace(found, quality=_quality(bench, variant, directory, failures, is_baseline=is_baseline))
+        found = replace(found, quality=_quality(context, variant, directory, failures, is_baseline=is_baseline))
     if found.served is None:
-        found = replace(found, served=_served(bench, variant, directory, failures, is_baseline=is_baseline))
-    if len(found.tasks) < len(bench.suite.runs):
-        answers = _tasks(bench, variant, directory, found.tasks, is_baseline=is_baseline)
-        failures += _failed_tasks(bench.suite.runs, answers)
+        found = replace(found, served=_served(context, variant, directory, failures, is_baseline=is_baseline))
+    if len(found.tasks) < len(context.suite.runs):
+        answers = _tasks(context, variant, directory, found.tasks, is_baseline=is_baseline)
+        failures += _failed_tasks(context.suite.runs, answers)
         answered = {answer.run: answer.result for answer in answers if answer.result is not None}
         found = replace(found, tasks={**found.tasks, **answered})
     if found.memory is None:
-        request = MemoryRequest(directory=directory, suite=bench.suite.path, device=bench.device)
+        request = MemoryRequest(directory=directory, suite=context.suite.path, device=context.device)
         try:
-            memory = bench.worker.run(f"{variant}-memory", request, Memory, progress=_silent)
+            memory = context.worker.run(f"{variant}-memory", request, Memory, progress=_silent)
             found = replace(found, memory=memory)
         except CellError as error:
             failures.append(Failure(cell="memory", reason=str(error)))
     if is_baseline and found.attention is None:
-        attention = measure_contexts(bench.worker, bench.suite, directory, device=bench.device, progress=bench.progress)
+        attention = measure_contexts(
+            context.worker, context.suite, directory, device=context.device, progress=context.progress
+        )
         found = replace(found, attention=attention)
     return replace(found, failures=tuple(failures))
 
 
 def _quality(
-    bench: Bench, variant: str, directory: Path, failures: list[Failure], *, is_baseline: bool
+    context: EvaluationContext, variant: str, directory: Path, failures: list[Failure], *, is_baseline: bool
 ) -> Quality | None:
-    role: Role = "baseline" if is_baseline else "compared" if bench.baseline_failure is None else "alone"
+    role: Role = "baseline" if is_baseline else "compared" if context.baseline_failure is None else "alone"
     request = QualityRequest(
         directory=directory,
-        suite=bench.suite.path,
-        predictions=bench.predictions,
+        suite=context.suite.path,
+        predictions=context.predictions,
         role=role,
-        key=bench.key,
-        device=bench.device,
+        key=context.key,
+        device=context.device,
     )
 
     def progress(_: str, done: int, total: int) -> None:
         """One bar per row, whatever it is busy with."""
-        bench.progress(f"{variant}: quality", done, total)
+        context.progress(f"{variant}: quality", done, total)
 
     try:
-        found = bench.worker.run(f"{variant}-quality", request, QualityResult, progress=progress)
+        found = context.worker.run(f"{variant}-quality", request, QualityResult, progress=progress)
     except CellError as error:
         failures.append(Failure(cell="quality", reason=str(error)))
         if is_baseline:
-            bench.baseline_failure = str(error)
+            context.baseline_failure = str(error)
         return None
     if role == "alone":
-        reason = f"nothing to compare with: the baseline failed: {bench.baseline_failure}"
+        reason = f"nothing to compare with: the baseline failed: {context.baseline_failure}"
         failures.append(Failure(cell="quality", reason=reason))
     failures += [Failure(cell="quality", reason=f"{part}: {why}") for part, why in found.failures.items()]
     return found.quality
 
 
 def _served(
-    bench: Bench, variant: str, directory: Path, failures: list[Failure], *, is_baseline: bool
+    context: EvaluationContext, variant: str, directory: Path, failures: list[Failure], *, is_baseline: bool
 ) -> Served | None:
-    alone = is_baseline or not predictions_complete(bench.predictions, bench.key)
+    alone = is_baseline or not predictions_complete(context.predictions, context.key)
     request = ServedRequest(
         directory=directory,
-        suite=bench.suite.path,
-        predictions=None if alone else bench.predictions,
-        device=bench.device,
+        suite=context.suite.path,
+        predictions=None if alone else context.predictions,
+        device=context.device,
     )
 
     def progress(_: str, done: int, total: int) -> None:
-        bench.progress(f"{variant}: served path", done, total)
+        context.progress(f"{variant}: served path", done, total)
 
     try:
-        return bench.worker.run(f"{variant}-served", request, Served, progress=progress)
+        return context.worker.run(f"{variant}-served", request, Served, progress=progress)
     except CellError as error:
         failures.append(Failure(cell="served", reason=str(error)))
         return None
 
 
 def _tasks(
-    bench: Bench, variant: str, directory: Path, known: Mapping[int, TaskResult], *, is_baseline: bool
+    context: EvaluationContext, variant: str, directory: Path, known: Mapping[int, TaskResult], *, is_baseline: bool
 ) -> list[TaskAnswer]:
     """An answer for every run that is not known."""
     answers: dict[int, TaskAnswer] = {}
-    left = tuple(number for number in range(len(bench.suite.runs)) if number not in known)
+    left = tuple(number for number in range(len(context.suite.runs)) if number not in known)
     while left:
         request = TasksRequest(
             directory=directory,
-            suite=bench.suite.path,
+            suite=context.suite.path,
             runs=left,
-            scores=bench.scores,
+            scores=context.scores,
             role="baseline" if is_baseline else "compared",
-            key=bench.key,
-            device=bench.device,
+            key=context.key,
+            device=context.device,
         )
-        answers |= {answer.run: answer for answer in _asked(bench, variant, request)}
+        answers |= {answer.run: answer for answer in _asked(context, variant, request)}
         left = tuple(number for number in left if number not in answers)
     return [answers[number] for number in sorted(answers)]
 
 
-def _asked(bench: Bench, variant: str, request: TasksRequest) -> list[TaskAnswer]:
+def _asked(context: EvaluationContext, variant: str, request: TasksRequest) -> list[TaskAnswer]:
     """The answers of one process, at least one; that of the task which ended it is why."""
     told: list[TaskAnswer] = []
 
     def progress(_: str, done: int, total: int) -> None:
-        bench.progress(f"{variant}: tasks", done, total)
+        context.progress(f"{variant}: tasks", done, total)
 
     def hear(text: str) -> None:
         try:
             told.append(TaskAnswer.model_validate_json(text))
         except ValidationError as error:
-            told.append(TaskAnswer(run=told[-1].run, reason=wrong_answer(error)))
+            told.append(TaskAnswer(run=told[-1].run, reason=invalid_answer(error)))
 
     lost: Sequence[int] = ()
     reason = ""
     try:
-        bench.worker.run(f"{variant}-tasks", request, TasksResult, progress=progress, part=hear)
+        context.worker.run(f"{variant}-tasks", request, TasksResult, progress=progress, part=hear)
     except CellError as error:
         reason = str(error)
         lost = (told[-1].run,) if told else request.runs  # before the first was begun: none can be answered

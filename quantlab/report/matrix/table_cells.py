@@ -14,8 +14,8 @@ from quantlab.evaluation.metric import Unit
 from quantlab.evaluation.speed.metrics import TIMED_WORDS, Timed
 from quantlab.report.matrix.columns import Column
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.row_verdicts import judge, significance_of, tested
 from quantlab.report.matrix.rows import Row, noise_of, task_of
-from quantlab.report.matrix.verdict import judge, significance_of, tested
 
 State = Literal["value", "baseline", "failed", "missing"]
 
@@ -32,7 +32,7 @@ PRUNED_NOTE = "Pruned weights are stored as zeros in dense tensors: pruning alon
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One cell as text."""
 
     state: State
@@ -54,13 +54,13 @@ class Cell:
     """Reason why the measurement was disturbed."""
 
 
-def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
+def cell(matrix: Matrix, row: Row, column: Column) -> TableCell:
     """The cell of `row` in `column`."""
     found = column.read(row)
     if found is None:
         return _empty_cell(matrix, row, column)
     if isinstance(found, Measured):
-        return Cell(
+        return TableCell(
             state="value",
             text=number(found.value, column.unit),
             interval=interval(found, column.unit) if found.n != 1 else None,
@@ -73,7 +73,7 @@ def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
             significance=_significance(row, column),
             noise=noise_of(row, column.noise_key),
         )
-    return Cell(state="value", text=number(found, column.unit), number=float(found))
+    return TableCell(state="value", text=number(found, column.unit), number=float(found))
 
 
 def _significance(row: Row, column: Column) -> Significance | None:
@@ -89,7 +89,7 @@ def counts(matrix: Matrix, column: Column) -> str:
     return " to ".join(f"{n:,}" for n in sorted({min(found), max(found)})) if found else ""
 
 
-def details(row: Row, column: Column, found: Cell) -> str:
+def details(row: Row, column: Column, found: TableCell) -> str:
     """One number with interval, n, verdict, p and origin, in one line."""
     parts = [f"{row.variant}, {column.heading}: {found.text}"]
     if found.interval:
@@ -110,14 +110,14 @@ def details(row: Row, column: Column, found: Cell) -> str:
     return " · ".join(parts)
 
 
-def _empty_cell(matrix: Matrix, row: Row, column: Column) -> Cell:
+def _empty_cell(matrix: Matrix, row: Row, column: Column) -> TableCell:
     if column.relative and row.variant == matrix.baseline and row.quality is not None:
-        return Cell(state="baseline", text="baseline" if column.is_headline else "–")
+        return TableCell(state="baseline", text="baseline" if column.is_headline else "–")
     measured_with = "quality" if column.group == "domains" else column.group
     reasons = [failure.reason for failure in row.failures if failure.cell == measured_with]
     if reasons:
-        return Cell(state="failed", text="failed", reason="; ".join(reasons))
-    return Cell(state="missing", text="–")
+        return TableCell(state="failed", text="failed", reason="; ".join(reasons))
+    return TableCell(state="missing", text="–")
 
 
 def number(value: float, unit: Unit) -> str:

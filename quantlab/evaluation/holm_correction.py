@@ -15,7 +15,7 @@ from quantlab.evaluation.statistics import holm
 Tested = tuple[Measured, Significance]
 
 
-def adjusted(records: Sequence[Record]) -> list[Record]:
+def with_holm_correction(records: Sequence[Record]) -> list[Record]:
     """The records with `holm_p` over all rows that have the number (one family per measure and one per task), and with verdicts."""
     measures = sorted({name for record in records if record.quality for name in record.quality.significance})
     tasks = sorted({task.key for record in records for task in record.tasks})

@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 
 import torch
 
-from quantlab.evaluation.machine.contention import Moment, crowd, crowded_gpu
+from quantlab.evaluation.machine.contention import ClockReading, cpu_contention, gpu_contention
 from quantlab.evaluation.machine.energy import utilization
 
 Work = TypeVar("Work")
@@ -35,7 +35,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Free what is no longer used, and let glibc hand it back to the system: what is taken next is then seen to be taken."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -60,7 +60,7 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, everyone else KiB
 
 
-def forget_peak(device: torch.device) -> bool:
+def reset_peak(device: torch.device) -> bool:
     """Let a new peak begin at what is held now; whether that can be done."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -72,12 +72,12 @@ def forget_peak(device: torch.device) -> bool:
     return True
 
 
-def watched(work: Callable[[], Work], device: torch.device) -> tuple[Work, str | None]:
+def with_contention(work: Callable[[], Work], device: torch.device) -> tuple[Work, str | None]:
     """What `work` gives, and what others did on the device meanwhile, in words; None if too little to matter."""
-    before, begin = _others(device), Moment.now()
+    before, begin = _others(device), ClockReading.now()
     found = work()
-    end = Moment.now()
-    return found, before or crowd(begin, end, threads=torch.get_num_threads()) or _others(device)
+    end = ClockReading.now()
+    return found, before or cpu_contention(begin, end, threads=torch.get_num_threads()) or _others(device)
 
 
 def _others(device: torch.device) -> str | None:
@@ -86,4 +86,4 @@ def _others(device: torch.device) -> str | None:
         return None
     torch.cuda.synchronize(device)
     time.sleep(_SAMPLED)
-    return crowded_gpu(utilization(device))
+    return gpu_contention(utilization(device))

@@ -105,7 +105,7 @@ class Worker:
         except OSError as error:
             raise CellError(f"its answer cannot be read: {error.strerror}") from error
         except ValidationError as error:
-            raise CellError(wrong_answer(error)) from error
+            raise CellError(invalid_answer(error)) from error
 
     def _follow(self, log: Path, progress: Progress, part: Callable[[str], None] | None) -> int:
         """Pass progress and parts on until the cell ends; its exit status."""
@@ -182,7 +182,7 @@ class Worker:
         self._process = None
 
 
-def wrong_answer(error: ValidationError) -> str:
+def invalid_answer(error: ValidationError) -> str:
     """What is wrong with an answer; what is not finite, for example, has no JSON and arrives as null."""
     first = error.errors(include_url=False)[0]
     return f"its answer is not what was asked for: {'.'.join(map(str, first['loc']))}: {first['msg']}"
