@@ -1,10 +1,10 @@
-"""Evaluation of the artifacts of one recipe: a record per artifact, each number measured in a process of its own.
+"""Evaluation of the artifacts of one recipe: a record per artifact, each cell measured in its own process.
 
-The baseline comes first, whose predictions the others are compared with, then one row after the other. Speed is timed for all
-artifacts at once, because its ratios are taken within interleaved rounds, by processes at the beginning, at the end and
-between. Each record is written as soon as the rest of it is known, so an evaluation that is interrupted goes on where it
-stopped; its speed is timed anew. A record is kept when nothing it depends on has changed; of one with failures what failed is
-tried again, and all else is kept.
+The baseline is measured first, because the others are compared with its predictions; then the other artifacts follow one by
+one. Speed is timed for all artifacts together, because its ratios are taken within interleaved rounds. The timing processes are
+spread over the evaluation: the first runs at its start, the last at its end. Each record is written as soon as everything but
+its speed is measured, so an interrupted evaluation resumes there and times the speed again. A record is reused when nothing it
+depends on has changed. In a record with failures, only the failed cells are measured again.
 """
 
 import hashlib
@@ -34,14 +34,14 @@ from quantlab.fingerprint import code_fingerprint
 RECORDS = "records"
 _WORK = ".work"
 _BASELINE = ".baseline"
-_WORDS = {
+_DESCRIPTIVE_FIELDS = {
     "recipe",
     "recipe_sha256",
     "description",
     "passes",
     "artifact",
     "command",
-}  # these change without changing a number
+}  # fields that may change without changing a number
 _CELLS = {
     "quality": ("quantlab.evaluation.quality.measure",),
     "served": ("quantlab.evaluation.served.measure",),
@@ -50,7 +50,7 @@ _CELLS = {
     "speed": ("quantlab.evaluation.speed.measure", "quantlab.evaluation.speed.rates"),
     "attention": ("quantlab.evaluation.memory.attention",),
 }
-"""The modules that measure each cell; a cell is measured again when code that they reach has changed."""
+"""The modules that measure each cell. A cell is measured again when code that these modules reach has changed."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class EvaluatedArtifact:
     """One artifact to evaluate.
 
     Attributes:
-        variant: its row.
-        description: the passes in one line, for people.
+        variant: name of its row.
+        description: the passes in one line of text.
         directory: the artifact, or the source checkpoint.
-        artifact: the same directory as records name it, relative to the run's directory.
-        artifact_sha256: hash of its manifest; of the checkpoint's configuration and weights for `source`.
-        passes: the passes as data; none for a checkpoint as it is.
+        artifact: the same directory as written in records, relative to the run's directory.
+        artifact_sha256: hash of its manifest; for `source`, hash of the checkpoint's configuration and weights.
+        passes: the passes as data; empty for an unchanged checkpoint.
     """
 
     variant: str
@@ -76,7 +76,7 @@ class EvaluatedArtifact:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """The artifacts of one recipe.
+    """The artifacts of one recipe, and how to measure them.
 
     Attributes:
         directory: the run's directory; records are written into its folder `records`.
@@ -84,12 +84,12 @@ class EvaluationRequest:
         recipe_sha256: hash of its file.
         suite: the suite's file.
         baseline: the variant that losses are relative to; one of the artifacts.
-        artifacts: what to evaluate, in the order of the rows, the source checkpoint first.
-        reuse: whether records that still hold are kept.
-        time_limit: seconds that one measurement may take, and one task.
-        command: what was run, for the records.
-        device: where models compute: "cpu", "cuda" or "cuda:1".
-        gpu: name of that device, for the records; empty for the CPU.
+        artifacts: the artifacts to evaluate, in row order; the source checkpoint is first.
+        reuse: whether records that are still valid are reused.
+        time_limit: limit in seconds for one cell, and for one task.
+        command: the command line, for the records.
+        device: device of the models: "cpu", "cuda" or "cuda:1".
+        gpu: name of the GPU, for the records; empty for the CPU.
     """
 
     directory: Path
@@ -107,7 +107,7 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """What the steps of one evaluation share."""
+    """State shared by the steps of one evaluation."""
 
     request: EvaluationRequest
     suite: LoadedSuite
@@ -130,7 +130,7 @@ class _Evaluation:
 
     @property
     def key(self) -> str:
-        """Names the baseline's answers by everything they depend on."""
+        """Hash of everything that the baseline's predictions and scores depend on."""
         facts = {**self.versions, **hardware.environment(), **{name: self.code[name] for name in ("quality", "tasks")}}
         parts = (self.baseline.artifact_sha256, self.suite.sha256, self.hardware, str(sorted(facts.items())))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -157,15 +157,15 @@ def evaluate(request: EvaluationRequest, *, progress: Progress | None = None) ->
     """Measure every artifact and write its record.
 
     Args:
-        request: what to measure.
-        progress: told of each stage; also told how many records were kept.
+        request: the artifacts and the suite.
+        progress: called at each stage, and with the number of reused records.
 
     Returns:
         The records, in the order of the artifacts.
 
     Raises:
         RecipeError: the suite is malformed.
-        EvaluationError: the corpus cannot be read, the baseline is no artifact, or no process can be started.
+        EvaluationError: the corpus cannot be read, the baseline is not among the artifacts, or no process can be started.
         ArtifactError: an artifact was changed since it was made, or a record cannot be written.
     """
     evaluation = _prepare(request, progress or _silent)
@@ -178,7 +178,7 @@ def evaluate(request: EvaluationRequest, *, progress: Progress | None = None) ->
     if len(missing) < len(request.artifacts):
         kept = len(request.artifacts) - len(missing)
         evaluation.progress(f"{kept} of {len(request.artifacts)} records kept from before", 1, 1)
-    for artifact in missing:  # stopped half-way, no record of something else stays behind
+    for artifact in missing:  # an interrupted evaluation must not leave outdated records
         if found[artifact.variant] == ArtifactResults():
             evaluation.path(artifact.variant).unlink(missing_ok=True)
     if missing:
@@ -221,14 +221,14 @@ def _prepare(request: EvaluationRequest, progress: Progress) -> _Evaluation:
 
 
 def _known(evaluation: _Evaluation) -> dict[str, ArtifactResults]:
-    """What earlier evaluations found of every variant and still holds."""
+    """The results of earlier evaluations that are still valid, by variant."""
     found = {artifact.variant: _earlier(evaluation, artifact) for artifact in evaluation.request.artifacts}
     baseline = evaluation.baseline.variant
     others = [one for variant, one in found.items() if variant != baseline]
     if any(one.quality is None or one.served is None for one in others) and not predictions_complete(
         evaluation.predictions, evaluation.key
     ):
-        found[baseline] = replace(found[baseline], quality=None)  # there would be nothing to compare with
+        found[baseline] = replace(found[baseline], quality=None)  # the others need its predictions
     answered = saved_scores(evaluation.scores, evaluation.key)
     tasks = {
         number: result
@@ -240,13 +240,13 @@ def _known(evaluation: _Evaluation) -> dict[str, ArtifactResults]:
 
 
 def _earlier(evaluation: _Evaluation, artifact: EvaluatedArtifact) -> ArtifactResults:
-    """What the record of an earlier evaluation says, where measuring again could only repeat it."""
+    """The results in the record of an earlier evaluation, as far as the current code would measure the same."""
     path = evaluation.path(artifact.variant)
     if not evaluation.request.reuse or not path.is_file():
         return ArtifactResults()
     try:
         record = read_record(path)
-    except ArtifactError:  # of another version: measured again
+    except ArtifactError:  # written by another version: measure again
         return ArtifactResults()
     tasks = dict(enumerate(record.tasks))
     same = _record(
@@ -262,15 +262,15 @@ def _earlier(evaluation: _Evaluation, artifact: EvaluatedArtifact) -> ArtifactRe
             failures=record.failures,
         ),
     )
-    apart = _WORDS | {"code"}
-    if record.model_dump(exclude=apart) != same.model_dump(exclude=apart):
+    ignored = _DESCRIPTIVE_FIELDS | {"code"}
+    if record.model_dump(exclude=ignored) != same.model_dump(exclude=ignored):
         return ArtifactResults()
     changed = {cell for cell, fingerprint in evaluation.code.items() if record.code.get(cell) != fingerprint}
     return reusable_results(evaluation.suite, record).without(changed)
 
 
 def _measure(evaluation: _Evaluation, missing: list[EvaluatedArtifact], found: dict[str, ArtifactResults]) -> None:
-    """Measure what is missing. Each record is written as soon as it is complete but for its speed, and again with it."""
+    """Measure the missing cells. Each record is written once everything but its speed is measured; the caller adds the speed."""
     request = evaluation.request
     with Worker(evaluation.records / _WORK, threads=hardware.threads(), time_limit=request.time_limit) as worker:
         context = evaluation.context(worker)
@@ -354,4 +354,4 @@ def _write(evaluation: _Evaluation, record: Record) -> None:
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    """Nobody asked."""
+    """The default: progress is not shown."""

@@ -324,7 +324,7 @@ def test_a_task_whose_answer_is_no_number_says_so(request_: EvaluationRequest) -
     found = measuring._tasks(bench, "row", request_.directory, {}, is_baseline=True)
     assert [answer.run for answer in found] == [0, 1]
     assert [answer.reason for answer in found][1] == "too hard"
-    assert "not what was asked for: odd" in str(found[0].reason)
+    assert "its answer is invalid: odd" in str(found[0].reason)
 
 
 def test_two_evaluations_of_one_artifact_give_the_same_accuracy(request_: EvaluationRequest) -> None:
@@ -478,7 +478,7 @@ def test_an_answer_that_holds_no_numbers_is_a_cell_that_says_so(worker: Worker, 
     class Endless(Memory):
         load_seconds: float  # type: ignore[assignment]  # the cell answers with something else
 
-    with pytest.raises(CellError, match="not what was asked for: load_seconds: Input should be a valid number"):
+    with pytest.raises(CellError, match="its answer is invalid: load_seconds: Input should be a valid number"):
         worker.run("memory", MemoryRequest(directory=model, suite=suite), Endless, progress=lambda *_: None)
     assert worker.run("memory", MemoryRequest(directory=model, suite=suite), Memory, progress=lambda *_: None)
 

@@ -62,7 +62,7 @@ def test_spaces_at_the_seam_belong_to_the_continuation(model: Path) -> None:
 @pytest.mark.parametrize(("prefix", "context", "continuation"), [((), "", "word"), ((0,), "word", "")])
 def test_nothing_to_score_is_an_error(model: Path, prefix: tuple[int, ...], context: str, continuation: str) -> None:
     tokenizer, _ = load_tokenizer(model)
-    with pytest.raises(EvaluationError, match="nothing that could be scored"):
+    with pytest.raises(EvaluationError, match="an item cannot be scored"):
         encode(tokenizer, prefix, context, continuation)
 
 

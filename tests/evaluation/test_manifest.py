@@ -170,7 +170,7 @@ def test_a_record_of_another_version_is_refused(change: dict[str, object], where
     for name, value in change.items():
         fields[name] = fields[name] | value if isinstance(value, dict) else value
     path.write_text(json.dumps(fields))
-    with pytest.raises(ArtifactError, match="no record of this version") as raised:
+    with pytest.raises(ArtifactError, match="not a record of this version") as raised:
         read_record(path)
     assert re.search(rf"v\.json, {where}", str(raised.value.where))
     assert raised.value.fix is not None

@@ -81,7 +81,7 @@ def test_damage_is_found(damage: str, artifact: Path) -> None:
 
 
 def test_no_artifact(artifact: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no artifact of quantlab"):
+    with pytest.raises(ArtifactError, match="not a quantlab artifact"):
         list(verify(tmp_path))
     (artifact / "manifest.json").write_text("{}")
     with pytest.raises(ArtifactError, match="the manifest is damaged"):

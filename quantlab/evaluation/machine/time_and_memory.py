@@ -1,9 +1,9 @@
-"""The clock and the memory of a device, as cells read them.
+"""Time and memory of a device, as cells measure them.
 
-On the CPU memory is the resident size of the whole process; Linux can forget its peak, so that the next one is found. On
-CUDA it is what torch's allocator holds of tensors, which leaves out the libraries and what the allocator keeps in reserve.
+On the CPU, memory is the resident size of the whole process; Linux can reset its peak. On CUDA, memory is the size of the
+tensors allocated by torch, without libraries and without the allocator's reserve.
 
-A device is also watched for others: `contention.py` says what counts.
+Timings are also checked for contention by other processes; the criteria are in `contention.py`.
 """
 
 import ctypes
@@ -23,20 +23,20 @@ from quantlab.evaluation.machine.energy import utilization
 
 Work = TypeVar("Work")
 _SAMPLED: Final = 1.2
-"""Seconds after which nothing of this process is left in a GPU's utilization."""
+"""Seconds of idleness after which a GPU's reported utilization no longer contains work of this process."""
 _STATUS: Final = Path("/proc/self/statm")
 _FORGET: Final = Path("/proc/self/clear_refs")
 
 
 def now(device: torch.device) -> float:
-    """The time at which everything asked of a device so far is done, in seconds."""
+    """Wait for all work queued on the device, then read the clock, in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def release_memory() -> None:
-    """Free what is no longer used, and let glibc hand it back to the system: what is taken next is then seen to be taken."""
+    """Collect garbage and make glibc return free memory to the system, so that later allocations show in the resident size."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -44,7 +44,7 @@ def release_memory() -> None:
 
 
 def held_bytes(device: torch.device) -> int:
-    """Bytes held now; on the CPU the peak so far where nobody says."""
+    """Bytes in use now; on a CPU without /proc, the peak so far."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if not _STATUS.is_file():
@@ -53,15 +53,15 @@ def held_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most bytes held so far, or since the last peak was forgotten."""
+    """Peak bytes in use since the process started, or since the last `reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, everyone else KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Let a new peak begin at what is held now; whether that can be done."""
+    """Reset the peak to the bytes in use now; returns whether the system supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -73,7 +73,7 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def with_contention(work: Callable[[], Work], device: torch.device) -> tuple[Work, str | None]:
-    """What `work` gives, and what others did on the device meanwhile, in words; None if too little to matter."""
+    """Run `work`; returns its result and a description of contention by other processes, None if there was none."""
     before, begin = _others(device), ClockReading.now()
     found = work()
     end = ClockReading.now()
@@ -81,7 +81,7 @@ def with_contention(work: Callable[[], Work], device: torch.device) -> tuple[Wor
 
 
 def _others(device: torch.device) -> str | None:
-    """What others do on a GPU that this process leaves idle; None on the CPU."""
+    """Describe the use of a GPU by other processes while this process leaves it idle; None on the CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

@@ -1,8 +1,8 @@
-"""One artifact's cells, one after the other: what is known already is kept, what fails is a failure with its reason.
+"""The cells of one artifact, measured one after the other. Known results are kept; a failed cell stores its reason.
 
-A cell is a process of its own (`worker.py`). The tasks of an artifact share one, because loading the model takes longer than
-many a task; each is told as soon as it is answered, with a time limit of its own. One that ends the process costs itself
-alone: a new process answers the rest.
+Every cell runs in its own process (`worker.py`). The tasks of an artifact share a process, because loading the model takes
+longer than many tasks. Each task has its own time limit and its answer is sent as soon as it is complete. If a task crashes the
+process, a new process answers the remaining tasks.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -39,17 +39,17 @@ from quantlab.evaluation.suite import LoadedSuite, SpeedSuite, TaskRun
 
 @dataclass
 class EvaluationContext:
-    """What measuring an artifact takes from the whole evaluation.
+    """State that the measurements of all artifacts of an evaluation share.
 
     Attributes:
         worker: runs the cells.
-        suite: what is measured.
+        suite: the suite.
         predictions: directory of the baseline's predictions.
-        scores: file of the baseline's answers to tasks.
-        key: names the baseline and all that its answers depend on.
-        device: where models compute.
-        progress: told of each stage.
-        baseline_failure: why the baseline has no predictions; None if it has.
+        scores: file of the baseline's task scores.
+        key: hash of everything that the baseline's predictions and scores depend on.
+        device: device of the models.
+        progress: called at each stage.
+        baseline_failure: the reason why the baseline has no predictions; None if it has them.
     """
 
     worker: Worker
@@ -64,12 +64,12 @@ class EvaluationContext:
 
 @dataclass(frozen=True)
 class ArtifactResults:
-    """What is known of one artifact; None is what has not been measured, or failed.
+    """The results of one artifact; a part is None if it was not measured or failed.
 
     Attributes:
-        tasks: results by the number of their run in the suite.
-        command: of the run that measured last.
-        failures: why something is missing.
+        tasks: task results by their index in `LoadedSuite.runs`.
+        command: command line of the last run that measured.
+        failures: failed cells with their reasons.
     """
 
     quality: Quality | None = None
@@ -82,12 +82,12 @@ class ArtifactResults:
     failures: tuple[Failure, ...] = ()
 
     def without(self, cells: Collection[str]) -> "ArtifactResults":
-        """The same without what these cells measured."""
+        """The same results without those of `cells`."""
         empty: dict[str, Any] = dict.fromkeys(cells) | ({"tasks": {}} if "tasks" in cells else {})
         return replace(self, **empty)
 
     def is_incomplete(self, suite: LoadedSuite, *, is_baseline: bool) -> bool:
-        """Whether anything the suite asks for is still to be measured."""
+        """Whether the suite asks for a cell that is not measured yet."""
         return (
             self.quality is None
             or self.served is None
@@ -99,7 +99,7 @@ class ArtifactResults:
 
 
 def reusable_results(suite: LoadedSuite, record: Record) -> ArtifactResults:
-    """What a record holds, less whatever had failed and may be tried again."""
+    """The results of a record without its failed cells, which are measured again."""
     failed = {failure.cell for failure in record.failures}
     is_baseline = record.variant == record.baseline
     answered = [task for task in record.tasks if is_baseline or task.loss is not None]
@@ -129,23 +129,23 @@ def _is_of(run: TaskRun, task: TaskResult) -> bool:
 
 
 class SpeedProcesses:
-    """The speed of all artifacts at once, because ratios are taken within interleaved rounds; its processes take turns with the rows.
+    """The processes that time the speed of all artifacts together, because ratios are taken within interleaved rounds.
 
-    Spread over the whole evaluation they differ by what a machine does in minutes, which another evaluation will differ by too;
-    where rows are known from before, the processes come one after the other.
+    They alternate with the other cells and so are spread over the whole evaluation. Their variation then includes the drift of
+    the machine over minutes, which also separates two evaluations. If the other cells are known, they run one after the other.
 
     Attributes:
-        speeds: of every variant, once all processes have had their turn.
-        failures: why a variant has no speed.
+        speeds: the speed of every variant, once all processes have run.
+        failures: the reason why a variant has no speed.
     """
 
     def __init__(self, context: EvaluationContext, artifacts: Mapping[str, Path], source: Path) -> None:
-        """Prepare.
+        """Start no process yet.
 
         Args:
-            context: shared by all rows.
-            artifacts: variant -> directory, of those whose speed is wanted.
-            source: the checkpoint that in float16 is the FP16 side where no artifact is.
+            context: state shared by all artifacts.
+            artifacts: variant -> directory, for the artifacts to time.
+            source: checkpoint that is timed in float16 as the FP16 reference if no artifact is in float16.
         """
         self.speeds: Mapping[str, Speed] = {}
         self.failures: Mapping[str, str] = {}
@@ -155,7 +155,7 @@ class SpeedProcesses:
         self._results: list[SpeedResult] = []
 
     def run_due(self, done: float) -> None:
-        """Run the processes whose turn has come when this share of the rows is done: the first before all, the last after."""
+        """Run the processes that are due when the share `done` of the artifacts is measured: the first at 0, the last at 1."""
         while self._suite is not None and not self.failures and len(self._results) < self._suite.processes:
             if len(self._results) > done * (self._suite.processes - 1):
                 return
@@ -188,14 +188,14 @@ class SpeedProcesses:
 def measure_artifact(
     context: EvaluationContext, variant: str, directory: Path, found: ArtifactResults, *, is_baseline: bool
 ) -> ArtifactResults:
-    """Quality, served path, tasks and memory of one artifact, of the baseline also attention; only what is not known yet.
+    """Measure the missing cells among quality, served path, tasks and memory, and attention for the baseline.
 
     Args:
-        context: shared by all rows.
-        variant: names the row.
+        context: state shared by all artifacts.
+        variant: name of the row.
         directory: the artifact.
-        found: what is known.
-        is_baseline: whether the others are compared with it.
+        found: its known results.
+        is_baseline: whether the other artifacts are compared with it.
     """
     failures = list(found.failures)
     if found.quality is None:
@@ -236,7 +236,7 @@ def _quality(
     )
 
     def progress(_: str, done: int, total: int) -> None:
-        """One bar per row, whatever it is busy with."""
+        """Show all stages as one bar per artifact."""
         context.progress(f"{variant}: quality", done, total)
 
     try:
@@ -277,7 +277,7 @@ def _served(
 def _tasks(
     context: EvaluationContext, variant: str, directory: Path, known: Mapping[int, TaskResult], *, is_baseline: bool
 ) -> list[TaskAnswer]:
-    """An answer for every run that is not known."""
+    """An answer for every task run that is not known."""
     answers: dict[int, TaskAnswer] = {}
     left = tuple(number for number in range(len(context.suite.runs)) if number not in known)
     while left:
@@ -290,38 +290,40 @@ def _tasks(
             key=context.key,
             device=context.device,
         )
-        answers |= {answer.run: answer for answer in _asked(context, variant, request)}
+        answers |= {answer.run: answer for answer in _run_tasks(context, variant, request)}
         left = tuple(number for number in left if number not in answers)
     return [answers[number] for number in sorted(answers)]
 
 
-def _asked(context: EvaluationContext, variant: str, request: TasksRequest) -> list[TaskAnswer]:
-    """The answers of one process, at least one; that of the task which ended it is why."""
-    told: list[TaskAnswer] = []
+def _run_tasks(context: EvaluationContext, variant: str, request: TasksRequest) -> list[TaskAnswer]:
+    """The answers of one process, at least one. The task that crashed it gets the reason as its answer."""
+    received: list[TaskAnswer] = []
 
     def progress(_: str, done: int, total: int) -> None:
         context.progress(f"{variant}: tasks", done, total)
 
-    def hear(text: str) -> None:
+    def receive(text: str) -> None:
         try:
-            told.append(TaskAnswer.model_validate_json(text))
+            received.append(TaskAnswer.model_validate_json(text))
         except ValidationError as error:
-            told.append(TaskAnswer(run=told[-1].run, reason=invalid_answer(error)))
+            received.append(TaskAnswer(run=received[-1].run, reason=invalid_answer(error)))
 
     lost: Sequence[int] = ()
     reason = ""
     try:
-        context.worker.run(f"{variant}-tasks", request, TasksResult, progress=progress, part=hear)
+        context.worker.run(f"{variant}-tasks", request, TasksResult, progress=progress, part=receive)
     except CellError as error:
         reason = str(error)
-        lost = (told[-1].run,) if told else request.runs  # before the first was begun: none can be answered
-    answers = {answer.run: answer for answer in told if answer.result is not None or answer.reason is not None}
+        lost = (
+            (received[-1].run,) if received else request.runs
+        )  # it failed before the first task: no task can be answered
+    answers = {answer.run: answer for answer in received if answer.result is not None or answer.reason is not None}
     failed = {number: TaskAnswer(run=number, reason=reason) for number in lost}
     return list((failed | answers).values())
 
 
 def _failed_tasks(runs: Sequence[TaskRun], answers: Sequence[TaskAnswer]) -> list[Failure]:
-    """One failure for every reason, with the tasks it is the reason of."""
+    """One failure per reason, listing the tasks that failed for it."""
     names: dict[str, list[str]] = {}
     for answer in answers:
         if answer.reason is not None:
@@ -332,4 +334,4 @@ def _failed_tasks(runs: Sequence[TaskRun], answers: Sequence[TaskAnswer]) -> lis
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    """A moment's work."""
+    """Too short for a progress bar."""

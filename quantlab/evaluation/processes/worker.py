@@ -1,13 +1,13 @@
-"""The process that measures: `python -m quantlab.evaluation.processes.worker`.
+"""The measuring process: `python -m quantlab.evaluation.processes.worker`.
 
-Every cell runs in a process of its own, so that its peak memory is its own and a crash costs one cell. Starting Python
-with torch and transformers takes several seconds, though, as long as the measurement of a small model. So one worker
-imports them once and forks a child per cell: the child has everything imported, shares nothing it writes, and its peak
-starts from the imports alone. The worker itself never computes: a thread pool started before a fork would be lost in it.
+Every cell runs in its own process, so that its memory peak is not affected by other cells and a crash costs one cell. Importing
+torch and transformers takes several seconds, as long as measuring a small model. So one worker process imports them once and
+forks a child per cell. The child inherits the imports, its writes are private (copy-on-write), and its memory peak starts at
+the imports. The worker itself never computes, because threads of a pool do not survive a fork.
 
-It speaks JSON lines. In: a `Job` per line. Out: {"event": "ready"}, then per job any number of {"event": "progress",
-"stage": …, "done": …, "total": …} and, of tasks, {"event": "part", "answer": …}, at last {"event": "exit", "status": …}, the
-child's exit code, negative for the signal that killed it. The end of input ends the worker.
+The protocol is JSON lines. Input: one `Job` per line. Output: {"event": "ready"}; then per job any number of
+{"event": "progress", "stage": …, "done": …, "total": …} and, for tasks, {"event": "part", "answer": …}; finally
+{"event": "exit", "status": …} with the child's exit code, which is negative for a signal. The worker ends when its input ends.
 """
 
 import gc
@@ -40,23 +40,23 @@ from quantlab.evaluation.served.measure import measure_served
 from quantlab.evaluation.speed.measure import measure_speed
 from quantlab.evaluation.tasks.measure import measure_tasks
 
-# transformers imports a model's code when it is first named; named here, it is there in every child
+# transformers imports a model's code at first access; accessed here, it is imported before the forks
 _PRELOADED = ("AutoModelForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 
 
 def main() -> None:
     """Serve jobs until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    os.dup2(2, 1)  # output printed by libraries must not mix with the answers
     for name in _PRELOADED:
         getattr(transformers, name)
-    gc.freeze()  # what is imported stays: collections in children pass over it, which would copy its pages
+    gc.freeze()  # garbage collections in the children skip the imported objects and so do not copy their pages
     _send(answers, event="ready")
     for line in sys.stdin:
         job = Job.model_validate_json(line)
         child = os.fork()
         if child == 0:
-            # an exception ends the child with a traceback; without one, taking the interpreter down would last seconds
+            # an exception ends the child with a traceback; otherwise os._exit skips the interpreter's shutdown of several seconds
             code = _run(job, answers)
             sys.stderr.flush()
             os._exit(code)
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _run(job: Job, answers: TextIO) -> int:
-    """Measure one cell; the exit code of its process."""
+    """Measure one cell; returns the exit code of its process."""
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

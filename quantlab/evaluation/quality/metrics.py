@@ -1,4 +1,4 @@
-"""Metrics of quality: how well an artifact predicts held-out text, and how far it is from the baseline on the same tokens.
+"""Metrics of quality: an artifact's predictions on held-out text, and their difference from the baseline on the same tokens.
 
 Almost all are functions of sums over documents (`Documents`): the same function gives the value, its interval, and the paired
 difference of two records.

@@ -1,11 +1,11 @@
 """Speed: every distinct layout of a recipe's artifacts, timed in one process.
 
-`models.py` says which models are timed. Machines drift: clocks, caches and neighbours change within seconds. So all models are in
-memory at once, every round times each of them in a new random order, and a ratio to FP16 is taken within a turn. `rates.py` puts
-together what several such processes found.
+`models.py` chooses the timed models. The speed of a machine drifts within seconds (clock, caches, other processes). So all models
+are in memory together, every round times each of them in a new random order, and a ratio to FP16 is taken within a turn.
+`rates.py` combines the results of several such processes.
 
-Steps decode from a cache of fixed size, as serving engines do it, in few operations where `quantlab.runtime.decoding.fused_step` takes the model;
-on CUDA they are captured as a graph and replayed.
+Steps decode from a cache of fixed size, as in serving engines, and are fused if `quantlab.runtime.decoding.fused_step` supports the model; on
+CUDA they are captured as a graph and replayed.
 """
 
 import time
@@ -32,13 +32,13 @@ from quantlab.runtime.device import find_device
 from quantlab.runtime.inventory import weight_bytes
 
 LEAST_ROUNDS = 3
-"""Of one process."""
+"""Minimum rounds of one process."""
 _SEED = 0
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing that is timed: `tokens` new tokens for each of `batch` sequences, decoded one by one or read at once."""
+    """A timed task: `tokens` new tokens for each of `batch` sequences, decoded one by one or read in one prefill."""
 
     kind: Literal["decode", "prefill"]
     batch: int
@@ -47,7 +47,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TimedModel:
-    """A model ready to be timed, with a filled cache for every batch size."""
+    """A model ready for timing, with a filled cache for every batch size."""
 
     model: PreTrainedModel
     decoders: Mapping[int, Decoder]
@@ -58,10 +58,10 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
     """Time the layouts of all artifacts, interleaved.
 
     Raises:
-        QuantlabError: the FP16 model cannot be made, so no ratio can be taken.
+        QuantlabError: the FP16 model cannot be built, so no ratio can be computed.
     """
     suite = load_suite(request.suite).suite.speed
-    assert suite is not None, "asked for by a suite that measures speed"
+    assert suite is not None, "the suite measures speed"
     layouts = {
         variant: layout_of(directory, own_shape=not suite.shape) for variant, directory in request.artifacts.items()
     }
@@ -88,9 +88,7 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
                 memory_percent_of_fp16=100 * held.total / held.fp16,
                 rates={f"{task.kind}.{task.batch}": values for task, values in timings[layout].items()},
                 joules=joules.get(layout, {}),
-                not_fused=next(
-                    iter(timed_model.decoders.values())
-                ).not_fused,  # of the model: the same at every batch size
+                not_fused=next(iter(timed_model.decoders.values())).not_fused,  # the same at every batch size
             )
             for layout, timed_model in timed_models.items()
             for held in [weight_bytes(timed_model.model)]
@@ -104,7 +102,7 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
 def _built(
     builder: ModelBuilder, directories: Mapping[Layout, Path], suite: SpeedSuite, device: str, progress: Progress
 ) -> tuple[dict[Layout, TimedModel], dict[Layout, Exception]]:
-    """A model of every layout ready to be timed, or why there is none."""
+    """A model of every layout ready for timing, or the error that prevented it."""
     timed_models: dict[Layout, TimedModel] = {}
     reasons: dict[Layout, Exception] = {}
     for index, (layout, directory) in enumerate(directories.items()):
@@ -112,21 +110,21 @@ def _built(
         try:
             model = builder.build(layout, directory, device=device)
             timed_models[layout] = prepare(model, suite, layout_name(layout, model))
-        except (QuantlabError, RuntimeError, ValueError) as error:  # torch's own errors are of the last two kinds
+        except (QuantlabError, RuntimeError, ValueError) as error:  # torch raises the last two
             reasons[layout] = error
     progress("building models", len(directories), len(directories))
     return timed_models, reasons
 
 
 def prepare(model: PreTrainedModel, suite: SpeedSuite, name: str) -> TimedModel:
-    """A model with its caches filled, every kind of step having run once so that nothing is timed cold.
+    """Fill the caches of a model and run every kind of step once as a warm-up.
 
-    All sequences of a batch share one context: what it holds does not change how long a step takes.
+    All sequences of a batch share one context; its contents do not affect the time of a step.
 
     Args:
-        model: to be timed.
-        suite: batches and lengths.
-        name: of its layout, for people.
+        model: the model to time.
+        suite: batch sizes and lengths.
+        name: name of its layout.
     """
     prompt = DynamicCache(config=model.config)
     with torch.inference_mode():
@@ -139,13 +137,13 @@ def prepare(model: PreTrainedModel, suite: SpeedSuite, name: str) -> TimedModel:
     timed_model = TimedModel(model, decoders, name)
     for batch in suite.batches:
         run_task(timed_model, Task("decode", batch, 1))
-    for batch in set(suite.prefill_batches) - {1}:  # the prompt was read at 1
+    for batch in set(suite.prefill_batches) - {1}:  # batch size 1 was warmed up by the prompt
         run_task(timed_model, Task("prefill", batch, suite.prompt))
     return timed_model
 
 
 def tasks(suite: SpeedSuite) -> tuple[Task, ...]:
-    """What one round times of each timed_model."""
+    """The tasks that one round times on each model."""
     decode = (Task("decode", batch, suite.steps) for batch in suite.batches)
     return (*decode, *(Task("prefill", batch, suite.prompt) for batch in suite.prefill_batches))
 
@@ -153,9 +151,9 @@ def tasks(suite: SpeedSuite) -> tuple[Task, ...]:
 def time_rounds(
     timed_models: Mapping[Layout, TimedModel], suite: SpeedSuite, progress: Progress, *, seed: int
 ) -> dict[Layout, dict[Task, tuple[float, ...]]]:
-    """Tokens per second of every timed_model and task; entry i of all timed_models is from the same turn.
+    """Tokens per second of every model and task; entry i is from the same turn in all models.
 
-    In a round each task has a turn, and more of them if it is over soon: two steps at batch 1 are not enough to go by.
+    In a round each task has at least one turn. Short tasks have several: two steps at batch size 1 are too short to time.
     """
     wanted = tasks(suite)
     rates: dict[Layout, dict[Task, tuple[float, ...]]] = {layout: dict.fromkeys(wanted, ()) for layout in timed_models}
@@ -180,7 +178,7 @@ def time_rounds(
 
 @torch.inference_mode()
 def run_task(timed_model: TimedModel, task: Task) -> float:
-    """Seconds one task takes. A decode starts from the same filled cache every time."""
+    """Run one task; returns its seconds. Every decode starts from the same filled cache."""
     model = timed_model.model
     tokens = _tokens(task.batch, task.tokens, int(model.config.vocab_size)).to(model.device)
     if task.kind == "prefill":
@@ -200,7 +198,7 @@ def run_task(timed_model: TimedModel, task: Task) -> float:
 def read_energy(
     timed_models: Mapping[Layout, TimedModel], suite: SpeedSuite, *, seed: int
 ) -> dict[Layout, dict[str, tuple[float, ...]]]:
-    """Joules per decoded token by batch size, in stretches of steady decoding that take turns; empty where none are counted."""
+    """Joules per decoded token by batch size, over alternating intervals of steady decoding; empty without an energy meter."""
     device = next(iter(timed_models.values())).model.device
     joules = meter(device) if suite.energy_seconds else None
     if joules is None:
@@ -224,7 +222,7 @@ def read_energy(
 
 
 def _computed_by(timed_models: Collection[TimedModel]) -> str:
-    """The GPU, or whose operators the processor runs, and how steps run: of every timed_model if they differ."""
+    """The GPU, or the operators that the CPU runs, and how steps run; all variants of it if models differ."""
     device = next(iter(timed_models)).model.device
     paths = sorted({decoder.path for timed_model in timed_models for decoder in timed_model.decoders.values()})
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else native_kernels()
@@ -232,6 +230,6 @@ def _computed_by(timed_models: Collection[TimedModel]) -> str:
 
 
 def _tokens(batch: int, length: int, vocabulary: int) -> Tensor:
-    """Random token ids [batch, length], the same for every timed_model and round."""
+    """Random token ids [batch, length], equal for every model and round."""
     generator = torch.Generator().manual_seed(_SEED)
     return torch.randint(vocabulary, (batch, length), generator=generator)

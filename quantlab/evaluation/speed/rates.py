@@ -1,7 +1,7 @@
-"""The speeds of a record, put together from what several processes timed.
+"""The speeds of a record, combined from the timings of several processes.
 
-A ratio to FP16 is taken within a turn, where the machine was the same for both; its median over the turns of a process is one
-observation, because processes differ by more than turns do. Needs no torch: the process that asks does not compute.
+A ratio to FP16 is taken within a turn, in which the machine's state is the same for both. Its median over the turns of a process
+is one observation, because processes differ by more than turns do. Needs no torch: the requesting process does not compute.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from quantlab.evaluation.statistics import Floats, ProcessVariation, over_proces
 from quantlab.evaluation.suite import SpeedSuite
 
 Values = list[Floats]
-"""Of one cell: its values in each process."""
+"""The values of one cell in each process."""
 
 _INDEPENDENT: Final = {"tokens_per_second": 1.0, "over_fp16": 2.0, "energy": 1.0}
-"""Numbers whose differences between processes are pooled over timings, and as how many independent ones those of all timings count
-at most (`statistics.process_variation`). All rates of a process share its clock: of three processes their range is told. Ratios share the
-FP16 timing, and some timings differ by more than others. Of 16 processes of the suite `quick`, three drawn at random gave intervals
-that held the mean of three others in 93 % of draws.
+"""Kinds of numbers whose variation between processes is pooled over the models, each with the maximum effective number of
+independent models (`statistics.process_variation`). All rates of a process share its clock, so three processes give only a range.
+Ratios share the FP16 model, and some models vary more than others. Check: among 16 processes of the suite `quick`, intervals from
+three random processes contained the mean of three others in 93 % of the draws.
 """
 _EXACT: Final = 1000
 
@@ -32,8 +32,8 @@ def speeds_of(suite: SpeedSuite, results: Sequence[SpeedResult]) -> dict[str, Sp
     """The speed of every variant that every process could time.
 
     Args:
-        suite: what was asked for.
-        results: of each process.
+        suite: the suite's section on speed.
+        results: results of each process.
     """
     references = [next(timing for timing in result.timings if timing.is_fp16) for result in results]
     shared = [timings for timing in results[0].timings if len(timings := _same(timing, results)) == len(results)]
@@ -46,7 +46,7 @@ def speeds_of(suite: SpeedSuite, results: Sequence[SpeedResult]) -> dict[str, Sp
 
 
 def _same(timing: ModelTimings, results: Sequence[SpeedResult]) -> list[ModelTimings]:
-    """The timing in each process that could make it."""
+    """The timings of the same model in every process that timed it."""
     return [
         one
         for result in results
@@ -73,17 +73,17 @@ def _cells(suite: SpeedSuite, timings: Sequence[ModelTimings], references: Seque
 
 
 def _measured(cells: Sequence[Mapping[str, Values]]) -> list[dict[str, Measured]]:
-    """Every cell of every timing with its interval. The FP16 timing over itself is 1, whatever the process."""
+    """Every cell of every model with its interval. FP16 over itself is exactly 1 in every process."""
     found: list[dict[str, Measured]] = [{} for _ in cells]
     for mark, independent in _INDEPENDENT.items():
         for name in [name for name in cells[0] if mark in name]:
             medians = np.array([[np.median(one) for one in values[name]] for values in cells])
-            telling = medians[(medians != 1).any(axis=1)]
-            # of one variance, correlated by one half: F. E. Satterthwaite 1946
-            count = 4 * len(telling) / (len(telling) + 3)
+            varying = medians[(medians != 1).any(axis=1)]
+            # models of equal variance with correlation 1/2: F. E. Satterthwaite 1946
+            effective = 4 * len(varying) / (len(varying) + 3)
             pooled = (
-                process_variation(telling, independent=min(independent, count))
-                if len(telling)
+                process_variation(varying, independent=min(independent, effective))
+                if len(varying)
                 else ProcessVariation(0.0, _EXACT)
             )
             for at, values in enumerate(cells):
@@ -138,5 +138,5 @@ def _speed(
 
 
 def _seconds(tokens: int, rate: Measured) -> Measured:
-    """What so many tokens take at a rate."""
+    """Seconds for `tokens` tokens at a rate."""
     return rate.model_copy(update={"value": tokens / rate.value, "low": tokens / rate.high, "high": tokens / rate.low})
