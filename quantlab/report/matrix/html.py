@@ -1,4 +1,4 @@
-"""matrix.html and matrix.svg: the matrix as one page that needs no network, and its plot alone for README files."""
+"""matrix.html and matrix.svg: the matrix as one self-contained page, and its plot as a separate file for README files."""
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -60,7 +60,7 @@ def main_and_rest(every: tuple[Column, ...]) -> tuple[tuple[Column, ...], tuple[
 
 
 def to_svg(matrix: Matrix) -> str | None:
-    """The text of matrix.svg, or None where there is nothing to draw."""
+    """The text of matrix.svg; None if there is nothing to draw."""
     plot = lay_out(matrix, width=760, height=420)
     if plot is None:
         return None
@@ -69,13 +69,13 @@ def to_svg(matrix: Matrix) -> str | None:
 
 
 def plots(matrix: Matrix) -> tuple[tuple[str, Plot], ...]:
-    """The plot for wide and for narrow windows; nothing where there is nothing to draw."""
+    """The plot for wide and for narrow windows; empty if there is nothing to draw."""
     sizes = (("wide", lay_out(matrix, width=900, height=440)), ("narrow", lay_out(matrix, width=358, height=380)))
     return tuple((name, plot) for name, plot in sizes if plot)
 
 
 def environment() -> Environment:
-    """Where the templates come from; what is not given to them is an error."""
+    """The environment of the templates; an undefined variable is an error."""
     return Environment(
         loader=PackageLoader("quantlab.report", "templates"),
         autoescape=True,
@@ -87,7 +87,7 @@ def environment() -> Environment:
 
 
 def versions(matrix: Matrix) -> tuple[tuple[str, str], ...]:
-    """Each package with its version; with all of them where rows differ."""
+    """Each package with its version, or with all versions if rows differ."""
     found = [row.record.versions for row in matrix.rows]
     names = sorted({name for one in found for name in one})
     return tuple((name, " / ".join(sorted({one[name] for one in found if name in one}))) for name in names)

@@ -1,4 +1,4 @@
-"""The tables of a page: every cell with its link, its hover text and the small graphic under it."""
+"""The tables of a page: every cell with its link, its hover text and the small graphic below the number."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,17 +14,17 @@ _LONGEST_REASON = 120
 
 @dataclass(frozen=True)
 class HtmlCell:
-    """A cell with the small graphic under its number; positions in percent of the cell's width."""
+    """A table cell with a small graphic below its number; positions are in percent of the cell's width."""
 
     cell: TableCell
     tip: str = ""
     """Hover text: the number with interval, n, verdict, p and origin."""
     href: str | None = None
-    """The record it comes from."""
+    """Link to the number in its record."""
     bar: float | None = None
     """Length of a bar from the left."""
     zero: float | None = None
-    """Where no loss lies; with `start`, `length` and `dot` a value and its interval."""
+    """Position of zero loss; `start`, `length` and `dot` are the interval's start and length and the value."""
     start: float = 0.0
     length: float = 0.0
     dot: float = 0.0
@@ -39,7 +39,7 @@ class HtmlRow:
     row: Row
     is_baseline: bool
     href: str | None
-    """The row's record."""
+    """Link to the row's record."""
     picked_for: tuple[str, ...]
     """Goals it is recommended for."""
     rank: str
@@ -47,7 +47,7 @@ class HtmlRow:
     """Its verdicts in a few words."""
     lost: bool
     filters: dict[str, str]
-    """Values that the page's filter reads; in the main table only."""
+    """Values for the page's filter; only in the main table."""
     cells: tuple[HtmlCell, ...]
 
 
@@ -78,7 +78,7 @@ def make_html_table(
 
     Args:
         matrix: the rows.
-        name: an identifier; "main" is the table that is filtered by.
+        name: an identifier; "main" is the table that the page's filter uses.
         caption: its caption.
         shown: its columns.
         picked: the goals that a variant is recommended for.
@@ -87,7 +87,7 @@ def make_html_table(
     by_column = [_drawn_column(matrix, column) for column in shown]
     lines = []
     for index, row in enumerate(matrix.rows):
-        told = summary(row)
+        summarised = summary(row)
         lines.append(
             HtmlRow(
                 row=row,
@@ -95,7 +95,7 @@ def make_html_table(
                 href=link_to(row),
                 picked_for=(picked or {}).get(row.variant, ()),
                 rank=(ranks or {}).get(row.variant, ""),
-                summary=told,
+                summary=summarised,
                 lost="loss" in verdicts(row).values(),
                 filters=_filters(matrix, row) if name == "main" else {},
                 cells=tuple(_with_reasons([drawn[index] for drawn in by_column], shown)),
@@ -113,7 +113,7 @@ def make_html_table(
 
 
 def _filters(matrix: Matrix, row: Row) -> dict[str, str]:
-    """Values of a row for the filter; empty where a number was not measured."""
+    """Values of a row for the filter; empty if a number was not measured."""
     changes = [row.measured(name) for name, (_, declared) in METRICS.items() if declared.metric.loss]
     losses = [found.high for found in changes if found is not None]
     is_baseline = row.variant == matrix.baseline
@@ -131,12 +131,12 @@ def _filters(matrix: Matrix, row: Row) -> dict[str, str]:
 
 
 def _with_reasons(drawn: Sequence[HtmlCell], shown: Sequence[Column]) -> list[HtmlCell]:
-    """The reason of a failure stands in the first cell it cost."""
-    told: set[str] = set()
+    """Show the reason of a failure only in the first cell of its group."""
+    shown_groups: set[str] = set()
     result = []
     for column, found in zip(shown, drawn, strict=True):
-        if found.cell.state == "failed" and column.group not in told:
-            told.add(column.group)
+        if found.cell.state == "failed" and column.group not in shown_groups:
+            shown_groups.add(column.group)
             result.append(HtmlCell(cell=found.cell, tip=found.tip, reason=_shortened(found.cell.reason or "")))
         else:
             result.append(found)
@@ -144,7 +144,7 @@ def _with_reasons(drawn: Sequence[HtmlCell], shown: Sequence[Column]) -> list[Ht
 
 
 def _drawn_column(matrix: Matrix, column: Column) -> list[HtmlCell]:
-    """The cells of one column on their common scale; only the columns that decide are drawn."""
+    """The cells of one column with a common scale; only headline columns have graphics."""
     cells = [cell(matrix, row, column) for row in matrix.rows]
     ends = [end for found in cells for end in (found.number, found.low, found.high) if end is not None]
     least, most = min([0.0, *ends]), max([0.0, *ends])

@@ -16,7 +16,7 @@ _MOST_LAYERS = 16
 
 
 def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
-    """The text of matrix.md; `with_plot` shows matrix.svg, which must lie beside it."""
+    """The text of matrix.md; `with_plot` embeds matrix.svg, which must be in the same directory."""
     every = columns(matrix)
     headline = [column for column in every if column.is_headline]
     rest = [column for column in every if not column.is_headline]
@@ -69,7 +69,7 @@ def _table(matrix: Matrix, shown: list[Column], *, with_description: bool = Fals
 
 
 def _text(found: TableCell, column: Column, told: set[str]) -> str:
-    """A cell; the reason of a failure stands in the first cell it cost."""
+    """A table cell as text. The reason of a failure is shown only in the first cell of its group."""
     if found.state == "failed":
         reason = "" if column.group in told else f": {escaped(found.reason or '')}"
         told.add(column.group)
@@ -89,7 +89,7 @@ def _variant(matrix: Matrix, row: Row) -> str:
 
 
 def _attention(matrix: Matrix) -> list[str]:
-    """Long contexts, where they were measured."""
+    """The section on long contexts; empty if they were not measured."""
     table = attention_table(matrix)
     if table is None:
         return []
@@ -101,7 +101,7 @@ def _attention(matrix: Matrix) -> list[str]:
 
 
 def _layers(matrix: Matrix) -> list[str]:
-    """The layers that stand out, and the numbers where they fit on a page."""
+    """The layers that stand out, with the numbers if they fit on a page."""
     blocks = []
     for found in layer_maps(matrix):
         blocks += [
@@ -148,10 +148,10 @@ def table_line(cells: list[str]) -> str:
 
 
 def code(text: str) -> str:
-    """Text as it is, in a table too."""
+    """Text as inline code, also safe within a table."""
     return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def escaped(text: str) -> str:
-    """Text that neither breaks a table nor turns into markup."""
+    """Escape text so that it neither breaks a table nor is read as markup."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
