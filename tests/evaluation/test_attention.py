@@ -1,4 +1,4 @@
-"""Long contexts by implementation of attention: what is measured, what is not tried, and where it is recorded."""
+"""Long contexts by implementation of attention: measured cells, cells that are not tried, and the baseline's record."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ no_flash = pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention
 
 @pytest.fixture
 def attending(suite: Path) -> Path:
-    """The suite with contexts."""
+    """The suite with an attention section."""
     suite.write_text(suite.read_text() + SECTION)
     return suite
 
@@ -65,7 +65,7 @@ def test_a_combination_is_measured(implementation: str, family: str) -> None:
 
 
 def test_scores_take_memory(tmp_path: Path, attending: Path, model: Path) -> None:
-    """Each in a process of its own: 4 heads of 2048 x 2048 scores of eager attention, none of fused attention."""
+    """Each in its own process: eager attention holds 4 heads of 2048 x 2048 scores, fused attention none."""
     shape = SHAPE | {"max_position_embeddings": 64}
     text = attending.read_text().replace(
         "contexts: [16, 32]", f"contexts: [2048]\n  description: x\n  shape: {json.dumps(shape)}"

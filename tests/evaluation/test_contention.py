@@ -1,4 +1,4 @@
-"""Noise is seen where it is: a busy neighbour, rounds that disagree."""
+"""Contention is detected: another busy process, and rounds with a large spread."""
 
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ def test_what_others_take_is_told() -> None:
 
 @pytest.mark.skipif(ClockReading.now().busy is None, reason="nobody counts processor time here")
 def test_a_neighbour_is_seen_and_ones_own_work_is_not() -> None:
-    """The clocks themselves, not how quiet this machine is: the neighbour's share is in `busy`, ours in `own`."""
+    """Tests the clocks, independent of the machine's load: `busy` includes the other process, `own` only this one."""
     begin = ClockReading.now()
     spin(0.4)
     middle = ClockReading.now()

@@ -1,4 +1,4 @@
-"""Where cells compute: asked for by request, refused before any work, and never touched by the worker itself."""
+"""The device of cells: given by the request, checked before any work, and not initialized by the worker itself."""
 
 import dataclasses
 import subprocess
@@ -67,7 +67,7 @@ def test_every_cell_is_told_the_device(
 
 
 def test_the_worker_leaves_cuda_alone() -> None:
-    """It forks its cells, and a process that was forked from one with CUDA cannot use it."""
+    """The worker forks its cells, and CUDA does not work in a process that was forked after CUDA was initialized."""
     code = """
 import torch
 def told(*_, **__):

@@ -1,4 +1,4 @@
-"""The whole evaluation in its own processes: records, reuse, and cells that fail."""
+"""The whole evaluation with its processes: records, reuse, and failing cells."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def alive(pid: int) -> bool:
 
 @pytest.fixture
 def request_(tmp_path: Path, suite: Path, model: Path, other_model: Path) -> EvaluationRequest:
-    """A baseline, its exact copy, another model, and one whose weights are cut off."""
+    """A baseline, its exact copy, another model, and a model with truncated weights."""
     shutil.copytree(model, tmp_path / "run" / "artifacts" / "same")
     broken = shutil.copytree(model, tmp_path / "run" / "artifacts" / "broken")
     shard = broken / "model.safetensors"
@@ -69,7 +69,7 @@ def request_(tmp_path: Path, suite: Path, model: Path, other_model: Path) -> Eva
 
 
 def watched(asked: list[str]) -> type[Worker]:
-    """Workers that leave the names of their cells in `asked`."""
+    """A worker class that appends the names of its cells to `asked`."""
 
     class Watched(Worker):
         def run(self, name: str, *arguments: object, **options: object) -> object:  # type: ignore[override]
@@ -80,7 +80,7 @@ def watched(asked: list[str]) -> type[Worker]:
 
 
 def of_two(request: EvaluationRequest) -> EvaluationRequest:
-    """The baseline and its copy alone."""
+    """Only the baseline and its copy."""
     return dataclasses.replace(
         request, artifacts=tuple(artifact for artifact in request.artifacts if artifact.variant in {"source", "same"})
     )
@@ -103,7 +103,7 @@ def test_records_failures_and_reuse(request_: EvaluationRequest, monkeypatch: py
     written = [read_record(request_.directory / "records" / f"{record.variant}.json") for record in records]
     assert written == records
 
-    # the same again: only what failed is measured; a changed recipe alone changes no number
+    # again: only failed cells are measured; a changed recipe file alone does not invalidate records
     stages.clear()
     mended = dataclasses.replace(
         request_,
@@ -115,7 +115,7 @@ def test_records_failures_and_reuse(request_: EvaluationRequest, monkeypatch: py
     assert [record.quality for record in again] == [source.quality, same.quality, other.quality]
     assert read_record(request_.directory / "records" / "same.json").recipe_sha256 == "r2"
 
-    # another baseline: nothing holds any more, and nothing of what was measured against the old one stays behind
+    # another baseline: all records are invalid, and no result against the old baseline remains
     monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", NoWorker)
     moved = evaluate(dataclasses.replace(mended, baseline="other"))
     assert all(record.quality is record.memory is record.speed is None for record in moved)
@@ -269,7 +269,7 @@ def test_a_task_that_ends_the_process_costs_itself_alone(
             return super().run(name, request, *arguments, **options)  # type: ignore[arg-type]
 
     class Dies(Watched):
-        """In the baseline's second task."""
+        """Dies in the baseline's second task."""
 
         def run(self, name: str, request: CellRequest, *arguments: object, **options: object) -> object:  # type: ignore[override]
             if isinstance(request, TasksRequest) and request.role == "baseline" and 1 in request.runs:
@@ -369,7 +369,7 @@ def test_the_time_limit_begins_anew_with_each_part_of_an_answer(
 
 
 class NoWorker(Worker):
-    """Gives no answer to anything."""
+    """A worker that answers no request."""
 
     def run(self, name: str, *_: object, **__: object) -> NoReturn:  # type: ignore[override]
         raise CellError(f"{name} is not answered")
@@ -473,7 +473,7 @@ def test_an_unforeseen_error_is_told_with_its_last_words(
 
 
 def test_an_answer_that_holds_no_numbers_is_a_cell_that_says_so(worker: Worker, suite: Path, model: Path) -> None:
-    """JSON has no word for what is not finite: it arrives as null, where the answer must have a number."""
+    """JSON cannot represent numbers that are not finite: they arrive as null, which is not a valid answer."""
 
     class Endless(Memory):
         load_seconds: float  # type: ignore[assignment]  # the cell answers with something else

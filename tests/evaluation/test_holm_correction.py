@@ -1,4 +1,4 @@
-"""Verdicts are decided once, where all rows are known."""
+"""Verdicts are determined once, when all rows are known."""
 
 from quantlab.evaluation.holm_correction import with_holm_correction
 from quantlab.evaluation.measured import Measured, Significance
@@ -10,7 +10,7 @@ NONE = Measured(value=0.1, low=-0.8, high=1.0, n=60)
 
 
 def record(variant: str, loss: Measured, p: float) -> Record:
-    """A row whose accuracy and one task lost as much."""
+    """A record with the same loss of accuracy and in one task."""
     significance = Significance(p=p, verdict="no measurable loss" if loss is NONE else "loss")
     quality = Quality(
         compute_dtype="float32",

@@ -1,4 +1,4 @@
-"""What records repeat of a manifest, and artifacts that were changed since."""
+"""Facts that records copy from a manifest, and artifacts that were changed after they were made."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ def artifact(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def _flip(artifact: Path) -> None:
-    """One bit of a weight, the file's size and name unchanged."""
+    """Flip one bit of a weight without changing the file's size or name."""
     path = next(artifact.glob("*.safetensors"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -177,7 +177,7 @@ def test_a_record_of_another_version_is_refused(change: dict[str, object], where
 
 
 def test_records_of_the_first_version_are_still_read(tmp_path: Path) -> None:
-    """Fields came later: a record without them reads as one in which they were not measured."""
+    """Fields added later read as not measured in an old record."""
     path = tmp_path / "v.json"
     old = record().model_dump(mode="json")
     for name in ("tasks", "matrix_errors", "seeds", "command", "suite_name", "suite_version", "tokens_per_expert"):

@@ -1,4 +1,4 @@
-"""A planted regression is caught and its cause seen; what is the same is called the same. On the reference checkpoint."""
+"""A planted regression is detected and located, and equal artifacts are called equal. On the reference checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -32,7 +32,7 @@ layer_error_tokens: 512
 
 
 def shuffle_scales(artifact: Path) -> None:
-    """Give the rows of one expert each other's scales."""
+    """Permute the scales among the rows of one expert."""
     names = [f"model.layers.{LAYER}.mlp.experts.{EXPERT}.{kind}_proj.weight_scale" for kind in ("gate", "up", "down")]
     generator = torch.Generator().manual_seed(0)
     for name in names:
@@ -88,7 +88,7 @@ def test_a_shuffled_expert_ranks_last_and_its_layer_stands_out(records: dict[str
     assert worse.pop(f"layer {LAYER}") > 1.5
     assert shuffled.layer_errors[f"layer {LAYER}"].low > sound.layer_errors[f"layer {LAYER}"].high
     assert list(worse.values()) == pytest.approx([1.0] * len(worse), abs=1e-6)
-    # routers before the layer choose as they did
+    # routers before the layer are unchanged
     for layer in range(1, LAYER + 1):
         assert shuffled.router_agreement[f"layer {layer}"] == sound.router_agreement[f"layer {layer}"]
     assert shuffled.router_agreement["layer 7"].value < sound.router_agreement["layer 7"].value
@@ -145,7 +145,7 @@ def test_the_sums_by_document_make_the_numbers_of_the_record(records: dict[str, 
 
 
 def test_tables_show_no_difference_between_the_same_artifact_under_two_names(records: dict[str, Record]) -> None:
-    untimed = {"memory": None}  # loading takes its time
+    untimed = {"memory": None}  # load times vary
     sides = [[(Path(name), records[name].model_copy(update=untimed))] for name in ("sound", "same")]
     (pair,) = compare(*sides, names=("sound", "same")).pairs
     few = [number for number in pair.numbers if number.verdict == "not judged"]  # five documents of each kind of text

@@ -1,4 +1,4 @@
-"""Speed: which artifacts share a twin, and that ratios are taken within rounds."""
+"""Speed: artifacts of one layout share a timing, and ratios are taken within rounds."""
 
 import json
 from pathlib import Path
@@ -127,7 +127,7 @@ speed: {batches: [1], prompt: 4, steps: 2, processes: 2, rounds: 6, task_seconds
 
 @pytest.fixture
 def own_suite(suite: Path) -> Path:
-    """A suite that fixes no shape."""
+    """A suite that does not fix a shape."""
     suite.write_text(OWN)
     return suite
 
@@ -179,7 +179,7 @@ def test_a_large_model_is_timed_on_its_own_layers_and_so_is_fp16(
         assert model.config.vocab_size == 320
         assert model.config.hidden_size == 128
     assert made[0].dtype == torch.float16
-    # what the first process chose the others are told
+    # the other processes receive the choice of the first one
     monkeypatch.setattr("quantlab.evaluation.speed.models.free_bytes", lambda _: None)
     assert measure_speed(asked(own_suite, source, artifact, timed="own layers"), lambda *_: None).timed == "own layers"
 
@@ -240,7 +240,7 @@ def test_every_round_starts_from_the_same_context(suite: Path) -> None:
 def timings(
     rates: dict[str, np.ndarray], fp16: dict[str, np.ndarray], *, joules: dict[str, np.ndarray] | None = None
 ) -> SpeedResult:
-    """Of a process that timed the FP16 twin and another."""
+    """The result of a process that timed the FP16 twin and another twin."""
 
     def plain(values: dict[str, np.ndarray]) -> dict[str, tuple[float, ...]]:
         return {name: tuple(one.tolist()) for name, one in values.items()}
@@ -269,7 +269,7 @@ def timings(
 def test_ratios_are_taken_within_a_round(suite: Path) -> None:
     speed = load_suite(suite).suite.speed
     assert speed is not None
-    drift = np.array([1.0, 5, 2, 9, 4, 3, 8])  # the machine's, the same for both
+    drift = np.array([1.0, 5, 2, 9, 4, 3, 8])  # drift of the machine, equal for both
     names = ("decode.1", "decode.2", "prefill.1")
     result = timings(dict.fromkeys(names, 3 * drift), dict.fromkeys(names, drift))
     found = speeds_of(speed, [result, result])["int8"]
@@ -292,7 +292,7 @@ def test_a_record_says_why_steps_were_not_fused(suite: Path) -> None:
 
 
 def test_what_processes_differ_by_widens_every_interval(suite: Path) -> None:
-    """Rounds that agree within each process say nothing about the next one."""
+    """Agreement of the rounds within each process does not predict the next process."""
     speed = load_suite(suite).suite.speed
     assert speed is not None
     names, fp16 = ("decode.1", "decode.2", "prefill.1"), np.full(5, 10.0)
@@ -315,7 +315,7 @@ def test_what_processes_differ_by_widens_every_interval(suite: Path) -> None:
     found = speeds_of(speed, more)["int8"]
     ratio = found.decode_over_fp16["1"]
     assert (ratio.value, ratio.interval) == (pytest.approx(2.2), "95 %")
-    # Student's t of twice two degrees; of three processes for three others
+    # Student's t with 2 x 2 degrees of freedom, to predict three processes from three
     width = 2.776 * np.log(1.1) * np.sqrt(2 / 3)
     assert np.log(ratio.high / ratio.value) == pytest.approx(width, rel=0.02)
     assert np.log(ratio.value / ratio.low) == pytest.approx(width, rel=0.02)
@@ -382,7 +382,7 @@ def test_energy_is_read_around_steady_decoding_by_turns(suite: Path, monkeypatch
         assert set(found[layout]) == {"1", "2"}
         assert [len(values) for values in found[layout].values()] == [3, 3]
         assert np.array(list(found[layout].values())) == pytest.approx(expected)
-    # every batch size is decoded by both before the next, and no twin has all its stretches at once
+    # both models decode a batch size before the next one, and no model has all its intervals in a row
     assert [{name for name, _ in turns[at : at + 2]} for at in range(0, 12, 2)] == [{"float16", "bfloat16"}] * 6
 
 

@@ -1,4 +1,4 @@
-"""`verify` on artifacts as they are made, and on ones that were damaged afterwards."""
+"""`verify` on intact artifacts and on damaged ones."""
 
 import shutil
 from collections.abc import Callable

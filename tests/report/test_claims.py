@@ -1,4 +1,4 @@
-"""Claims are data, verdicts follow from intervals, and what was not measured is said to be so."""
+"""Claims are data, verdicts follow from intervals, and numbers that were not measured are reported as such."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_a_number(recipe: list[Record], low: float, high: float, equals: float, 
     claim = {"variant": "w4a16", "equals": equals, "tolerance": tolerance}
     assert check(records, metric="accuracy_loss_percent", **claim).verdict == verdict
     mirrored = {"variant": "w4a16", "equals": 100 - equals, "tolerance": tolerance + 1e-9}
-    kept = "holds" if verdict == "not decided" else verdict  # the same width is a small share of 99
+    kept = "holds" if verdict == "not decided" else verdict  # relative to 99 the same width is narrow
     assert check(records, metric="accuracy_kept_percent", **mirrored).verdict == kept
 
 

@@ -1,4 +1,4 @@
-"""Two records side by side: the interval of a difference, what is refused a verdict, and the paths that name a side."""
+"""Comparison of two records: intervals of differences, numbers without a verdict, and the paths that select a side."""
 
 import io
 import json

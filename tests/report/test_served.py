@@ -1,4 +1,4 @@
-"""The served path and the model that was timed, as tables name them."""
+"""The served path and the timed model in tables."""
 
 import io
 

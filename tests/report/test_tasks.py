@@ -1,4 +1,4 @@
-"""Two seeds and two metrics of one task stand apart wherever tasks are shown."""
+"""Two seeds and two metrics of one task are separate entries in all tables."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""`report`, `compare` and `leaderboard` as a person or a script uses them."""
+"""The command lines of `report`, `compare` and `leaderboard`, for people and scripts."""
 
 import json
 import os
