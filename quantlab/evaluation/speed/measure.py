@@ -4,8 +4,8 @@
 are in memory together, every round times each of them in a new random order, and a ratio to FP16 is taken within a turn.
 `rates.py` combines the results of several such processes.
 
-Steps decode from a cache of fixed size, as in serving engines, and are fused if `quantlab.runtime.decoding.fused_step` supports the model; on
-CUDA they are captured as a graph and replayed.
+Steps decode from a cache of fixed size, as in serving engines, and are fused if `quantlab.runtime.decoding.fused_step` supports
+the model; on CUDA they are captured as a graph and replayed.
 """
 
 import time
