@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from quantlab import console as show
-from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
 from quantlab.evaluation.manifest import weights_sha256
 from quantlab.evaluation.record import Pass
 from quantlab.plan.model import Plan, VariantPlan
@@ -98,22 +98,24 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
     wanted = recipe.recipe.evaluate
     assert wanted is not None, "asked only of recipes that evaluate"
     source = plan.checkpoint
-    cells = []
+    artifacts = []
     for variant in plan.variants:
         artifact = directory.artifact(variant.name)
         digest = hashlib.sha256((artifact / MANIFEST_NAME).read_bytes()).hexdigest()
         passes = tuple(_as_recorded(step) for step in recipe.recipe.variants[variant.name])
-        cells.append(Cell(variant.name, variant.description, artifact, f"artifacts/{variant.name}", digest, passes))
+        artifacts.append(
+            EvaluatedArtifact(variant.name, variant.description, artifact, f"artifacts/{variant.name}", digest, passes)
+        )
     weights = weights_sha256(source.files, directory.path / SOURCE_HASHES)
     digest = hashlib.sha256(f"{source.fingerprint()} {weights}".encode()).hexdigest()
-    as_it_is = Cell("source", "the checkpoint as it is", source.directory, recipe.recipe.model, digest)
+    as_it_is = EvaluatedArtifact("source", "the checkpoint as it is", source.directory, recipe.recipe.model, digest)
     return EvaluationRequest(
         directory=directory.path,
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
         suite=recipe.resolve(wanted.suite),
         baseline=wanted.baseline,
-        cells=(as_it_is, *cells),
+        artifacts=(as_it_is, *artifacts),
         reuse=how.reuse,
         time_limit=how.time_limit,
         command=shlex.join(["quantlab", *sys.argv[1:]]),

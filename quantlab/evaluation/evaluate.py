@@ -1,10 +1,10 @@
-"""Evaluation of the artifacts of one recipe: a record per artifact, each number measured in a process of its own.
+"""Evaluation of the artifacts of one recipe: a record per artifact, each cell measured in its own process.
 
-The baseline comes first, whose predictions the others are compared with, then one row after the other. Speed is timed for all
-artifacts at once, because its ratios are taken within interleaved rounds, by processes at the beginning, at the end and
-between. Each record is written as soon as the rest of it is known, so an evaluation that is interrupted goes on where it
-stopped; its speed is timed anew. A record is kept when nothing it depends on has changed; of one with failures what failed is
-tried again, and all else is kept.
+The baseline is measured first, because the others are compared with its predictions; then the other artifacts follow one by
+one. Speed is timed for all artifacts together, because its ratios are taken within interleaved rounds. The timing processes are
+spread over the evaluation: the first runs at its start, the last at its end. Each record is written as soon as everything but
+its speed is measured, so an interrupted evaluation resumes there and times the speed again. A record is reused when nothing it
+depends on has changed. In a record with failures, only the failed cells are measured again.
 """
 
 import hashlib
@@ -14,28 +14,34 @@ from pathlib import Path
 
 from quantlab import hardware
 from quantlab.errors import ArtifactError, EvaluationError
+from quantlab.evaluation.holm_correction import with_holm_correction
 from quantlab.evaluation.manifest import check_unchanged, made_by, matrix_errors, read_manifest, tokens_per_expert
-from quantlab.evaluation.processes.cells import Bench, Found, SpeedTurns, measure_row, sound_parts
+from quantlab.evaluation.processes.artifact_cells import (
+    ArtifactResults,
+    EvaluationContext,
+    SpeedProcesses,
+    measure_artifact,
+    reusable_results,
+)
 from quantlab.evaluation.processes.messages import Progress, predictions_complete
-from quantlab.evaluation.processes.workers import Worker
+from quantlab.evaluation.processes.worker_client import Worker
 from quantlab.evaluation.record import Failure, Pass, Record, read_record
 from quantlab.evaluation.suite import LoadedSuite, load_suite
-from quantlab.evaluation.tasks.scores import kept_scores, twin
-from quantlab.evaluation.verdicts import adjusted
+from quantlab.evaluation.tasks.scores import same_task, saved_scores
 from quantlab.files import write_atomically
 from quantlab.fingerprint import code_fingerprint
 
 RECORDS = "records"
 _WORK = ".work"
 _BASELINE = ".baseline"
-_WORDS = {
+_DESCRIPTIVE_FIELDS = {
     "recipe",
     "recipe_sha256",
     "description",
     "passes",
     "artifact",
     "command",
-}  # these change without changing a number
+}  # fields that may change without changing a number
 _CELLS = {
     "quality": ("quantlab.evaluation.quality.measure",),
     "served": ("quantlab.evaluation.served.measure",),
@@ -44,20 +50,20 @@ _CELLS = {
     "speed": ("quantlab.evaluation.speed.measure", "quantlab.evaluation.speed.rates"),
     "attention": ("quantlab.evaluation.memory.attention",),
 }
-"""The modules that measure each cell; a cell is measured again when code that they reach has changed."""
+"""The modules that measure each cell. A cell is measured again when code that these modules reach has changed."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class EvaluatedArtifact:
     """One artifact to evaluate.
 
     Attributes:
-        variant: its row.
-        description: the passes in one line, for people.
+        variant: name of its row.
+        description: the passes in one line of text.
         directory: the artifact, or the source checkpoint.
-        artifact: the same directory as records name it, relative to the run's directory.
-        artifact_sha256: hash of its manifest; of the checkpoint's configuration and weights for `source`.
-        passes: the passes as data; none for a checkpoint as it is.
+        artifact: the same directory as written in records, relative to the run's directory.
+        artifact_sha256: hash of its manifest; for `source`, hash of the checkpoint's configuration and weights.
+        passes: the passes as data; empty for an unchanged checkpoint.
     """
 
     variant: str
@@ -70,20 +76,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """The artifacts of one recipe.
+    """The artifacts of one recipe, and how to measure them.
 
     Attributes:
         directory: the run's directory; records are written into its folder `records`.
         recipe: the recipe's name.
         recipe_sha256: hash of its file.
         suite: the suite's file.
-        baseline: the variant that losses are relative to; one of the cells.
-        cells: what to evaluate, in the order of the rows, the source checkpoint first.
-        reuse: whether records that still hold are kept.
-        time_limit: seconds that one measurement may take, and one task.
-        command: what was run, for the records.
-        device: where models compute: "cpu", "cuda" or "cuda:1".
-        gpu: name of that device, for the records; empty for the CPU.
+        baseline: the variant that losses are relative to; one of the artifacts.
+        artifacts: the artifacts to evaluate, in row order; the source checkpoint is first.
+        reuse: whether records that are still valid are reused.
+        time_limit: limit in seconds for one cell, and for one task.
+        command: the command line, for the records.
+        device: device of the models: "cpu", "cuda" or "cuda:1".
+        gpu: name of the GPU, for the records; empty for the CPU.
     """
 
     directory: Path
@@ -91,7 +97,7 @@ class EvaluationRequest:
     recipe_sha256: str
     suite: Path
     baseline: str
-    cells: tuple[Cell, ...]
+    artifacts: tuple[EvaluatedArtifact, ...]
     reuse: bool = True
     time_limit: float = 3600.0
     command: str = ""
@@ -101,11 +107,11 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """What the steps of one evaluation share."""
+    """State shared by the steps of one evaluation."""
 
     request: EvaluationRequest
     suite: LoadedSuite
-    baseline: Cell
+    baseline: EvaluatedArtifact
     hardware: str
     versions: dict[str, str]
     progress: Progress
@@ -124,7 +130,7 @@ class _Evaluation:
 
     @property
     def key(self) -> str:
-        """Names the baseline's answers by everything they depend on."""
+        """Hash of everything that the baseline's predictions and scores depend on."""
         facts = {**self.versions, **hardware.environment(), **{name: self.code[name] for name in ("quality", "tasks")}}
         parts = (self.baseline.artifact_sha256, self.suite.sha256, self.hardware, str(sorted(facts.items())))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -135,63 +141,67 @@ class _Evaluation:
         others = () if self.request.gpu else ("quantlab.runtime.cuda",)
         return {cell: code_fingerprint(roots, without=others) for cell, roots in _CELLS.items()}
 
-    def is_baseline(self, cell: Cell) -> bool:
-        return cell.variant == self.baseline.variant
+    def is_baseline(self, artifact: EvaluatedArtifact) -> bool:
+        return artifact.variant == self.baseline.variant
 
     def path(self, variant: str) -> Path:
         return self.records / f"{variant}.json"
 
-    def bench(self, worker: Worker) -> Bench:
-        return Bench(worker, self.suite, self.predictions, self.scores, self.key, self.request.device, self.progress)
+    def context(self, worker: Worker) -> EvaluationContext:
+        return EvaluationContext(
+            worker, self.suite, self.predictions, self.scores, self.key, self.request.device, self.progress
+        )
 
 
 def evaluate(request: EvaluationRequest, *, progress: Progress | None = None) -> list[Record]:
     """Measure every artifact and write its record.
 
     Args:
-        request: what to measure.
-        progress: told of each stage; also told how many records were kept.
+        request: the artifacts and the suite.
+        progress: called at each stage, and with the number of reused records.
 
     Returns:
-        The records, in the order of the cells.
+        The records, in the order of the artifacts.
 
     Raises:
         RecipeError: the suite is malformed.
-        EvaluationError: the corpus cannot be read, the baseline is no cell, or no process can be started.
+        EvaluationError: the corpus cannot be read, the baseline is not among the artifacts, or no process can be started.
         ArtifactError: an artifact was changed since it was made, or a record cannot be written.
     """
     evaluation = _prepare(request, progress or _silent)
     found = _known(evaluation)
     missing = [
-        cell
-        for cell in request.cells
-        if found[cell.variant].lacks(evaluation.suite, is_baseline=evaluation.is_baseline(cell))
+        artifact
+        for artifact in request.artifacts
+        if found[artifact.variant].is_incomplete(evaluation.suite, is_baseline=evaluation.is_baseline(artifact))
     ]
-    if len(missing) < len(request.cells):
-        kept = len(request.cells) - len(missing)
-        evaluation.progress(f"{kept} of {len(request.cells)} records kept from before", 1, 1)
-    for cell in missing:  # stopped half-way, no record of something else stays behind
-        if found[cell.variant] == Found():
-            evaluation.path(cell.variant).unlink(missing_ok=True)
+    if len(missing) < len(request.artifacts):
+        kept = len(request.artifacts) - len(missing)
+        evaluation.progress(f"{kept} of {len(request.artifacts)} records kept from before", 1, 1)
+    for artifact in missing:  # an interrupted evaluation must not leave outdated records
+        if found[artifact.variant] == ArtifactResults():
+            evaluation.path(artifact.variant).unlink(missing_ok=True)
     if missing:
         _measure(evaluation, missing, found)
-    records = adjusted([_record(evaluation, cell, found[cell.variant]) for cell in request.cells])
+    records = with_holm_correction(
+        [_record(evaluation, artifact, found[artifact.variant]) for artifact in request.artifacts]
+    )
     for record in records:
         _write(evaluation, record)
     return records
 
 
 def _prepare(request: EvaluationRequest, progress: Progress) -> _Evaluation:
-    baselines = [cell for cell in request.cells if cell.variant == request.baseline]
+    baselines = [artifact for artifact in request.artifacts if artifact.variant == request.baseline]
     if not baselines:
         raise EvaluationError(
             "the baseline is not among the artifacts",
             where="evaluate.baseline",
             found=request.baseline,
-            fix="use one of: " + ", ".join(cell.variant for cell in request.cells),
+            fix="use one of: " + ", ".join(artifact.variant for artifact in request.artifacts),
         )
-    for cell in request.cells:
-        check_unchanged(cell.directory)
+    for artifact in request.artifacts:
+        check_unchanged(artifact.directory)
     suite = load_suite(request.suite)
     bridged = any(not task.ours for task in suite.suite.tasks)
     versions = hardware.versions() | (hardware.version_of("lm-eval") if bridged else {})
@@ -210,39 +220,39 @@ def _prepare(request: EvaluationRequest, progress: Progress) -> _Evaluation:
     return evaluation
 
 
-def _known(evaluation: _Evaluation) -> dict[str, Found]:
-    """What earlier evaluations found of every variant and still holds."""
-    found = {cell.variant: _earlier(evaluation, cell) for cell in evaluation.request.cells}
+def _known(evaluation: _Evaluation) -> dict[str, ArtifactResults]:
+    """The results of earlier evaluations that are still valid, by variant."""
+    found = {artifact.variant: _earlier(evaluation, artifact) for artifact in evaluation.request.artifacts}
     baseline = evaluation.baseline.variant
     others = [one for variant, one in found.items() if variant != baseline]
     if any(one.quality is None or one.served is None for one in others) and not predictions_complete(
         evaluation.predictions, evaluation.key
     ):
-        found[baseline] = replace(found[baseline], quality=None)  # there would be nothing to compare with
-    answered = kept_scores(evaluation.scores, evaluation.key)
+        found[baseline] = replace(found[baseline], quality=None)  # the others need its predictions
+    answered = saved_scores(evaluation.scores, evaluation.key)
     tasks = {
         number: result
         for number, result in found[baseline].tasks.items()
-        if all(number in one.tasks for one in others) or twin(result, answered) is not None
+        if all(number in one.tasks for one in others) or same_task(result, answered) is not None
     }
     found[baseline] = replace(found[baseline], tasks=tasks)
     return found
 
 
-def _earlier(evaluation: _Evaluation, cell: Cell) -> Found:
-    """What the record of an earlier evaluation says, where measuring again could only repeat it."""
-    path = evaluation.path(cell.variant)
+def _earlier(evaluation: _Evaluation, artifact: EvaluatedArtifact) -> ArtifactResults:
+    """The results in the record of an earlier evaluation, as far as the current code would measure the same."""
+    path = evaluation.path(artifact.variant)
     if not evaluation.request.reuse or not path.is_file():
-        return Found()
+        return ArtifactResults()
     try:
         record = read_record(path)
-    except ArtifactError:  # of another version: measured again
-        return Found()
+    except ArtifactError:  # written by another version: measure again
+        return ArtifactResults()
     tasks = dict(enumerate(record.tasks))
     same = _record(
         evaluation,
-        cell,
-        Found(
+        artifact,
+        ArtifactResults(
             record.quality,
             record.served,
             tasks,
@@ -252,34 +262,34 @@ def _earlier(evaluation: _Evaluation, cell: Cell) -> Found:
             failures=record.failures,
         ),
     )
-    apart = _WORDS | {"code"}
-    if record.model_dump(exclude=apart) != same.model_dump(exclude=apart):
-        return Found()
+    ignored = _DESCRIPTIVE_FIELDS | {"code"}
+    if record.model_dump(exclude=ignored) != same.model_dump(exclude=ignored):
+        return ArtifactResults()
     changed = {cell for cell, fingerprint in evaluation.code.items() if record.code.get(cell) != fingerprint}
-    return sound_parts(evaluation.suite, record).without(changed)
+    return reusable_results(evaluation.suite, record).without(changed)
 
 
-def _measure(evaluation: _Evaluation, missing: list[Cell], found: dict[str, Found]) -> None:
-    """Measure what is missing. Each record is written as soon as it is complete but for its speed, and again with it."""
+def _measure(evaluation: _Evaluation, missing: list[EvaluatedArtifact], found: dict[str, ArtifactResults]) -> None:
+    """Measure the missing cells. Each record is written once everything but its speed is measured; the caller adds the speed."""
     request = evaluation.request
     with Worker(evaluation.records / _WORK, threads=hardware.threads(), time_limit=request.time_limit) as worker:
-        bench = evaluation.bench(worker)
-        turns = SpeedTurns(
-            bench,
-            {cell.variant: cell.directory for cell in missing if found[cell.variant].speed is None},
-            source=request.cells[0].directory,
+        context = evaluation.context(worker)
+        turns = SpeedProcesses(
+            context,
+            {artifact.variant: artifact.directory for artifact in missing if found[artifact.variant].speed is None},
+            source=request.artifacts[0].directory,
         )
-        for done, cell in enumerate(sorted(missing, key=lambda cell: not evaluation.is_baseline(cell))):
-            turns.catch_up(done / len(missing))
-            variant = cell.variant
+        for done, artifact in enumerate(sorted(missing, key=lambda artifact: not evaluation.is_baseline(artifact))):
+            turns.run_due(done / len(missing))
+            variant = artifact.variant
             known = replace(found[variant], command=request.command, failures=())
-            found[variant] = measure_row(
-                bench, variant, cell.directory, known, is_baseline=evaluation.is_baseline(cell)
+            found[variant] = measure_artifact(
+                context, variant, artifact.directory, known, is_baseline=evaluation.is_baseline(artifact)
             )
-            _write(evaluation, _record(evaluation, cell, found[variant]))
-        turns.catch_up(1.0)
-    for cell in missing:
-        variant = cell.variant
+            _write(evaluation, _record(evaluation, artifact, found[variant]))
+        turns.run_due(1.0)
+    for artifact in missing:
+        variant = artifact.variant
         known = found[variant]
         failures = _of_speed(turns.failures, variant) + known.failures
         found[variant] = replace(known, speed=turns.speeds.get(variant, known.speed), failures=failures)
@@ -289,17 +299,17 @@ def _of_speed(failures: Mapping[str, str], variant: str) -> tuple[Failure, ...]:
     return (Failure(cell="speed", reason=failures[variant]),) if variant in failures else ()
 
 
-def _record(evaluation: _Evaluation, cell: Cell, found: Found) -> Record:
+def _record(evaluation: _Evaluation, artifact: EvaluatedArtifact, found: ArtifactResults) -> Record:
     request, suite = evaluation.request, evaluation.suite
-    manifest = read_manifest(cell.directory)
+    manifest = read_manifest(artifact.directory)
     return Record(
         recipe=request.recipe,
         recipe_sha256=request.recipe_sha256,
-        variant=cell.variant,
-        description=cell.description,
-        passes=cell.passes,
-        artifact=cell.artifact,
-        artifact_sha256=cell.artifact_sha256,
+        variant=artifact.variant,
+        description=artifact.description,
+        passes=artifact.passes,
+        artifact=artifact.artifact,
+        artifact_sha256=artifact.artifact_sha256,
         baseline=request.baseline,
         baseline_sha256=evaluation.baseline.artifact_sha256,
         suite=suite.title,
@@ -344,4 +354,4 @@ def _write(evaluation: _Evaluation, record: Record) -> None:
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    """Nobody asked."""
+    """The default: progress is not shown."""

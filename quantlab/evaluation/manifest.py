@@ -1,4 +1,4 @@
-"""What an artifact's manifest says, as records repeat it; and whether the artifact still is what its manifest says."""
+"""An artifact's manifest: the facts that records copy from it, and the check that the artifact still matches it."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:
-    """The manifest; empty where there is none, as beside a checkpoint that others made."""
+    """The manifest; empty if there is none, as for a checkpoint that quantlab did not write."""
     path = artifact / _NAME
     return read_json(path) if path.is_file() else {}
 
 
 def made_by(manifest: dict[str, Any]) -> Made | None:
-    """What made the artifact; None where the manifest does not say."""
+    """The code, libraries and calibration device that made the artifact; None if the manifest does not state them."""
     identity = manifest.get("identity")
     if identity is None:
         return None
@@ -38,17 +38,17 @@ def made_by(manifest: dict[str, Any]) -> Made | None:
 
 
 def tokens_per_expert(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Calibration tokens of every routed expert by block; empty where none was watched."""
+    """Number of calibration tokens of every routed expert by block; empty if they were not counted."""
     return {block: tuple(counts) for block, counts in manifest.get("tokens_per_expert", {}).items()}
 
 
 def kept_experts(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The source's numbers of the experts that pruning left, by layer; empty where all stayed."""
+    """Source indices of the experts that pruning kept, by layer; empty if no expert was removed."""
     return {layer: tuple(numbers) for layer, numbers in manifest.get("kept_experts", {}).items()}
 
 
 def matrix_errors(manifest: dict[str, Any]) -> tuple[MatrixErrors, ...]:
-    """Errors of the matrices that were changed, by layer and kind; those outside the layers stand last."""
+    """Errors of the matrices that were changed, by layer and kind; matrices outside the layers come last."""
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for entry in manifest.get("ledger", []):
         if "relative_error" not in entry:
@@ -85,7 +85,8 @@ def weights_sha256(shards: Sequence[Path], known: Path) -> str:
 
     Args:
         shards: safetensors files.
-        known: keeps the hash of each by its size and time, so that a large checkpoint is read once; made where there is none.
+        known: cache file with the hash of each shard by size and modification time, so that a large checkpoint is read
+            once; created if it does not exist.
 
     Raises:
         ArtifactError: `known` cannot be written.
@@ -102,12 +103,12 @@ def weights_sha256(shards: Sequence[Path], known: Path) -> str:
 
 
 def check_unchanged(artifact: Path) -> None:
-    """Refuse an artifact that was changed after it was made: a record would name it by a hash that is not its own.
+    """Refuse an artifact that was changed after it was made: the hash in its record would be wrong.
 
-    Files no younger than the manifest, which is written last, are taken by their size; younger ones are hashed.
+    The manifest is written last. Only the size is checked of files that are not newer than it; newer files are hashed.
 
     Raises:
-        ArtifactError: a file is missing or is not the one the manifest names.
+        ArtifactError: a file is missing or differs from the manifest.
     """
     written = (artifact / _NAME).stat().st_mtime_ns if (artifact / _NAME).is_file() else 0
     for name, file in read_manifest(artifact).get("files", {}).items():

@@ -24,10 +24,10 @@ Unit = Literal[
 ]
 """How a number is written; "share" is stored from 0 to 1 and shown in percent, "change" is a signed percentage."""
 Table = Literal["headline", "main", "details", "cards", "leaderboard"]
-"""Where a metric has a column: among the three that decide, in the first table of page and terminal, in the tables of all other
-numbers, in model cards, in the leaderboard. Every metric is in matrix.json and matrix.csv."""
+"""Tables in which a metric has a column: the headline columns, the first table of page and terminal, the tables of all other
+numbers, model cards, the leaderboard. Every metric is in matrix.json and matrix.csv."""
 Sums = Mapping[str, Floats]
-"""Sums over documents by the names of `Documents`, each of shape [...]: one set of documents, or one for each draw."""
+"""Sums over documents by field of `Documents`, each of shape [...]: [] for all documents, or one value per draw."""
 Statistic = Callable[[Sums], Floats]
 
 
@@ -54,19 +54,19 @@ class Metric:
         unit: how it is written.
         better: whether a low or a high value is better.
         tables: where it has a column; empty: in matrix.json and matrix.csv only.
-        head: two short lines that replace the heading in a terminal; needed in the table "main".
-        rank: order in which the columns of "main" get the width of a terminal, 1 first.
-        statistic: how sums over documents become the value; None where it is measured otherwise.
-        count: the sum that counts what the value rests on (its n).
-        relative: whether it compares with the baseline, which therefore has none.
-        loss: how it is tested against the baseline; None where it is not.
-        always: whether its column stands even where no row has the number.
+        head: two short lines that replace the heading in a terminal; required for the table "main".
+        rank: priority of a column of "main" for the width of a terminal, 1 first.
+        statistic: function of sums over documents that gives the value; None if it is measured otherwise.
+        count: the sum that is the value's n.
+        relative: whether it compares with the baseline; the baseline itself then has no value.
+        loss: the test against the baseline; None if it is not tested.
+        always: whether its column is shown even if no row has the number.
         of_machine: whether it depends on the hardware, beyond the metrics of speed, which all do.
         origin: the field that a computed number comes from, where records and pages link to; empty: its own name.
-        made_of: a rate by batch size that a ratio is computed from, and whose noise it shares.
+        made_of: for a ratio, the rate by batch size that it is computed from and whose noise it shares.
         batches: batch sizes that matrix.json always has a key for.
-        elsewhere: the batch size that has a column of its own under another name.
-        claim: its name where claims are checked; empty where claims about it cannot be made.
+        elsewhere: the batch size that has a separate column under another name.
+        claim: its name in claims; empty if claims cannot refer to it.
     """
 
     heading: str

@@ -1,6 +1,6 @@
-"""Facts that records of earlier versions state in sentences only, as the fields that later versions write.
+"""Conversion of records of earlier versions: facts that they state only in text become the fields that later versions write.
 
-Done once, when a record is read; everything else reads the fields.
+Runs once, when a record is read; all other code reads the fields.
 """
 
 import re
@@ -10,11 +10,11 @@ _PASS = re.compile(r"(?P<prune>prune )?(?P<setting>\S+)(?: \((?P<algorithm>\w+)[
 _TIMED_WITH = ", timed once with "
 
 
-def with_facts(record: Any) -> Any:  # noqa: ANN401 - JSON that nobody has checked yet
-    """The JSON of a record with the fields that its version did not write.
+def with_later_fields(record: Any) -> Any:  # noqa: ANN401 - JSON that is not validated yet
+    """The JSON of a record, with the fields added that its version did not write.
 
     Args:
-        record: as read from a file; returned as it is where it is no record at all.
+        record: as read from a file; returned unchanged if it is not a JSON object.
     """
     if not isinstance(record, dict):
         return record
@@ -29,7 +29,7 @@ def with_facts(record: Any) -> Any:  # noqa: ANN401 - JSON that nobody has check
 
 
 def passes_of(description: str) -> list[dict[str, str]]:
-    """The passes of a description: "prune 0.08 (sparsegpt) → int4_g128 (gptq) of routed_experts"."""
+    """Parse the passes from a description: "prune 0.08 (sparsegpt) → int4_g128 (gptq) of routed_experts"."""
     found = []
     for words in description.split(" → "):
         match = _PASS.match(words)
@@ -49,7 +49,7 @@ def _with_timed(speed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_counted(quality: dict[str, Any]) -> dict[str, Any]:
-    """With the tokens that KL is summed over, where that is all of them."""
+    """Add the number of tokens that the KL is summed over, if that is all of them."""
     documents = quality["documents"]
     sample = (quality.get("divergence") or {}).get("kl_sample", "")
     if "kl_tokens" in documents or not documents.get("kl") or sample.startswith("one in "):

@@ -1,8 +1,8 @@
-"""A record: everything measured of one artifact, as the file that tables are built from.
+"""A record: all measurements of one artifact, stored as the file that tables are built from.
 
-A record stands alone: it names the artifact, the suite, the hardware and the versions, and holds every number with its
-interval. `report` reads records and nothing else. Later versions may add fields; they do not rename these. Its numbers and their
-declarations stand in `quality.metrics`, `served.metrics`, `memory.metrics` and `speed.metrics`.
+A record is self-contained: it names the artifact, the suite, the hardware and the versions, and holds every number with its
+interval. `report` reads only records. Later versions may add fields but do not rename these. The metrics are declared in
+`quality.metrics`, `served.metrics`, `memory.metrics` and `speed.metrics`.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from pydantic_core import from_json
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.measured import Frozen, Measured, Significance
 from quantlab.evaluation.memory.metrics import Memory
-from quantlab.evaluation.old_records import with_facts
+from quantlab.evaluation.old_records import with_later_fields
 from quantlab.evaluation.quality.metrics import Quality
 from quantlab.evaluation.served.metrics import Served
 from quantlab.evaluation.speed.metrics import Speed
@@ -31,10 +31,10 @@ class MatrixErrors(Frozen):
     count: int
     """Matrices that were changed."""
     relative_error: float
-    """Median over the matrices of the Frobenius norm of the change over that of the weight."""
+    """Frobenius norm of the change over that of the weight; median over the matrices."""
     relative_error_max: float
     output_error: float | None = None
-    """Median of squared error over squared outputs on the calibration text; None where no activations were read."""
+    """Squared error of the outputs over squared outputs on the calibration text; median over the matrices; None without activations."""
     output_error_max: float | None = None
     worst: str = ""
     """The matrix with the largest output error (relative error where there is none)."""
@@ -56,30 +56,30 @@ class TaskResult(Frozen):
     version: str
     """Version of the task's data and construction; scores of different versions cannot be compared."""
     source: Literal["quantlab", "lm-eval"] = "quantlab"
-    """Who defines the task."""
+    """Origin of the task's definition."""
     metric: str
     """ "accuracy", "exact_match" …"""
     higher_is_better: bool = True
     score: Measured
-    """In the metric's own unit; shares from 0 to 1. The interval is over documents, or over items where these stand alone."""
+    """In the metric's own unit; shares from 0 to 1. The interval is over documents, or over items if each is its own document."""
     n: int
     """Items."""
     random_baseline: float | None = None
-    """Score of guessing; None where guessing has no meaning."""
+    """Expected score of random guessing; None if guessing is not defined."""
     baseline_score: float | None = None
-    """Score of the baseline; None for the baseline itself, as are the rest."""
+    """Score of the baseline; this and the following comparisons are None for the baseline itself."""
     loss: Measured | None = None
     """How much worse than the baseline on the same items, in the metric's unit (0.01: one percentage point); positive is worse."""
     to_wrong: int | None = None
-    """Items that the baseline answers rightly and the artifact wrongly; None where a metric is not right or wrong."""
+    """Items that the baseline answers correctly and the artifact wrongly; None if the metric is not right or wrong per item."""
     to_right: int | None = None
-    """Items that the artifact answers rightly and the baseline wrongly."""
+    """Items that the artifact answers correctly and the baseline wrongly."""
     significance: Significance | None = None
-    """McNemar's exact test of the flips where items are right or wrong, else from the bootstrap; the verdict is the loss's."""
+    """McNemar's exact test of the changed items if items are right or wrong, else the bootstrap test; the verdict is on the loss."""
     by_group: dict[str, Measured] = {}
-    """Score within groups of items: length of the context, kind of sentence; empty where there is one group."""
+    """Score within groups of items, such as context lengths or kinds of sentences; empty if there is one group."""
     decoding: str = ""
-    """How an answer is taken: "log-likelihood", "greedy, at most 256 tokens"."""
+    """How an answer is obtained: "log-likelihood", "greedy, at most 256 tokens"."""
     shots: int = 0
     """Solved examples before each item."""
     seed: int = 0
@@ -105,18 +105,18 @@ class AttentionCell(Frozen):
     context: int
     """Tokens."""
     prefill_peak_bytes: int | None = None
-    """Most memory above the weights while the context is read, the cache included; None where it was not measured, as are the rest."""
+    """Peak memory above the weights during prefill, including the cache; this and the following are None if not measured."""
     decode_peak_bytes: int | None = None
-    """The same while a token is decoded after it; also None where a process cannot tell its latest peak from an earlier one."""
+    """The same during decoding; also None if the system cannot reset a process's peak."""
     cache_bytes: int | None = None
     """Size of the cache after the context."""
     prefill_tokens_per_second: Measured | None = None
     decode_tokens_per_second: Measured | None = None
-    """Step by step, with a cache that grows."""
+    """Decoding step by step with a growing cache."""
     quartiles: dict[str, tuple[float, float]] = {}
     """First and third quartile over repeats, by "prefill_tokens_per_second" and "decode_tokens_per_second"; empty without repeats."""
     noise: dict[str, str] = {}
-    """Reasons why the measurement of a rate was disturbed, by the same names."""
+    """Reasons why the measurement of a rate is noisy, by the same names."""
     reason: str | None = None
     """Reason where it was not measured: "not tried: about 211.5 GB needed, 16.0 GB free"."""
 
@@ -127,34 +127,34 @@ class Attention(Frozen):
     twin: str
     """The model that was measured: width and layers of the twin."""
     layout: str
-    """Its weights; empty where nothing could be measured."""
+    """Name of the layout of its weights; empty if nothing could be measured."""
     memory: Literal["process", "cuda"]
-    """Which memory the peaks are of, as in `Memory.peak_memory_of`."""
+    """The kind of memory of the peaks, as in `Memory.peak_memory_of`."""
     cells: tuple[AttentionCell, ...]
 
 
 class Calibrated(Frozen):
-    """Where and how precisely the artifact's calibration computed."""
+    """Device and dtype of the artifact's calibration."""
 
     device: str
     """ "cpu" or "cuda"."""
     gpu: str
-    """Its name, empty on the CPU."""
+    """Name of the GPU, empty on the CPU."""
     cpu: str
-    """The processor's name."""
+    """Name of the CPU."""
     dtype: str
-    """Of weights and activations: "float32" or "bfloat16"."""
+    """Dtype of weights and activations: "float32" or "bfloat16"."""
 
 
 class Made(Frozen):
-    """What made the artifact, as its manifest says."""
+    """Code, libraries and calibration device that made the artifact, from its manifest."""
 
     code: str
     """Fingerprint of the code."""
     versions: dict[str, str]
-    """Of the libraries whose arithmetic decided numbers."""
+    """Versions of the libraries whose arithmetic determines numbers."""
     calibration: Calibrated | None = None
-    """None where nothing was calibrated."""
+    """None if nothing was calibrated."""
 
 
 class Pass(Frozen):
@@ -173,7 +173,7 @@ class Pass(Frozen):
 
 
 class Failure(Frozen):
-    """A measurement that could not be made."""
+    """A cell that could not be measured."""
 
     cell: Literal["quality", "served", "memory", "speed", "tasks"]
     reason: str
@@ -187,9 +187,9 @@ class Record(Frozen):
     recipe_sha256: str
     variant: str
     description: str
-    """The passes in one line, for people: "int4_g128 (rtn)"."""
+    """The passes in one line of text: "int4_g128 (rtn)"."""
     passes: tuple[Pass, ...] = ()
-    """The same as data; empty for a checkpoint as it is."""
+    """The passes as data; empty for an unchanged checkpoint."""
     artifact: str
     """Directory of the artifact, relative to the run's directory; the checkpoint's own for `source`."""
     artifact_sha256: str
@@ -201,54 +201,54 @@ class Record(Frozen):
     suite: str
     """Name and version of the suite."""
     suite_sha256: str
-    """Hash of the suite, of the text and of the tasks it names."""
+    """Hash of the suite and of the text and tasks that it names."""
     suite_name: str = ""
-    """Name and version apart, as in `suite`; a leaderboard mixes no two versions in a column."""
+    """Name of the suite without its version. A leaderboard does not mix two versions in a column."""
     suite_version: int = 0
     seeds: dict[str, int] = {}
-    """Every seed a number depends on, by what it draws: "bootstrap", "speed twin", "task continuation"."""
+    """Every seed that a number depends on, by the random draw it seeds: "bootstrap", "speed twin", "task continuation"."""
     command: str = ""
     """The command line: "quantlab run recipes/quickstart.yaml"."""
     hardware: str
     versions: dict[str, str]
     made: Made | None = None
-    """What made the artifact; None for `source`, and for artifacts whose manifest does not say."""
+    """None for `source`, and for artifacts whose manifest does not state it."""
     code: dict[str, str] = {}
-    """Fingerprint of the code that measured each part, by cell: "quality", "tasks" …; a part is measured again after its code has changed."""
+    """Fingerprint of the code that measured each cell ("quality", "tasks" …); a cell is measured again when its code changes."""
     environment: dict[str, str] = {}
-    """Variables of the environment that choose instructions and kernels: `ONEDNN_MAX_CPU_ISA`, `QUANTLAB_NATIVE` …, where they were set."""
+    """Environment variables that select instructions and kernels (`ONEDNN_MAX_CPU_ISA`, `QUANTLAB_NATIVE` …), if set."""
     quality: Quality | None
     served: Served | None = None
-    """None where it failed, and in records of earlier versions."""
+    """None if it failed, and in records of earlier versions."""
     memory: Memory | None
     speed: Speed | None
     failures: tuple[Failure, ...]
     tokens_per_expert: dict[str, tuple[int, ...]] = {}
-    """Calibration tokens of every routed expert by block, as the artifact's manifest has them; empty where none was watched."""
+    """Calibration tokens of every routed expert by block, from the artifact's manifest; empty if they were not counted."""
     tasks: tuple[TaskResult, ...] = ()
     """In the order of the suite."""
     attention: Attention | None = None
-    """Results for the suite's contexts; in the record of the baseline only, None where the suite asks for none."""
+    """Results for the suite's contexts; only in the baseline's record, None if the suite has no attention section."""
     matrix_errors: tuple[MatrixErrors, ...] = ()
-    """Errors of the matrices that were changed, by layer and kind; empty where none was, or the manifest does not say."""
+    """Errors of the changed matrices, by layer and kind; empty if none was changed or the manifest does not state them."""
 
 
 def read_record(path: Path) -> Record:
     """Read one record.
 
     Raises:
-        ArtifactError: the file cannot be read or is no record of this version.
+        ArtifactError: the file cannot be read or is not a record of this version.
     """
     try:
-        return Record.model_validate(with_facts(from_json(path.read_bytes())))
+        return Record.model_validate(with_later_fields(from_json(path.read_bytes())))
     except OSError as error:
         raise ArtifactError(
             "a record cannot be read", where=str(path), found=error.strerror, fix="run `quantlab eval` again"
         ) from error
-    except ValueError as error:  # no JSON, or other fields
+    except ValueError as error:  # invalid JSON or fields
         first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
         raise ArtifactError(
-            "a file is no record of this version",
+            "a file is not a record of this version",
             where=", ".join([str(path), *([".".join(map(str, first["loc"]))] if first else [])]),
             found=first["msg"] if first else str(error),
             fix="run `quantlab eval` again",

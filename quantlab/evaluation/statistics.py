@@ -1,29 +1,29 @@
-"""Intervals: of numbers over text by resampling documents, of timings by order statistics.
+"""Intervals: a bootstrap over documents for numbers on text, order statistics for timings.
 
-**Text.** Tokens of one document are alike, so the unit that is drawn is the document: 2,000 times, as many documents as
-there are, with replacement, domain by domain (the domains' shares are the suite's choice, not chance). Every number of
-the quality table is a function of sums over documents, so a draw is a vector of counts, all draws are one matrix product
-and a difference is paired by construction: both sides are summed over the same drawn documents. Losses against the baseline,
-comparisons of two records, ranks and claims all take their intervals from here.
+**Text.** Tokens of one document are correlated, so the resampled unit is the document: 2,000 draws with replacement, stratified
+by domain (the suite fixes the domains' shares). Every number of the quality table is a function of sums over documents. A draw
+is therefore a vector of counts, all draws are one matrix product, and differences are paired: both sides are summed over the
+same drawn documents. Losses against the baseline, comparisons of two records, ranks and claims all use these intervals.
 
-**Percentiles** of tokens (the median KL, its 99th) are taken of the tokens of each draw, again document by document.
+**Percentiles** over tokens (median and 99th percentile of the KL) are computed from the tokens of the documents of each draw.
 
-**Significance.** p inverts the interval beside it: the largest level at which the interval still covers zero. Items that are
-right or wrong have an exact test of their own, McNemar's. Several rows are held against one baseline, so p is corrected
+**Significance.** p inverts the interval of the same number: it is the largest level at which the interval still covers zero.
+Items scored right or wrong have an exact test, McNemar's. Several rows are compared with one baseline, so p is corrected
 for their number as in S. Holm, "A simple sequentially rejective multiple test procedure" (1979).
 
-**Timings.** The value is the median, because a busy machine makes single rounds slow, never fast. Its interval lies between order
-statistics, which no assumption about the noise enters: T. P. Hettmansperger and S. J. Sheather, "Confidence intervals based on
-interpolated order statistics" (Statistics & Probability Letters 4, 1986). Of fewer than six repetitions even the range covers
-the median with less than 95 %, so the range is given, under that name.
+**Timings.** The value is the median, because a busy machine slows single rounds down and never speeds them up. The interval lies
+between order statistics and assumes nothing about the noise: T. P. Hettmansperger and S. J. Sheather, "Confidence intervals
+based on interpolated order statistics" (Statistics & Probability Letters 4, 1986). With fewer than six repetitions even the full
+range covers the median with less than 95 %, so the range is reported and labelled as one.
 
-**Speed** differs between processes (addresses of memory, clock) by more than between the turns of one process. A cell is timed in
-few processes, so the variance between them is pooled over the twins, and the interval is that of another evaluation's number.
+**Speed** varies more between processes (memory addresses, clock) than between the turns of one process. A cell is timed in few
+processes, so the variance between processes is pooled over the timed models. The interval predicts the number that another
+evaluation would find.
 
-**Too few units** have no interval at all: below ten degrees of freedom the simulated coverage of a 95 % interval sinks under
-93 %. The range over single documents is given instead, under that name, and nothing is concluded from it.
+**Too few units** give no interval: below ten degrees of freedom the simulated coverage of a 95 % interval falls below 93 %. The
+range over single documents is reported instead and labelled as one; no conclusion is drawn from it.
 
-Percentile intervals come out too narrow when units are few: they leave out the factor sqrt(n/(n-1)) and Student's tails.
+Percentile intervals are too narrow for few units: they lack the factor sqrt(n/(n-1)) and Student's tails.
 The quantiles are widened for both, as in T. Hesterberg, "What Teachers Should Know About the Bootstrap" (2014,
 arXiv 1411.5279), "expanded percentile" intervals.
 """
@@ -45,9 +45,9 @@ _SEED = 0
 _NORMAL = NormalDist()
 _CANDIDATES = 4000
 _FEWEST_POOLED = 3
-"""Degrees of freedom that an interval from pooled processes takes."""
+"""Minimum degrees of freedom of an interval from pooled processes."""
 FEWEST_REPETITIONS = 6
-"""Repetitions that an interval of a median takes: the range of five covers it with 93.75 %."""
+"""Minimum repetitions for the interval of a median: the range of five covers the median with 93.75 %."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Resampled:
     Attributes:
         table: the contribution of each document to each sum [D, C].
         draws: sums over each draw [R, C].
-        units: how many documents there are.
-        degrees: degrees of freedom: the documents less the strata, because every stratum spends one on its mean.
+        units: number of documents.
+        degrees: degrees of freedom: documents minus strata, because every stratum's mean uses up one.
     """
 
     table: Floats
@@ -76,12 +76,12 @@ class Resampled:
         """A number that is a function of sums.
 
         Args:
-            statistic: takes sums [..., C] to values [...].
+            statistic: maps sums [..., C] to values [...].
             n: the count to report.
         """
         value = float(statistic(self.totals))
         if self.degrees < FEWEST_DEGREES:
-            with np.errstate(divide="ignore", invalid="ignore"):  # a document may have nothing to divide by
+            with np.errstate(divide="ignore", invalid="ignore"):  # the denominator of a document may be zero
                 return _range(value, statistic(self.table), n=n, reason=f"{self.units} documents")
         low, high = _percentile_interval(statistic(self.draws), units=self.units, degrees=self.degrees)
         return Measured(value=value, low=low, high=high, n=n)
@@ -89,7 +89,7 @@ class Resampled:
     def compare(self, statistic: Callable[[Floats], Floats], *, n: int) -> tuple[Measured, Significance | None]:
         """A difference to the baseline that is a function of sums, positive where the artifact is worse.
 
-        The significance is None where there are too few documents for an interval.
+        The significance is None if there are too few documents for an interval.
         """
         measured = self.measure(statistic, n=n)
         if measured.interval != "95 %":
@@ -99,7 +99,7 @@ class Resampled:
 
 
 def resample(table: Floats, strata: NDArray[np.int64]) -> Resampled:
-    """Draw rows of `table` with replacement, as many of each stratum as there are.
+    """Draw rows of `table` with replacement; every draw has as many rows of each stratum as the table.
 
     Args:
         table: the contribution of each document to each sum [D, C].
@@ -113,22 +113,22 @@ def resample(table: Floats, strata: NDArray[np.int64]) -> Resampled:
 
 @functools.lru_cache(maxsize=64)
 def _counts(units: int, stratum: int) -> Floats:
-    """Multiplicity of each of `units` units in each draw [R, units]; the same for every artifact."""
+    """Multiplicity of each of `units` units in each draw [R, units]; identical for every artifact."""
     generator = np.random.default_rng((_SEED, stratum))
     return generator.multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(np.float64)
 
 
 def percentile(values: Floats, documents: NDArray[np.int64], strata: NDArray[np.int64], *, share: float) -> Measured:
-    """A percentile of tokens, with its interval over documents.
+    """A percentile over tokens, with its interval over documents.
 
     Args:
-        values: one of each token [T].
+        values: one per token [T].
         documents: the document of each token, as an index into `strata` [T].
-        strata: the stratum (domain) of each document [D]; documents without tokens do not count.
-        share: 0.5 for the median, at least that.
+        strata: the stratum (domain) of each document [D]; documents without tokens are ignored.
+        share: the percentile as a share, at least 0.5 (the median).
     """
     order = np.argsort(values, kind="stable")
-    # the draws' percentiles lie among the largest values; three times what is above is far more than chance moves them
+    # candidates: the upper values, three times as many as lie above the percentile; draws move it by much less
     least = max(int(len(values) * (1 - 3 * (1 - share))), 0)
     ranks = np.unique(np.linspace(least, len(values) - 1, _CANDIDATES).astype(np.int64))
     above = np.zeros((len(ranks) + 1, len(strata)))
@@ -138,7 +138,7 @@ def percentile(values: Floats, documents: NDArray[np.int64], strata: NDArray[np.
     counts, degrees = _drawn_documents(strata, tokens > 0)
     allowed = (1 - share) * (counts @ tokens)
     first, last = np.zeros(RESAMPLES, dtype=np.int64), np.full(RESAMPLES, len(ranks) - 1)
-    while (first < last).any():  # bisection: the first candidate with few enough tokens above it, of every draw at once
+    while (first < last).any():  # bisection for all draws at once: the first candidate with few enough tokens above it
         middle = (first + last) // 2
         enough = np.einsum("rd,rd->r", counts, above[middle]) <= allowed
         first, last = np.where(enough, first, middle + 1), np.where(enough, middle, last)
@@ -163,7 +163,12 @@ def _drawn_documents(strata: NDArray[np.int64], seen: NDArray[np.bool_]) -> tupl
 
 
 def mcnemar(to_wrong: int, to_right: int) -> float:
-    """Two-sided exact p of McNemar's test: the probability that a fair coin splits the changed items at least as unevenly."""
+    """Two-sided exact p of McNemar's test: the probability that a fair coin splits the changed items at least as unevenly.
+
+    Args:
+        to_wrong: items that changed from right to wrong.
+        to_right: items that changed from wrong to right.
+    """
     flips, fewer = to_wrong + to_right, min(to_wrong, to_right)
     logs = [math.lgamma(flips + 1) - math.lgamma(k + 1) - math.lgamma(flips - k + 1) for k in range(fewer + 1)]
     tail = math.fsum(math.exp(log - flips * math.log(2)) for log in logs)
@@ -171,7 +176,7 @@ def mcnemar(to_wrong: int, to_right: int) -> float:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number: reject where the adjusted p is at most the level."""
+    """Holm's adjusted p values, in the order of `values`: reject if the adjusted p is at most the level."""
     adjusted, largest = [0.0] * len(values), 0.0
     for step, index in enumerate(sorted(range(len(values)), key=lambda index: values[index])):
         largest = max(largest, min(1.0, (len(values) - step) * values[index]))
@@ -180,10 +185,10 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def median(values: Floats) -> Measured:
-    """The median of repetitions [n] with its interval between order statistics; of fewer than six, with their range.
+    """The median of repetitions [n] with its interval between order statistics; with their range if there are fewer than six.
 
-    With x sorted, x_k to x_(n+1-k) covers the median with 1 - 2 P(B < k), B binomial of n coins. Between the last k that covers
-    it with 95 % and the next one, which does not, both ends are interpolated (Hettmansperger and Sheather 1986, equation 4).
+    With x sorted, x_k to x_(n+1-k) covers the median with probability 1 - 2 P(B < k), B binomial(n, 1/2). Both ends are
+    interpolated between the largest k that still covers it with 95 % and k + 1 (Hettmansperger and Sheather 1986, equation 4).
     """
     x, n = np.sort(values), len(values)
     middle = float(np.median(x))
@@ -199,34 +204,34 @@ def median(values: Floats) -> Measured:
 
 
 @dataclass(frozen=True)
-class Between:
-    """Variation of the median of a timing between processes.
+class ProcessVariation:
+    """Variation of a timing's median between processes.
 
     Attributes:
-        deviation: standard deviation of its logarithm.
-        degrees: of freedom that this rests on.
+        deviation: standard deviation of the logarithm of the median.
+        degrees: degrees of freedom of this estimate.
     """
 
     deviation: float
     degrees: float
 
 
-def between(medians: Floats, *, independent: float) -> Between:
-    """Variance between processes, pooled over the twins of one cell: three processes of one twin are too few to estimate it.
+def process_variation(medians: Floats, *, independent: float) -> ProcessVariation:
+    """Variance between processes, pooled over the timed models: three processes of one model are too few to estimate it.
 
     Args:
-        medians: of every twin and process [T, P], P at least 2.
-        independent: as how many independent numbers the differences of all twins count.
+        medians: median of every model and process [M, P], P at least 2.
+        independent: effective number of independent models; their differences between processes are correlated.
     """
     variance = float(np.log(medians).var(axis=1, ddof=1).mean())
-    return Between(math.sqrt(variance), independent * (medians.shape[1] - 1))
+    return ProcessVariation(math.sqrt(variance), independent * (medians.shape[1] - 1))
 
 
-def repeated(processes: Sequence[Floats], spread: Between) -> Measured:
-    """A timing repeated in several processes, with the interval in which as many processes more would find it 19 times in 20.
+def over_processes(processes: Sequence[Floats], spread: ProcessVariation) -> Measured:
+    """A timing repeated in P processes, with the interval that contains the result of P further processes 19 times in 20.
 
     Args:
-        processes: its values in each process [P][n]; the number is the geometric mean of their medians.
+        processes: its values in each process [P][n]; the number is the geometric mean of the medians.
         spread: the variation between processes.
     """
     medians = np.array([float(np.median(values)) for values in processes])
@@ -240,7 +245,7 @@ def repeated(processes: Sequence[Floats], spread: Between) -> Measured:
 
 
 def _range(value: float, found: Floats, *, n: int, reason: str) -> Measured:
-    """A number with the range of its values, where there are too few for an interval."""
+    """A number with the range of its values, used when there are too few for an interval."""
     finite = found[np.isfinite(found)]
     ends = [value, *finite.tolist()]
     return Measured(value=value, low=min(ends), high=max(ends), n=n, interval="range", reason=reason)
@@ -254,7 +259,7 @@ def _percentile_interval(samples: Floats, *, units: int, degrees: int) -> tuple[
 
 
 def _inverted(samples: Floats, *, units: int, degrees: int) -> float:
-    """Two-sided p of zero: twice the tail whose expanded percentile interval of the samples [R] ends at zero."""
+    """Two-sided p of zero: twice the tail at which the expanded percentile interval of the samples [R] ends at zero."""
     beyond = min(float(np.mean(samples <= 0)), float(np.mean(samples >= 0)))
     beyond = max(beyond, 1 / (len(samples) + 1))
     if beyond >= 0.5:
@@ -267,14 +272,14 @@ def _inverted(samples: Floats, *, units: int, degrees: int) -> float:
 
 
 def _expanded_tail(tail: float, units: int, degrees: int) -> float:
-    """The quantile to read so that n units leave `tail` on a side: Phi(-sqrt(n/degrees) t), t Student's 1 - tail quantile."""
+    """The widened tail of an expanded percentile interval: Phi(-sqrt(units/degrees) t), t Student's 1 - tail quantile."""
     if tail <= 0:
         return 0.0
     return 0.5 * math.erfc(math.sqrt(units / degrees) * _student(tail, degrees) / math.sqrt(2))
 
 
 def _student(tail: float, degrees: float) -> float:
-    """Student's 1 - tail quantile by its expansion in 1/degrees (Abramowitz and Stegun 26.7.5), good to 1 % from 3 degrees on."""
+    """Student's 1 - tail quantile by its expansion in 1/degrees (Abramowitz and Stegun 26.7.5), accurate to 1 % from 3 degrees."""
     z = -_NORMAL.inv_cdf(tail)
     return (
         z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)

@@ -1,4 +1,4 @@
-"""The suite: what is measured of every artifact, and how much of it, as one YAML file of eval/suites."""
+"""The suite: the measurements made on every artifact and their size, as one YAML file of eval/suites."""
 
 import hashlib
 from dataclasses import dataclass
@@ -22,58 +22,59 @@ class TextSuite(_Strict):
     corpus: str
     """JSON lines with `id`, `domain` and `text`; path relative to the suite."""
     length: int = Field(default=512, ge=8)
-    """Tokens the model sees at once, a beginning-of-sequence token included."""
+    """Tokens of one window, including a beginning-of-sequence token."""
     tokens_per_domain: int = Field(gt=0)
-    """Most tokens scored per domain; the first window of every document comes before any document's second."""
+    """Maximum number of tokens scored per domain. The first windows of all documents are taken before any second window."""
     predictions_bytes: int = Field(default=4 << 30, gt=0)
-    """Most bytes that the baseline's hidden states may take, besides its head; where those of all tokens need more, the KL is
-    taken on one token in two, three …, evenly spaced, which the record says."""
+    """Maximum size of the baseline's stored hidden states in bytes, without the head. If the states of all tokens exceed it, the
+    KL is computed on every second, third … token; the record states this."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the activations. A router that picks experts amplifies rounding, so differences of artifacts show best in float32."""
+    """Dtype of the activations. Routers amplify rounding errors, so float32 shows differences between artifacts best."""
 
 
 class ServedSuite(_Strict):
-    """How much text is decoded in 16 bits, step by step, to compare the artifact as it is served with its float32 logits."""
+    """Amount of text that is decoded step by step in 16 bits, to compare the served artifact with its float32 logits."""
 
     sequences: int = Field(default=16, gt=0)
-    """Documents whose beginnings are decoded one by one, and then continued greedily all at once."""
+    """Number of documents whose beginnings are decoded one by one, and then continued greedily as one batch."""
     prefix: int = Field(default=32, gt=0)
-    """Tokens of each that are read as a prompt."""
+    """Tokens of each document that are read as a prompt."""
     steps: int = Field(default=33, gt=0)
-    """Tokens of each that are stepped through after the prompt; those of all sequences are the n of the numbers."""
+    """Tokens of each document decoded step by step after the prompt; the n of the numbers counts them over all sequences."""
     greedy_tokens: int = Field(default=64, gt=0)
     """Tokens of each greedy continuation."""
 
 
 class SpeedSuite(_Strict):
-    """The model that speed is measured on, and how long.
+    """The model that speed is measured on, and the duration of the measurement.
 
-    Without `shape` that is the model at hand: all artifacts themselves where they fit into memory together, else one layer of each
-    kind, with random weights.
+    Without `shape`, the recipe's own model is timed: the artifacts themselves if all of them fit into memory together, else a
+    random-weight twin with one layer of each kind.
     """
 
     description: str = ""
-    """The twin of a fixed shape in a few words, for the heads of tables."""
+    """Short description of the twin of a fixed shape, for table headings."""
     shape: dict[str, JsonValue] = {}
-    """The config.json of a random-weight twin that is timed in place of the model at hand."""
+    """The config.json of a random-weight twin that is timed in place of the recipe's own model."""
     batches: tuple[int, ...] = Field(default=(1, 8), min_length=1)
-    """Sequences decoded at once."""
+    """Batch sizes of decoding."""
     prefill_batches: tuple[int, ...] = Field(default=(1,), min_length=1)
-    """Prompts read at once."""
+    """Batch sizes of prefill."""
     prompt: int = Field(default=64, gt=0)
     """Tokens in the cache when decoding starts, and tokens of a prefill."""
     steps: int = Field(default=4, gt=0)
-    """Tokens decoded per sequence and turn."""
+    """Tokens decoded per sequence in one turn."""
     processes: int = Field(default=3, ge=2)
-    """Processes that build and time all twins, one after the other: what they differ by cannot be told from one, and hardly from two."""
+    """Number of processes that build and time all models, one after the other. Their variation cannot be estimated from one process
+    and hardly from two."""
     rounds: int = Field(default=15, ge=6)
-    """Most rounds of all processes together; each times every twin at every batch size, at least once."""
+    """Maximum number of rounds, summed over the processes. A round times every model at every batch size at least once."""
     seconds: float = Field(default=30.0, gt=0)
-    """Of timing, all processes together: after its share no further round starts, unless a process has done fewer than three."""
+    """Seconds of timing, summed over the processes. After its share a process starts no further round, except to complete three."""
     task_seconds: float = Field(default=0.3, ge=0)
-    """That a batch size takes in a round at least, all twins together: what is over sooner has several turns."""
+    """Minimum seconds per batch size in a round, summed over the models: short tasks are repeated."""
     energy_seconds: float = Field(default=0.0, ge=0)
-    """Steady decoding per twin and batch that energy is read around, where the device counts it; 0 leaves it out."""
+    """Seconds of steady decoding per model and batch size for the energy reading, if the device has a meter; 0 skips it."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> "SpeedSuite":
@@ -81,7 +82,7 @@ class SpeedSuite(_Strict):
 
 
 Implementation = Literal["quantlab_latent_sdpa", "sdpa", "eager", "flash_attention_2"]
-"""Of attention: the runtime's own, and those of transformers it is compared with."""
+"""Implementations of attention: the runtime's own, and those of transformers that it is compared with."""
 
 
 class AttentionSuite(_Strict):
@@ -90,20 +91,20 @@ class AttentionSuite(_Strict):
     implementations: tuple[Implementation, ...] = Field(
         default=("quantlab_latent_sdpa", "sdpa", "eager", "flash_attention_2"), min_length=1
     )
-    """Which; one that is not installed says so in its cells."""
+    """Implementations to measure; the cells of one that is not installed state this as their reason."""
     contexts: tuple[Annotated[int, Field(ge=16)], ...] = Field(default=(2048, 8192, 32768), min_length=1)
-    """Tokens of the one sequence that is read; what cannot fit the free memory is not tried, and says so."""
+    """Lengths of the single sequence in tokens. A combination that cannot fit into free memory is not tried; its cell says so."""
     description: str = ""
-    """The twin in a few words; that of `speed` if left out."""
+    """Short description of the twin; that of `speed` if left out."""
     shape: dict[str, JsonValue] = {}
-    """The config.json of the twin; that of `speed` if left out, and if that has none, the model's own layers.
-    `max_position_embeddings` is made to fit the contexts."""
+    """The config.json of the twin; that of `speed` if left out; if that is empty too, a twin of the model's own layers.
+    `max_position_embeddings` is adapted to the contexts."""
     steps: int = Field(default=4, gt=0)
     """Tokens decoded per repeat."""
     repeats: int = Field(default=7, gt=0)
-    """Most repeats of each prefill, and of each decode."""
+    """Maximum number of repeats of each prefill and of each decode."""
     seconds: float = Field(default=20.0, ge=0)
-    """After this long no further repeat of a prefill, or of a decode, starts."""
+    """Seconds after which no further repeat of a prefill, or of a decode, starts."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> "AttentionSuite":
@@ -120,28 +121,28 @@ def _with_both(suite: _Shaped) -> _Shaped:
 
 
 class SuiteTask(_Strict):
-    """A task, and how much of it."""
+    """A task and its options."""
 
     task: str = Field(min_length=1)
     """A file of eval/tasks, relative to the suite and ending in .yaml, or the name of a task or group of lm-eval's."""
     metric: str | None = None
-    """The metric; the task's first if left out. Of lm-eval's also with the filter of answers: "exact_match,strict-match"."""
+    """The metric; the task's first if left out. For lm-eval tasks also with an answer filter: "exact_match,strict-match"."""
     definitions: str | None = None
-    """Directory with task files in lm-eval's format besides its own, relative to the suite."""
+    """Directory with additional task files in lm-eval's format, relative to the suite."""
     items: int | None = Field(default=None, gt=0)
-    """Most items, of each part of a group of lm-eval's; all if left out."""
+    """Maximum number of items; for an lm-eval group, of each of its tasks. All if left out."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """Of what is drawn: items, examples, sampled answers. Each gives a result of its own."""
+    """Seeds of the random draws (items, examples, sampled answers). Each seed gives a separate result."""
     shots: int | None = Field(default=None, ge=0)
-    """Solved examples before each item (lm-eval's own tasks); the task's own number if left out."""
+    """Number of solved examples before each item (lm-eval tasks only); the task's own number if left out."""
     temperature: float = Field(default=0.0, ge=0)
-    """Of sampled answers; 0 takes the most likely token."""
+    """Sampling temperature of written answers; 0 decodes greedily."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sampled answers take tokens from the most likely ones that together have this probability."""
+    """Nucleus sampling: tokens are sampled from the most likely ones whose total probability reaches this value."""
     max_tokens: int | None = Field(default=None, gt=0)
-    """Most tokens of an answer; the task's own number if left out."""
+    """Maximum tokens of an answer; the task's own number if left out."""
     run_code: bool = False
-    """Agrees that code a model has written is run on this machine, as tasks like humaneval do."""
+    """Permits tasks such as humaneval to run code that the model wrote on this machine."""
 
     @property
     def ours(self) -> bool:
@@ -162,23 +163,23 @@ class Suite(_Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)
     """The suite's name."""
     version: int = Field(gt=0)
-    """Raised by every change that alters numbers."""
+    """Incremented by every change that alters numbers."""
     text: TextSuite
-    """Quality."""
+    """The held-out text of quality."""
     served: ServedSuite = ServedSuite()
-    """The artifact as it is served: in 16 bits, step by step."""
+    """The served path: decoding in 16 bits, step by step."""
     speed: SpeedSuite | None = None
-    """Speed; left out, it is not measured."""
+    """Speed; not measured if left out."""
     attention: AttentionSuite | None = None
-    """Long contexts by implementation of attention; left out, they are not measured."""
+    """Long contexts by implementation of attention; not measured if left out."""
     tasks: tuple[SuiteTask, ...] = ()
-    """Tasks, in the order of the tables."""
+    """Tasks, in table order."""
     layer_error_tokens: int = Field(default=1024, ge=0)
-    """Tokens that the error of each layer is measured on; 0 leaves it out."""
+    """Tokens on which the error of each layer is measured; 0 skips it."""
 
     @property
     def attention_twin(self) -> tuple[str, dict[str, JsonValue]]:
-        """Description and shape of the twin that attention is measured on; empty for the model's own layers."""
+        """Description and shape of the twin on which attention is measured; empty for the model's own layers."""
         assert self.attention is not None, "asked of suites that measure attention"
         shaped = next((one for one in (self.attention, self.speed) if one is not None and one.shape), None)
         return (shaped.description, shaped.shape) if shaped is not None else ("", {})
@@ -189,10 +190,10 @@ class TaskRun:
     """One task with one of its seeds.
 
     Attributes:
-        wanted: what the suite says of the task.
-        seed: of what is drawn.
-        name: as results give it.
-        metric: as results give it; None where lm-eval decides.
+        wanted: the task's entry in the suite.
+        seed: seed of its random draws.
+        name: the task's name in results.
+        metric: the metric's name in results; None if lm-eval chooses it.
     """
 
     wanted: SuiteTask
@@ -203,13 +204,13 @@ class TaskRun:
 
 @dataclass(frozen=True)
 class LoadedSuite:
-    """A suite and where it came from.
+    """A suite read from its file.
 
     Attributes:
         path: the file.
-        suite: what it says.
-        sha256: hash of the file and of the corpus and tasks it names, so that the same hash means the same questions.
-        tasks: those of the suite that are files, by what the suite calls them.
+        suite: its contents.
+        sha256: hash of the file, the corpus and the task files it names: equal hashes mean equal questions.
+        tasks: the offline tasks of the suite, by the path that the suite gives.
     """
 
     path: Path
@@ -223,7 +224,7 @@ class LoadedSuite:
 
     @property
     def runs(self) -> tuple[TaskRun, ...]:
-        """Every task with every one of its seeds, in the order of the tables."""
+        """Every task with each of its seeds, in table order."""
         runs = []
         for wanted in self.suite.tasks:
             name, metric = wanted.task, wanted.metric
@@ -235,7 +236,7 @@ class LoadedSuite:
 
     @property
     def title(self) -> str:
-        """Name and version, as records give it."""
+        """Name and version, as written in records."""
         return f"{self.suite.name} {self.suite.version}"
 
 
@@ -243,8 +244,8 @@ def load_suite(path: Path) -> LoadedSuite:
     """Read and check a suite.
 
     Raises:
-        RecipeError: the file or a task's cannot be read, is no YAML, or says something it cannot say.
-        EvaluationError: the corpus or the items of a task cannot be read, or a task has not the metric asked for.
+        RecipeError: the suite's or a task's file cannot be read, is not YAML, or has an invalid field.
+        EvaluationError: the corpus or the items of a task cannot be read, or a task does not have the requested metric.
     """
     suite, content = load_document(path, Suite, kind="suite")
     corpus = (path.parent / suite.text.corpus).resolve()

@@ -1,8 +1,8 @@
-"""Is an artifact what it says it is? Hashes, ledger, finite values, and whether others load it with the same result.
+"""Verification of an artifact: file hashes, ledger, finite values, and equal logits in transformers and in our runtime.
 
-The reference is the artifact's own weights dequantized to 16 bits, written as a plain checkpoint and loaded by
-transformers: nothing of the packed path takes part in it. Two loads are held against it: the artifact through transformers'
-compressed-tensors loader, and the artifact through our runtime, whose weights stay packed.
+The reference is the artifact's own weights dequantized to 16 bits, written as a plain checkpoint and loaded by transformers,
+without any code of the packed path. Two loads are compared with it: the artifact through transformers' compressed-tensors
+loader, and the artifact through our runtime, which keeps the weights packed.
 """
 
 import hashlib
@@ -29,19 +29,19 @@ from quantlab.runtime.load import load
 
 _TOKENS = (2, 48)
 _FLOAT32 = 1e-4
-"""Largest relative difference of logits that the order of float32 sums explains (measured: 6e-7)."""
+"""Bound on the relative difference of logits caused by the order of float32 sums (measured: 6e-7)."""
 _INT8_ACTIVATIONS = 0.15
-"""The same where activations are rounded to int8 (measured: 0.04 on the reference model, 0.07 on random ones)."""
+"""The same bound if activations are rounded to int8 (measured: 0.04 on the reference model, 0.07 on random models)."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question about an artifact with its answer.
+    """One checked property of an artifact.
 
     Attributes:
-        name: the question.
-        verdict: "ok", "failed", or "not applicable" where it cannot be asked.
-        detail: numbers, or what is wrong.
+        name: the property.
+        verdict: "ok", "failed", or "not applicable" if it cannot be checked.
+        detail: numbers, or the problem.
     """
 
     name: str
@@ -50,16 +50,16 @@ class Check:
 
 
 def verify(artifact: Path) -> Iterator[Check]:
-    """Check an artifact; yields one answer after the other, cheap ones first.
+    """Check an artifact; yields the results one by one, cheap checks first.
 
     Raises:
-        ArtifactError: the directory is no artifact of quantlab.
+        ArtifactError: the directory is not a quantlab artifact, or its manifest is damaged.
         CheckpointError: its files cannot be read at all.
     """
     manifest_path = artifact / "manifest.json"
     if not manifest_path.is_file():
         raise ArtifactError(
-            "the directory is no artifact of quantlab",
+            "the directory is not a quantlab artifact",
             where=str(artifact),
             found="no manifest.json",
             fix="give a directory under runs/NAME/artifacts",
@@ -70,7 +70,7 @@ def verify(artifact: Path) -> Iterator[Check]:
             "the manifest is damaged",
             where=str(manifest_path),
             found=", ".join(manifest) or "nothing",
-            fix="make the artifact again",
+            fix="make the artifact again: `quantlab run` with --overwrite",
         )
     hashes = _check_hashes(artifact, manifest)
     yield hashes
@@ -100,7 +100,7 @@ def _check_hashes(artifact: Path, manifest: dict[str, Any]) -> Check:
         if digest != record["sha256"]:
             problems.append(f"{name} was changed")
         total += record["bytes"]
-    known = {*manifest["files"], "manifest.json", "README.md"}  # the card is rewritten with every report
+    known = {*manifest["files"], "manifest.json", "README.md"}  # every report rewrites the model card
     extra = sorted(path.name for path in artifact.iterdir() if path.name not in known)
     problems += [f"{name} is not in the manifest" for name in extra]
     if problems:
@@ -109,7 +109,7 @@ def _check_hashes(artifact: Path, manifest: dict[str, Any]) -> Check:
 
 
 def _check_ledger(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Check:
-    """Every stored tensor comes from exactly one entry, and every entry that stored something has its tensors."""
+    """Every stored tensor belongs to exactly one ledger entry, and every tensor that the ledger lists is stored."""
     name = "ledger accounts for every tensor"
     stored_as = [tensor for entry in manifest["ledger"] for tensor in entry["stored_as"]]
     twice = len(stored_as) - len(set(stored_as))
@@ -117,7 +117,7 @@ def _check_ledger(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Check:
     missing = sorted(set(stored_as) - set(checkpoint.tensors))
     if twice or unknown or missing:
         return Check(
-            name, "failed", f"{twice} claimed twice; not in the ledger: {unknown[:3]}; not stored: {missing[:3]}"
+            name, "failed", f"{twice} listed twice; not in the ledger: {unknown[:3]}; not stored: {missing[:3]}"
         )
     return Check(name, "ok", f"{len(manifest['ledger'])} source tensors, {len(stored_as)} stored")
 
@@ -136,7 +136,7 @@ def _check_finite(stored: StoredWeights) -> Check:
 
 
 def _write_dequantized(stored: StoredWeights, directory: Path) -> None:
-    """The artifact as a plain 16-bit checkpoint."""
+    """Write the artifact as a plain 16-bit checkpoint."""
     config = dict(stored.reader.checkpoint.config)
     config.pop("quantization_config", None)
     weight_map = {}
@@ -159,13 +159,13 @@ def _tokens(checkpoint: Checkpoint) -> Tensor:
 def _logits_of_transformers(
     directory: Path, checkpoint: Checkpoint, *, dequantize: str | None = None, dtype: str | torch.dtype = "auto"
 ) -> Tensor:
-    """Logits of transformers' model; its weights are expanded when loaded where `dequantize` names their method."""
+    """Logits of transformers' model [B, T, V]; `dequantize` names the quantization method whose weights are expanded at load."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # the keyword is given only where it says something: None would hide the artifact's own quantization_config
+    # without `dequantize` the keyword is omitted: None would override the artifact's own quantization_config
     classes = {"compressed-tensors": CompressedTensorsConfig, "fp8": FineGrainedFP8Config}
     options = {"quantization_config": classes[dequantize](dequantize=True)} if dequantize else {}
     model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
@@ -177,7 +177,7 @@ def _logits_of_transformers(
 
 
 def _dtype_of(stored: StoredWeights) -> torch.dtype | Literal["auto"]:
-    """What transformers loads: floating-point blocks are read as bfloat16 here, whatever dtype the rest has."""
+    """The dtype passed to transformers: bfloat16 for floating-point blocks, which are expanded to it, else that of the checkpoint."""
     formats = stored.description.formats if stored.description is not None else ()
     return "auto" if all(number.is_integer for number in formats) else torch.bfloat16
 
@@ -206,13 +206,13 @@ def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected:
 
 
 def _with_int8_activations(stored: StoredWeights) -> list[str]:
-    """Names of the weights whose input is rounded to int8."""
+    """Names of the weights whose input activations are rounded to int8."""
     formats = ((name, stored.format_of(name)) for name in stored.names())
     return [name for name, number in formats if number and number.activations and number.activations.element == INT8]
 
 
 def _check_runtime(artifact: Path, reference: Path, checkpoint: Checkpoint, stored: StoredWeights) -> Check:
-    """Both in float32, where only the order of sums differs; int8 activations round, so they are reported, not judged."""
+    """Compare in float32, where only the order of sums differs; int8 activations are rounded, so their bound is wider."""
     name = "quantlab's runtime agrees with the dequantized reference (float32)"
     expected = _logits_of_transformers(reference, checkpoint, dtype=torch.float32)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Records in, the files of a report out."""
+"""Reads records and writes the files of a report."""
 
 import hashlib
 import os
@@ -22,19 +22,19 @@ def read_records(directory: Path) -> list[Record]:
     """The records of a directory: the baseline first, the others by name.
 
     Raises:
-        ArtifactError: there is none, or a file is no record.
+        ArtifactError: there is none, or a file is not a record.
     """
     return [record for _, record in _read(directory)]
 
 
 def find_records(path: Path) -> list[tuple[Path, Record]]:
-    """The records that a path stands for, each with its file.
+    """The records at a path, each with its file.
 
     Args:
         path: a run's directory, a directory of records, an artifact of a run, or a record.
 
     Raises:
-        ArtifactError: there is nothing of the kind, or a file is no record.
+        ArtifactError: the path does not exist or has no records, or a file is not a record.
     """
     if path.is_file():
         return [(path, read_record(path))]
@@ -59,17 +59,17 @@ def _read(directory: Path) -> list[tuple[Path, Record]]:
 
 
 def write_report(records: Sequence[Record], directory: Path, *, claims: Path | None = None) -> Matrix:
-    """Write matrix.json, .md, .csv, .html and .svg, and the numbers into the cards of the run's artifacts.
+    """Write matrix.json, .md, .csv, .html and .svg, and fill in the model cards of the run's artifacts.
 
-    Each file appears complete or not at all.
+    Each file is written atomically.
 
     Args:
-        records: one per variant, in the order the rows shall have.
-        directory: made where it does not exist.
-        claims: a file of claims to check; it is kept beside the report as claims.yaml.
+        records: one per variant, in row order.
+        directory: output directory; created if it does not exist.
+        claims: a file of claims to check; it is copied to the report's directory as claims.yaml.
 
     Raises:
-        RecipeError: the claims cannot be read, or are about a variant without a record.
+        RecipeError: the claims cannot be read, or concern a variant without a record.
         ArtifactError: the records do not belong together, an artifact was changed since its record, or the directory cannot
             be written.
     """
@@ -83,7 +83,7 @@ def write_report(records: Sequence[Record], directory: Path, *, claims: Path | N
         "matrix.csv": to_csv(matrix),
         "matrix.md": to_markdown(matrix, with_plot=plot is not None),
         "matrix.html": to_html(matrix),
-        "matrix.json": matrix.to_json(),  # last: it is what other tools wait for
+        "matrix.json": matrix.to_json(),  # last, because other tools wait for it
     }
     write_texts(directory, texts)
     for card, text in filled_cards(matrix, directory):
@@ -92,7 +92,7 @@ def write_report(records: Sequence[Record], directory: Path, *, claims: Path | N
 
 
 def _refuse_changed_artifacts(records: Sequence[Record], directory: Path) -> None:
-    """Numbers of an artifact that is no longer there must not stand beside the one that is."""
+    """Refuse records whose artifact has been replaced: their numbers do not belong to the present artifact."""
     for record in records:
         manifest = directory / record.artifact / "manifest.json"
         if record.artifact != f"artifacts/{record.variant}" or not manifest.is_file():
@@ -117,7 +117,7 @@ def write_texts(directory: Path, texts: Mapping[str, str | None]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             if text is None:
-                (directory / name).unlink(missing_ok=True)  # of an earlier report, so stale
+                (directory / name).unlink(missing_ok=True)  # left by an earlier report
             else:
                 _replace(directory / name, text)
     except OSError as error:
@@ -125,12 +125,12 @@ def write_texts(directory: Path, texts: Mapping[str, str | None]) -> None:
             "a report cannot be written",
             where=str(directory),
             found=error.strerror,
-            fix="give a directory that can be written",
+            fix="choose a writable directory",
         ) from error
 
 
 def _links(records: Sequence[Record], directory: Path) -> dict[str, str]:
-    """Where the records of a run lie beside its report."""
+    """Links from a run's report to its records, by variant."""
     links = {record.variant: f"records/{record.variant}.json" for record in records}
     return {variant: link for variant, link in links.items() if (directory / link).is_file()}
 

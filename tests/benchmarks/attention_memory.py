@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from quantlab.evaluation.memory.attention import Case, attempt
+from quantlab.evaluation.memory.attention import Case, measure_case
 from quantlab.evaluation.record import AttentionCell
 from quantlab.evaluation.speed.models import Layout
 from quantlab.runtime.device import find_device
@@ -98,7 +98,7 @@ def in_a_child(config: Mapping[str, Any], case: Case, device: torch.device) -> A
     if child == 0:
         os.close(reading)
         with os.fdopen(writing, "w") as answers:
-            answers.write(attempt(config, LAYOUT, case, device).cell.model_dump_json())
+            answers.write(measure_case(config, LAYOUT, case, device).cell.model_dump_json())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as answers:
@@ -159,7 +159,7 @@ def main() -> None:
         for implementation in arguments.implementations:
             for context in arguments.contexts:
                 config, case = config_of(shape, layers), Case(implementation, context)
-                found = attempt(config, LAYOUT, case, device).cell if cuda else in_a_child(config, case, device)
+                found = measure_case(config, LAYOUT, case, device).cell if cuda else in_a_child(config, case, device)
                 gc.collect()
                 if cuda:
                     torch.cuda.empty_cache()

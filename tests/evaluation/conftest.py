@@ -107,7 +107,7 @@ def write_tokenizer(directory: Path, *, bos: bool = True) -> None:
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and lose much where tests run side by side."""
+    """Use one thread: small models do not profit from more, and parallel tests slow each other down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

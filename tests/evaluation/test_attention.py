@@ -1,4 +1,4 @@
-"""Long contexts by implementation of attention: what is measured, what is not tried, and where it is recorded."""
+"""Long contexts by implementation of attention: measured cells, cells that are not tried, and the baseline's record."""
 
 import dataclasses
 import json
@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from quantlab.errors import RecipeError
-from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
 from quantlab.evaluation.memory import attention
-from quantlab.evaluation.memory.attention import Case, attempt, needed_bytes
+from quantlab.evaluation.memory.attention import Case, measure_case, needed_bytes
 from quantlab.evaluation.processes.messages import AttentionRequest, AttentionResult
-from quantlab.evaluation.processes.workers import Worker
+from quantlab.evaluation.processes.worker_client import Worker
 from quantlab.evaluation.record import AttentionCell, Record
 from quantlab.evaluation.speed.models import Layout
 from quantlab.evaluation.suite import Implementation, load_suite
@@ -34,7 +34,7 @@ no_flash = pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention
 
 @pytest.fixture
 def attending(suite: Path) -> Path:
-    """The suite with contexts."""
+    """The suite with an attention section."""
     suite.write_text(suite.read_text() + SECTION)
     return suite
 
@@ -48,7 +48,7 @@ def test_a_suite_knows_every_implementation() -> None:
 def test_a_combination_is_measured(implementation: str, family: str) -> None:
     shape = {"model_type": family, **FAMILIES[family]}
     case = Case(implementation, 200, steps=2, repeats=3, seconds=60)
-    found = attempt(shape, Layout("bfloat16", None), case, CPU)
+    found = measure_case(shape, Layout("bfloat16", None), case, CPU)
     assert found.layout == "bfloat16"
     cell = found.cell
     assert (cell.implementation, cell.context, cell.reason) == (implementation, 200, None)
@@ -58,14 +58,14 @@ def test_a_combination_is_measured(implementation: str, family: str) -> None:
         rate, (first, third) = getattr(cell, name), cell.quartiles[name]
         assert rate.n == 3
         assert 0 < first <= rate.value <= third
-    once = attempt(shape, Layout("float32", None), Case(implementation, 64), CPU).cell
+    once = measure_case(shape, Layout("float32", None), Case(implementation, 64), CPU).cell
     assert once.prefill_tokens_per_second is not None
     assert once.prefill_tokens_per_second.n == 1
     assert not once.quartiles
 
 
 def test_scores_take_memory(tmp_path: Path, attending: Path, model: Path) -> None:
-    """Each in a process of its own: 4 heads of 2048 x 2048 scores of eager attention, none of fused attention."""
+    """Each in its own process: eager attention holds 4 heads of 2048 x 2048 scores, fused attention none."""
     shape = SHAPE | {"max_position_embeddings": 64}
     text = attending.read_text().replace(
         "contexts: [16, 32]", f"contexts: [2048]\n  description: x\n  shape: {json.dumps(shape)}"
@@ -87,7 +87,7 @@ def test_scores_take_memory(tmp_path: Path, attending: Path, model: Path) -> Non
 
 @no_flash
 def test_what_is_not_installed_says_so() -> None:
-    cell = attempt(SHAPE, Layout("bfloat16", None), Case("flash_attention_2", 32), CPU).cell
+    cell = measure_case(SHAPE, Layout("bfloat16", None), Case("flash_attention_2", 32), CPU).cell
     assert cell.reason == "not tried: the package flash-attn, with CUDA, is not installed"
     assert cell.prefill_peak_bytes is None
 
@@ -96,7 +96,7 @@ def test_what_cannot_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "free_bytes", lambda _: 2 * 10**9)
     monkeypatch.setattr(attention, "random_twin", None)
     for name in ("eager", "sdpa"):
-        cell = attempt(SHAPE, Layout("bfloat16", None), Case(name, 32768), CPU).cell
+        cell = measure_case(SHAPE, Layout("bfloat16", None), Case(name, 32768), CPU).cell
         assert cell.reason == "not tried: about 51.7 GB needed, 2.0 GB free"
     dense = {"model_type": "llama", **FAMILIES["llama"]}
     for shape, name in ((SHAPE, "quantlab_latent_sdpa"), (dense, "sdpa")):
@@ -108,18 +108,23 @@ def test_memory_that_runs_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> AttentionCell:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(attention, "measured", broken)
-    assert attempt(SHAPE, Layout("bfloat16", None), Case("sdpa", 32), CPU).cell.reason == "out of memory"
+    monkeypatch.setattr(attention, "measure_model", broken)
+    assert measure_case(SHAPE, Layout("bfloat16", None), Case("sdpa", 32), CPU).cell.reason == "out of memory"
 
 
 @no_flash
 def test_the_record_of_the_baseline_holds_it(tmp_path: Path, attending: Path, model: Path, other_model: Path) -> None:
-    cells = (
-        Cell("source", "as it is", model, "../model", "0" * 64),
-        Cell("other", "passes", other_model, "artifacts/other", "1" * 64),
+    artifacts = (
+        EvaluatedArtifact("source", "as it is", model, "../model", "0" * 64),
+        EvaluatedArtifact("other", "passes", other_model, "artifacts/other", "1" * 64),
     )
     request = EvaluationRequest(
-        directory=tmp_path / "run", recipe="test", recipe_sha256="r", suite=attending, baseline="source", cells=cells
+        directory=tmp_path / "run",
+        recipe="test",
+        recipe_sha256="r",
+        suite=attending,
+        baseline="source",
+        artifacts=artifacts,
     )
     stages: list[tuple[str, int, int]] = []
     source, other = evaluate(request, progress=lambda *stage: stages.append(stage))

@@ -1,4 +1,4 @@
-"""Where cells compute: asked for by request, refused before any work, and never touched by the worker itself."""
+"""The device of cells: given by the request, checked before any work, and not initialized by the worker itself."""
 
 import dataclasses
 import subprocess
@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from quantlab import cli, hardware
 from quantlab.errors import DeviceError
 from quantlab.evaluation import evaluate as evaluation
-from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
-from quantlab.evaluation.machine import gauges
+from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
+from quantlab.evaluation.machine import time_and_memory
 from quantlab.evaluation.processes.messages import CellRequest, MemoryRequest
-from quantlab.evaluation.processes.workers import CellError, Worker
+from quantlab.evaluation.processes.worker_client import CellError, Worker
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -55,7 +55,7 @@ def test_every_cell_is_told_the_device(
         recipe_sha256="r",
         suite=suite,
         baseline="source",
-        cells=(Cell("source", "as it is", model, "../model", "0" * 64),),
+        artifacts=(EvaluatedArtifact("source", "as it is", model, "../model", "0" * 64),),
         device="cuda:1",
         gpu="A GPU",
     )
@@ -67,7 +67,7 @@ def test_every_cell_is_told_the_device(
 
 
 def test_the_worker_leaves_cuda_alone() -> None:
-    """It forks its cells, and a process that was forked from one with CUDA cannot use it."""
+    """The worker forks its cells, and CUDA does not work in a process that was forked after CUDA was initialized."""
     code = """
 import torch
 def told(*_, **__):
@@ -87,8 +87,8 @@ worker.main()
 def test_a_peak_of_this_process_can_be_forgotten() -> None:
     cpu = torch.device("cpu")
     large = torch.ones(1 << 26)
-    assert min(gauges.peak_bytes(cpu), gauges.held_bytes(cpu)) >= large.nbytes
-    before = gauges.peak_bytes(cpu)
+    assert min(time_and_memory.peak_bytes(cpu), time_and_memory.held_bytes(cpu)) >= large.nbytes
+    before = time_and_memory.peak_bytes(cpu)
     del large
-    if gauges.forget_peak(cpu):
-        assert gauges.peak_bytes(cpu) < before - (1 << 27)
+    if time_and_memory.reset_peak(cpu):
+        assert time_and_memory.peak_bytes(cpu) < before - (1 << 27)

@@ -1,4 +1,4 @@
-"""The whole evaluation in its own processes: records, reuse, and cells that fail."""
+"""The whole evaluation with its processes: records, reuse, and failing cells."""
 
 import dataclasses
 import json
@@ -16,10 +16,10 @@ import pytest
 
 from quantlab import hardware
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
 from quantlab.evaluation.memory.metrics import Memory
-from quantlab.evaluation.processes import cells as measuring
-from quantlab.evaluation.processes.cells import Bench, SpeedTurns
+from quantlab.evaluation.processes import artifact_cells as measuring
+from quantlab.evaluation.processes.artifact_cells import EvaluationContext, SpeedProcesses
 from quantlab.evaluation.processes.messages import (
     CellRequest,
     MemoryRequest,
@@ -29,7 +29,7 @@ from quantlab.evaluation.processes.messages import (
     TasksRequest,
     TasksResult,
 )
-from quantlab.evaluation.processes.workers import CellError, Worker
+from quantlab.evaluation.processes.worker_client import CellError, Worker
 from quantlab.evaluation.record import Record, read_record
 from quantlab.evaluation.suite import load_suite
 from quantlab.version import VERSION
@@ -48,23 +48,28 @@ def alive(pid: int) -> bool:
 
 @pytest.fixture
 def request_(tmp_path: Path, suite: Path, model: Path, other_model: Path) -> EvaluationRequest:
-    """A baseline, its exact copy, another model, and one whose weights are cut off."""
+    """A baseline, its exact copy, another model, and a model with truncated weights."""
     shutil.copytree(model, tmp_path / "run" / "artifacts" / "same")
     broken = shutil.copytree(model, tmp_path / "run" / "artifacts" / "broken")
     shard = broken / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    cells = [Cell("source", "as it is", model, "../model", "0" * 64)]
+    artifacts = [EvaluatedArtifact("source", "as it is", model, "../model", "0" * 64)]
     for index, (name, directory) in enumerate(
         {"broken": broken, "same": tmp_path / "run/artifacts/same", "other": other_model}.items()
     ):
-        cells.append(Cell(name, "passes", directory, f"artifacts/{name}", str(index) * 64))
+        artifacts.append(EvaluatedArtifact(name, "passes", directory, f"artifacts/{name}", str(index) * 64))
     return EvaluationRequest(
-        directory=tmp_path / "run", recipe="test", recipe_sha256="r", suite=suite, baseline="source", cells=tuple(cells)
+        directory=tmp_path / "run",
+        recipe="test",
+        recipe_sha256="r",
+        suite=suite,
+        baseline="source",
+        artifacts=tuple(artifacts),
     )
 
 
 def watched(asked: list[str]) -> type[Worker]:
-    """Workers that leave the names of their cells in `asked`."""
+    """A worker class that appends the names of its cells to `asked`."""
 
     class Watched(Worker):
         def run(self, name: str, *arguments: object, **options: object) -> object:  # type: ignore[override]
@@ -75,9 +80,9 @@ def watched(asked: list[str]) -> type[Worker]:
 
 
 def of_two(request: EvaluationRequest) -> EvaluationRequest:
-    """The baseline and its copy alone."""
+    """Only the baseline and its copy."""
     return dataclasses.replace(
-        request, cells=tuple(cell for cell in request.cells if cell.variant in {"source", "same"})
+        request, artifacts=tuple(artifact for artifact in request.artifacts if artifact.variant in {"source", "same"})
     )
 
 
@@ -98,17 +103,19 @@ def test_records_failures_and_reuse(request_: EvaluationRequest, monkeypatch: py
     written = [read_record(request_.directory / "records" / f"{record.variant}.json") for record in records]
     assert written == records
 
-    # the same again: only what failed is measured; a changed recipe alone changes no number
+    # again: only failed cells are measured; a changed recipe file alone does not invalidate records
     stages.clear()
     mended = dataclasses.replace(
-        request_, recipe_sha256="r2", cells=tuple(cell for cell in request_.cells if cell.variant != "broken")
+        request_,
+        recipe_sha256="r2",
+        artifacts=tuple(artifact for artifact in request_.artifacts if artifact.variant != "broken"),
     )
     again = evaluate(mended, progress=lambda *stage: stages.append(stage))
     assert stages == [("3 of 3 records kept from before", 1, 1)]
     assert [record.quality for record in again] == [source.quality, same.quality, other.quality]
     assert read_record(request_.directory / "records" / "same.json").recipe_sha256 == "r2"
 
-    # another baseline: nothing holds any more, and nothing of what was measured against the old one stays behind
+    # another baseline: all records are invalid, and no result against the old baseline remains
     monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", NoWorker)
     moved = evaluate(dataclasses.replace(mended, baseline="other"))
     assert all(record.quality is record.memory is record.speed is None for record in moved)
@@ -208,13 +215,15 @@ def test_processes_of_speed_are_spread_over_the_rows(
     worker = SimpleNamespace(
         run=lambda name, *_, **__: happened.append(name) or SimpleNamespace(failures={}, timed="twin")
     )
-    monkeypatch.setattr("quantlab.evaluation.processes.cells.speeds_of", lambda _, results: {"a": len(results)})
+    monkeypatch.setattr(
+        "quantlab.evaluation.processes.artifact_cells.speeds_of", lambda _, results: {"a": len(results)}
+    )
     bench = SimpleNamespace(worker=worker, suite=suite, device="cpu", progress=print)
-    turns = SpeedTurns(cast(Bench, bench), {"a": Path("a")}, Path("source"))
+    turns = SpeedProcesses(cast(EvaluationContext, bench), {"a": Path("a")}, Path("source"))
     for row in range(4):
-        turns.catch_up(row / 4)
+        turns.run_due(row / 4)
         happened.append(row)
-    turns.catch_up(1.0)
+    turns.run_due(1.0)
     assert happened == expected
     assert turns.speeds == {"a": processes}
 
@@ -248,7 +257,8 @@ def test_a_task_that_ends_the_process_costs_itself_alone(
         text[: text.index("speed:")] + "tasks: [{task: first.yaml, items: 8, seeds: [0, 1]}, {task: second.yaml}]\n"
     )
     request = dataclasses.replace(
-        request_, cells=tuple(cell for cell in request_.cells if cell.variant in {"source", "other"})
+        request_,
+        artifacts=tuple(artifact for artifact in request_.artifacts if artifact.variant in {"source", "other"}),
     )
     asked: list[tuple[str, tuple[int, ...]]] = []
 
@@ -259,7 +269,7 @@ def test_a_task_that_ends_the_process_costs_itself_alone(
             return super().run(name, request, *arguments, **options)  # type: ignore[arg-type]
 
     class Dies(Watched):
-        """In the baseline's second task."""
+        """Dies in the baseline's second task."""
 
         def run(self, name: str, request: CellRequest, *arguments: object, **options: object) -> object:  # type: ignore[override]
             if isinstance(request, TasksRequest) and request.role == "baseline" and 1 in request.runs:
@@ -302,7 +312,7 @@ def test_a_task_whose_answer_is_no_number_says_so(request_: EvaluationRequest) -
             part(TaskAnswer(run=1, reason="too hard").model_dump_json())
             return TasksResult(answered=2)
 
-    bench = Bench(
+    bench = EvaluationContext(
         worker=Odd(request_.directory, threads=1, time_limit=1),
         suite=load_suite(request_.suite),
         predictions=request_.directory,
@@ -314,16 +324,16 @@ def test_a_task_whose_answer_is_no_number_says_so(request_: EvaluationRequest) -
     found = measuring._tasks(bench, "row", request_.directory, {}, is_baseline=True)
     assert [answer.run for answer in found] == [0, 1]
     assert [answer.reason for answer in found][1] == "too hard"
-    assert "not what was asked for: odd" in str(found[0].reason)
+    assert "its answer is invalid: odd" in str(found[0].reason)
 
 
 def test_two_evaluations_of_one_artifact_give_the_same_accuracy(request_: EvaluationRequest) -> None:
     write_task(request_.suite.parent, "choice")
     text = request_.suite.read_text()
     request_.suite.write_text(text[: text.index("speed:")] + "tasks: [{task: choice.yaml, items: 8}]\n")
-    cells = tuple(cell for cell in request_.cells if cell.variant in {"source", "other"})
+    artifacts = tuple(artifact for artifact in request_.artifacts if artifact.variant in {"source", "other"})
     first, second = (
-        evaluate(dataclasses.replace(request_, cells=cells, directory=request_.directory.parent / name))
+        evaluate(dataclasses.replace(request_, artifacts=artifacts, directory=request_.directory.parent / name))
         for name in ("one", "two")
     )
     other = first[1]
@@ -342,7 +352,7 @@ def test_the_time_limit_begins_anew_with_each_part_of_an_answer(
 ) -> None:
     worker = Worker(tmp_path, threads=1, time_limit=10)
     clock = iter([0.0, 7.0, 14.0])
-    monkeypatch.setattr("quantlab.evaluation.processes.workers.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("quantlab.evaluation.processes.worker_client.time.monotonic", lambda: next(clock))
     events = iter(
         [{"event": "part", "answer": "{}"}, {"event": "part", "answer": "{}"}, {"event": "exit", "status": 0}]
     )
@@ -359,7 +369,7 @@ def test_the_time_limit_begins_anew_with_each_part_of_an_answer(
 
 
 class NoWorker(Worker):
-    """Gives no answer to anything."""
+    """A worker that answers no request."""
 
     def run(self, name: str, *_: object, **__: object) -> NoReturn:  # type: ignore[override]
         raise CellError(f"{name} is not answered")
@@ -400,8 +410,8 @@ def check_rows(source: Record, same: Record, other: Record) -> None:
 
 
 def test_without_its_baseline_a_row_keeps_what_is_its_own(request_: EvaluationRequest) -> None:
-    cells = tuple(cell for cell in request_.cells if cell.variant in {"broken", "same"})
-    broken, same = evaluate(dataclasses.replace(request_, baseline="broken", cells=cells))
+    artifacts = tuple(artifact for artifact in request_.artifacts if artifact.variant in {"broken", "same"})
+    broken, same = evaluate(dataclasses.replace(request_, baseline="broken", artifacts=artifacts))
     assert broken.quality is None
     assert same.quality is not None
     assert same.quality.kl_to_baseline is None
@@ -463,12 +473,12 @@ def test_an_unforeseen_error_is_told_with_its_last_words(
 
 
 def test_an_answer_that_holds_no_numbers_is_a_cell_that_says_so(worker: Worker, suite: Path, model: Path) -> None:
-    """JSON has no word for what is not finite: it arrives as null, where the answer must have a number."""
+    """JSON cannot represent numbers that are not finite: they arrive as null, which is not a valid answer."""
 
     class Endless(Memory):
         load_seconds: float  # type: ignore[assignment]  # the cell answers with something else
 
-    with pytest.raises(CellError, match="not what was asked for: load_seconds: Input should be a valid number"):
+    with pytest.raises(CellError, match="its answer is invalid: load_seconds: Input should be a valid number"):
         worker.run("memory", MemoryRequest(directory=model, suite=suite), Endless, progress=lambda *_: None)
     assert worker.run("memory", MemoryRequest(directory=model, suite=suite), Memory, progress=lambda *_: None)
 

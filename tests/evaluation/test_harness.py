@@ -22,7 +22,7 @@ WORD_LIST = [word for words in WORDS.values() for word in words]
 
 
 def items() -> list[dict[str, object]]:
-    """Thirty items with choices of different lengths; contexts of which some are empty and some end in a space."""
+    """Thirty items with choices of different lengths; some contexts are empty and some end in a space."""
     found = []
     for index in range(30):
         words = [WORD_LIST[(7 * index + 3 * step) % len(WORD_LIST)] for step in range(12)]
@@ -116,7 +116,7 @@ def test_answers_are_those_of_lm_evals_own_model(dense: Path, definitions: Path)
     plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     theirs = HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=4, prefix_token_id=0, max_length=64)
     ours = answerer(dense)
-    ours = Answerer(ours.model, ours.tokenizer, (), 0)  # as lm-eval reads text here: nothing before it
+    ours = Answerer(ours.model, ours.tokenizer, (), 0)  # without a prefix, as lm-eval reads text here
     ours.model.config.max_position_embeddings = 64
     ours.model.config.eos_token_id = 0
 
@@ -143,7 +143,7 @@ def test_answers_are_those_of_lm_evals_own_model(dense: Path, definitions: Path)
 
 
 def results(request: TasksRequest) -> list[TaskResult]:
-    """What every run gives; each is begun, then answered."""
+    """The results of all task runs; each sends a start message and then its answer."""
     told: list[TaskAnswer] = []
     measure_tasks(request, lambda *_: None, told.append)  # type: ignore[arg-type]
     assert [answer.run for answer in told] == [run for run in request.runs for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Errors of layers alone: what is no number is said, not stored."""
+"""Errors of single layers: errors that are not finite are reported as failures, not stored."""
 
 from collections.abc import Mapping
 
@@ -60,7 +60,7 @@ def test_a_layer_whose_error_is_no_number_says_why_and_costs_no_other(bad: float
 
 
 def test_the_errors_of_layers_are_drawn_by_document() -> None:
-    """Windows of one document are alike: cut into more of them, it says no more than before."""
+    """Windows of one document are correlated: cutting it into more windows must not narrow the interval."""
     generator = np.random.default_rng(0)
     difference, added = generator.uniform(1, 4, (12, 1)), np.full((12, 1), 16.0)
     found = []

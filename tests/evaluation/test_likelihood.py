@@ -1,4 +1,4 @@
-"""Likelihoods of trees of answers against each sequence alone, in transformers' own model and float64."""
+"""Likelihoods of trees of answers against separate sequences, with transformers' own model in float64."""
 
 from pathlib import Path
 
@@ -13,15 +13,19 @@ from quantlab.runtime.load import load
 from tests.evaluation.test_predictions import dense_model
 
 ITEMS = [
-    [Text((0, 5, 6, 7, 8), 3), Text((0, 5, 6, 9), 3), Text((0, 5, 6, 7, 11, 12), 3)],  # the second token is shared too
+    [
+        Text((0, 5, 6, 7, 8), 3),
+        Text((0, 5, 6, 9), 3),
+        Text((0, 5, 6, 7, 11, 12), 3),
+    ],  # the second token of the answers is shared too
     [Text((0, 40, 41), 1)],
-    [Text((0, 5, 6), 2), Text((0, 5, 6), 2)],  # the same twice
+    [Text((0, 5, 6), 2), Text((0, 5, 6), 2)],  # two equal answers
     [Text((0, 100, 101, 102, 103, 104, 105, 106, 107), 8), Text((0, 99), 1)],
 ]
 
 
 def alone(model: LlamaForCausalLM, text: Text) -> tuple[float, bool]:
-    """One sequence by itself, in float64."""
+    """One separate sequence, in float64."""
     logits = model.double()(input_ids=torch.tensor([text.tokens])).logits[0].detach()
     model.float()
     steps = range(text.first, len(text.tokens))
@@ -62,7 +66,7 @@ def test_spaces_at_the_seam_belong_to_the_continuation(model: Path) -> None:
 @pytest.mark.parametrize(("prefix", "context", "continuation"), [((), "", "word"), ((0,), "word", "")])
 def test_nothing_to_score_is_an_error(model: Path, prefix: tuple[int, ...], context: str, continuation: str) -> None:
     tokenizer, _ = load_tokenizer(model)
-    with pytest.raises(EvaluationError, match="nothing that could be scored"):
+    with pytest.raises(EvaluationError, match="an item cannot be scored"):
         encode(tokenizer, prefix, context, continuation)
 
 

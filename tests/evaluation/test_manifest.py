@@ -1,4 +1,4 @@
-"""What records repeat of a manifest, and artifacts that were changed since."""
+"""Facts that records copy from a manifest, and artifacts that were changed after they were made."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantlab.errors import ArtifactError
-from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
 from quantlab.evaluation.manifest import (
     check_unchanged,
     kept_experts,
@@ -60,7 +60,7 @@ def artifact(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def _flip(artifact: Path) -> None:
-    """One bit of a weight, the file's size and name unchanged."""
+    """Flip one bit of a weight without changing the file's size or name."""
     path = next(artifact.glob("*.safetensors"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -89,9 +89,9 @@ def test_a_changed_artifact_is_not_evaluated(name: str, artifact: Path, suite: P
     assert any(error.kind == "self_attn.o_proj" for error in matrix_errors(read_manifest(artifact)))
     change, found = CHANGES[name]
     change(artifact)
-    cells = (Cell("w4a16", "", artifact, "artifacts/w4a16", "0"),)
+    artifacts = (EvaluatedArtifact("w4a16", "", artifact, "artifacts/w4a16", "0"),)
     request = EvaluationRequest(
-        directory=tmp_path / "run", recipe="r", recipe_sha256="r", suite=suite, baseline="w4a16", cells=cells
+        directory=tmp_path / "run", recipe="r", recipe_sha256="r", suite=suite, baseline="w4a16", artifacts=artifacts
     )
     with pytest.raises(ArtifactError, match="changed since it was made") as raised:
         evaluate(request)
@@ -170,14 +170,14 @@ def test_a_record_of_another_version_is_refused(change: dict[str, object], where
     for name, value in change.items():
         fields[name] = fields[name] | value if isinstance(value, dict) else value
     path.write_text(json.dumps(fields))
-    with pytest.raises(ArtifactError, match="no record of this version") as raised:
+    with pytest.raises(ArtifactError, match="not a record of this version") as raised:
         read_record(path)
     assert re.search(rf"v\.json, {where}", str(raised.value.where))
     assert raised.value.fix is not None
 
 
 def test_records_of_the_first_version_are_still_read(tmp_path: Path) -> None:
-    """Fields came later: a record without them reads as one in which they were not measured."""
+    """Fields added later read as not measured in an old record."""
     path = tmp_path / "v.json"
     old = record().model_dump(mode="json")
     for name in ("tasks", "matrix_errors", "seeds", "command", "suite_name", "suite_version", "tokens_per_expert"):

@@ -1,4 +1,4 @@
-"""Every metric is declared once, and a declaration lacks nothing that a table asks for. Old records are read as new ones."""
+"""Every metric is declared once and completely. Records of earlier versions are converted when read."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from quantlab.evaluation.metric import metrics_of
-from quantlab.evaluation.old_records import passes_of, with_facts
+from quantlab.evaluation.old_records import passes_of, with_later_fields
 from quantlab.evaluation.quality.metrics import SUMS, Divergence, Documents, Domain
 from quantlab.evaluation.record import PARTS, Record, read_record
 from quantlab.plan.compile import describe
@@ -50,7 +50,7 @@ def test_names_are_unique_where_tables_are_flat() -> None:
 
 
 def test_every_number_of_a_part_is_declared() -> None:
-    """Or it is the same as another one, or no number for a table."""
+    """Exceptions: duplicates of other fields, and fields without a number for tables."""
     others = {"kl_mean", "top1_agreement", "predictions_bytes", "layer_error_tokens", "processes"}
     for model in MODELS:
         for name, field in model.model_fields.items():
@@ -64,7 +64,7 @@ def test_the_sums_are_fields_of_documents() -> None:
 
 
 def test_the_kept_records_are_made_again_by_their_declarations() -> None:
-    """Sums over documents, as they stand in records that earlier code wrote, give every number of the same records."""
+    """The sums over documents in records written by earlier code reproduce every number of these records."""
     compared = 0
     for path in (ROOT / "eval" / "results").glob("*/records/*.json"):
         quality = read_record(path).quality
@@ -74,7 +74,7 @@ def test_the_kept_records_are_made_again_by_their_declarations() -> None:
         for part in (quality, quality.divergence) if quality.divergence else (quality,):
             for name, declared in metrics_of(type(part)).items():
                 held, statistic = getattr(part, name), declared.metric.statistic
-                if held is None or statistic is None or "bits_per_byte" in name:  # bytes were not kept then
+                if held is None or statistic is None or "bits_per_byte" in name:  # earlier versions did not store bytes
                     continue
                 assert statistic(sums) == pytest.approx(held.value, rel=1e-9, abs=1e-12), (path, name)
                 compared += 1
@@ -105,10 +105,10 @@ def test_old_records_get_their_facts_once() -> None:
     assert record.quality.documents is not None
     assert record.quality.documents.kl_tokens == record.quality.documents.tokens
     again = json.loads(record.model_dump_json())
-    assert with_facts(again) == again, "a new record is left alone"
+    assert with_later_fields(again) == again, "a new record is left alone"
     assert Record.model_validate(again) == record
     sampled = old | {"quality": json.loads(json.dumps(old["quality"]))}
     sampled["quality"]["divergence"]["kl_sample"] = "one in 3 of 13,260 tokens"
-    documents = Record.model_validate(with_facts(sampled)).quality.documents
+    documents = Record.model_validate(with_later_fields(sampled)).quality.documents
     assert documents.kl_tokens == (), "how many of a document's tokens it was taken on is not known"
-    assert with_facts([]) == []
+    assert with_later_fields([]) == []

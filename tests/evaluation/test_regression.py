@@ -1,4 +1,4 @@
-"""A planted regression is caught and its cause seen; what is the same is called the same. On the reference checkpoint."""
+"""A planted regression is detected and located, and equal artifacts are called equal. On the reference checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantlab.checkpoint.index import open_checkpoint
-from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
 from quantlab.evaluation.metric import metrics_of
 from quantlab.evaluation.record import Pass, Record
 from quantlab.report.comparison.compare import compare
@@ -32,7 +32,7 @@ layer_error_tokens: 512
 
 
 def shuffle_scales(artifact: Path) -> None:
-    """Give the rows of one expert each other's scales."""
+    """Permute the scales among the rows of one expert."""
     names = [f"model.layers.{LAYER}.mlp.experts.{EXPERT}.{kind}_proj.weight_scale" for kind in ("gate", "up", "down")]
     generator = torch.Generator().manual_seed(0)
     for name in names:
@@ -56,11 +56,17 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     (root / "suite.yaml").write_text(SUITE)
     directories = {"source": REFERENCE, "sound": sound, "same": same, "shuffled": shuffled}
     made = (Pass(operation="quantize", setting="int4_g128", algorithm="rtn"),)
-    cells = tuple(
-        Cell(name, name, path, name, name, () if name == "source" else made) for name, path in directories.items()
+    artifacts = tuple(
+        EvaluatedArtifact(name, name, path, name, name, () if name == "source" else made)
+        for name, path in directories.items()
     )
     request = EvaluationRequest(
-        directory=root / "run", recipe="r", recipe_sha256="r", suite=root / "suite.yaml", baseline="source", cells=cells
+        directory=root / "run",
+        recipe="r",
+        recipe_sha256="r",
+        suite=root / "suite.yaml",
+        baseline="source",
+        artifacts=artifacts,
     )
     return {record.variant: record for record in evaluate(request)}
 
@@ -82,7 +88,7 @@ def test_a_shuffled_expert_ranks_last_and_its_layer_stands_out(records: dict[str
     assert worse.pop(f"layer {LAYER}") > 1.5
     assert shuffled.layer_errors[f"layer {LAYER}"].low > sound.layer_errors[f"layer {LAYER}"].high
     assert list(worse.values()) == pytest.approx([1.0] * len(worse), abs=1e-6)
-    # routers before the layer choose as they did
+    # routers before the layer are unchanged
     for layer in range(1, LAYER + 1):
         assert shuffled.router_agreement[f"layer {layer}"] == sound.router_agreement[f"layer {layer}"]
     assert shuffled.router_agreement["layer 7"].value < sound.router_agreement["layer 7"].value
@@ -139,7 +145,7 @@ def test_the_sums_by_document_make_the_numbers_of_the_record(records: dict[str, 
 
 
 def test_tables_show_no_difference_between_the_same_artifact_under_two_names(records: dict[str, Record]) -> None:
-    untimed = {"memory": None}  # loading takes its time
+    untimed = {"memory": None}  # load times vary
     sides = [[(Path(name), records[name].model_copy(update=untimed))] for name in ("sound", "same")]
     (pair,) = compare(*sides, names=("sound", "same")).pairs
     few = [number for number in pair.numbers if number.verdict == "not judged"]  # five documents of each kind of text

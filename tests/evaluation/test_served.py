@@ -1,4 +1,4 @@
-"""The served path: its numbers beside those of transformers, and faults of the decoder that it finds."""
+"""The served path: its numbers against transformers, and planted faults of the decoder that it detects."""
 
 import dataclasses
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_excerpts_are_of_different_documents_and_know_their_place_among_the_scor
 
 
 def test_numbers_are_those_of_transformers(source: Path, text: HeldOut) -> None:
-    """Teacher-forced logits and greedy text of float32, without the runtime."""
+    """Oracle: teacher-forced logits and greedy text in float32, without the runtime."""
     excerpts = choose(text, FEW)
     found = decode(load(source), excerpts, FEW, lambda *_: None)
     ours = load(source, dtype=torch.float32)
@@ -96,7 +96,7 @@ def test_a_sound_decoder_is_near_float32(source: Path, suite: Path, tmp_path: Pa
 
 
 def turned(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Angles of the next place."""
+    """Rotary angles of the next position."""
     return cos.roll(-1, 0).contiguous(), sin.roll(-1, 0).contiguous()
 
 
@@ -133,7 +133,7 @@ def test_a_fault_of_the_fused_step_is_found(
 
 def test_a_fault_of_the_plain_step_is_found(source: Path, suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Off(Decoder):
-        """Decodes the token before the one it was given."""
+        """Decodes the token preceding the given one."""
 
         def __init__(self, *given: object, **named: object) -> None:
             super().__init__(*given, **named, fuse=False)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Speed: which artifacts share a twin, and that ratios are taken within rounds."""
+"""Speed: artifacts of one layout share a timing, and ratios are taken within rounds."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ import torch
 
 from quantlab.errors import CheckpointError, EvaluationError
 from quantlab.evaluation.machine import energy
-from quantlab.evaluation.processes.messages import SpeedRequest, SpeedResult, TwinTimings
+from quantlab.evaluation.processes.messages import ModelTimings, SpeedRequest, SpeedResult
 from quantlab.evaluation.speed import models
 from quantlab.evaluation.speed.measure import (
     Task,
-    Twin,
+    TimedModel,
     measure_speed,
     prepare,
     read_energy,
@@ -22,7 +22,7 @@ from quantlab.evaluation.speed.measure import (
     tasks,
     time_rounds,
 )
-from quantlab.evaluation.speed.models import Layout, Models, layout_name, layout_of
+from quantlab.evaluation.speed.models import Layout, ModelBuilder, layout_name, layout_of
 from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.speed.rates import speeds_of
 from quantlab.evaluation.suite import SpeedSuite, load_suite
@@ -37,9 +37,9 @@ FP16 = Layout("float16", None)
 INT4 = all_linears(SCHEMES["int4_g128"], ("lm_head", "re:.*kv_b_proj$", "re:.*mlp\\.gate$"))
 
 
-def build(layout: Layout, suite: SpeedSuite) -> Twin:
+def build(layout: Layout, suite: SpeedSuite) -> TimedModel:
     """A twin of the suite's shape."""
-    model = Models("twin", suite.description, suite.shape).make(layout, Path(), device="cpu")
+    model = ModelBuilder("twin", suite.description, suite.shape).build(layout, Path(), device="cpu")
     return prepare(model, suite, layout_name(layout, model))
 
 
@@ -127,7 +127,7 @@ speed: {batches: [1], prompt: 4, steps: 2, processes: 2, rounds: 6, task_seconds
 
 @pytest.fixture
 def own_suite(suite: Path) -> Path:
-    """A suite that fixes no shape."""
+    """A suite that does not fix a shape."""
     suite.write_text(OWN)
     return suite
 
@@ -141,7 +141,7 @@ def test_artifacts_are_timed_whole_where_all_fit(own_suite: Path, tmp_path: Path
     artifact = quantize(source, tmp_path / "w4a16", SCHEMES["int4_g128"]).directory
     result = measure_speed(asked(own_suite, source, artifact), lambda *_: None)
     assert (result.timed, result.model) == ("artifact", "the whole artifacts")
-    assert [(twin.layout.partition(" ")[0], twin.variants) for twin in result.twins] == [
+    assert [(timed_model.layout.partition(" ")[0], timed_model.variants) for timed_model in result.timings] == [
         ("float16", ()),
         ("bfloat16", ("source",)),
         ("int4_g128", ("w4a16",)),
@@ -179,7 +179,7 @@ def test_a_large_model_is_timed_on_its_own_layers_and_so_is_fp16(
         assert model.config.vocab_size == 320
         assert model.config.hidden_size == 128
     assert made[0].dtype == torch.float16
-    # what the first process chose the others are told
+    # the other processes receive the choice of the first one
     monkeypatch.setattr("quantlab.evaluation.speed.models.free_bytes", lambda _: None)
     assert measure_speed(asked(own_suite, source, artifact, timed="own layers"), lambda *_: None).timed == "own layers"
 
@@ -228,23 +228,26 @@ def test_a_layer_of_a_twin_has_the_scheme_of_the_layer_it_stands_for(tmp_path: P
 def test_every_round_starts_from_the_same_context(suite: Path) -> None:
     speed = load_suite(suite).suite.speed
     assert speed is not None
-    twin = build(FP16, speed)
+    timed_model = build(FP16, speed)
     for task in tasks(speed):
-        assert run_task(twin, task) > 0
-    assert {batch: decoder.used for batch, decoder in twin.decoders.items()} == {1: speed.prompt, 2: speed.prompt}
+        assert run_task(timed_model, task) > 0
+    assert {batch: decoder.used for batch, decoder in timed_model.decoders.items()} == {
+        1: speed.prompt,
+        2: speed.prompt,
+    }
 
 
 def timings(
     rates: dict[str, np.ndarray], fp16: dict[str, np.ndarray], *, joules: dict[str, np.ndarray] | None = None
 ) -> SpeedResult:
-    """Of a process that timed the FP16 twin and another."""
+    """The result of a process that timed the FP16 twin and another twin."""
 
     def plain(values: dict[str, np.ndarray]) -> dict[str, tuple[float, ...]]:
         return {name: tuple(one.tolist()) for name, one in values.items()}
 
     shared, drawn = {"memory_percent_of_fp16": 30.0}, plain(joules or {})
-    one = TwinTimings(layout="float16", is_fp16=True, variants=("fp16",), rates=plain(fp16), joules=drawn, **shared)
-    other = TwinTimings(
+    one = ModelTimings(layout="float16", is_fp16=True, variants=("fp16",), rates=plain(fp16), joules=drawn, **shared)
+    other = ModelTimings(
         layout="int8",
         is_fp16=False,
         variants=("int8", "also"),
@@ -256,7 +259,7 @@ def timings(
         timed="twin",
         model="a twin of nothing",
         computed_by="a processor",
-        twins=(one, other),
+        timings=(one, other),
         failures={},
         others=None,
         others_of_energy=None,
@@ -266,7 +269,7 @@ def timings(
 def test_ratios_are_taken_within_a_round(suite: Path) -> None:
     speed = load_suite(suite).suite.speed
     assert speed is not None
-    drift = np.array([1.0, 5, 2, 9, 4, 3, 8])  # the machine's, the same for both
+    drift = np.array([1.0, 5, 2, 9, 4, 3, 8])  # drift of the machine, equal for both
     names = ("decode.1", "decode.2", "prefill.1")
     result = timings(dict.fromkeys(names, 3 * drift), dict.fromkeys(names, drift))
     found = speeds_of(speed, [result, result])["int8"]
@@ -282,14 +285,14 @@ def test_a_record_says_why_steps_were_not_fused(suite: Path) -> None:
     assert speed is not None
     names = ("decode.1", "decode.2", "prefill.1")
     result = timings(dict.fromkeys(names, np.ones(3)), dict.fromkeys(names, np.ones(3)))
-    plain = result.twins[1].model_copy(update={"not_fused": "there is a part nobody knows"})
-    found = speeds_of(speed, [result.model_copy(update={"twins": (result.twins[0], plain)})])
+    plain = result.timings[1].model_copy(update={"not_fused": "there is a part nobody knows"})
+    found = speeds_of(speed, [result.model_copy(update={"timings": (result.timings[0], plain)})])
     assert found["int8"].not_fused == "there is a part nobody knows"
     assert found["fp16"].not_fused == ""
 
 
 def test_what_processes_differ_by_widens_every_interval(suite: Path) -> None:
-    """Rounds that agree within each process say nothing about the next one."""
+    """Agreement of the rounds within each process does not predict the next process."""
     speed = load_suite(suite).suite.speed
     assert speed is not None
     names, fp16 = ("decode.1", "decode.2", "prefill.1"), np.full(5, 10.0)
@@ -301,9 +304,9 @@ def test_what_processes_differ_by_widens_every_interval(suite: Path) -> None:
     more = [
         one.model_copy(
             update={
-                "twins": (
-                    *one.twins,
-                    *(one.twins[1].model_copy(update={"layout": n, "variants": (n,)}) for n in ("b", "c")),
+                "timings": (
+                    *one.timings,
+                    *(one.timings[1].model_copy(update={"layout": n, "variants": (n,)}) for n in ("b", "c")),
                 )
             }
         )
@@ -312,7 +315,7 @@ def test_what_processes_differ_by_widens_every_interval(suite: Path) -> None:
     found = speeds_of(speed, more)["int8"]
     ratio = found.decode_over_fp16["1"]
     assert (ratio.value, ratio.interval) == (pytest.approx(2.2), "95 %")
-    # Student's t of twice two degrees; of three processes for three others
+    # Student's t with 2 x 2 degrees of freedom, to predict three processes from three
     width = 2.776 * np.log(1.1) * np.sqrt(2 / 3)
     assert np.log(ratio.high / ratio.value) == pytest.approx(width, rel=0.02)
     assert np.log(ratio.value / ratio.low) == pytest.approx(width, rel=0.02)
@@ -326,8 +329,8 @@ def test_what_is_over_soon_has_several_turns(suite: Path) -> None:
     speed = load_suite(suite).suite.speed
     assert speed is not None
     speed = speed.model_copy(update={"task_seconds": 0.05})
-    twins = {FP16: build(FP16, speed)}
-    turns = [len(rates) for rates in time_rounds(twins, speed, lambda *_: None, seed=0)[FP16].values()]
+    timed_models = {FP16: build(FP16, speed)}
+    turns = [len(rates) for rates in time_rounds(timed_models, speed, lambda *_: None, seed=0)[FP16].values()]
     assert min(turns) > 4, "as many rounds, and in each of them more turns"
 
 
@@ -359,27 +362,27 @@ def test_energy_is_read_around_steady_decoding_by_turns(suite: Path, monkeypatch
     speed = load_suite(suite).suite.speed
     assert speed is not None
     other = Layout("bfloat16", None)
-    twins = {FP16: build(FP16, speed), other: build(other, speed)}
-    assert read_energy(twins, speed, seed=0) == {}
+    timed_models = {FP16: build(FP16, speed), other: build(other, speed)}
+    assert read_energy(timed_models, speed, seed=0) == {}
     asked = speed.model_copy(update={"energy_seconds": 0.07})
     monkeypatch.setattr("quantlab.evaluation.speed.measure.meter", lambda device: None)
-    assert read_energy(twins, asked, seed=0) == {}
+    assert read_energy(timed_models, asked, seed=0) == {}
     joules, turns = 0.0, []
 
-    def counted(twin: Twin, task: Task) -> None:
+    def counted(timed_model: TimedModel, task: Task) -> None:
         nonlocal joules
-        joules += task.batch * task.tokens * (2.0 if twin is twins[other] else 0.5)
-        if turns[-1:] != [(twin.name, task.batch)]:
-            turns.append((twin.name, task.batch))
+        joules += task.batch * task.tokens * (2.0 if timed_model is timed_models[other] else 0.5)
+        if turns[-1:] != [(timed_model.name, task.batch)]:
+            turns.append((timed_model.name, task.batch))
 
     monkeypatch.setattr("quantlab.evaluation.speed.measure.run_task", counted)
     monkeypatch.setattr("quantlab.evaluation.speed.measure.meter", lambda device: lambda: 7.0 + joules)
-    found = read_energy(twins, asked, seed=0)
+    found = read_energy(timed_models, asked, seed=0)
     for layout, expected in ((FP16, 0.5), (other, 2.0)):
         assert set(found[layout]) == {"1", "2"}
         assert [len(values) for values in found[layout].values()] == [3, 3]
         assert np.array(list(found[layout].values())) == pytest.approx(expected)
-    # every batch size is decoded by both before the next, and no twin has all its stretches at once
+    # both models decode a batch size before the next one, and no model has all its intervals in a row
     assert [{name for name, _ in turns[at : at + 2]} for at in range(0, 12, 2)] == [{"float16", "bfloat16"}] * 6
 
 

@@ -1,4 +1,4 @@
-"""Intervals hold what they promise, on data whose truth is known."""
+"""Intervals have their nominal coverage on simulated data with known truth."""
 
 import math
 from collections.abc import Callable
@@ -10,12 +10,12 @@ import pytest
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.statistics import (
     RESAMPLES,
-    between,
     holm,
     mcnemar,
     median,
+    over_processes,
     percentile,
-    repeated,
+    process_variation,
     resample,
 )
 
@@ -23,7 +23,7 @@ EXPERIMENTS = 2000
 
 
 def covered(measure: Callable[[np.random.Generator], Measured], truth: float) -> float:
-    """Share of simulated experiments whose interval holds the truth."""
+    """Share of simulated experiments whose interval contains the truth."""
     generator = np.random.default_rng(7)
     found = [measure(generator) for _ in range(EXPERIMENTS)]
     return float(np.mean([one.low <= truth <= one.high for one in found]))
@@ -58,7 +58,7 @@ def test_intervals_of_a_mean_kl_cover_the_truth() -> None:
 
 
 def correct_of_two(generator: np.random.Generator, documents: int, loss: float) -> np.ndarray:
-    """Tokens, right ones of the baseline and of an artifact that loses a share of them [D, 3]; documents differ, tokens flip."""
+    """Sums of tokens, correct ones of the baseline and correct ones of an artifact with a given loss, per document [D, 3]."""
     tokens = generator.integers(100, 250, documents)
     easy = np.clip(generator.normal(0.4, 0.1, documents), 0.05, 0.95)
     flips = 0.02 * np.exp(generator.normal(0, 0.3, documents))
@@ -111,7 +111,7 @@ def test_a_percentile_is_that_of_every_draws_tokens() -> None:
 
 
 def test_a_row_that_loses_nothing_is_called_a_loss_one_time_in_twenty_at_most() -> None:
-    """Over all rows of a matrix together, by Holm; alone, by interval and by p, which agree."""
+    """Checks the rate over all rows of a matrix with Holm, and of single rows by interval and by p, which must agree."""
     generator, strata = np.random.default_rng(11), np.arange(120) % 4
     rows, matrices = 5, EXPERIMENTS // 5
     found = [
@@ -165,7 +165,7 @@ def test_ninety_five_percent_intervals_of_a_median_cover_the_truth(repetitions: 
             return median(generator.lognormal(0, 0.3, repetitions))
         return median(
             generator.gumbel(1 + math.log(math.log(2)), 1, repetitions)
-        )  # single rounds that are slow, never fast
+        )  # some rounds are slowed down, none sped up
 
     assert 0.93 <= covered(experiment, 1.0) <= 0.97
     assert experiment(np.random.default_rng(0)).interval == "95 %"
@@ -192,13 +192,13 @@ def test_of_too_few_documents_the_range_is_told_and_nothing_concluded(documents:
 
 
 UNEQUAL = np.array([0.5, 0.6, 0.7, 0.8, 0.8, 2.0])[:, None, None]
-"""How far processes differ about the times of FP16 and five layouts, relative to each other; as was seen of the suite `quick`."""
+"""Relative variation between processes of FP16 and five layouts, as observed for the suite `quick`."""
 BATCHES = 4
 
 
 def evaluated(generator: np.random.Generator, processes: int, *, between_processes: float) -> list[Measured]:
-    """Ratios of one evaluation: each process has effects of its own on every twin and batch size, FP16's among them; each round
-    a clock of its own; the truth is 2.
+    """Simulated ratios of one evaluation with truth 2. Each process has random effects on every twin and batch size, including
+    FP16, and each round has a random clock.
     """
     rounds = 5
     values = np.zeros((len(UNEQUAL) - 1, BATCHES, processes, rounds))
@@ -207,8 +207,8 @@ def evaluated(generator: np.random.Generator, processes: int, *, between_process
         clock = generator.normal(0, 0.1, (1, 1, rounds))
         times = np.exp(effects + clock + generator.normal(0, 0.02, (len(UNEQUAL), BATCHES, rounds)))
         values[:, :, process] = 2 * times[1:] / times[:1]
-    spreads = [between(np.median(values[:, batch], axis=2), independent=2) for batch in range(BATCHES)]
-    return [repeated(list(cell), spread) for twin in values for cell, spread in zip(twin, spreads, strict=True)]
+    spreads = [process_variation(np.median(values[:, batch], axis=2), independent=2) for batch in range(BATCHES)]
+    return [over_processes(list(cell), spread) for twin in values for cell, spread in zip(twin, spreads, strict=True)]
 
 
 @pytest.mark.parametrize("processes", [3, 4])
@@ -231,7 +231,7 @@ def test_of_two_processes_the_range_is_told() -> None:
 
 
 def test_rounds_of_one_process_alone_would_promise_too_much() -> None:
-    """The interval of the median over rounds, which knows nothing of processes, misses the next evaluation most of the time."""
+    """The interval of the median over rounds ignores processes, and misses the next evaluation most of the time."""
     generator = np.random.default_rng(9)
     inside = []
     for _ in range(EXPERIMENTS):

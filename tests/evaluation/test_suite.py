@@ -1,4 +1,4 @@
-"""Suites: every shipped one loads, and mistakes are named."""
+"""Suites: every shipped suite loads, and errors name the mistake."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def test_shipped_suites_load(path: Path) -> None:
     speed = loaded.suite.speed
     if speed is None or not speed.shape:
         return
-    # groups of 128 must divide every width, or the twin of a W4A16 artifact would leave linears out
+    # groups of 128 must divide every width, or linears of a W4A16 twin would stay unquantized
     for width in ("hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank"):
         assert int(str(speed.shape[width])) % 128 == 0
 
@@ -80,7 +80,7 @@ def test_asking_needs_no_torch() -> None:
         "suite",
         "statistics",
         "processes.messages",
-        "processes.workers",
+        "processes.worker_client",
         "evaluate",
         "served.metrics",
         "speed.own_layers",

@@ -1,4 +1,4 @@
-"""Tasks: the shipped ones are what their script builds, bad ones are refused, scores are right and paired."""
+"""Tasks: shipped tasks equal the output of their script, invalid tasks are refused, scores are correct and paired."""
 
 import json
 import re

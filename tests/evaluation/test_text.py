@@ -1,4 +1,4 @@
-"""Windows: which tokens are scored, after what, and exactly how many bytes they spell."""
+"""Windows: the scored tokens, their contexts, and their exact number of bytes."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ TEXT = " two  spaces, naïve café 😀😀 漢字 and \u2028 a separator" * 3
 
 
 def five(text: str) -> list[Document]:
-    """As many documents as a domain needs."""
+    """The minimum number of documents of a domain."""
     return [Document("a", text)] * 5
 
 
 def test_windows_spell_every_byte_once(model: Path) -> None:
     tokenizer, prefix = load_tokenizer(model)
     assert len(prefix) == 1
-    # a length for which windows begin inside characters of four bytes
+    # with this length, windows begin within four-byte characters
     for length in (2, 3, 8, 24, 1000):
         held_out = cut(five(TEXT), tokenizer, prefix, length=length, tokens_per_domain=10**6)
         assert sum(window.nbytes for window in held_out.windows) == 5 * len(TEXT.encode())

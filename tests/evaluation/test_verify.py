@@ -1,4 +1,4 @@
-"""`verify` on artifacts as they are made, and on ones that were damaged afterwards."""
+"""`verify` on intact artifacts and on damaged ones."""
 
 import shutil
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def test_damage_is_found(damage: str, artifact: Path) -> None:
 
 
 def test_no_artifact(artifact: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no artifact of quantlab"):
+    with pytest.raises(ArtifactError, match="not a quantlab artifact"):
         list(verify(tmp_path))
     (artifact / "manifest.json").write_text("{}")
     with pytest.raises(ArtifactError, match="the manifest is damaged"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantlab.evaluation.evaluate import Cell, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
 from quantlab.evaluation.record import Record
 from quantlab.recipe.schemes import SCHEMES
 from quantlab.runtime.device import find_device, name_of
@@ -44,10 +44,10 @@ def evaluated(directory: Path, source: Path, suite: Path, device: str) -> dict[s
     if not artifact.is_dir():
         quantize(source, artifact, SCHEMES["int4_g128"])
     found = find_device(device)
-    cells = (
-        Cell("source", "as it is", source, "../source", "0" * 64),
-        Cell("same", "as it is", source, "../source", "1" * 64),
-        Cell("w4a16", "int4_g128 (rtn)", artifact, "artifacts/w4a16", "2" * 64),
+    artifacts = (
+        EvaluatedArtifact("source", "as it is", source, "../source", "0" * 64),
+        EvaluatedArtifact("same", "as it is", source, "../source", "1" * 64),
+        EvaluatedArtifact("w4a16", "int4_g128 (rtn)", artifact, "artifacts/w4a16", "2" * 64),
     )
     request = EvaluationRequest(
         directory=directory / device,
@@ -55,7 +55,7 @@ def evaluated(directory: Path, source: Path, suite: Path, device: str) -> dict[s
         recipe_sha256="r",
         suite=suite,
         baseline="source",
-        cells=cells,
+        artifacts=artifacts,
         device=str(found),
         gpu=name_of(found),
     )

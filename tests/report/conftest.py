@@ -1,4 +1,4 @@
-"""Records made by hand: a whole recipe with plausible numbers, and a factory for constructed cases."""
+"""Synthetic records: a whole recipe with plausible numbers, and a factory for special cases."""
 
 from collections.abc import Callable
 
@@ -116,7 +116,7 @@ def make_recipe() -> list[Record]:
 
 
 def make_divergence(kl: float, *, layers: int = 8, at_fault: int | None = None) -> Divergence:
-    """Errors of a few percent in every layer; twenty times that in the one at fault."""
+    """Errors of a few percent in every layer; twenty times as much in the layer at fault."""
     error = kl**0.5 * 0.3
 
     def of(layer: int) -> float:
@@ -157,7 +157,7 @@ def make_task(
 
 
 def enrich(record: Record) -> Record:
-    """The same record with everything that later evaluations add."""
+    """The same record with all optional fields filled."""
     quality, memory, speed = record.quality, record.memory, record.speed
     assert quality is not None
     assert memory is not None
@@ -245,7 +245,7 @@ def rich() -> list[Record]:
 
 @pytest.fixture
 def damaged(recipe: list[Record]) -> list[Record]:
-    """The same recipe with an evaluation that failed, one that was not made, and an artifact that could not be loaded."""
+    """The same recipe with a failed evaluation, a missing one, and an artifact that could not be loaded."""
     by_name = {record.variant: record for record in recipe}
     reason = "no kernel for int8 | activations of 4 dimensions: `o_proj` <layer 3>"
     by_name["int8"] = by_name["int8"].model_copy(

@@ -69,7 +69,7 @@ def test_every_table_shows_it(attending: list[Record]) -> None:
     assert f"<h2>{TITLE}</h2>" in page
     note = attention_table(matrix).note  # type: ignore[union-attr]
     assert matrix.hardware in note
-    assert "resident size of a process of its own" in note
+    assert "resident size of a separate process" in note
     told = json.loads(matrix.to_json())["attention"]
     assert told["cells"][2]["reason"] == REASON
 

@@ -1,4 +1,4 @@
-"""A card gets the numbers of the artifact that was measured, in its marked place, and of no other."""
+"""A model card gets the numbers of its own measured artifact, in its marked section."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Claims are data, verdicts follow from intervals, and what was not measured is said to be so."""
+"""Claims are data, verdicts follow from intervals, and numbers that were not measured are reported as such."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_a_number(recipe: list[Record], low: float, high: float, equals: float, 
     claim = {"variant": "w4a16", "equals": equals, "tolerance": tolerance}
     assert check(records, metric="accuracy_loss_percent", **claim).verdict == verdict
     mirrored = {"variant": "w4a16", "equals": 100 - equals, "tolerance": tolerance + 1e-9}
-    kept = "holds" if verdict == "not decided" else verdict  # the same width is a small share of 99
+    kept = "holds" if verdict == "not decided" else verdict  # relative to 99 the same width is narrow
     assert check(records, metric="accuracy_kept_percent", **mirrored).verdict == kept
 
 
@@ -140,8 +140,8 @@ def test_the_guide_is_checked_in_every_table(recipe: list[Record], tmp_path: Pat
         ("{text: a, metric: speed_over_fp16, equals: 1}", "does not say what it claims"),
         ("{text: a, variant: fp16, metric: speed_over_fp16, equals: 1, at_most: 2}", "does not say what it claims"),
         ("{text: a, equals: 1}", "without a metric"),
-        ("{text: a, measured: 1, at_least: 1}", "needs its place"),
-        ("{text: a, measured: 1, source: b, metric: speed_over_fp16, at_least: 1}", "needs its place"),
+        ("{text: a, measured: 1, at_least: 1}", "needs its source"),
+        ("{text: a, measured: 1, source: b, metric: speed_over_fp16, at_least: 1}", "needs its source"),
         ("{text: a, measured: 1, source: b}", "give one of at_most, at_least"),
         ("{text: a, equal: 1}", "unknown key"),
     ],

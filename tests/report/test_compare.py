@@ -1,4 +1,4 @@
-"""Two records side by side: the interval of a difference, what is refused a verdict, and the paths that name a side."""
+"""Comparison of two records: intervals of differences, numbers without a verdict, and the paths that select a side."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from quantlab.report.comparison.compare import UNPAIRED, Comparison, Number, Pai
 from quantlab.report.comparison.terminal import print_comparison
 from quantlab.report.comparison.unpaired import subtract
 from quantlab.report.files import find_records
-from quantlab.report.matrix.cells import interval
+from quantlab.report.matrix.table_cells import interval
 from tests.report.conftest import measured
 
 Make = Callable[..., Record]

@@ -1,4 +1,4 @@
-"""The heat map of calibration tokens: every expert of every layer is there, in the class its share belongs to."""
+"""The heat map of calibration tokens shows every expert of every layer in the class of its share."""
 
 from quantlab.evaluation.record import Record
 from quantlab.report.matrix.expert_map import SHARE_NAMES, heat_maps

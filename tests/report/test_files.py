@@ -1,4 +1,4 @@
-"""The files of a report: all of them or none half, the same bytes every time, and no torch on the way."""
+"""The files of a report: written atomically, deterministic, and without torch."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def test_output_is_the_same_to_the_byte(damaged: list[Record], tmp_path: Path) -
 
 
 def test_output_does_not_depend_on_the_process(recipe: list[Record], tmp_path: Path) -> None:
-    """Another hash seed, another order of sets."""
+    """Another hash seed changes the order of sets."""
     records = tmp_path / "records"
     records.mkdir()
     for record in recipe:

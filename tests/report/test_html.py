@@ -1,4 +1,4 @@
-"""matrix.html stands alone and says everything; matrix.svg is well-formed; labels of the plot keep apart."""
+"""matrix.html is self-contained and complete; matrix.svg is well-formed; labels of the plot do not overlap."""
 
 import itertools
 import re
@@ -22,7 +22,7 @@ VOID = {"meta", "link", "br", "wbr", "img", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Collects what the tests ask about, and notices tags that do not nest."""
+    """Collects the elements that the tests check, and detects incorrectly nested tags."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

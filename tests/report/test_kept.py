@@ -1,4 +1,4 @@
-"""The tables of kept records are what `quantlab report` makes of them, to the byte."""
+"""`quantlab report` rebuilds the tables of the kept records byte for byte."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ KEPT = sorted(path.parent for path in (ROOT / "eval" / "results").glob("*/record
 
 
 def differing(place: Path, directory: Path) -> list[str]:
-    """Files of the kept table that a new report does not repeat."""
+    """Files of the kept table that differ from a new report."""
     report(place, directory)
     return [name for name in TABLE if (directory / name).read_bytes() != (place / name).read_bytes()]
 

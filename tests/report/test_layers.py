@@ -1,4 +1,4 @@
-"""Heat maps by layer, and bars by batch size: a damaged layer is named, an even model is not accused, nothing is lost."""
+"""Heat maps by layer and bars by batch size: a damaged layer is named, no layer of an even model is, no number is lost."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_a_variant_without_error_does_not_press_the_others_together() -> None:
 
 
 def faults(records: list[Record], *, at: int, times: float) -> tuple[str, ...]:
-    """What is said where the error of one layer of a second int4 variant is `times` that of the first's."""
+    """The sentences if the error of one layer of a second int4 variant is `times` that of the first variant."""
     quality = records[4].quality
     assert quality is not None
     assert quality.divergence is not None
@@ -123,7 +123,7 @@ def test_a_layer_is_held_against_the_same_layer_of_similar_rows(rich: list[Recor
 
 
 def test_layers_are_compared_among_variants_of_the_same_passes_only() -> None:
-    """A cast has errors of rounding, a millionth of those of pruning: in the same layout either would accuse the other."""
+    """A cast's rounding errors are a millionth of those of pruning; comparing them within a layout would name layers wrongly."""
     records = read_records(ROOT / "eval" / "results" / "quickstart" / "records")
     by_name = {row.variant: row for row in build_matrix(records).rows}
     assert same_layout(by_name["fp16"], by_name["pruned-8"])

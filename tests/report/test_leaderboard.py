@@ -1,4 +1,4 @@
-"""A leaderboard holds what its records hold, ranks no further than intervals allow, and mixes nothing."""
+"""A leaderboard shows its records' numbers, gives only ranks that intervals support, and mixes no incomparable records."""
 
 import csv
 import io

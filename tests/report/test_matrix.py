@@ -1,4 +1,4 @@
-"""matrix.json carries the names DESIGN promises, and only records that belong together share a matrix."""
+"""matrix.json has its documented names, and only records that belong together share a matrix."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Whatever number of a record is none, and whatever is missing, every page is made and says so."""
+"""For any number that is not finite or missing, every page is built and reports it."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def floats(found: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def kinds() -> dict[str, tuple[int, tuple[Any, ...]]]:
-    """One place of every kind of number that a record holds: field names without the list's index and the value's ends."""
+    """One path for every kind of number of a record: field names without list indices and interval ends."""
     found = {}
     for index, record in enumerate(complete()):
         for path in floats(json.loads(record.model_dump_json())):

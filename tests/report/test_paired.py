@@ -1,4 +1,4 @@
-"""Two records of the same documents: the interval is that of the difference, and without documents nothing is claimed."""
+"""Two records of the same documents: the interval of the paired difference; without documents there is no verdict."""
 
 import math
 import random
@@ -23,7 +23,7 @@ COUNT = 40
 
 
 def documents(offsets: list[float], *, sha: str = "t", tokens: int = 100) -> Documents:
-    """Documents of equal length of two kinds; what they cost the baseline differs much more than what the offsets add."""
+    """Documents of two kinds and equal length; the baseline's losses vary much more than the offsets."""
     base = [tokens * (3 + index % 7) for index in range(len(offsets))]
     right = [50 + index % 5 for index in range(len(offsets))]
     return Documents(
@@ -60,7 +60,7 @@ def numbers(a: Record, b: Record) -> dict[str, Number]:
 
 
 def test_the_interval_is_that_of_an_obvious_bootstrap() -> None:
-    """Documents of each kind of text drawn one by one, both sides summed over the same; tails widened for 40 documents, 38 degrees."""
+    """Oracle: documents drawn one by one per kind of text, both sides summed over the same draws; tails widened for 38 degrees."""
     generator = random.Random(1)
     a, b = ([abs(generator.gauss(0.1, 0.02)) for _ in range(COUNT)] for _ in range(2))
     one, other = documents(a), documents(b)
@@ -82,7 +82,7 @@ def test_the_interval_is_that_of_an_obvious_bootstrap() -> None:
 
 
 def test_the_interval_of_a_mean_is_about_that_of_the_textbook() -> None:
-    """One kind of text: the mean of 12 differences with Student's 97.5 % quantile for 11 degrees, 2.200985."""
+    """One kind of text: mean of 12 differences with Student's 97.5 % quantile for 11 degrees, 2.200985."""
     generator = random.Random(1)
     a, b = ([abs(generator.gauss(0.1, 0.02)) for _ in range(12)] for _ in range(2))
     one, other = (documents(side).model_copy(update={"domain": ("prose",) * 12}) for side in (a, b))
@@ -95,9 +95,9 @@ def test_the_interval_of_a_mean_is_about_that_of_the_textbook() -> None:
 
 
 def test_a_loss_against_the_baseline_has_the_interval_that_its_record_has() -> None:
-    """The records that are kept: every number that is a function of sums is computed from them again, with its interval.
+    """In the kept records, every number that is a function of sums is recomputed with its interval.
 
-    Two methods would disagree here: the matrix shows the record's interval, comparisons and claims that of `paired`.
+    The matrix shows the record's interval, comparisons and claims that of `paired`; both must use the same method.
     """
     read = 0
     for path in sorted((ROOT / "eval" / "results").glob("*/records/*.json")):
@@ -117,7 +117,7 @@ def test_a_loss_against_the_baseline_has_the_interval_that_its_record_has() -> N
 
 
 def test_intervals_cover_the_truth() -> None:
-    """1,000 experiments in which b costs as much as a but for chance: of the change of perplexity, between 93 and 97 %."""
+    """1,000 simulated pairs without a true difference: coverage for the change of perplexity is between 93 and 97 %."""
     generator, hits = random.Random(2), 0
     for _ in range(1000):
         a = [generator.gauss(0.02, 0.02) for _ in range(COUNT)]

@@ -1,4 +1,4 @@
-"""Recommendations on constructed cases: ties, overlaps, missing cells, and intervals that support nothing."""
+"""Recommendations on constructed cases: ties, overlaps, missing cells, and intervals that support no recommendation."""
 
 from collections.abc import Callable
 

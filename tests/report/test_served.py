@@ -1,4 +1,4 @@
-"""The served path and the model that was timed, as tables name them."""
+"""The served path and the timed model in tables."""
 
 import io
 
@@ -8,11 +8,11 @@ from rich.console import Console
 from quantlab.evaluation.record import Record
 from quantlab.evaluation.served.metrics import Served
 from quantlab.evaluation.speed.metrics import Timed
-from quantlab.report.matrix.cells import served_warnings
 from quantlab.report.matrix.columns import columns
 from quantlab.report.matrix.html import to_html
 from quantlab.report.matrix.markdown import to_markdown
 from quantlab.report.matrix.matrix import Matrix, build_matrix
+from quantlab.report.matrix.table_cells import served_warnings
 from quantlab.report.matrix.terminal import print_matrix
 from tests.report.conftest import measured
 

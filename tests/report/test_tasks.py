@@ -1,4 +1,4 @@
-"""Two seeds and two metrics of one task stand apart wherever tasks are shown."""
+"""Two seeds and two metrics of one task are separate entries in all tables."""
 
 import csv
 import io
@@ -9,14 +9,14 @@ import pytest
 from quantlab.evaluation.record import Record
 from quantlab.report.comparison.compare import compare
 from quantlab.report.leaderboard.leaderboard import build_leaderboard
-from quantlab.report.matrix.cells import cell
 from quantlab.report.matrix.columns import columns
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.html import to_html
 from quantlab.report.matrix.layer_maps import group_maps
 from quantlab.report.matrix.matrix import build_matrix
+from quantlab.report.matrix.row_verdicts import verdicts
 from quantlab.report.matrix.rows import task_labels
-from quantlab.report.matrix.verdict import verdicts
+from quantlab.report.matrix.table_cells import cell
 from tests.report.conftest import make_task, measured
 
 LOSSES = {"quiz accuracy seed 0": 0.05, "quiz accuracy seed 1": 0.0, "quiz exact_match seed 0": 0.02, "words": 0.1}

@@ -1,4 +1,4 @@
-"""The terminal's table at every width: nothing wraps inside it, the first four columns stand always."""
+"""The terminal's table at every width: no cell wraps, and the first four columns are always shown."""
 
 import io
 

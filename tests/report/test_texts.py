@@ -10,15 +10,15 @@ from markdown_it import MarkdownIt
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.memory.metrics import Expanded
 from quantlab.evaluation.record import Record
-from quantlab.report.matrix.cells import PRUNED_NOTE, human_bytes, notes, number
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.html import to_html
 from quantlab.report.matrix.markdown import to_markdown
 from quantlab.report.matrix.matrix import build_matrix
+from quantlab.report.matrix.table_cells import PRUNED_NOTE, human_bytes, notes, number
 
 
 def tables(markdown: str) -> list[list[list[str]]]:
-    """Every table as rows of cell texts, parsed as GitHub does."""
+    """Every table as rows of cell texts, parsed like on GitHub."""
     found: list[list[list[str]]] = []
     for token in MarkdownIt("commonmark").enable("table").parse(markdown):
         if token.type == "table_open":
@@ -191,7 +191,7 @@ def test_what_was_measured_once_has_no_interval(recipe: list[Record]) -> None:
 
 
 def test_csv_holds_every_number_of_the_records(rich: list[Record]) -> None:
-    """With its ends and n, under whatever name: nothing that a page can show is left out."""
+    """Including interval ends and n: no number that a page can show is missing."""
     lines = list(csv.DictReader(io.StringIO(to_csv(build_matrix(rich)))))
     for record, line in zip(rich, lines, strict=True):
         fours = {tuple(line.get(f"{name}{end}", "") for end in ("", "_low", "_high", "_n")) for name in line}

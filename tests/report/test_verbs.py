@@ -1,4 +1,4 @@
-"""`report`, `compare` and `leaderboard` as a person or a script uses them."""
+"""The command lines of `report`, `compare` and `leaderboard`, for people and scripts."""
 
 import json
 import os
@@ -92,5 +92,5 @@ def test_a_record_of_another_version_is_named_with_its_field(runs: Path, tmp_pat
     path.write_text(json.dumps(record | {"schema_version": 2}))
     done = quantlab("compare", runs / "old" / "records" / "int8.json", path)
     assert done.returncode == 1
-    assert "no record of this version" in done.stderr
+    assert "not a record of this version" in done.stderr
     assert "schema_version" in done.stderr

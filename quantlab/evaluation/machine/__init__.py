@@ -1,1 +1,1 @@
-"""The machine a number was measured on: its name, its clock and memory, its energy meter, and who else was using it."""
+"""The machine that measures: time and memory of a device, energy meters, and contention by other processes."""

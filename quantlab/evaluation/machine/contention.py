@@ -1,8 +1,8 @@
-"""Was the machine quiet while something was timed? A number taken among strangers is marked, not printed as fact.
+"""Detection of contention: whether other processes used the machine during a timing. Such a number is marked as noisy.
 
-Three signs. Processor time that neither this process nor idleness accounts for went to others; Linux counts it, per
-processor, and where it does not the load average has to do. A GPU that is busy while this process leaves it idle, before the
-timing or after. And rounds of one cell that differ much from each other. Needs no torch.
+There are three indications. First, CPU time that was neither idle nor used by this process; Linux counts it per processor, and
+on other systems the load average replaces it. Second, a GPU that is busy while this process leaves it idle, before or after the
+timing. Third, a large spread between the rounds of one cell. Needs no torch.
 """
 
 import os
@@ -16,22 +16,22 @@ import numpy as np
 from quantlab.evaluation.statistics import Floats
 
 _TOLERATED: Final = 0.1
-"""Share of the processors used that others may have: system services take less."""
+"""Tolerated share of the timed processors that other processes use; system services use less."""
 _BUSY_PERCENT: Final = 5
-"""Of the last second in which a GPU may be busy with what is not ours: drawing a screen takes less."""
+"""Tolerated utilization of a GPU by other processes in the last second, in percent; drawing a screen takes less."""
 _SPREAD: Final = 0.25
-"""Middle half of the rounds over their median, above which a cell is noisy; on a quiet machine it is below 0.1."""
+"""Interquartile range over the median of the rounds, above which a cell is noisy; below 0.1 on a quiet machine."""
 _STAT: Final = Path("/proc/stat")
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Clocks read together, in seconds.
+class ClockReading:
+    """Clocks read at one moment, in seconds.
 
     Attributes:
-        wall: time of day, so to speak.
-        own: processor time of this process.
-        busy: processor time of everybody on the processors this process may use; None where nobody counts it.
+        wall: monotonic wall clock.
+        own: CPU time of this process.
+        busy: CPU time of all processes on the processors that this process may use; None if the system does not count it.
     """
 
     wall: float
@@ -44,13 +44,13 @@ class Moment:
         return cls(time.perf_counter(), times.user + times.system, _busy_seconds())
 
 
-def crowd(begin: Moment, end: Moment, *, threads: int) -> str | None:
-    """What others did between two moments, in words; None if too little to matter.
+def cpu_contention(begin: ClockReading, end: ClockReading, *, threads: int) -> str | None:
+    """Describe the use of the CPU by other processes between two readings; None if it is below the tolerance.
 
     Args:
-        begin: before the timing.
-        end: after it.
-        threads: that were timed.
+        begin: reading before the timing.
+        end: reading after it.
+        threads: number of timed threads.
     """
     if begin.busy is None or end.busy is None:
         load = os.getloadavg()[0]
@@ -59,15 +59,18 @@ def crowd(begin: Moment, end: Moment, *, threads: int) -> str | None:
     return f"other processes took {others:.1f} of {threads} cores" if others > _TOLERATED * threads else None
 
 
-def crowded_gpu(percent: int | None) -> str | None:
-    """What a GPU's utilization says while this process leaves it idle, in words; None if nothing that matters, or unknown."""
+def gpu_contention(percent: int | None) -> str | None:
+    """Describe the use of a GPU by other processes, from its utilization in percent while this process leaves it idle.
+
+    None if the utilization is unknown or below the tolerance.
+    """
     if percent is None or percent <= _BUSY_PERCENT:
         return None
     return f"other processes kept the GPU busy for {percent} % of the time"
 
 
-def spread(rates: Floats) -> str | None:
-    """What repeated timings [n] of one cell say against it; None if they agree."""
+def rounds_spread(rates: Floats) -> str | None:
+    """Describe the spread of the rounds [n] of one cell; None if it is below the tolerance."""
     first, middle, third = np.quantile(rates, [0.25, 0.5, 0.75])
     share = (third - first) / middle
     return (
@@ -78,7 +81,7 @@ def spread(rates: Floats) -> str | None:
 
 
 def _busy_seconds() -> float | None:
-    """Processor time that was not idle, of the processors this process may use, from Linux's counters."""
+    """Non-idle time of the processors that this process may use, in seconds, from /proc/stat; None on other systems."""
     if not _STAT.is_file() or not hasattr(os, "sched_getaffinity"):
         return None
     allowed = {f"cpu{index}" for index in os.sched_getaffinity(0)}

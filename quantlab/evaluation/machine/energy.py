@@ -1,7 +1,7 @@
-"""Energy, where the device counts it: NVML's counter of a GPU, RAPL's of the processor packages.
+"""Energy meters: NVML's counter of a GPU, and the RAPL counters of the CPU packages.
 
-Both count all that the device takes, idle power and strangers included, and are brought up to date a few dozen times a
-second, so they are read around a second of steady work, not around a step.
+Both count the total energy of the device, including idle power and other processes. They are updated a few dozen times per
+second, so they are read before and after about a second of steady work, not around single steps.
 """
 
 import ctypes
@@ -12,27 +12,27 @@ from typing import Final
 import torch
 
 Meter = Callable[[], float]
-"""Joules since some moment in the past."""
+"""Returns the energy in joules since an arbitrary moment in the past."""
 
 _RAPL: Final = Path("/sys/class/powercap")
 
 
 def meter(device: torch.device) -> Meter | None:
-    """The device's counter; None where it has none that may be read."""
+    """The energy meter of the device; None if it has no readable counter."""
     return _nvml(device) if device.type == "cuda" else _rapl()
 
 
 def utilization(device: torch.device) -> int | None:
-    """Percent of the last second at most in which a CUDA device was busy, with whatever it was; None where nobody says."""
+    """Utilization of a CUDA device by all processes in percent, over at most the last second; None if NVML does not report it."""
     found = _handle(device)
-    rates = (ctypes.c_uint * 2)()  # of the processors and of the memory
+    rates = (ctypes.c_uint * 2)()  # GPU and memory utilization
     if found is None or found[0].nvmlDeviceGetUtilizationRates(found[1], ctypes.byref(rates)):
         return None
     return int(rates[0])
 
 
 def _handle(device: torch.device) -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
-    """NVML and what it calls a CUDA device; None where it is missing or does not know the device."""
+    """The NVML library and its handle of a CUDA device; None if NVML is missing or does not know the device."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -44,7 +44,7 @@ def _handle(device: torch.device) -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
 
 
 def _nvml(device: torch.device) -> Meter | None:
-    """The counter of a CUDA device, from Volta on."""
+    """The energy counter of a CUDA device; available since Volta."""
     found = _handle(device)
     if found is None:
         return None
@@ -61,12 +61,12 @@ def _nvml(device: torch.device) -> Meter | None:
 
 
 def _rapl() -> Meter | None:
-    """The sum over processor packages; its counters begin anew at a maximum, which is added then."""
+    """The sum of the counters of all CPU packages; a counter that wraps around at its maximum is corrected."""
     packages = [path for path in sorted(_RAPL.glob("intel-rapl:*")) if path.name.count(":") == 1]
     try:
         ranges = [int((path / "max_energy_range_uj").read_text()) for path in packages]
         before = [int((path / "energy_uj").read_text()) for path in packages]
-    except OSError:  # the counters are there, for root alone
+    except OSError:  # only root may read the counters
         return None
     if not packages:
         return None

@@ -1,14 +1,14 @@
-"""What a long context takes beyond the weights, and how fast it is read, under one implementation of attention.
+"""Memory of a long context beyond the weights, and its speed, under one implementation of attention.
 
-A context is read by a random-weight twin, one sequence, into a cache that grows, which every implementation can do, and a
-few tokens are decoded after it. What counts is the peak of memory above the weights, the cache included. Decoding comes
-first, from a cache that holds a few tokens over and over: what a prompt took would otherwise still lie in the process. Each
-combination is measured in a process of its own.
+A random-weight twin reads one sequence into a growing cache, which every implementation supports, and decodes a few tokens after
+it. The measured memory is the peak above the weights, including the cache. Decoding is measured first, with a cache filled by
+repeating a few tokens, because memory used by the prefill would otherwise still belong to the process. Each combination runs in
+its own process.
 
-What cannot fit is not tried: the scores of unfused attention alone are heads x context x context.
+A combination that cannot fit into memory is not tried: the scores of unfused attention alone are heads x context x context.
 
-`quantlab_latent_sdpa` is the runtime's own: of multi-head latent attention (MLA) the cache holds latents under every
-implementation, but it alone decodes without expanding them.
+`quantlab_latent_sdpa` is the runtime's own implementation. For multi-head latent attention (MLA) the cache holds latents under
+every implementation, but only this one decodes without expanding them.
 """
 
 import time
@@ -22,8 +22,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from quantlab.errors import DeviceError
-from quantlab.evaluation.machine.contention import spread
-from quantlab.evaluation.machine.gauges import forget_peak, give_back, held_bytes, now, peak_bytes, watched
+from quantlab.evaluation.machine.contention import rounds_spread
+from quantlab.evaluation.machine.time_and_memory import (
+    held_bytes,
+    now,
+    peak_bytes,
+    release_memory,
+    reset_peak,
+    with_contention,
+)
 from quantlab.evaluation.processes.messages import AttentionRequest, AttentionResult, Progress
 from quantlab.evaluation.record import AttentionCell
 from quantlab.evaluation.speed.models import DTYPES, Layout, layout_name, layout_of
@@ -36,9 +43,9 @@ from quantlab.runtime.device import find_device, free_bytes, is_out_of_memory
 from quantlab.runtime.twin import random_twin
 
 BYTES_PER_SCORE: Final = 12
-"""What unfused attention holds per score at once: 16-bit scores, masked scores and weights, float32 softmax."""
+"""Bytes per score of unfused attention: 16-bit scores, masked scores and weights, float32 softmax."""
 _SHARE: Final = 0.8
-"""Of the free memory that a combination may be expected to take."""
+"""Share of the free memory that a combination may need."""
 _SEED: Final = 0
 _FEW: Final = 8
 
@@ -48,11 +55,11 @@ class Case:
     """One combination.
 
     Attributes:
-        implementation: of attention.
-        context: tokens.
+        implementation: implementation of attention.
+        context: context length in tokens.
         steps: tokens decoded per repeat.
-        repeats: most repeats of the prefill and of the decode.
-        seconds: after so many no further repeat of either starts.
+        repeats: maximum repeats of the prefill and of the decode.
+        seconds: time in seconds after which no further repeat of either starts.
     """
 
     implementation: str
@@ -63,13 +70,13 @@ class Case:
 
 
 def measure_attention(request: AttentionRequest, progress: Progress) -> AttentionResult:
-    """One combination on the twin of the suite, its weights laid out as those of an artifact.
+    """Measure one combination on the suite's twin, with the weight layout of an artifact.
 
     Raises:
-        QuantlabError: there is no such device, or the twin cannot be made.
+        QuantlabError: the device does not exist, or the twin cannot be built.
     """
     suite = load_suite(request.suite).suite
-    assert suite.attention is not None, "asked for by a suite that measures attention"
+    assert suite.attention is not None, "the suite has an attention section"
     wanted, (_, shape) = suite.attention, suite.attention_twin
     progress("attention", 0, 1)
     case = Case(request.implementation, request.context, wanted.steps, wanted.repeats, wanted.seconds)
@@ -77,20 +84,20 @@ def measure_attention(request: AttentionRequest, progress: Progress) -> Attentio
     if not shape:
         own = own_layers(read_json(request.directory / "config.json"))
         shape, layers = dict(own.config), own.layers
-    return attempt(shape, layout_of(request.directory), case, find_device(request.device), layers)
+    return measure_case(shape, layout_of(request.directory), case, find_device(request.device), layers)
 
 
-def attempt(
+def measure_case(
     shape: Mapping[str, Any], layout: Layout, case: Case, device: torch.device, layers: Sequence[int] = ()
 ) -> AttentionResult:
-    """What a combination takes, or why it was not measured.
+    """Measure a combination, or return the reason why it was not measured.
 
     Args:
         shape: config.json of the twin.
-        layout: of its weights.
+        layout: layout of its weights.
         case: the combination.
-        device: where it computes.
-        layers: for each layer of the twin the number by which the layout knows it; its own if empty.
+        device: device of the twin.
+        layers: for each layer of the twin, its number in the layout; its own number if empty.
     """
 
     def failed(reason: str) -> AttentionResult:
@@ -112,7 +119,7 @@ def attempt(
             attention=case.implementation,
             layers=layers,
         )
-        return AttentionResult(cell=measured(model, case), layout=layout_name(layout, model))
+        return AttentionResult(cell=measure_model(model, case), layout=layout_name(layout, model))
     except DeviceError as error:
         return failed(f"not tried: {error.found}")
     except (RuntimeError, MemoryError) as error:
@@ -122,35 +129,35 @@ def attempt(
 
 
 def needed_bytes(shape: Mapping[str, Any], case: Case, device: torch.device) -> int:
-    """About what reading the context takes beyond the weights: what lies between layers, and the scores where they exist."""
+    """Estimate of the bytes of a prefill beyond the weights: activations and cache, and the scores of unfused attention."""
     heads = int(shape["num_attention_heads"])
     latent = "qk_nope_head_dim" in shape
     width = shape["qk_nope_head_dim"] + shape["qk_rope_head_dim"] if latent else shape["hidden_size"] // heads
     per_token = 2 * (8 * shape["hidden_size"] + 4 * shape["intermediate_size"] + 4 * heads * width)
-    # torch's fused kernel for the CPU asks for heads of one width, which MLA's are not
+    # torch's fused CPU kernel requires equal widths of query and value heads, which MLA does not have
     unfused = case.implementation == "eager" or (case.implementation == "sdpa" and latent and device.type == "cpu")
     return int(per_token * case.context + unfused * BYTES_PER_SCORE * heads * case.context**2)
 
 
 @torch.inference_mode()
-def measured(model: PreTrainedModel, case: Case) -> AttentionCell:
-    """Peaks above the weights, bytes of the cache and tokens per second."""
+def measure_model(model: PreTrainedModel, case: Case) -> AttentionCell:
+    """Measure peaks above the weights, bytes of the cache and tokens per second."""
     device = model.device
     generator = torch.Generator().manual_seed(_SEED)
     ids = torch.randint(int(model.config.vocab_size), (1, case.context), generator=generator).to(device)
     few = DynamicCache(config=model.config)
-    for part in (ids[:, :_FEW], ids[:, :1]):  # kernels are made and thread pools started before anything counts
+    for part in (ids[:, :_FEW], ids[:, :1]):  # compile kernels and start thread pools before measuring
         model(input_ids=part, **cache_arguments(few), logits_to_keep=1)
-    give_back()
+    release_memory()
     held = held_bytes(device)
 
     def both() -> tuple[_Repeats, _Repeats]:
         decode = _decode(model, few, ids[:, :1], case)
-        give_back()
-        forget_peak(device)
+        release_memory()
+        reset_peak(device)
         return decode, _repeat(lambda: _read(model, ids), case, device)
 
-    (decode, prefill), others = watched(both, device)
+    (decode, prefill), others = with_contention(both, device)
     rates = {
         "prefill_tokens_per_second": case.context / prefill.seconds,
         "decode_tokens_per_second": case.steps / decode.seconds,
@@ -166,7 +173,7 @@ def measured(model: PreTrainedModel, case: Case) -> AttentionCell:
             for name, values in rates.items()
             if len(values) > 1
         },
-        noise={name: reason for name, values in rates.items() if (reason := others or spread(values))},
+        noise={name: reason for name, values in rates.items() if (reason := others or rounds_spread(values))},
         prefill_tokens_per_second=median(rates["prefill_tokens_per_second"]),
         decode_tokens_per_second=median(rates["decode_tokens_per_second"]),
     )
@@ -174,7 +181,7 @@ def measured(model: PreTrainedModel, case: Case) -> AttentionCell:
 
 @dataclass(frozen=True)
 class _Repeats:
-    """Peak of the first time, 0 where it cannot be told; seconds of every time [n]; bytes of the cache it began with."""
+    """Peak bytes of the first repeat, 0 if unknown; seconds of every repeat [n]; initial bytes of the cache."""
 
     peak: int
     seconds: Floats
@@ -188,7 +195,7 @@ def _read(model: PreTrainedModel, ids: Tensor) -> None:
 def _decode(model: PreTrainedModel, few: DynamicCache, token: Tensor, case: Case) -> _Repeats:
     cache = _repeated(few, case.context, model)
     held = sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
-    forgotten = forget_peak(model.device)
+    forgotten = reset_peak(model.device)
 
     def steps() -> None:
         for _ in range(case.steps):
@@ -211,7 +218,7 @@ def _repeat(work: Callable[[], None], case: Case, device: torch.device) -> _Repe
 
 
 def _repeated(few: DynamicCache, context: int, model: PreTrainedModel) -> DynamicCache:
-    """A cache of `context` tokens made of those of another, over and over."""
+    """A cache of `context` tokens that repeats the tokens of `few`."""
 
     def longer(held: Tensor) -> Tensor:
         return held.repeat(1, 1, -(-context // held.shape[2]), 1)[:, :, :context]

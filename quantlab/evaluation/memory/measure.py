@@ -1,4 +1,4 @@
-"""Memory: what an artifact takes on disk, what its weights take once loaded, and the peak of using it."""
+"""Memory: an artifact's size on disk, the size of its loaded weights, and the peak during use."""
 
 import gc
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from quantlab.architectures.detect import of_model_type
 from quantlab.architectures.layer import LatentAttention
 from quantlab.checkpoint.index import INDEX_NAME, open_checkpoint
-from quantlab.evaluation.machine.gauges import forget_peak, now, peak_bytes
+from quantlab.evaluation.machine.time_and_memory import now, peak_bytes, reset_peak
 from quantlab.evaluation.memory.metrics import Expanded, Memory
 from quantlab.evaluation.processes.messages import MemoryRequest, Progress
 from quantlab.evaluation.statistics import median
@@ -28,20 +28,20 @@ _COMPANIONS = ("config.json", INDEX_NAME, "generation_config.json", "tokenizer.j
 
 
 def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
-    """Load an artifact as it would be served, at its own dtype, and let it read one window.
+    """Load an artifact in its own dtype, as it is served, and read one window of text.
 
-    Not part of measuring quality: that computes in float32, which would count weights that were not quantized twice.
+    This is separate from quality, which computes in float32 and so doubles the size of weights that are not quantized.
 
     Raises:
         QuantlabError: the artifact cannot be loaded.
     """
     suite = load_suite(request.suite).suite
     device = find_device(request.device)
-    if device.type == "cuda":  # a process has one peak, and it begins with the process
-        forget_peak(device)
+    if device.type == "cuda":  # a CPU process starts with a fresh peak; CUDA's must be reset
+        reset_peak(device)
 
     def loading(done: int, total: int) -> None:
-        if 100 * done // total > 100 * (done - 1) // total:  # a hundred times for a bar, however many weights
+        if 100 * done // total > 100 * (done - 1) // total:  # at most a hundred updates, for any number of weights
             progress("loading", done, total)
 
     start = now(device)
@@ -52,7 +52,7 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
     with torch.inference_mode():
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     peak = peak_bytes(device)
-    # repeated only after the peak was read: two models at once would raise it
+    # repeat loading only after reading the peak: two models in memory would raise it
     while len(seconds) < _MOST_LOADS and sum(seconds) < _LOADING_SECONDS:
         del model
         gc.collect()
@@ -77,9 +77,9 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
 
 @torch.inference_mode()
 def cache_bytes(model: PreTrainedModel) -> tuple[int, str]:
-    """Bytes the cache grows by with each token, all layers together, and what they are, for people.
+    """Bytes by which the cache of all layers grows per token, and a description of its contents.
 
-    Counted in the tensors of a cache that a model has filled, so a runtime that keeps latents is seen to keep latents.
+    Computed from the tensors of a cache that the model filled, so it shows whether the runtime caches latents.
     """
     caches = []
     for length in _CACHE_LENGTHS:
@@ -97,7 +97,7 @@ def cache_bytes(model: PreTrainedModel) -> tuple[int, str]:
 
 
 def artifact_bytes(directory: Path) -> int:
-    """Bytes on disk of the files an engine reads: the checkpoint's shards, configuration and tokenizer."""
+    """Bytes on disk of the files that an engine reads: shards, configuration and tokenizer."""
     shards = set(open_checkpoint(directory).files)
     companions = {directory / name for name in _COMPANIONS if (directory / name).is_file()}
     return sum(path.stat().st_size for path in shards | companions)

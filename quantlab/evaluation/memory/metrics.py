@@ -7,20 +7,20 @@ from quantlab.evaluation.metric import Metric
 
 
 class Expanded(Frozen):
-    """Quantized matrices that no kernel of the device multiplies by."""
+    """Quantized matrices for which no kernel of the device exists."""
 
     format: str
     """Name of their number format."""
     count: int
-    """How many; matrices that the runtime holds as one, such as gate and up, count once."""
+    """Number of matrices; matrices that the runtime fuses, such as gate and up, count once."""
     reasons: tuple[str, ...]
     """Why each bank of the device declined."""
     held: Literal["packed", "dense"]
-    """Whether they are stored small and expanded for every product, or expanded when loaded."""
+    """packed: expanded for every product; dense: expanded when loaded."""
 
 
 class Memory(Frozen):
-    """Bytes. The order of the fields is the order of the columns."""
+    """Memory of an artifact, in bytes. The order of the fields is the order of the columns."""
 
     artifact_bytes: Annotated[
         int,
@@ -59,20 +59,20 @@ class Memory(Frozen):
         float | None,
         Metric(
             heading="quantized part %",
-            meaning="The same as memory % of FP16, of the quantized tensors only.",
+            meaning="Memory % of FP16 of the quantized tensors only.",
             unit="percent",
             better="low",
             always=True,
             claim="quantized weights in memory, % of FP16",
         ),
     ]
-    """Of the tensors that were quantized only, scales included; None where none was."""
+    """Of the quantized tensors only, including scales; None if there are none."""
     peak_memory_bytes: Annotated[
         int,
         Metric(
             heading="peak memory",
-            meaning="Most memory at once while the artifact is loaded and reads one window of text: of the whole process, "
-            "libraries included, or of torch's allocator where a GPU computes.",
+            meaning="Peak memory while the artifact is loaded and reads one window of text: of the whole process including "
+            "libraries, or of torch's allocator on a GPU.",
             unit="bytes",
             better="low",
             tables=("main", "cards"),
@@ -82,9 +82,9 @@ class Memory(Frozen):
             of_machine=True,
         ),
     ]
-    """Of a process that loaded the artifact at its own dtype."""
+    """Of a process that loaded the artifact in its own dtype."""
     peak_memory_of: Literal["process", "cuda"] = "process"
-    """Which memory that is: the resident size of the process, libraries included, or what torch's allocator held on the GPU."""
+    """Kind of memory: the resident size of the process including libraries, or the memory of torch's allocator on the GPU."""
     load_seconds: Annotated[
         Measured,
         Metric(
@@ -109,12 +109,12 @@ class Memory(Frozen):
             tables=("details", "cards"),
         ),
     ] = None
-    """At the dtype it is served at."""
+    """In the dtype in which the artifact is served."""
     kv_cache: str = ""
     """Its contents: "latent of 128 + 32 bfloat16 values, 8 layers"."""
 
     expanded: tuple[Expanded, ...] = ()
-    """The fallbacks of the runtime, by format and reason; empty where kernels multiply by every quantized matrix."""
+    """The runtime's fallbacks, by format and reason; empty if kernels exist for every quantized matrix."""
 
     @property
     def memory_percent_of_fp16(

@@ -1,1 +1,1 @@
-"""The processes that measure: the messages between them, their workers, and the cells of one artifact in order."""
+"""The measuring processes: worker, its client, their messages, and the sequence of cells of one artifact."""

@@ -1,13 +1,13 @@
-"""The attention section of a suite: every implementation at every context, each in a process of its own.
+"""The attention section of a suite: every implementation at every context length, each in its own process.
 
-Attention computes on activations, whatever the weights are, so it is measured once, on a twin with the baseline's layout,
-and stands in the baseline's record.
+Attention computes on activations and does not depend on the weights, so it is measured once, on a twin with the baseline's
+layout, and stored in the baseline's record.
 """
 
 from pathlib import Path
 
 from quantlab.evaluation.processes.messages import AttentionRequest, AttentionResult, Progress
-from quantlab.evaluation.processes.workers import CellError, Worker
+from quantlab.evaluation.processes.worker_client import CellError, Worker
 from quantlab.evaluation.record import Attention, AttentionCell
 from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.suite import LoadedSuite
@@ -17,14 +17,14 @@ from quantlab.files import read_json
 def measure_contexts(
     worker: Worker, suite: LoadedSuite, directory: Path, *, device: str, progress: Progress
 ) -> Attention | None:
-    """Measure every combination; one that cannot be measured says why. None if the suite asks for none.
+    """Measure every combination; a failed one stores its reason. None if the suite has no attention section.
 
     Args:
         worker: runs the cells.
-        suite: what to measure.
-        directory: the artifact whose layout the twin has.
-        device: where it computes.
-        progress: told how many combinations are done.
+        suite: the suite.
+        directory: the artifact whose layout the twin uses.
+        device: device of the twin.
+        progress: called with the number of completed combinations.
     """
     wanted = suite.suite.attention
     if wanted is None:
@@ -54,4 +54,4 @@ def measure_contexts(
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    """A combination is one step of a bar."""
+    """Progress within a combination is not shown."""

@@ -1,4 +1,4 @@
-"""What is asked of a worker and what it answers. Needs no torch: the process that asks does not compute."""
+"""Requests to the worker process and its answers. Needs no torch: the requesting process does not compute."""
 
 import json
 from collections.abc import Callable
@@ -12,19 +12,18 @@ from quantlab.evaluation.record import AttentionCell, TaskResult
 from quantlab.evaluation.speed.metrics import Timed
 
 Progress = Callable[[str, int, int], None]
-"""Told of a stage, how much of it is done and how much there is (0 when that is not known)."""
+"""Called with a stage's name, the amount done and the total (0 if unknown)."""
 
-Tell = Callable[[BaseModel], None]
-"""Takes a part of a cell's answer as soon as it is there."""
+SendPart = Callable[[BaseModel], None]
+"""Sends a part of a cell's answer before the cell ends."""
 
 EXPLAINED = 3
-"""Exit code of a cell that could say what is wrong; the file of its result then holds the reason as text."""
-
+"""Exit code of a cell that failed with a known error; its result file then holds the reason as text."""
 
 Role = Literal["baseline", "compared", "alone"]
 
 PREDICTIONS_COMPLETE = "complete.json"
-"""Written last into the directory of the baseline's predictions."""
+"""File that is written last into the directory of the baseline's predictions."""
 
 
 class _Strict(BaseModel):
@@ -32,7 +31,7 @@ class _Strict(BaseModel):
 
 
 class QualityRequest(_Strict):
-    """One artifact's quality; answered with a `QualityResult`."""
+    """Measure the quality of one artifact; the answer is a `QualityResult`."""
 
     kind: Literal["quality"] = "quality"
     directory: Path
@@ -42,24 +41,24 @@ class QualityRequest(_Strict):
     predictions: Path
     """Directory of the baseline's predictions."""
     role: Role
-    """Whether the artifact is the baseline (its predictions are kept), is compared with it, or has none to be compared with."""
+    """baseline: its predictions are stored. compared: it is compared with the stored ones. alone: no predictions are available."""
     key: str
-    """Names the baseline and the suite; kept with the predictions."""
+    """Hash of everything that the baseline's predictions depend on; stored with them."""
     device: str = "cpu"
-    """Where the model computes: "cpu", "cuda" or "cuda:1"."""
+    """Device of the model: "cpu", "cuda" or "cuda:1"."""
 
 
 class QualityResult(_Strict):
-    """What was measured, and which parts of it were not."""
+    """The measured quality, and the parts that could not be measured."""
 
     quality: Quality
-    """All that is a number."""
+    """The finite numbers."""
     failures: dict[str, str]
-    """Part -> why it is none: "layer 3"."""
+    """Part ("layer 3") -> the reason why it has no number."""
 
 
 class ServedRequest(_Strict):
-    """One artifact as it is decoded in its own dtype; answered with a `Served`."""
+    """Decode one artifact in its own dtype; the answer is a `Served`."""
 
     kind: Literal["served"] = "served"
     directory: Path
@@ -67,13 +66,13 @@ class ServedRequest(_Strict):
     suite: Path
     """The suite."""
     predictions: Path | None
-    """Directory of the baseline's predictions; None for the baseline itself, or where there are none."""
+    """Directory of the baseline's predictions; None for the baseline itself, or if there are none."""
     device: str = "cpu"
     """As in `QualityRequest`."""
 
 
 class TasksRequest(_Strict):
-    """One artifact's answers to some of the suite's tasks; each is told as soon as it is there, as a `TaskAnswer`."""
+    """Answer tasks of the suite with one artifact; each answer is sent when complete, as a `TaskAnswer`."""
 
     kind: Literal["tasks"] = "tasks"
     directory: Path
@@ -81,7 +80,7 @@ class TasksRequest(_Strict):
     suite: Path
     """The suite."""
     runs: tuple[int, ...]
-    """Which: indices into `LoadedSuite.runs`."""
+    """The tasks, as indices into `LoadedSuite.runs`."""
     scores: Path
     """File of the baseline's scores, item by item."""
     role: Literal["baseline", "compared"]
@@ -93,25 +92,25 @@ class TasksRequest(_Strict):
 
 
 class TaskAnswer(_Strict):
-    """One task; with neither a result nor a reason it has only been begun."""
+    """The state of one task: started if it has neither a result nor a reason."""
 
     run: int
-    """Which: an index into `LoadedSuite.runs`."""
+    """Index into `LoadedSuite.runs`."""
     result: TaskResult | None = None
-    """What was measured."""
+    """The measured result."""
     reason: str | None = None
-    """Why there is no result, or what it lacks."""
+    """The reason why there is no result, or why its comparison is missing."""
 
 
 class TasksResult(_Strict):
-    """What is left to say when all tasks have been told."""
+    """The last message, after all task answers were sent."""
 
     answered: int
-    """How many."""
+    """Number of tasks."""
 
 
 class MemoryRequest(_Strict):
-    """One artifact's memory; answered with a `Memory`."""
+    """Measure the memory of one artifact; the answer is a `Memory`."""
 
     kind: Literal["memory"] = "memory"
     directory: Path
@@ -123,7 +122,7 @@ class MemoryRequest(_Strict):
 
 
 class SpeedRequest(_Strict):
-    """The speed of several artifacts in one process; answered with a `SpeedResult`."""
+    """Time several artifacts in one process; the answer is a `SpeedResult`."""
 
     kind: Literal["speed"] = "speed"
     suite: Path
@@ -131,76 +130,76 @@ class SpeedRequest(_Strict):
     artifacts: dict[str, Path]
     """Variant -> directory of its artifact."""
     source: Path
-    """A checkpoint in floating point of the same model; in float16 it is the FP16 side where no artifact is."""
+    """Floating-point checkpoint of the same model; timed in float16 as the FP16 reference if no artifact is in float16."""
     timed: Timed | None = None
-    """What is timed, as an earlier process chose it; None to choose."""
+    """Kind of the timed models as an earlier process chose it; None to choose it."""
     process: int = 0
-    """Which of the suite's processes this is; orders the rounds."""
+    """Index of this process; seeds the order of the rounds."""
     device: str = "cpu"
     """As in `QualityRequest`."""
 
 
-class TwinTimings(_Strict):
-    """What one model did in one process."""
+class ModelTimings(_Strict):
+    """The timings of one model in one process."""
 
     layout: str
-    """Of its weights, for people."""
+    """Name of the layout of its weights."""
     is_fp16: bool
-    """Whether it is the one that ratios are taken against."""
+    """Whether it is the FP16 reference of the ratios."""
     variants: tuple[str, ...]
-    """Those it stands for."""
+    """The variants with this layout."""
     memory_percent_of_fp16: float
-    """Bytes it holds for its weights, in percent of the same weights at two bytes each."""
+    """Bytes of its weights in memory, in percent of the same weights at two bytes each."""
     rates: dict[str, tuple[float, ...]]
-    """Tokens per second in each turn, by what was done: "decode.1", "prefill.8"."""
+    """Tokens per second in each turn, by phase and batch size: "decode.1", "prefill.8"."""
     joules: dict[str, tuple[float, ...]]
-    """Joules per decoded token in each stretch, by batch size; empty where the device does not count them."""
+    """Joules per decoded token in each interval, by batch size; empty if the device has no meter."""
     not_fused: str | None = None
-    """Why its steps were not fused, None where they were."""
+    """The reason why its steps were not fused; None if they were."""
 
 
 class SpeedResult(_Strict):
-    """What one process timed; every variant is in a twin or among the failures."""
+    """The timings of one process; every variant is in one of them or among the failures."""
 
     timed: Timed
-    """Which kind of models."""
+    """Kind of the timed models."""
     model: str
-    """The models in a few words."""
+    """Short description of the models."""
     computed_by: str
-    """The GPU, or whose operators the processor ran, and how steps ran."""
-    twins: tuple[TwinTimings, ...]
-    """Entry i of a rate is from the same turn in all twins, entry i of all joules from the same stretch."""
+    """The GPU, or the operators that the CPU ran, and how the decoder ran its steps."""
+    timings: tuple[ModelTimings, ...]
+    """Entry i of a rate is from the same turn in all models; entry i of all joules is from the same interval."""
     failures: dict[str, str]
-    """Variant -> why it could not be measured."""
+    """Variant -> the reason why it could not be timed."""
     others: str | None
-    """What other processes did meanwhile; None if nothing that matters."""
+    """Contention by other processes during the rounds; None if there was none."""
     others_of_energy: str | None
-    """The same, while energy was read."""
+    """The same for the energy readings."""
 
 
 class AttentionRequest(_Strict):
-    """One implementation of attention at one context; answered with an `AttentionResult`."""
+    """Measure one implementation of attention at one context length; the answer is an `AttentionResult`."""
 
     kind: Literal["attention"] = "attention"
     directory: Path
-    """The artifact whose layout the twin's weights have."""
+    """The artifact whose layout the twin uses."""
     suite: Path
     """The suite."""
     implementation: str
-    """Of attention."""
+    """Implementation of attention."""
     context: int
-    """Tokens."""
+    """Context length in tokens."""
     device: str = "cpu"
     """As in `QualityRequest`."""
 
 
 class AttentionResult(_Strict):
-    """What was measured, or why not."""
+    """The measured cell, or the reason why it was not measured."""
 
     cell: AttentionCell
-    """The numbers."""
+    """The numbers or the reason."""
     layout: str = ""
-    """Of the twin's weights; empty where it was not made."""
+    """Name of the layout of the twin's weights; empty if the twin was not built."""
 
 
 CellRequest = Annotated[
@@ -210,20 +209,20 @@ CellRequest = Annotated[
 
 
 class Job(_Strict):
-    """One cell and the files around it."""
+    """One cell with its files."""
 
     request: CellRequest
-    """What to measure."""
+    """The request."""
     result: Path
-    """Takes the answer as JSON."""
+    """Output file of the answer, as JSON."""
     log: Path
-    """Takes everything the cell prints."""
+    """Output file of everything that the cell prints."""
     threads: int
-    """Threads to compute with."""
+    """Number of threads to compute with."""
 
 
 def predictions_complete(directory: Path, key: str) -> bool:
-    """Whether the predictions in `directory` are all there and those of the baseline and suite that `key` names."""
+    """Whether the predictions in `directory` are complete and were stored under `key`."""
     try:
         return bool(json.loads((directory / PREDICTIONS_COMPLETE).read_bytes())["key"] == key)
     except (OSError, ValueError, KeyError, TypeError):

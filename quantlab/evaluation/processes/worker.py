@@ -1,13 +1,13 @@
-"""The process that measures: `python -m quantlab.evaluation.processes.worker`.
+"""The measuring process: `python -m quantlab.evaluation.processes.worker`.
 
-Every cell runs in a process of its own, so that its peak memory is its own and a crash costs one cell. Starting Python
-with torch and transformers takes several seconds, though, as long as the measurement of a small model. So one worker
-imports them once and forks a child per cell: the child has everything imported, shares nothing it writes, and its peak
-starts from the imports alone. The worker itself never computes: a thread pool started before a fork would be lost in it.
+Every cell runs in its own process, so that its memory peak is not affected by other cells and a crash costs one cell. Importing
+torch and transformers takes several seconds, as long as measuring a small model. So one worker process imports them once and
+forks a child per cell. The child inherits the imports, its writes are private (copy-on-write), and its memory peak starts at
+the imports. The worker itself never computes, because threads of a pool do not survive a fork.
 
-It speaks JSON lines. In: a `Job` per line. Out: {"event": "ready"}, then per job any number of {"event": "progress",
-"stage": …, "done": …, "total": …} and, of tasks, {"event": "part", "answer": …}, at last {"event": "exit", "status": …}, the
-child's exit code, negative for the signal that killed it. The end of input ends the worker.
+The protocol is JSON lines. Input: one `Job` per line. Output: {"event": "ready"}; then per job any number of
+{"event": "progress", "stage": …, "done": …, "total": …} and, for tasks, {"event": "part", "answer": …}; finally
+{"event": "exit", "status": …} with the child's exit code, which is negative for a signal. The worker ends when its input ends.
 """
 
 import gc
@@ -30,55 +30,55 @@ from quantlab.evaluation.processes.messages import (
     MemoryRequest,
     Progress,
     QualityRequest,
+    SendPart,
     ServedRequest,
     SpeedRequest,
     TasksRequest,
-    Tell,
 )
 from quantlab.evaluation.quality.measure import measure_quality
 from quantlab.evaluation.served.measure import measure_served
 from quantlab.evaluation.speed.measure import measure_speed
 from quantlab.evaluation.tasks.measure import measure_tasks
 
-# transformers imports a model's code when it is first named; named here, it is there in every child
+# transformers imports a model's code at first access; accessed here, it is imported before the forks
 _PRELOADED = ("AutoModelForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 
 
 def main() -> None:
     """Serve jobs until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    os.dup2(2, 1)  # output printed by libraries must not mix with the answers
     for name in _PRELOADED:
         getattr(transformers, name)
-    gc.freeze()  # what is imported stays: collections in children pass over it, which would copy its pages
-    _tell(answers, event="ready")
+    gc.freeze()  # garbage collections in the children skip the imported objects and so do not copy their pages
+    _send(answers, event="ready")
     for line in sys.stdin:
         job = Job.model_validate_json(line)
         child = os.fork()
         if child == 0:
-            # an exception ends the child with a traceback; without one, taking the interpreter down would last seconds
+            # an exception ends the child with a traceback; otherwise os._exit skips the interpreter's shutdown of several seconds
             code = _run(job, answers)
             sys.stderr.flush()
             os._exit(code)
         _, status = os.waitpid(child, 0)
-        _tell(answers, event="exit", status=os.waitstatus_to_exitcode(status))
+        _send(answers, event="exit", status=os.waitstatus_to_exitcode(status))
 
 
 def _run(job: Job, answers: TextIO) -> int:
-    """Measure one cell; the exit code of its process."""
+    """Measure one cell; returns the exit code of its process."""
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(job.threads)
 
     def progress(stage: str, done: int, total: int) -> None:
-        _tell(answers, event="progress", stage=stage, done=done, total=total)
+        _send(answers, event="progress", stage=stage, done=done, total=total)
 
-    def tell(part: BaseModel) -> None:
-        _tell(answers, event="part", answer=part.model_dump_json())
+    def send(part: BaseModel) -> None:
+        _send(answers, event="part", answer=part.model_dump_json())
 
     try:
-        answer = _measure(job, progress, tell)
+        answer = _measure(job, progress, send)
     except QuantlabError as error:
         job.result.write_text(str(error).replace("\n  ", "; "), encoding="utf-8")
         return EXPLAINED
@@ -86,14 +86,14 @@ def _run(job: Job, answers: TextIO) -> int:
     return 0
 
 
-def _measure(job: Job, progress: Progress, tell: Tell) -> BaseModel:
+def _measure(job: Job, progress: Progress, send: SendPart) -> BaseModel:
     match job.request:
         case QualityRequest():
             return measure_quality(job.request, progress)
         case ServedRequest():
             return measure_served(job.request, progress)
         case TasksRequest():
-            return measure_tasks(job.request, progress, tell)
+            return measure_tasks(job.request, progress, send)
         case MemoryRequest():
             return measure_memory(job.request, progress)
         case SpeedRequest():
@@ -104,7 +104,7 @@ def _measure(job: Job, progress: Progress, tell: Tell) -> BaseModel:
             assert_never(job.request)
 
 
-def _tell(answers: TextIO, **fields: object) -> None:
+def _send(answers: TextIO, **fields: object) -> None:
     answers.write(json.dumps(fields) + "\n")
     answers.flush()
 

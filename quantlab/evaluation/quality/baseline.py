@@ -1,14 +1,14 @@
-"""Predictions of the baseline, kept so that every other row can be compared with them exactly.
+"""The baseline's predictions, stored so that every other artifact can be compared with them exactly.
 
-KL needs the baseline's whole distribution at every token. Stored as logits that is tokens x vocabulary numbers (29 GB for
-56,000 tokens of a vocabulary of 129,280); stored as the best k probabilities it is no longer the KL. But the logits are
-one matrix product away from the hidden state after the final norm, so that is what is stored: tokens x hidden numbers
-(1.6 GB for DeepSeek-V3's width, 57 MB for 256), with the head's weight once. A row recomputes the baseline's logits a few
-hundred tokens at a time by the same operation on the same bits, so a model compared with itself has a KL of exactly zero.
+The KL needs the baseline's full distribution at every token. Stored logits would be tokens x vocabulary numbers (29 GB for
+56,000 tokens and a vocabulary of 129,280), and the top k probabilities do not give the exact KL. The logits are a matrix product
+of the head with the hidden state after the final norm. So the hidden states are stored, tokens x hidden numbers (1.6 GB at
+DeepSeek-V3's width, 57 MB at 256), and the head's weight once. Another artifact's cell recomputes the baseline's logits, a few
+hundred tokens at a time, with the same operation on the same bits; a model compared with itself has a KL of exactly zero.
 
-Float32 holds float32 and bfloat16 states alike. Where the states of all tokens would take more than the suite allows, those of
-every second, third … token are kept, and the KL is that of these; all else is of every token. States are read through a memory
-map.
+States are stored in float32, which represents bfloat16 states exactly. If the states of all tokens exceed the suite's limit, those
+of every second, third … token are stored and the KL is computed on these tokens only; all other numbers use every token. States
+are read through a memory map.
 """
 
 import json
@@ -28,7 +28,7 @@ from quantlab.files import write_atomically
 
 _HIDDEN, _HEAD, _TOKENS = "hidden.npy", "head.npy", "tokens.npz"
 MOST_BYTES: Final = 4 << 30
-"""Default limit for the hidden states that are kept."""
+"""Default size limit of the stored hidden states."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class TokenScores:
     """One value per scored token, in the order of the windows [T].
 
     Attributes:
-        nll: minus the log-probability of the token that follows, in nats, float32.
+        nll: negative log-probability of the next token, in nats, float32.
         top1: the most likely token, int64.
         lse: logsumexp of the logits, float32.
-        kl: KL(baseline || this model) of every `stride`-th token in nats, float32; None for the baseline.
-        correct: whether the most likely token was the one that follows.
-        stride: one token in so many has a KL, the first is one of them.
+        kl: KL(baseline || this model) of every `stride`-th token in nats, float32, starting at the first; None for the baseline.
+        correct: whether the most likely token is the next token of the text.
+        stride: distance between tokens with a KL.
     """
 
     nll: Tensor
@@ -53,16 +53,16 @@ class TokenScores:
 
 
 class BaselineWriter:
-    """Takes the baseline's hidden states in the order they are computed."""
+    """Stores the baseline's hidden states in the order in which they are computed."""
 
     def __init__(self, directory: Path, *, key: str, tokens_sha256: str, most_bytes: int = MOST_BYTES) -> None:
-        """Begin anew.
+        """Empty the directory.
 
         Args:
-            directory: takes the predictions; emptied.
-            key: identifies the baseline and everything its predictions depend on.
-            tokens_sha256: hash of the windows about to be scored.
-            most_bytes: that hidden states may take; as many tokens are kept, evenly spaced.
+            directory: output directory of the predictions.
+            key: hash of everything that the baseline's predictions depend on.
+            tokens_sha256: hash of the windows to be scored.
+            most_bytes: maximum size of the hidden states; if needed, evenly spaced tokens are stored.
         """
         self._directory, self._key, self._tokens_sha256 = directory, key, tokens_sha256
         self._most_bytes, self._stride, self._seen = most_bytes, 1, 0
@@ -71,7 +71,7 @@ class BaselineWriter:
         self._file: BinaryIO | None = None
 
     def begin(self, head: Tensor, *, tokens: int) -> None:
-        """Keep the head's weight [V, H] and make room for the hidden states of so many tokens, or of a sample of them."""
+        """Store the head's weight [V, H] and the header of the file of hidden states of `tokens` tokens or a sample of them."""
         self._stride = -(-tokens // max(self._most_bytes // (4 * head.shape[1]), 1))
         np.save(self._directory / _HEAD, head.detach().float().cpu().numpy())
         self._file = (self._directory / _HIDDEN).open("wb")
@@ -79,13 +79,13 @@ class BaselineWriter:
         np.lib.format.write_array_header_1_0(self._file, header)
 
     def write(self, hidden: Tensor) -> None:
-        """Append hidden states [t, H], those that are kept."""
+        """Append hidden states [t, H]: those of the sampled tokens."""
         assert self._file is not None, "begin comes before write"
         first, self._seen = -self._seen % self._stride, self._seen + len(hidden)
         hidden[first :: self._stride].float().cpu().numpy().tofile(self._file)
 
     def finish(self, scores: TokenScores) -> None:
-        """Keep what the baseline scored; only now are the predictions complete."""
+        """Store the baseline's token scores; this completes the predictions."""
         assert self._file is not None, "begin comes before finish"
         self._file.close()
         with (self._directory / _TOKENS).open("wb") as file:
@@ -103,13 +103,13 @@ class BaselineWriter:
 
 
 class Baseline:
-    """The baseline's predictions, read back.
+    """The stored predictions of the baseline.
 
     Attributes:
-        head: its weight [V, H].
-        scores: of every token.
-        stride: one token in so many has its hidden state kept.
-        nbytes: of all files.
+        head: the head's weight [V, H].
+        scores: scores of every token.
+        stride: distance between tokens whose hidden states are stored.
+        nbytes: size of all files in bytes.
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class Baseline:
         """Open the predictions.
 
         Args:
-            directory: where a BaselineWriter finished.
-            tokens_sha256: hash of the windows about to be scored.
-            dtype: of the computation; the head is brought back to it.
-            device: of the computation, the CPU if None: the head goes there, all else stays on the CPU until it is used.
+            directory: output directory of a finished BaselineWriter.
+            tokens_sha256: hash of the windows to be scored.
+            dtype: dtype of the computation; the head is converted back to it.
+            device: device of the computation, the CPU if None. The head is moved there; the rest stays on the CPU until use.
 
         Raises:
             EvaluationError: the baseline scored other tokens.
@@ -132,7 +132,7 @@ class Baseline:
                 "the artifact and the baseline read the same text as different tokens",
                 where=str(directory),
                 found="the tokenizers differ",
-                fix="give the artifact the tokenizer's files of its source",
+                fix="copy the tokenizer files of the source into the artifact",
             )
         self.stride = int(kept["stride"])
         self.nbytes = sum((directory / name).stat().st_size for name in (_HIDDEN, _HEAD, _TOKENS))
@@ -143,9 +143,11 @@ class Baseline:
         self._states: NDArray[np.float32] = np.load(directory / _HIDDEN, mmap_mode="r")
 
     def read(self, span: slice) -> tuple[Tensor, Tensor]:
-        """The tokens of a span whose states are kept, counted from its first [k], and these states [k, H] where and in the dtype
-        the computation is.
+        """The stored states of a span of tokens.
+
+        Returns:
+            Offsets within the span of the tokens with stored states [k], and these states [k, H] in the head's device and dtype.
         """
         first, last = -(-span.start // self.stride), -(-span.stop // self.stride)
-        places = torch.arange(first, last) * self.stride - span.start
-        return places, torch.from_numpy(self._states[first:last].copy()).to(self.head)
+        offsets = torch.arange(first, last) * self.stride - span.start
+        return offsets, torch.from_numpy(self._states[first:last].copy()).to(self.head)

@@ -1,10 +1,10 @@
-"""Where in the model an artifact departs from its baseline: choices of the routers, and the error of each layer alone.
+"""Differences between artifact and baseline by layer: the routers' choices of experts, and the error of each single layer.
 
-**Routers** are watched while the held-out text is scored. Errors of all layers before it reach a router, as they do in use.
+**Routers** are recorded while the held-out text is scored. Their inputs include the errors of all previous layers, as in use.
 
-**Layers** are judged one by one. The baseline's hidden states between its layers are kept for a few short windows. The
-artifact reads the same windows, but each of its layers receives the baseline's hidden states in place of those of the layer
-before it, so that its output differs by its own error alone and a single damaged layer stands out.
+**Layers** are measured separately. The baseline's hidden states between its layers are stored for a few short windows. The
+artifact reads the same windows, but the input of each layer is replaced by the baseline's hidden states. The output of a layer
+then differs only by the layer's own error, so a single damaged layer stands out.
 
 Legend: T tokens, L layers, H hidden size, k experts per token.
 """
@@ -27,19 +27,19 @@ from quantlab.evaluation.statistics import Floats
 from quantlab.runtime.modules.experts import Experts
 
 LAYER_WINDOW = 64
-"""Tokens of a window that layers are judged on."""
+"""Tokens of a window for the errors of layers."""
 _FEWEST_WINDOWS = 5
 _MOST_BYTES = 1 << 30
 _STATES = "layers.npy"
 _ROUTES = "routes.npz"
 
 
-class Routes:
-    """Records which experts every token is sent to, from the first forward pass inside `with` on.
+class RouteRecorder:
+    """Records the experts that every token is routed to, during forward passes inside a `with` block.
 
     Args:
         model: from `runtime.load`.
-        kept_experts: layer ("layer 3") -> the source's number of each expert, where experts were pruned.
+        kept_experts: layer ("layer 3") -> source index of each expert, for layers whose experts were pruned.
     """
 
     def __init__(self, model: PreTrainedModel, kept_experts: Mapping[str, Sequence[int]]) -> None:
@@ -71,27 +71,27 @@ class Routes:
 
         return keep
 
-    def take(self, positions: Tensor) -> None:
-        """Keep the tokens at `positions` [t] of the batch just computed, counted through all rows."""
+    def record(self, positions: Tensor) -> None:
+        """Record the experts of the tokens at `positions` [t] of the last batch, indices into its flattened rows."""
         for name, index in self._last.items():
             chosen = index[positions].cpu()
             if name in self._numbers:
                 chosen = self._numbers[name][chosen]
             self._parts[name].append(chosen.sort(dim=-1).values.to(torch.int16).numpy())
 
-    def found(self) -> dict[str, NDArray[np.int16]]:
-        """Layer -> experts of each token, ascending [T, k]."""
+    def by_layer(self) -> dict[str, NDArray[np.int16]]:
+        """Layer -> expert indices of each token, sorted [T, k]."""
         return {name: np.concatenate(parts) for name, parts in self._parts.items() if parts}
 
 
-def keep_routes(directory: Path, routes: Mapping[str, NDArray[np.int16]]) -> None:
-    """Write the baseline's routes."""
+def save_routes(directory: Path, routes: Mapping[str, NDArray[np.int16]]) -> None:
+    """Store the baseline's experts of each token by layer."""
     with (directory / _ROUTES).open("wb") as file:
         np.savez(file, **dict(routes))  # type: ignore[arg-type]  # numpy takes arrays of any name
 
 
-def agreeing(directory: Path, routes: Mapping[str, NDArray[np.int16]]) -> dict[str, NDArray[np.bool_]]:
-    """Layer -> whether each token goes to the same set of experts as in the baseline [T]; layers with as many choices only."""
+def same_experts(directory: Path, routes: Mapping[str, NDArray[np.int16]]) -> dict[str, NDArray[np.bool_]]:
+    """Layer -> whether each token is routed to the same set of experts as in the baseline [T]; layers with equal k only."""
     with np.load(directory / _ROUTES) as kept:
         return {
             name: (kept[name] == chosen).all(axis=1)
@@ -102,14 +102,14 @@ def agreeing(directory: Path, routes: Mapping[str, NDArray[np.int16]]) -> dict[s
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """Sums over each window, for every layer.
+    """Squared errors of every layer, summed over each of W windows.
 
     Attributes:
-        layers: their names.
-        difference: squared norm of the difference of outputs [W, L].
-        added: squared norm of the contribution of the baseline's layer to the residual stream [W, L].
-        documents: the document of each window [W].
-        tokens: tokens of all windows.
+        layers: names of the layers.
+        difference: squared norm of the difference of the outputs [W, L].
+        added: squared norm of what the baseline's layer adds to the residual stream [W, L].
+        documents: document of each window [W].
+        tokens: number of tokens of all windows.
     """
 
     layers: tuple[str, ...]
@@ -119,20 +119,20 @@ class LayerErrors:
     tokens: int
 
     def faults(self) -> dict[str, str]:
-        """Layer -> why its error is no number; empty where all are."""
+        """Layer -> the reason why it has no finite error; empty if all have one."""
         found = {}
         for name, difference, added in zip(self.layers, self.difference.T, self.added.T, strict=True):
             if not np.isfinite(difference + added).all():
-                found[name] = "what it makes of the baseline's hidden states is not finite"
+                found[name] = "its output on the baseline's hidden states is not finite"
             elif not added.all():
-                found[name] = "in the baseline it adds nothing to its input, so that no error relative to that exists"
+                found[name] = "in the baseline it adds nothing to its input, so its relative error is undefined"
         return found
 
 
 def sample(held_out: HeldOut, model: PreTrainedModel, tokens: int) -> tuple[Window, ...]:
-    """Beginnings of windows from all over the text, about `tokens` tokens, no more than a gibibyte of states needs.
+    """Beginnings of windows spread over the text, about `tokens` tokens, limited to 1 GiB of hidden states.
 
-    None at all if they would be too few to stand for the text.
+    Empty if there would be too few windows to represent the text.
     """
     config = model.config
     width = min(LAYER_WINDOW, len(held_out.windows[0].tokens))
@@ -146,8 +146,8 @@ def sample(held_out: HeldOut, model: PreTrainedModel, tokens: int) -> tuple[Wind
 
 
 @torch.inference_mode()
-def keep_states(directory: Path, model: PreTrainedModel, windows: Sequence[Window]) -> None:
-    """Write the baseline's hidden states before each layer and after the last [L + 1, W, t, H]."""
+def save_states(directory: Path, model: PreTrainedModel, windows: Sequence[Window]) -> None:
+    """Store the baseline's hidden states before each layer and after the last one [L + 1, W, t, H]."""
     if not windows:
         return
     layers = list(model.base_model.layers)
@@ -168,7 +168,7 @@ def keep_states(directory: Path, model: PreTrainedModel, windows: Sequence[Windo
 
 @torch.inference_mode()
 def layer_errors(directory: Path, model: PreTrainedModel, windows: Sequence[Window]) -> LayerErrors | None:
-    """The error of each layer on the baseline's hidden states; None if none were kept or the models have other shapes."""
+    """The error of each layer on the baseline's hidden states; None if no states were stored or the models' shapes differ."""
     if not windows or not (directory / _STATES).is_file():
         return None
     states = np.load(directory / _STATES, mmap_mode="r")

@@ -1,4 +1,4 @@
-"""Quality: predictions of an artifact on held-out text, and their distance from the baseline's on the same tokens."""
+"""Quality: an artifact's predictions on held-out text, and their difference from the baseline's on the same tokens."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ from quantlab.evaluation.processes.messages import Progress, QualityRequest, Qua
 from quantlab.evaluation.quality.baseline import Baseline, BaselineWriter, TokenScores
 from quantlab.evaluation.quality.layers import (
     LayerErrors,
-    Routes,
-    agreeing,
-    keep_routes,
-    keep_states,
+    RouteRecorder,
     layer_errors,
+    same_experts,
     sample,
+    save_routes,
+    save_states,
 )
 from quantlab.evaluation.quality.metrics import SUMS, Divergence, Documents, Domain, Quality
 from quantlab.evaluation.quality.predictions import score
@@ -34,7 +34,7 @@ from quantlab.runtime.cpu_operators import cpu_operators
 from quantlab.runtime.load import load
 
 _AT: Final = {name: column for column, name in enumerate(SUMS)}
-"""Columns of the tables of sums."""
+"""Column index of each sum in a table of sums."""
 
 
 def measure_quality(request: QualityRequest, progress: Progress) -> QualityResult:
@@ -53,8 +53,8 @@ def measure_quality(request: QualityRequest, progress: Progress) -> QualityResul
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[suite.dtype]
     model = load(request.directory, dtype=dtype, device=request.device)
     windows = sample(held_out, model, text.suite.layer_error_tokens)
-    scored = lambda done, total: progress("scoring", done, total)  # noqa: E731 - the stage's name and nothing else
-    with Routes(model, kept_experts(read_manifest(request.directory))) as routes:
+    scored = lambda done, total: progress("scoring", done, total)  # noqa: E731 - only fixes the stage's name
+    with RouteRecorder(model, kept_experts(read_manifest(request.directory))) as routes:
         if request.role == "compared":
             baseline = Baseline(request.predictions, tokens_sha256=held_out.sha256, dtype=dtype, device=model.device)
             scores = score(model, held_out, baseline=baseline, progress=scored, routes=routes)
@@ -71,14 +71,14 @@ def measure_quality(request: QualityRequest, progress: Progress) -> QualityResul
     if request.role == "compared":
         quality = _with_operators(summarise(held_out, scores, baseline.scores, compute_dtype=suite.dtype), request)
         errors = layer_errors(request.predictions, model, windows)
-        quality = with_layers(quality, held_out, agreeing(request.predictions, routes.found()), errors)
+        quality = with_layers(quality, held_out, same_experts(request.predictions, routes.by_layer()), errors)
         assert quality.divergence is not None, "compared with a baseline"
         divergence = quality.divergence.model_copy(update={"predictions_bytes": baseline.nbytes})
         quality = quality.model_copy(update={"divergence": divergence})
         return QualityResult(quality=quality, failures=errors.faults() if errors is not None else {})
     if request.role == "baseline":
-        keep_routes(request.predictions, routes.found())
-        keep_states(request.predictions, model, windows)
+        save_routes(request.predictions, routes.by_layer())
+        save_states(request.predictions, model, windows)
     alone = summarise(held_out, scores, None, compute_dtype=suite.dtype)
     return QualityResult(quality=_with_operators(alone, request), failures={})
 
@@ -91,7 +91,7 @@ def summarise(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | No
     """The numbers of a record from the scores of tokens.
 
     Raises:
-        EvaluationError: the perplexity is larger than a number can be.
+        EvaluationError: the perplexity overflows a float.
     """
     table = document_sums(held_out, scores, baseline)
     seen = table[:, _AT["tokens"]] > 0
@@ -114,7 +114,7 @@ def summarise(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | No
 
 
 def _numbers(model: type[Frozen], sums: Resampled, *, compared: bool) -> dict[str, Any]:
-    """Every number of a part of the record that is a function of sums; None without a baseline where it needs one."""
+    """All numbers of a part of the record that are functions of sums. Without a baseline, numbers relative to it are None."""
     _refuse_infinite_perplexity(sums)
     return {
         name: _measure(sums, declared.metric) if compared or not declared.metric.relative else None
@@ -124,7 +124,7 @@ def _numbers(model: type[Frozen], sums: Resampled, *, compared: bool) -> dict[st
 
 
 def _measure(sums: Resampled, metric: Metric) -> Measured | None:
-    """One number with its interval; None where a draw of documents divides by zero, as where the baseline is never right."""
+    """One number with its interval; None if a draw of documents divides by zero, for example if the baseline is never right."""
     statistic = _of_columns(metric)
     with np.errstate(divide="ignore", invalid="ignore"):
         if np.isfinite(sums.draws).all() and not np.isfinite(statistic(sums.draws)).all():
@@ -133,17 +133,17 @@ def _measure(sums: Resampled, metric: Metric) -> Measured | None:
 
 
 def _of_columns(metric: Metric) -> Callable[[Floats], Floats]:
-    """The metric's function of named sums as one of a table's columns [..., C]."""
+    """The metric's function of named sums, as a function of the columns of a table of sums [..., C]."""
     statistic = metric.statistic
-    assert statistic is not None, "asked only of functions of sums"
+    assert statistic is not None, "only called for functions of sums"
     return lambda row: statistic({name: row[..., at] for name, at in _AT.items()})
 
 
 def _documents(held_out: HeldOut, table: Floats, *, compared: bool) -> Documents:
-    """The sums as a record keeps them: of the documents that were scored."""
+    """The sums of the scored documents, in the form of the record."""
     seen = table[:, _AT["tokens"]] > 0
     kept = SUMS if compared else ("tokens", "bytes", "nll", "correct")
-    # counts are written as integers: pydantic takes whole floats for them
+    # counts are integers in the record: pydantic accepts whole floats for them
     return Documents.model_validate(
         {
             "tokens_sha256": held_out.sha256,
@@ -169,7 +169,7 @@ def _divergence(held_out: HeldOut, scores: TokenScores, sums: Resampled) -> Dive
 
 
 def _significance(sums: Resampled) -> dict[str, Significance]:
-    """The test of every metric that declares a loss, by its name."""
+    """The significance of every metric that declares a loss, by metric name."""
     metrics, found = metrics_of(Quality), {}
     for name, declared in metrics.items():
         if declared.metric.loss is not None:
@@ -183,13 +183,13 @@ def _significance(sums: Resampled) -> dict[str, Significance]:
 def with_layers(
     quality: Quality, held_out: HeldOut, agreement: Mapping[str, NDArray[np.bool_]], errors: LayerErrors | None
 ) -> Quality:
-    """The quality with agreement of routers and error by layer.
+    """Add the routers' agreement and the layer errors to the quality.
 
     Args:
-        quality: compared with a baseline.
+        quality: quality with a comparison with the baseline.
         held_out: the scored text.
-        agreement: layer -> whether the tokens go to the baseline's experts [T].
-        errors: of each layer alone, None where they were not measured.
+        agreement: layer -> whether each token is routed to the baseline's experts [T].
+        errors: errors of the single layers; None if they were not measured.
     """
     assert quality.divergence is not None, "compared with a baseline"
     document, documents = held_out.documents(), len(held_out.strata)
@@ -208,7 +208,7 @@ def with_layers(
 
 
 def _relative(errors: LayerErrors) -> dict[str, Measured]:
-    """Norm of the difference over norm of the layer's contribution, with intervals over documents; for layers where both are finite."""
+    """Norm of the difference over norm of the layer's contribution, with intervals over documents; only for layers without fault."""
     faults = errors.faults()
     sound = [at for at, name in enumerate(errors.layers) if name not in faults]
     if not sound:
@@ -226,7 +226,7 @@ def _relative(errors: LayerErrors) -> dict[str, Measured]:
 
 
 def document_sums(held_out: HeldOut, scores: TokenScores, baseline: TokenScores | None) -> Floats:
-    """Sums of each document, in the order of `SUMS` [D, C]; those that need a baseline are zero without one."""
+    """Sums of each document, in the order of `SUMS` [D, C]; without a baseline the sums that need it are zero."""
     document = held_out.documents()
     documents = len(held_out.strata)
 
@@ -258,7 +258,7 @@ def document_sums(held_out: HeldOut, scores: TokenScores, baseline: TokenScores 
 def _refuse_infinite_perplexity(sums: Resampled) -> None:
     if sums.draws[:, _AT["nll"]].max() / sums.draws[:, _AT["tokens"]].min() > math.log(np.finfo(np.float64).max):
         raise EvaluationError(
-            "the artifact predicts nothing: its perplexity is larger than a number can be",
+            "the artifact's perplexity overflows",
             where="held-out text",
             found=f"{sums.totals[_AT['nll']] / sums.totals[_AT['tokens']]:.0f} nats per token",
             fix="check the artifact with `quantlab verify`, then its variant in the recipe",

@@ -1,4 +1,4 @@
-"""Metrics of quality: how well an artifact predicts held-out text, and how far it is from the baseline on the same tokens.
+"""Metrics of quality: an artifact's predictions on held-out text, and their difference from the baseline on the same tokens.
 
 Almost all are functions of sums over documents (`Documents`): the same function gives the value, its interval, and the paired
 difference of two records.
@@ -20,24 +20,24 @@ SUMS: Final = (
 
 
 class Documents(Frozen):
-    """Sums over the scored tokens of each document, so that two records can be compared on the same text. One entry a document."""
+    """Sums over the scored tokens of each document, so that two records can be compared on the same text. One entry per document."""
 
     tokens_sha256: str
     """Hash of the tokens that were scored."""
     domain: tuple[str, ...]
     tokens: tuple[int, ...]
     nll: tuple[float, ...]
-    """Minus log-probability, in nats, as is `kl`."""
+    """Negative log-probability in nats; `kl` is in nats too."""
     correct: tuple[int, ...]
-    """Tokens whose most likely prediction was right."""
+    """Tokens whose most likely prediction is correct."""
     bytes: tuple[int, ...] = ()
     """UTF-8 bytes of the scored text; empty in records of earlier versions."""
     kl: tuple[float, ...] = ()
-    """KL(baseline || artifact); empty for the baseline itself, as are the rest."""
+    """KL(baseline || artifact); this and the following sums are empty for the baseline itself."""
     kl_tokens: tuple[int, ...] = ()
     """Tokens that `kl` is summed over."""
     agreeing: tuple[int, ...] = ()
-    """Tokens on which artifact and baseline predict the same."""
+    """Tokens with the same most likely prediction in artifact and baseline."""
     to_wrong: tuple[int, ...] = ()
     to_right: tuple[int, ...] = ()
     baseline_nll: tuple[float, ...] = ()
@@ -126,12 +126,12 @@ class Domain(Frozen):
 
 
 class Divergence(Frozen):
-    """How far the artifact's predictions are from the baseline's on the same tokens, and where in the model that begins."""
+    """Differences of the artifact's predictions from the baseline's on the same tokens, with measures per layer."""
 
     kl_mean: Measured
     """Mean over tokens of KL(baseline || artifact), in nats, as are the next two; the same as `Quality.kl_to_baseline`."""
     kl_sample: str = ""
-    """Tokens that the KL is taken on, evenly spaced: "all 19,380 tokens", "one in 3 of 160,000 tokens"."""
+    """Tokens on which the KL is computed, evenly spaced: "all 19,380 tokens", "one in 3 of 160,000 tokens"."""
     predictions_bytes: int = 0
     """Bytes of the baseline's predictions on disk."""
     kl_median: Annotated[
@@ -160,7 +160,7 @@ class Divergence(Frozen):
         Measured,
         Metric(
             heading="right → wrong %",
-            meaning="Tokens that the baseline predicts rightly and the variant wrongly.",
+            meaning="Tokens that the baseline predicts correctly and the variant wrongly.",
             unit="share",
             better="low",
             statistic=_per_token("to_wrong"),
@@ -171,7 +171,7 @@ class Divergence(Frozen):
         Measured,
         Metric(
             heading="wrong → right %",
-            meaning="Tokens that the variant predicts rightly and the baseline wrongly.",
+            meaning="Tokens that the variant predicts correctly and the baseline wrongly.",
             unit="share",
             better="high",
             statistic=_per_token("to_right"),
@@ -182,22 +182,22 @@ class Divergence(Frozen):
     """By layer ("layer 3"): share of tokens sent to the same set of experts as in the baseline; empty without routers."""
     layer_errors: dict[str, Measured] = {}
     """By layer: relative error of the layer's output (its contribution to the residual), given the baseline's hidden states:
-    the Frobenius norm of the difference of both models' outputs over that of the baseline's output less input. A layer at
-    fault stands out, because no error of the layers before it reaches it. Measured on `layer_error_tokens` tokens."""
+    the Frobenius norm of the difference of both models' outputs over that of the baseline's output minus input. A layer at
+    fault stands out, because errors of earlier layers do not enter. Measured on `layer_error_tokens` tokens."""
     layer_error_tokens: int = 0
 
 
 class Quality(Frozen):
-    """How well the artifact predicts held-out text, and how far it is from the baseline on the same tokens.
+    """The artifact's predictions on held-out text, and their differences from the baseline on the same tokens.
 
-    The numbers that compare with the baseline are None for the baseline itself and where the baseline failed. The order of
+    Numbers relative to the baseline are None for the baseline itself and if the baseline failed. The order of
     the fields is the order of the columns.
     """
 
     compute_dtype: str
     """Dtype of the activations while this was measured."""
     operators: tuple[str, ...] = ()
-    """Kernels that computed on the CPU, and every substitute for one that is wrong or missing there; empty on a GPU."""
+    """Kernels used on the CPU, and every substitute for a kernel that is wrong or missing there; empty on a GPU."""
     accuracy_loss_percent: Annotated[
         Measured | None,
         Metric(
@@ -215,7 +215,7 @@ class Quality(Frozen):
             claim="next-token accuracy lost, %",
         ),
     ]
-    """Also None where the baseline is never right."""
+    """Also None if the baseline is never right."""
     perplexity_change_percent: Annotated[
         Measured | None,
         Metric(
@@ -254,7 +254,7 @@ class Quality(Frozen):
         Measured | None,
         Metric(
             heading="top-1 agreement %",
-            meaning="Tokens for which baseline and variant hold the same next token most likely.",
+            meaning="Tokens for which baseline and variant predict the same most likely next token.",
             unit="share",
             better="high",
             tables=("main", "cards"),
@@ -282,7 +282,7 @@ class Quality(Frozen):
         Measured,
         Metric(
             heading="accuracy %",
-            meaning="Tokens whose most likely prediction was right.",
+            meaning="Tokens whose most likely prediction is correct.",
             unit="share",
             better="high",
             statistic=_per_token("correct"),
@@ -313,10 +313,10 @@ class Quality(Frozen):
             relative=True,
         ),
     ] = None
-    """The same as `accuracy_loss_percent`, as a difference of shares: zero exactly where that is, and always a number."""
+    """`accuracy_loss_percent` as a difference of shares: zero exactly if that is zero, and always defined."""
     domains: dict[str, Domain]
     divergence: Divergence | None = None
     significance: dict[str, Significance] = {}
-    """Tests of the metrics that declare a `loss`, by their names; empty for the baseline."""
+    """Significance of the metrics that declare a `loss`, by metric name; empty for the baseline."""
     documents: Documents | None = None
     """The sums that all of this is computed from; None in records of earlier versions."""

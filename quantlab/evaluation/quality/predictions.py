@@ -1,13 +1,13 @@
-"""Predictions of a model at every token of held-out text, beside the baseline's.
+"""Predictions of a model at every token of held-out text, compared with the baseline's.
 
-The model's last hidden states are computed a batch of windows at a time; logits exist only for a few hundred tokens at a
-time, small enough to stay in the cache while they are used: for every token their logsumexp (once; the token's
-probability and the KL both follow from it), the most likely token and, against the baseline's logits a with p = softmax(a),
+The final hidden states are computed per batch of windows. Logits are computed for a few hundred tokens at a time, few enough to
+stay in the CPU's cache. For every token they give the logsumexp (computed once, for both the token's probability and the KL), the
+most likely token and, with the baseline's logits a, p = softmax(a), and the model's logits b, q = softmax(b),
 
     KL(p || q) = sum_v p_v (log p_v - log q_v) = sum_v p_v (a_v - b_v) - lse(a) + lse(b),
 
-which needs one exponential per side. Windows are padded on the right. Attention is causal, so what stands after a token
-cannot reach it, and no mask is needed; activations are quantized token by token, so padding cannot change scales either.
+which needs one exponential per side. Windows are padded on the right. Attention is causal, so padding does not affect the tokens
+before it and no mask is needed. Activations are quantized per token, so padding does not change their scales either.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.quality.baseline import Baseline, BaselineWriter, TokenScores
-from quantlab.evaluation.quality.layers import Routes
+from quantlab.evaluation.quality.layers import RouteRecorder
 from quantlab.evaluation.quality.windows import HeldOut, Window
 
 BATCH_TOKENS = 4096
@@ -34,7 +34,7 @@ def score(
     baseline: Baseline | None = None,
     keep: BaselineWriter | None = None,
     progress: Callable[[int, int], None] | None = None,
-    routes: Routes | None = None,
+    routes: RouteRecorder | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> TokenScores:
     """Score every token of the windows, in their order.
@@ -42,14 +42,14 @@ def score(
     Args:
         model: a causal language model.
         held_out: the windows.
-        baseline: predictions to compare with.
-        keep: takes this model's predictions, as those of the baseline.
-        progress: called with the number of tokens done and of all.
-        routes: takes the experts of every scored token.
-        batch_tokens: tokens computed at once, padding included.
+        baseline: the baseline's predictions to compare with.
+        keep: stores this model's predictions as those of the baseline.
+        progress: called with the number of scored tokens and the total.
+        routes: records the experts of every scored token.
+        batch_tokens: maximum tokens of a batch, including padding.
 
     Raises:
-        EvaluationError: the model's predictions are not finite, or its head is not a plain matrix though it is the baseline.
+        EvaluationError: the model's predictions are not finite, or the baseline's head is not a plain matrix.
     """
     head = model.get_output_embeddings()
     if keep is not None:
@@ -59,7 +59,7 @@ def score(
     for windows in held_out.batches(batch_tokens):
         hidden = _hidden_states(model, windows)
         if routes is not None:
-            routes.take(_scored_positions(windows))
+            routes.record(_scored_positions(windows))
         targets = torch.cat([torch.from_numpy(window.tokens[window.first :]) for window in windows])
         span = slice(done, done + len(targets))
         if keep is not None:
@@ -86,7 +86,7 @@ def _hidden_states(model: PreTrainedModel, windows: Sequence[Window]) -> Tensor:
 
 
 def _scored_positions(windows: Sequence[Window]) -> Tensor:
-    """Where the hidden states of `_hidden_states` stand in the padded batch, counted through all rows [t]."""
+    """Positions of the states of `_hidden_states` in the padded batch, as indices into its flattened rows [t]."""
     longest = max(len(window.tokens) for window in windows)
     parts = [
         torch.arange(window.first - 1, len(window.tokens) - 1) + row * longest for row, window in enumerate(windows)
@@ -100,11 +100,11 @@ def _score_batch(
     """Scores of one batch in chunks.
 
     Args:
-        head: from hidden states to logits.
+        head: maps hidden states to logits.
         hidden: final hidden states [t, H].
-        targets: the tokens that follow [t], on any device.
-        baseline: predictions to compare with.
-        span: where the batch lies among all tokens.
+        targets: the next tokens [t], on any device.
+        baseline: the baseline's predictions to compare with.
+        span: range of the batch among all scored tokens.
     """
     targets = targets.to(hidden.device)
     vocabulary = head(hidden[:1]).shape[-1]
@@ -119,11 +119,11 @@ def _score_batch(
         nll = lse - logits.gather(1, target[:, None])[:, 0]
         kl, stride = None, 1
         if baseline is not None:
-            places, states = baseline.read(slice(span.start + start, span.start + stop))
+            offsets, states = baseline.read(slice(span.start + start, span.start + stop))
             reference = torch.nn.functional.linear(states, baseline.head).float()
             stride = baseline.stride
-            if stride > 1:  # the same products of the same rows, so that equal models still give equal logits
-                logits = head(hidden[start:stop][places]).float()
+            if stride > 1:  # the same products on the same rows, so that equal models have equal logits
+                logits = head(hidden[start:stop][offsets]).float()
                 lse_of_kept, reference_lse = _logsumexp(logits), _logsumexp(reference)
             else:
                 lse_of_kept, reference_lse = (
@@ -141,7 +141,7 @@ def score_states(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Toke
 
 
 def joined(parts: Sequence[TokenScores]) -> TokenScores:
-    """Scores one after the other, on the CPU."""
+    """Concatenate scores, on the CPU."""
     kl = [part.kl for part in parts if part.kl is not None]
     return TokenScores(
         nll=torch.cat([part.nll for part in parts]).cpu(),
@@ -165,11 +165,11 @@ def divergence(reference: Tensor, reference_lse: Tensor, logits: Tensor, lse: Te
     difference = torch.sub(reference, logits, out=logits)
     probabilities = reference.sub_(reference_lse[:, None]).exp_()
     kl = probabilities.mul_(difference).sum(dim=-1) - reference_lse + lse
-    return kl.clamp_(min=0)  # below zero is rounding, of 1e-7; a NaN stays one and is refused later
+    return kl.clamp_(min=0)  # negative values are rounding errors of about 1e-7; a NaN stays NaN and is refused later
 
 
 def _logsumexp(logits: Tensor) -> Tensor:
-    """logsumexp over the last dimension: torch's own, less two passes over memory."""
+    """logsumexp over the last dimension, with two passes over memory fewer than torch's."""
     largest = logits.amax(dim=-1, keepdim=True)
     return (logits - largest).exp_().sum(dim=-1).log_() + largest[:, 0]
 
@@ -177,7 +177,7 @@ def _logsumexp(logits: Tensor) -> Tensor:
 def _head_weight(head: torch.nn.Module) -> Tensor:
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         raise EvaluationError(
-            "the baseline's predictions cannot be kept: its head is not a plain matrix",
+            "the baseline's predictions cannot be stored: its head is not a plain matrix",
             where="lm_head",
             found=type(head).__name__,
             fix="choose a baseline whose lm_head is not quantized",

@@ -1,12 +1,12 @@
 """Held-out text as windows of tokens.
 
-A document is tokenised once with the artifact's own tokenizer.json and cut into windows that do not overlap. Where the
-tokenizer begins a text with a token of its own (DeepSeek's beginning of sentence), so does every window, and all tokens
-of the text are scored; otherwise the first token of a window is only read.
+A document is tokenized once with the artifact's own tokenizer.json and cut into windows that do not overlap. If the tokenizer
+adds a beginning-of-sequence token, every window begins with it and all tokens of the text are scored; otherwise the first token
+of a window is only read.
 
-**Bytes.** Bits per byte compares models with different tokenizers only if the bytes are exactly those that the scored
-tokens spell. A token may be a part of a character, so a token's text is taken to reach from its first character to the
-first character of the token after it: consecutive windows then share no byte and lose none.
+**Bytes.** Bits per byte compares models with different tokenizers only if exactly the bytes of the scored tokens are counted. A
+token may be part of a character. So a token's text is defined as the text from its first character up to the first character of
+the next token: consecutive windows then share no byte and lose none.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from tokenizers import Tokenizer
 from quantlab.errors import EvaluationError
 from quantlab.files import read_json_lines
 
-_FEWEST_DOCUMENTS = 5  # fewer stand for nothing; statistics.py says how many an interval takes
+_FEWEST_DOCUMENTS = 5  # fewer documents are not representative; statistics.py has the minimum for an interval
 
 
 @dataclass(frozen=True)
 class Document:
-    """A held-out text and the domain it stands for."""
+    """A held-out text and its domain."""
 
     domain: str
     text: str
@@ -34,13 +34,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens that the model reads at once.
+    """Tokens of one forward pass.
 
     Attributes:
-        document: index of the document it comes from.
-        tokens: ids, those that the tokenizer puts first included [n].
+        document: index of its document.
+        tokens: token ids [n], including the tokenizer's prefix.
         first: index of the first token that is scored, at least 1.
-        nbytes: UTF-8 bytes of the text the scored tokens cover.
+        nbytes: UTF-8 bytes of the scored tokens' text.
     """
 
     document: int
@@ -55,12 +55,12 @@ class Window:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The text that is scored.
+    """The scored text.
 
     Attributes:
-        domains: their names, sorted.
-        strata: the domain of each document, as an index into `domains` [D].
-        windows: longest first, so that a batch pads little.
+        domains: names of the domains, sorted.
+        strata: domain of each document, as an index into `domains` [D].
+        windows: the windows, longest first, so that batches need little padding.
         sha256: hash of the windows' tokens.
     """
 
@@ -71,15 +71,15 @@ class HeldOut:
 
     @property
     def tokens(self) -> int:
-        """Scored tokens."""
+        """Number of scored tokens."""
         return sum(window.scored for window in self.windows)
 
     def documents(self) -> NDArray[np.int64]:
-        """The document of every scored token, in the order of the windows [T]."""
+        """Document index of every scored token, in the order of the windows [T]."""
         return np.repeat([window.document for window in self.windows], [window.scored for window in self.windows])
 
     def batches(self, tokens: int) -> list[tuple[Window, ...]]:
-        """The windows in order, as many together as make at most `tokens` tokens once padded to the longest."""
+        """Split the windows, in order, into batches of at most `tokens` tokens including padding."""
         batches: list[tuple[Window, ...]] = []
         start = 0
         while start < len(self.windows):
@@ -90,7 +90,7 @@ class HeldOut:
 
 
 def read_corpus(path: Path) -> list[Document]:
-    """The documents of a file of JSON lines.
+    """Read the documents of a JSON lines file.
 
     Raises:
         EvaluationError: the file cannot be read or is empty, or a line is malformed.
@@ -102,15 +102,15 @@ def read_corpus(path: Path) -> list[Document]:
 def cut(
     documents: Sequence[Document], tokenizer: Tokenizer, prefix: tuple[int, ...], *, length: int, tokens_per_domain: int
 ) -> HeldOut:
-    """The windows to score.
+    """Cut documents into the windows to score.
 
     Args:
         documents: the held-out text.
         tokenizer: as from `load_tokenizer`.
-        prefix: ids that every window begins with.
-        length: most tokens of a window, the prefix included.
-        tokens_per_domain: windows of a domain are taken until one would exceed this many scored tokens: the first of
-            every document, then the second and so on, because the number of documents sets the width of an error bar.
+        prefix: token ids that every window begins with.
+        length: maximum tokens of a window, including the prefix.
+        tokens_per_domain: maximum scored tokens of a domain. First windows of all documents are taken before second windows
+            and so on, because the number of documents determines the width of the intervals.
 
     Raises:
         EvaluationError: a domain has too few documents.
@@ -132,7 +132,7 @@ def cut(
                 "a domain has too few documents",
                 where=f"domain {domain}",
                 found=f"{len(seen)} documents with text within {tokens_per_domain} tokens",
-                fix=f"give at least {_FEWEST_DOCUMENTS} documents per domain, and a `tokens_per_domain` that lets them in",
+                fix=f"give at least {_FEWEST_DOCUMENTS} documents per domain, and increase `tokens_per_domain` until they fit",
             )
     taken.sort(key=lambda window: -len(window.tokens))
     digest = hashlib.sha256()
@@ -144,7 +144,7 @@ def cut(
 def _in_turns(
     texts: Sequence[tuple[int, str]], tokenizer: Tokenizer, prefix: tuple[int, ...], length: int
 ) -> Iterator[Window]:
-    """The first window of every document, then every second and so on; a document is tokenised when its first is asked for."""
+    """First windows of all documents, then second windows and so on; a document is tokenized when its first window is needed."""
     found: list[list[Window]] = []
     for index, text in texts:
         found.append(_windows(index, text, tokenizer, prefix, length))

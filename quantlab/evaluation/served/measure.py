@@ -1,19 +1,19 @@
 """The served path: an artifact decoded in 16 bits, step by step, against the same artifact computed in float32.
 
-Quality is measured in float32 on whole windows of text. A user meets something else: 16-bit activations, a cache, one new token
-per step, fused and recorded kernels. Here the artifact is loaded in its own dtype as `runtime.load` does it, and `Decoder` does
-what it does for a user:
+Quality is measured in float32 on whole windows of text. A user's model runs differently: 16-bit activations, a KV cache, one new
+token per step, fused kernels, CUDA graphs. Here the artifact is loaded in its own dtype with `runtime.load` and decoded with
+`Decoder`, as for a user:
 
-- **Teacher-forced.** It reads a prefix of held-out text, one sequence at a time, and steps through the tokens that follow in the
-  text. The logits of each step are compared with the float32 logits of the same artifact at the same place: KL(float32 || served)
-  and top-1 agreement. Against the baseline's kept predictions both have a KL, so that the loss a user meets stands beside the loss
-  that the quality columns show.
-- **Greedy.** It continues all prompts at once, each by its likeliest tokens. The greedy agreement is the share of the tokens
-  before the first one that differs from the float32 artifact's continuation. Past that token the two continue different texts, so
-  an equal token there says nothing. Up to it both have the same context, so one float32 pass over the served text finds it.
+- **Teacher-forced.** The decoder reads a prefix of held-out text, one sequence at a time, and steps through the following tokens
+  of the text. The logits of each step are compared with the float32 logits of the same artifact at the same position:
+  KL(float32 || served) and top-1 agreement. Both are also compared with the baseline's stored predictions, so that the loss of
+  the served model stands beside the loss of the quality columns.
+- **Greedy.** The decoder continues all prompts as one batch, greedily. The greedy agreement is the share of tokens before the
+  first one that differs from the float32 artifact's continuation. After that token the contexts differ, so equal tokens mean
+  nothing. Before it both have the same context, so one float32 pass over the served text finds it.
 
-16-bit model and float32 model are in memory one after the other. Prompts are read by transformers' own code, so their logits are
-not counted: a step is.
+The 16-bit model and the float32 model are in memory one after the other. Prompts are read by transformers' own code, so only the
+logits of steps are compared, not those of prompts.
 
 Legend: S sequences, T tokens, V vocabulary, G tokens decoded greedily.
 """
@@ -52,8 +52,8 @@ class Excerpt:
 
     Attributes:
         document: index of the document it comes from.
-        tokens: ids [T]; the last one is only predicted.
-        prefix: how many of them are read as the prompt; the decoder steps through the others but the last.
+        tokens: token ids [T]; the last one is only predicted.
+        prefix: number of tokens read as the prompt; the decoder steps through the rest except the last.
         first: index of the prediction of the first step among all scored tokens of the held-out text.
     """
 
@@ -69,14 +69,14 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What the decoder found.
+    """The decoder's output.
 
     Attributes:
-        logits: of every step of every sequence [steps, V], in the model's dtype, on the CPU.
-        greedy: prompts and their continuations [S, T + G].
+        logits: logits of every step of every sequence [steps, V], in the model's dtype, on the CPU.
+        greedy: prompts with their continuations [S, T + G].
         greedy_tokens: length of the continuations, G.
-        dtype: of the model.
-        path: how its steps ran.
+        dtype: dtype of the model.
+        path: how the decoder ran its steps.
     """
 
     logits: tuple[Tensor, ...]
@@ -103,7 +103,7 @@ def measure_served(request: ServedRequest, progress: Progress) -> Served:
     progress("loading", 0, 0)
     model = load(request.directory, device=request.device)
     decoded = decode(model, excerpts, suite, progress)
-    del model  # one model in memory at a time
+    del model  # only one model in memory at a time
     gc.collect()
     progress("loading in float32", 0, 0)
     model = load(request.directory, dtype=torch.float32, device=request.device)
@@ -118,9 +118,9 @@ def measure_served(request: ServedRequest, progress: Progress) -> Served:
 
 
 def choose(held_out: HeldOut, suite: ServedSuite) -> tuple[Excerpt, ...]:
-    """Beginnings of windows of different documents, evenly spaced among all, the longest first.
+    """Choose beginnings of windows of different documents, evenly spaced among all, the longest first.
 
-    A window too short for the suite's prefix and steps is stepped through from its middle on.
+    A window that is too short for the suite's prefix and steps is used whole; its first half is the prompt.
     """
     found: dict[int, Excerpt] = {}
     start = 0
@@ -139,13 +139,13 @@ def choose(held_out: HeldOut, suite: ServedSuite) -> tuple[Excerpt, ...]:
 
 @torch.inference_mode()
 def decode(model: PreTrainedModel, excerpts: Sequence[Excerpt], suite: ServedSuite, progress: Progress) -> Decoded:
-    """Step through every excerpt by itself, then continue all prompts together.
+    """Step through every excerpt separately, then continue all prompts as one batch.
 
     Args:
-        model: in 16 bits, as a user loads it.
+        model: the 16-bit model, as a user loads it.
         excerpts: the text.
-        suite: how many tokens are decoded greedily.
-        progress: told how many steps are done.
+        suite: number of greedily decoded tokens.
+        progress: called with the number of completed steps.
 
     Raises:
         EvaluationError: logits are not finite.
@@ -187,12 +187,12 @@ def compare(model: PreTrainedModel, excerpts: Sequence[Excerpt], decoded: Decode
     Args:
         model: the same artifact in float32.
         excerpts: the text.
-        decoded: what the decoder found.
-        baseline: its predictions; None for the baseline itself, or where it has none.
+        decoded: the decoder's output.
+        baseline: the baseline's predictions; None for the baseline itself, or if there are none.
     """
     head = model.get_output_embeddings()
     ids = torch.zeros(len(excerpts), max(len(excerpt.tokens) for excerpt in excerpts) - 1, dtype=torch.int64)
-    for row, excerpt in enumerate(excerpts):  # attention is causal: padding behind a text does not reach it
+    for row, excerpt in enumerate(excerpts):  # attention is causal: padding after a text does not affect it
         ids[row, : len(excerpt.tokens) - 1] = excerpt.tokens[:-1]
     states = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     table = np.zeros((len(excerpts), _COLUMNS))
@@ -220,11 +220,11 @@ def _kl(reference: Tensor, logits: Tensor) -> float:
 
 @torch.inference_mode()
 def greedy_shares(model: PreTrainedModel, texts: Tensor, count: int) -> Floats:
-    """Share of `count` tokens before the first that the float32 model would have chosen otherwise, of every prompt [S].
+    """For every prompt, the share of `count` tokens before the first one that the float32 model would not have chosen [S].
 
     Args:
         model: the same artifact in float32.
-        texts: prompts and their continuations [S, T + G].
+        texts: prompts with their continuations [S, T + G].
         count: length of the continuations, G.
     """
     ids = texts.to(model.device)
@@ -238,10 +238,10 @@ def summarise(sums: Floats, shares: Floats, strata: NDArray[np.int64], decoded: 
     """The numbers of a record, with intervals over documents.
 
     Args:
-        sums: of every excerpt, from `compare` [S, C].
-        shares: of every excerpt, from `greedy_shares` [S].
+        sums: sums of every excerpt, from `compare` [S, C].
+        shares: greedy share of every excerpt, from `greedy_shares` [S].
         strata: domain of every excerpt [S].
-        decoded: what the decoder found.
+        decoded: the decoder's output.
     """
     resampled, tokens = resample(sums, strata), int(sums[:, _TOKENS].sum())
     kept = int(sums[:, _BASELINE_TOKENS].sum())

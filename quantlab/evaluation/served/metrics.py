@@ -40,12 +40,12 @@ class Served(Frozen):
             of_machine=True,
         ),
     ]
-    """n counts the tokens of all prompts, which are continued together."""
+    """n counts the tokens of all continuations, which are decoded as one batch."""
     served_top1_agreement: Annotated[
         Measured,
         Metric(
             heading="served top-1 agreement %",
-            meaning="Steps for which the artifact holds the same next token most likely in its own 16-bit dtype and in float32.",
+            meaning="Steps in which the artifact predicts the same most likely next token in its own 16-bit dtype and in float32.",
             unit="share",
             better="high",
             of_machine=True,
@@ -63,7 +63,7 @@ class Served(Frozen):
             of_machine=True,
         ),
     ] = None
-    """The baseline computes in the dtype of quality. None for the baseline itself and where it failed, as is the next."""
+    """The baseline computes in the dtype of quality. This and the next are None for the baseline itself and if it failed."""
     float32_kl_to_baseline: Annotated[
         Measured | None,
         Metric(
@@ -75,6 +75,6 @@ class Served(Frozen):
         ),
     ] = None
     served_dtype: str
-    """Of the activations: "bfloat16"."""
+    """Dtype of the activations: "bfloat16"."""
     served_steps: str
-    """How the decoder runs a step, and why it is not fused: "captured, fused steps", "single steps, not fused: a dtype of float32"."""
+    """How the decoder runs a step, with the reason if it is not fused: "captured, fused steps", "single steps, not fused: a dtype of float32"."""

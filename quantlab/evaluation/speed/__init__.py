@@ -1,1 +1,1 @@
-"""Speed: prefill and decode tokens per second, and the rates of a record computed from several processes."""
+"""Speed: prefill and decode tokens per second, and their combination over several processes."""

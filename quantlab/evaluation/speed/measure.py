@@ -1,11 +1,11 @@
 """Speed: every distinct layout of a recipe's artifacts, timed in one process.
 
-`models.py` says which models are timed. Machines drift: clocks, caches and neighbours change within seconds. So all models are in
-memory at once, every round times each of them in a new random order, and a ratio to FP16 is taken within a turn. `rates.py` puts
-together what several such processes found.
+`models.py` chooses the timed models. The speed of a machine drifts within seconds (clock, caches, other processes). So all models
+are in memory together, every round times each of them in a new random order, and a ratio to FP16 is taken within a turn.
+`rates.py` combines the results of several such processes.
 
-Steps decode from a cache of fixed size, as serving engines do it, in few operations where `quantlab.runtime.decoding.fused_step` takes the model;
-on CUDA they are captured as a graph and replayed.
+Steps decode from a cache of fixed size, as in serving engines, and are fused if `quantlab.runtime.decoding.fused_step` supports
+the model; on CUDA they are captured as a graph and replayed.
 """
 
 import time
@@ -21,9 +21,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quantlab.errors import QuantlabError
 from quantlab.evaluation.machine.energy import meter
-from quantlab.evaluation.machine.gauges import now, watched
-from quantlab.evaluation.processes.messages import Progress, SpeedRequest, SpeedResult, TwinTimings
-from quantlab.evaluation.speed.models import Layout, Models, choose_models, fp16_of, layout_name, layout_of
+from quantlab.evaluation.machine.time_and_memory import now, with_contention
+from quantlab.evaluation.processes.messages import ModelTimings, Progress, SpeedRequest, SpeedResult
+from quantlab.evaluation.speed.models import Layout, ModelBuilder, choose_builder, fp16_of, layout_name, layout_of
 from quantlab.evaluation.suite import SpeedSuite, load_suite
 from quantlab.runtime.cache_arguments import cache_arguments
 from quantlab.runtime.cpu_operators import native_kernels
@@ -32,13 +32,13 @@ from quantlab.runtime.device import find_device
 from quantlab.runtime.inventory import weight_bytes
 
 LEAST_ROUNDS = 3
-"""Of one process."""
+"""Minimum rounds of one process."""
 _SEED = 0
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing that is timed: `tokens` new tokens for each of `batch` sequences, decoded one by one or read at once."""
+    """A timed task: `tokens` new tokens for each of `batch` sequences, decoded one by one or read in one prefill."""
 
     kind: Literal["decode", "prefill"]
     batch: int
@@ -46,8 +46,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Twin:
-    """A model ready to be timed, with a filled cache for every batch size."""
+class TimedModel:
+    """A model ready for timing, with a filled cache for every batch size."""
 
     model: PreTrainedModel
     decoders: Mapping[int, Decoder]
@@ -58,10 +58,10 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
     """Time the layouts of all artifacts, interleaved.
 
     Raises:
-        QuantlabError: the FP16 model cannot be made, so no ratio can be taken.
+        QuantlabError: the FP16 model cannot be built, so no ratio can be computed.
     """
     suite = load_suite(request.suite).suite.speed
-    assert suite is not None, "asked for by a suite that measures speed"
+    assert suite is not None, "the suite measures speed"
     layouts = {
         variant: layout_of(directory, own_shape=not suite.shape) for variant, directory in request.artifacts.items()
     }
@@ -70,28 +70,28 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
     for variant, layout in layouts.items():
         directories.setdefault(layout, request.artifacts[variant])
     device = find_device(request.device)
-    models = choose_models(suite, directories, device, request.timed)
-    twins, reasons = _built(models, directories, suite, request.device, progress)
+    builder = choose_builder(suite, directories, device, request.timed)
+    timed_models, reasons = _built(builder, directories, suite, request.device, progress)
     if fp16 in reasons:
         raise reasons[fp16]
-    timings, others = watched(lambda: time_rounds(twins, suite, progress, seed=request.process), device)
-    joules, others_of_energy = watched(lambda: read_energy(twins, suite, seed=request.process), device)
+    timings, others = with_contention(lambda: time_rounds(timed_models, suite, progress, seed=request.process), device)
+    joules, others_of_energy = with_contention(lambda: read_energy(timed_models, suite, seed=request.process), device)
     return SpeedResult(
-        timed=models.timed,
-        model=models.description,
-        computed_by=_computed_by(twins.values()),
-        twins=tuple(
-            TwinTimings(
-                layout=twin.name,
+        timed=builder.timed,
+        model=builder.description,
+        computed_by=_computed_by(timed_models.values()),
+        timings=tuple(
+            ModelTimings(
+                layout=timed_model.name,
                 is_fp16=layout == fp16,
                 variants=tuple(variant for variant, one in layouts.items() if one == layout),
                 memory_percent_of_fp16=100 * held.total / held.fp16,
                 rates={f"{task.kind}.{task.batch}": values for task, values in timings[layout].items()},
                 joules=joules.get(layout, {}),
-                not_fused=next(iter(twin.decoders.values())).not_fused,  # of the model: the same at every batch size
+                not_fused=next(iter(timed_model.decoders.values())).not_fused,  # the same at every batch size
             )
-            for layout, twin in twins.items()
-            for held in [weight_bytes(twin.model)]
+            for layout, timed_model in timed_models.items()
+            for held in [weight_bytes(timed_model.model)]
         ),
         failures={variant: str(reasons[layout]) for variant, layout in layouts.items() if layout in reasons},
         others=others,
@@ -100,31 +100,31 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
 
 
 def _built(
-    models: Models, directories: Mapping[Layout, Path], suite: SpeedSuite, device: str, progress: Progress
-) -> tuple[dict[Layout, Twin], dict[Layout, Exception]]:
-    """A model of every layout ready to be timed, or why there is none."""
-    twins: dict[Layout, Twin] = {}
+    builder: ModelBuilder, directories: Mapping[Layout, Path], suite: SpeedSuite, device: str, progress: Progress
+) -> tuple[dict[Layout, TimedModel], dict[Layout, Exception]]:
+    """A model of every layout ready for timing, or the error that prevented it."""
+    timed_models: dict[Layout, TimedModel] = {}
     reasons: dict[Layout, Exception] = {}
     for index, (layout, directory) in enumerate(directories.items()):
         progress("building models", index, len(directories))
         try:
-            model = models.make(layout, directory, device=device)
-            twins[layout] = prepare(model, suite, layout_name(layout, model))
-        except (QuantlabError, RuntimeError, ValueError) as error:  # torch's own errors are of the last two kinds
+            model = builder.build(layout, directory, device=device)
+            timed_models[layout] = prepare(model, suite, layout_name(layout, model))
+        except (QuantlabError, RuntimeError, ValueError) as error:  # torch raises the last two
             reasons[layout] = error
     progress("building models", len(directories), len(directories))
-    return twins, reasons
+    return timed_models, reasons
 
 
-def prepare(model: PreTrainedModel, suite: SpeedSuite, name: str) -> Twin:
-    """A model with its caches filled, every kind of step having run once so that nothing is timed cold.
+def prepare(model: PreTrainedModel, suite: SpeedSuite, name: str) -> TimedModel:
+    """Fill the caches of a model and run every kind of step once as a warm-up.
 
-    All sequences of a batch share one context: what it holds does not change how long a step takes.
+    All sequences of a batch share one context; its contents do not affect the time of a step.
 
     Args:
-        model: to be timed.
-        suite: batches and lengths.
-        name: of its layout, for people.
+        model: the model to time.
+        suite: batch sizes and lengths.
+        name: name of its layout.
     """
     prompt = DynamicCache(config=model.config)
     with torch.inference_mode():
@@ -134,32 +134,32 @@ def prepare(model: PreTrainedModel, suite: SpeedSuite, name: str) -> Twin:
     for batch in suite.batches:
         decoders[batch] = Decoder(model, batch=batch, length=suite.prompt + suite.steps)
         decoders[batch].fill(prompt)
-    twin = Twin(model, decoders, name)
+    timed_model = TimedModel(model, decoders, name)
     for batch in suite.batches:
-        run_task(twin, Task("decode", batch, 1))
-    for batch in set(suite.prefill_batches) - {1}:  # the prompt was read at 1
-        run_task(twin, Task("prefill", batch, suite.prompt))
-    return twin
+        run_task(timed_model, Task("decode", batch, 1))
+    for batch in set(suite.prefill_batches) - {1}:  # batch size 1 was warmed up by the prompt
+        run_task(timed_model, Task("prefill", batch, suite.prompt))
+    return timed_model
 
 
 def tasks(suite: SpeedSuite) -> tuple[Task, ...]:
-    """What one round times of each twin."""
+    """The tasks that one round times on each model."""
     decode = (Task("decode", batch, suite.steps) for batch in suite.batches)
     return (*decode, *(Task("prefill", batch, suite.prompt) for batch in suite.prefill_batches))
 
 
 def time_rounds(
-    twins: Mapping[Layout, Twin], suite: SpeedSuite, progress: Progress, *, seed: int
+    timed_models: Mapping[Layout, TimedModel], suite: SpeedSuite, progress: Progress, *, seed: int
 ) -> dict[Layout, dict[Task, tuple[float, ...]]]:
-    """Tokens per second of every twin and task; entry i of all twins is from the same turn.
+    """Tokens per second of every model and task; entry i is from the same turn in all models.
 
-    In a round each task has a turn, and more of them if it is over soon: two steps at batch 1 are not enough to go by.
+    In a round each task has at least one turn. Short tasks have several: two steps at batch size 1 are too short to time.
     """
     wanted = tasks(suite)
-    rates: dict[Layout, dict[Task, tuple[float, ...]]] = {layout: dict.fromkeys(wanted, ()) for layout in twins}
+    rates: dict[Layout, dict[Task, tuple[float, ...]]] = {layout: dict.fromkeys(wanted, ()) for layout in timed_models}
     most, limit = -(-suite.rounds // suite.processes), suite.seconds / suite.processes
     generator = np.random.default_rng((_SEED, seed))
-    order = list(twins)
+    order = list(timed_models)
     start = time.perf_counter()
     done = 0
     while done < LEAST_ROUNDS or (done < most and time.perf_counter() - start < limit):
@@ -168,7 +168,7 @@ def time_rounds(
             taken = 0.0
             while taken <= suite.task_seconds:
                 for index in generator.permutation(len(order)):
-                    seconds = run_task(twins[order[index]], task)
+                    seconds = run_task(timed_models[order[index]], task)
                     rates[order[index]][task] += (task.batch * task.tokens / seconds,)
                     taken += seconds
         done += 1
@@ -177,16 +177,16 @@ def time_rounds(
 
 
 @torch.inference_mode()
-def run_task(twin: Twin, task: Task) -> float:
-    """Seconds one task takes. A decode starts from the same filled cache every time."""
-    model = twin.model
+def run_task(timed_model: TimedModel, task: Task) -> float:
+    """Run one task; returns its seconds. Every decode starts from the same filled cache."""
+    model = timed_model.model
     tokens = _tokens(task.batch, task.tokens, int(model.config.vocab_size)).to(model.device)
     if task.kind == "prefill":
         cache = DynamicCache(config=model.config)
         start = now(model.device)
         model(input_ids=tokens, **cache_arguments(cache), logits_to_keep=1)
         return now(model.device) - start
-    decoder = twin.decoders[task.batch]
+    decoder = timed_model.decoders[task.batch]
     start = now(model.device)
     for step in range(task.tokens):
         decoder.step(tokens[:, step])
@@ -196,40 +196,40 @@ def run_task(twin: Twin, task: Task) -> float:
 
 
 def read_energy(
-    twins: Mapping[Layout, Twin], suite: SpeedSuite, *, seed: int
+    timed_models: Mapping[Layout, TimedModel], suite: SpeedSuite, *, seed: int
 ) -> dict[Layout, dict[str, tuple[float, ...]]]:
-    """Joules per decoded token by batch size, in stretches of steady decoding that take turns; empty where none are counted."""
-    device = next(iter(twins.values())).model.device
+    """Joules per decoded token by batch size, over alternating intervals of steady decoding; empty without an energy meter."""
+    device = next(iter(timed_models.values())).model.device
     joules = meter(device) if suite.energy_seconds else None
     if joules is None:
         return {}
     decodes = [task for task in tasks(suite) if task.kind == "decode"]
     found: dict[Layout, dict[str, tuple[float, ...]]] = {
-        layout: {str(task.batch): () for task in decodes} for layout in twins
+        layout: {str(task.batch): () for task in decodes} for layout in timed_models
     }
     generator = np.random.default_rng((_SEED, seed))
-    order = list(twins)
+    order = list(timed_models)
     stretch = suite.energy_seconds / suite.processes / LEAST_ROUNDS
     for _ in range(LEAST_ROUNDS):
         for task in decodes:
             for index in generator.permutation(len(order)):
                 begin, start, tokens = joules(), now(device), 0
                 while now(device) - start < stretch:
-                    run_task(twins[order[index]], task)
+                    run_task(timed_models[order[index]], task)
                     tokens += task.batch * task.tokens
                 found[order[index]][str(task.batch)] += ((joules() - begin) / tokens,)
     return found
 
 
-def _computed_by(twins: Collection[Twin]) -> str:
-    """The GPU, or whose operators the processor runs, and how steps run: of every twin if they differ."""
-    device = next(iter(twins)).model.device
-    paths = sorted({decoder.path for twin in twins for decoder in twin.decoders.values()})
+def _computed_by(timed_models: Collection[TimedModel]) -> str:
+    """The GPU, or the operators that the CPU runs, and how steps run; all variants of it if models differ."""
+    device = next(iter(timed_models)).model.device
+    paths = sorted({decoder.path for timed_model in timed_models for decoder in timed_model.decoders.values()})
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else native_kernels()
     return f"{name}, {' or '.join(paths)}"
 
 
 def _tokens(batch: int, length: int, vocabulary: int) -> Tensor:
-    """Random token ids [batch, length], the same for every twin and round."""
+    """Random token ids [batch, length], equal for every model and round."""
     generator = torch.Generator().manual_seed(_SEED)
     return torch.randint(vocabulary, (batch, length), generator=generator)

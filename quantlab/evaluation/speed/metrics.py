@@ -12,14 +12,14 @@ twin of the shape that the suite fixes."""
 
 
 class TimedWords(NamedTuple):
-    """How tables name a kind of model."""
+    """Names of a kind of model in tables."""
 
     head: str
-    """Beside the heading of a column."""
+    """Shown beside a column's heading."""
     meaning: str
-    """In a sentence: `{timed}` in the texts of the metrics."""
+    """In sentences: replaces `{timed}` in the metrics' texts."""
     short: str
-    """In a terminal: `{short}` in their heads."""
+    """In a terminal: replaces `{short}` in the metrics' heads."""
 
 
 TIMED_WORDS: Final[Mapping[Timed, TimedWords]] = {
@@ -32,7 +32,7 @@ TIMED_WORDS: Final[Mapping[Timed, TimedWords]] = {
 
 
 def timed_words(kinds: Iterable[Timed]) -> TimedWords:
-    """The words for the models of several rows, joined where they differ."""
+    """The names for the models of several rows, joined if they differ."""
     found = [TIMED_WORDS[kind] for kind in dict.fromkeys(kinds)] or [TIMED_WORDS["twin"]]
     return TimedWords(*(" or ".join(dict.fromkeys(texts)) for texts in zip(*found, strict=True)))
 
@@ -40,18 +40,18 @@ def timed_words(kinds: Iterable[Timed]) -> TimedWords:
 class Speed(Frozen):
     """Tokens per second, interleaved with those of FP16. Keys are batch sizes.
 
-    An interval says where another evaluation on the same machine finds the number, 19 times in 20. The order of the fields is
+    An interval contains the number of another evaluation on the same machine 19 times in 20. The order of the fields is
     the order of the columns.
     """
 
     timed: Timed = "twin"
-    """Which kind of model was timed; FP16's is of the same kind."""
+    """Kind of the timed model; the FP16 reference is of the same kind."""
     twin: str
-    """The model in words: width and layers, context, device and how steps ran."""
+    """The timed model in words: width and layers, context, device and how steps ran."""
     layout: str
-    """In which layout: "int4_g128 on 95 % of the weights, the rest bfloat16"."""
+    """Its layout: "int4_g128 on 95 % of the weights, the rest bfloat16"."""
     timed_with: tuple[str, ...] = ()
-    """Other variants of the same layout, which were timed once, together with this one."""
+    """Other variants of the same layout; one timing stands for all of them."""
     twin_memory_percent_of_fp16: Annotated[
         float | None,
         Metric(
@@ -62,9 +62,9 @@ class Speed(Frozen):
             claim="weights of the twin in memory, % of FP16",
         ),
     ] = None
-    """Scales included; None where the artifact itself was timed, whose memory is measured elsewhere."""
+    """Including scales; None if the artifact itself was timed, whose memory is part of `Memory`."""
     processes: int = 1
-    """In how many processes it was timed; each number is the mean of their medians, its n counts the rounds of all."""
+    """Number of timing processes; each number is the mean of their medians, and its n counts the turns of all."""
     decode_tokens_per_second: Annotated[
         dict[str, Measured],
         Metric(
@@ -132,14 +132,14 @@ class Speed(Frozen):
             better="low",
         ),
     ] = None
-    """None where the device does not report its energy."""
+    """None if the device does not report its energy."""
     quartiles: dict[str, tuple[float, float]] = {}
     """First and third quartile over rounds, by cell: "decode_tokens_per_second.1"."""
     not_fused: str | None = None
-    """Why decode steps ran transformers' forward functions; "" where steps were fused, None in records of earlier versions."""
+    """Reason why decode steps were not fused; "" if they were, None in records of earlier versions."""
     noise: dict[str, str] = {}
-    """Why a cell was disturbed, by cell as in `quartiles`: "other processes took 0.9 of 2 cores". A cell that is not named was
-    measured in quiet."""
+    """Reason why a cell is noisy, by cell as in `quartiles`: "other processes took 0.9 of 2 cores". Cells without an entry are
+    not noisy."""
 
     @property
     def speed_over_fp16(
@@ -158,5 +158,5 @@ class Speed(Frozen):
             claim="decode speed of the twin, × FP16",
         ),
     ]:
-        """None where batch size 1 was not timed."""
+        """None if batch size 1 was not timed."""
         return self.decode_over_fp16.get("1")

@@ -1,9 +1,9 @@
 """The models that speed is measured on: the artifacts themselves, twins of a few of their layers, or twins of a fixed shape.
 
-How long a step takes depends on shapes and number formats, not on the values of the weights. So artifacts of one layout are timed
-once, and random weights do where the artifact itself does not fit. All models that are timed are in memory at once, because they
-take turns: the artifacts are timed whole only where all of them fit together, the one in float16 included. Otherwise every model,
-FP16's too, is a twin of its own layers, so that a column holds one kind of number.
+The time of a step depends on shapes and number formats, not on the values of the weights. So artifacts with the same layout are
+timed once, and random weights replace an artifact that does not fit into memory. All timed models are in memory together because
+they alternate. The artifacts are timed whole only if all of them fit together with the FP16 model. Otherwise every model,
+including FP16, is a twin of its own layers, so that a column holds one kind of number.
 """
 
 import json
@@ -29,20 +29,20 @@ from quantlab.runtime.twin import random_twin
 
 _SEED: Final = 0
 _SHARE: Final = 0.8
-"""Of the free memory that the weights of all models may take; caches and activations take the rest."""
+"""Share of the free memory that the weights of all models may use; the rest is for caches and activations."""
 _STORAGE: Final = frozenset({"quantization_config", "dtype", "torch_dtype", "transformers_version"})
-"""Fields of config.json that the rest of a layout says, or that change no step."""
+"""Fields of config.json that other fields of `Layout` hold, or that do not affect speed."""
 DTYPES: Final = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides how fast an artifact is: artifacts with the same layout are timed once.
+    """Everything that determines an artifact's speed. Artifacts with the same layout are timed once.
 
     Attributes:
-        dtype: of activations and of weights that are not quantized.
-        quantization: which linears are quantized, and how.
-        config: the rest of config.json as JSON; empty where the shape is fixed by the suite.
+        dtype: dtype of activations and of weights that are not quantized.
+        quantization: the quantized linears and their number formats.
+        config: the rest of config.json as JSON; empty if the suite fixes the shape.
     """
 
     dtype: str
@@ -51,12 +51,12 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Models:
-    """How models are made for timing.
+class ModelBuilder:
+    """Builds the models that are timed.
 
     Attributes:
-        timed: which kind they are.
-        description: the same in words.
+        timed: kind of the models.
+        description: the models in words.
         shape: config.json of a twin of a fixed shape; empty for the other kinds.
     """
 
@@ -64,16 +64,16 @@ class Models:
     description: str
     shape: Mapping[str, Any]
 
-    def make(self, layout: Layout, directory: Path, *, device: str) -> PreTrainedModel:
-        """The model of a layout.
+    def build(self, layout: Layout, directory: Path, *, device: str) -> PreTrainedModel:
+        """Build the model of a layout.
 
         Args:
-            layout: of its weights.
-            directory: an artifact of that layout, or for float16 a checkpoint in floating point.
-            device: where it computes.
+            layout: layout of its weights.
+            directory: an artifact with that layout, or for float16 a floating-point checkpoint.
+            device: device of the model.
 
         Raises:
-            QuantlabError: it cannot be read, or does not fit into memory.
+            QuantlabError: the directory cannot be read, or the model does not fit into memory.
         """
         dtype = DTYPES[layout.dtype]
         match self.timed:
@@ -88,29 +88,29 @@ class Models:
                 return random_twin(self.shape, layout.quantization, dtype=dtype, seed=_SEED, device=device)
 
 
-def choose_models(
+def choose_builder(
     suite: SpeedSuite, layouts: Mapping[Layout, Path], device: torch.device, timed: Timed | None
-) -> Models:
-    """What is timed.
+) -> ModelBuilder:
+    """Choose the kind of the timed models.
 
     Args:
-        suite: may fix a shape.
-        layouts: every distinct layout with a directory of it.
-        device: where models compute.
-        timed: what an earlier process chose; None to choose.
+        suite: suite, which may fix a shape.
+        layouts: every distinct layout with a directory that has it.
+        device: device of the models.
+        timed: the choice of an earlier process; None to choose.
     """
     if suite.shape:
-        return Models("twin", suite.description, suite.shape)
+        return ModelBuilder("twin", suite.description, suite.shape)
     if timed is None:
         timed = "artifact" if _fit(layouts, device) else "own layers"
     if timed == "artifact":
-        return Models(timed, "the whole artifacts", {})
+        return ModelBuilder(timed, "the whole artifacts", {})
     described = dict.fromkeys(own_layers(json.loads(layout.config)).description for layout in layouts)
-    return Models("own layers", "; ".join(described), {})
+    return ModelBuilder("own layers", "; ".join(described), {})
 
 
 def _fit(layouts: Mapping[Layout, Path], device: torch.device) -> bool:
-    """Whether all models fit into the free memory together; what cannot be read will say so when it is loaded."""
+    """Whether all models fit into the free memory together; unreadable ones are ignored, loading them raises the error."""
     needed = 0
     for layout, directory in layouts.items():
         try:
@@ -122,25 +122,25 @@ def _fit(layouts: Mapping[Layout, Path], device: torch.device) -> bool:
 
 
 def fp16_of(layouts: Iterable[Layout], source: Path) -> Layout:
-    """The layout that ratios are taken against: the source's shape in float16, or the fixed shape of the others.
+    """The layout of the FP16 reference: float16 in the source's shape, or in the shape that the suite fixes.
 
     Args:
-        layouts: of the artifacts.
-        source: a checkpoint in floating point.
+        layouts: layouts of the artifacts.
+        source: the floating-point source checkpoint.
     """
     own = any(layout.config for layout in layouts)
     return Layout("float16", None, _config_of(read_json(source / "config.json")) if own else "")
 
 
 def layout_of(directory: Path, *, own_shape: bool = False) -> Layout:
-    """The layout of a checkpoint, from its config.json. FP8 blocks are expanded to bfloat16 when loaded.
+    """The layout of a checkpoint, from its config.json. FP8 blocks count as bfloat16, to which loading expands them.
 
     Args:
         directory: the checkpoint.
-        own_shape: whether its own shape is part of it.
+        own_shape: whether the layout includes the checkpoint's shape.
 
     Raises:
-        EvaluationError: the checkpoint is of a layout the runtime does not compute with.
+        EvaluationError: the runtime does not compute with the checkpoint's layout.
     """
     config = read_json(directory / "config.json")
     description = description_in(config, where=str(directory / "config.json"))
@@ -164,7 +164,7 @@ def _config_of(config: Mapping[str, Any]) -> str:
 
 
 def layout_name(layout: Layout, model: PreTrainedModel) -> str:
-    """The layout for people: "bfloat16", "int4_g128 on 93 % of the weights, the rest float16"."""
+    """Name of the layout in tables: "bfloat16", "int4_g128 on 93 % of the weights, the rest float16"."""
     if layout.quantization is None:
         return layout.dtype
     counted = weight_bytes(model)

@@ -1,8 +1,8 @@
-"""A model's own layers, one of each kind, as the config.json of a small model: for models that are too large to be timed whole.
+"""The config.json of a small model with one layer of each kind of a large model that cannot be timed whole.
 
-All layers of a kind take the same time, so one of each kind is enough. The embedding and the head are not repeated per layer:
-behind few layers the head would take a far larger share of a step than behind all. Its vocabulary is therefore cut by the same
-factor as the number of layers, so the head keeps its share of the time. Needs no torch.
+All layers of a kind take the same time, so one of each kind is enough. With fewer layers the head would take a larger share of a
+step, so the vocabulary is reduced by the same factor as the number of layers: the head keeps its share of the time. Needs no
+torch.
 """
 
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ from quantlab.architectures.config import Config
 from quantlab.architectures.detect import detect
 
 _VOCABULARY_STEP: Final = 64
-"""Rows that the kernels take at once."""
+"""The reduced vocabulary is a multiple of this number of rows, which the kernels process together."""
 
 
 @dataclass(frozen=True)
 class OwnLayers:
-    """A small model of a large one's layers.
+    """A small model with layers of a large one.
 
     Attributes:
         config: its config.json.
-        layers: for each of its layers the number of the layer in the whole model.
-        description: for the heads of tables.
+        layers: for each of its layers, the layer's index in the whole model.
+        description: its description for table headings.
     """
 
     config: Mapping[str, Any]
@@ -32,13 +32,13 @@ class OwnLayers:
 
 
 def own_layers(config: Config) -> OwnLayers:
-    """One layer of each kind (dense, MoE) of a model, its head cut so that it keeps its share of a step's time.
+    """One layer of each kind (dense, MoE) of a model, with the vocabulary reduced so that the head keeps its share of a step's time.
 
     Args:
         config: config.json of the whole model.
 
     Raises:
-        CheckpointError: the architecture is none of those quantlab knows, or a size is missing.
+        CheckpointError: quantlab does not support the architecture, or a size is missing.
     """
     architecture = detect(config)
     vocabulary = architecture.dimensions(config)["vocabulary"]

@@ -1,1 +1,1 @@
-"""Tasks: our offline tasks and those of lm-evaluation-harness, and their scores."""
+"""Tasks: quantlab's offline tasks, the tasks of lm-evaluation-harness, and their scores."""

@@ -1,16 +1,16 @@
-"""How likely a model holds given continuations of given contexts: what tasks with choices are scored by.
+"""Log-likelihoods of given continuations after given contexts, by which tasks with choices are scored.
 
-The answers of one item share a long beginning, often all but a few tokens. It is computed once: the item's sequences are
-laid out as a tree, first what all of them begin with, then their branches one behind the other,
+The answers of one item share a long prefix, often all but a few tokens. The prefix is computed once: the item's sequences are
+laid out as a tree in one row, first their common stem, then the branches one after the other,
 
     stem:  the keys to the cabinet      branch 0:  are here      branch 1:  is here
 
-with positions that begin anew in each branch and a mask that lets a token see the stem and its own branch alone. The
-numbers are those of each sequence alone, but for the order of sums. Trees of similar size are computed as one batch,
-padded on the right, which no token sees.
+with positions that continue from the stem in each branch, and a mask that lets a token attend only to the stem and to its own
+branch. The results equal those of each sequence alone, up to the order of sums. Trees of similar size form one batch, padded on
+the right; no token attends to the padding.
 
-A continuation is encoded together with its context, as tokens may reach over the seam, and spaces at the end of the
-context belong to the continuation: the same as lm-eval does, so that scores can be compared.
+A continuation is encoded together with its context, because a token may span the boundary. Spaces at the end of the context
+belong to the continuation. lm-eval does the same, so scores are comparable.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +27,12 @@ from quantlab.evaluation.quality.predictions import BATCH_TOKENS, score_states
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of one continuation.
+    """The likelihood of one continuation.
 
     Attributes:
         logprob: log-probability of the whole continuation, in nats.
         greedy: whether each of its tokens is the most likely one.
-        tokens: how many it has.
+        tokens: number of its tokens.
     """
 
     logprob: float
@@ -42,7 +42,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens of which those from `first` on are scored."""
+    """Tokens of a text; those from index `first` on are scored."""
 
     tokens: tuple[int, ...]
     first: int
@@ -50,16 +50,16 @@ class Text:
 
 @dataclass(frozen=True)
 class _Tree:
-    """Sequences of one item as one row.
+    """The sequences of one item as one row.
 
     Attributes:
-        item: which item.
-        tokens: stem and branches, one behind the other.
-        positions: of each token within its sequence.
-        branches: of each token, -1 in the stem.
-        before: of each scored token, the row's index of the token before it.
+        item: index of the item.
+        tokens: stem and branches, one after the other.
+        positions: position of each token within its sequence.
+        branches: branch of each token, -1 for the stem.
+        before: for each scored token, the row index of its preceding token.
         targets: the scored tokens, sequence by sequence.
-        counts: how many of them each sequence has.
+        counts: number of scored tokens of each sequence.
     """
 
     item: int
@@ -76,12 +76,12 @@ def encode(tokenizer: Tokenizer, prefix: Sequence[int], context: str, continuati
 
     Args:
         tokenizer: as from `load_tokenizer`.
-        prefix: ids that every text begins with.
-        context: may be empty where the tokenizer begins a text with a token of its own.
-        continuation: what is scored.
+        prefix: token ids that every text begins with.
+        context: the context; may be empty if the tokenizer adds a beginning-of-sequence token.
+        continuation: the scored text.
 
     Raises:
-        EvaluationError: nothing stands before the first token of the continuation, or the continuation is empty.
+        EvaluationError: no token precedes the continuation, or the continuation is empty.
     """
     stripped = context.rstrip()
     whole = tokenizer.encode(context + continuation, add_special_tokens=False).ids
@@ -89,11 +89,11 @@ def encode(tokenizer: Tokenizer, prefix: Sequence[int], context: str, continuati
     tokens, first = (*prefix, *whole), len(prefix) + first
     if first == 0 or first >= len(tokens):
         raise EvaluationError(
-            "an item has nothing that could be scored",
+            "an item cannot be scored",
             where=repr(context[-40:]),
             found=repr(continuation[:40])
             if first
-            else "no context, and a tokenizer that begins a text with no token of its own",
+            else "no context, and a tokenizer without a beginning-of-sequence token",
             fix="give the item a context and a continuation",
         )
     return Text(tokens, first)
@@ -111,9 +111,9 @@ def likelihoods(
 
     Args:
         model: a causal language model.
-        items: each with sequences that may share a beginning.
-        progress: told how many items are done.
-        batch_tokens: tokens computed at once, padding included.
+        items: the sequences of each item, which may share a prefix.
+        progress: called with the number of completed items and the total.
+        batch_tokens: maximum tokens of a batch, including padding.
 
     Raises:
         EvaluationError: a sequence is longer than the model's context, or the model's predictions are not finite.
@@ -166,7 +166,7 @@ def _tree(item: int, sequences: Sequence[Text]) -> _Tree:
         for index in range(sequence.first, len(sequence.tokens)):
             before.append(index - 1 if index <= stem else begin + index - 1 - stem)
             targets.append(sequence.tokens[index])
-        rest = sequence.tokens[stem:-1]  # nothing is predicted from the last token
+        rest = sequence.tokens[stem:-1]  # the last token is not read: nothing after it is predicted
         tokens.extend(rest)
         positions.extend(range(stem, stem + len(rest)))
         branches.extend([number] * len(rest))
@@ -175,7 +175,7 @@ def _tree(item: int, sequences: Sequence[Text]) -> _Tree:
 
 
 def _batches(trees: Sequence[_Tree], tokens: int) -> Iterator[Sequence[_Tree]]:
-    """Trees in order, longest first, as many together as make at most `tokens` tokens once padded."""
+    """Split the trees, longest first, into batches of at most `tokens` tokens including padding."""
     start = 0
     while start < len(trees):
         rows = max(tokens // len(trees[start].tokens), 1)
@@ -184,7 +184,7 @@ def _batches(trees: Sequence[_Tree], tokens: int) -> Iterator[Sequence[_Tree]]:
 
 
 def _states(model: PreTrainedModel, batch: Sequence[_Tree]) -> Tensor:
-    """The final hidden states that the scored tokens are predicted from [t, H]."""
+    """The final hidden states from which the scored tokens are predicted [t, H]."""
     longest = len(batch[0].tokens)
     shape = (len(batch), longest)
     ids, positions, branches = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))

@@ -1,11 +1,11 @@
-"""Tasks of lm-eval on our runtime's model: MMLU, GSM8K, ARC and the rest, by the names lm-eval gives them.
+"""Tasks of lm-eval (MMLU, GSM8K, ARC …) on our runtime's model, by their lm-eval names.
 
-lm-eval brings the tasks: their data, prompts, examples and how an answer is judged. It asks a model three things, answered
-here from the packed weights: how likely continuations are, how likely a whole text is, and what the model would write.
-What comes back is kept item by item, so that losses are paired with the baseline like those of any other task.
+lm-eval provides the tasks: data, prompts, examples and the scoring of answers. It makes three kinds of requests to a model, which
+are answered here with the packed weights: log-likelihoods of continuations, log-likelihoods of whole texts, and generated text.
+Scores are kept per item, so that losses are paired with the baseline as for any other task.
 
-lm-eval is an extra, imported only when a suite names one of its tasks. What it fetches, it fetches itself; offline (the
-default, HF_HUB_OFFLINE=0 allows otherwise) it uses what is in its cache.
+lm-eval is an optional dependency, imported only if a suite names one of its tasks. It downloads its data itself; offline (the
+default; HF_HUB_OFFLINE=0 permits downloads) it uses its cache.
 """
 
 import functools
@@ -28,20 +28,20 @@ from quantlab.evaluation.tasks.likelihood import Text, encode, likelihoods
 from quantlab.evaluation.tasks.scores import ItemScores
 
 _NEW_TOKENS = 256  # lm-eval's own default
-_CONTEXT = 2048  # of a model that does not say
+_CONTEXT = 2048  # for a config without max_position_embeddings
 _PROBLEMS = (KeyError, ValueError, OSError, RuntimeError, ImportError, AttributeError)
-"""What lm-eval and the libraries it loads data with raise for a task they do not know, cannot fetch or cannot run."""
+"""Exceptions that lm-eval and its data libraries raise for a task that is unknown or cannot be downloaded or run."""
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """The three answers lm-eval asks for.
+    """Answers the three kinds of lm-eval requests.
 
     Attributes:
         model: a causal language model.
         tokenizer: as from `load_tokenizer`.
-        prefix: ids that every text begins with.
-        seed: of sampled answers.
+        prefix: token ids that every text begins with.
+        seed: seed of sampled answers.
     """
 
     model: PreTrainedModel
@@ -51,17 +51,17 @@ class Answerer:
 
     @property
     def longest(self) -> int:
-        """Tokens of the model's context."""
+        """The model's context length in tokens."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or _CONTEXT)
 
     @property
     def before(self) -> tuple[int, ...]:
-        """What an empty context is: the prefix, or the end of a text where the tokenizer has none."""
+        """The tokens of an empty context: the prefix, or the end-of-sequence token if the tokenizer has no prefix."""
         end = self.model.config.eos_token_id
         return self.prefix or (int(end[0] if isinstance(end, list) else end or 0),)
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation after its context, and whether it is the model's own first choice."""
+        """Log-probability in nats of each (context, continuation), and whether greedy decoding would produce the continuation."""
         items: list[list[Text]] = []
         context: str | None = None
         for begin, continuation in pairs:
@@ -74,7 +74,7 @@ class Answerer:
         return [(one.logprob, one.greedy) for found in likelihoods(self.model, items) for one in found]
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        """Log-probability of each whole text, in windows of the context's length; the last is filled up on the left."""
+        """Log-probability in nats of each whole text, in windows of the context length; the last window is extended to the left."""
         windows = [list(self._windows(text)) for text in texts]
         found = iter(likelihoods(self.model, [[window] for text in windows for window in text]))
         return [sum(next(found)[0].logprob for _ in text) for text in windows]
@@ -89,7 +89,7 @@ class Answerer:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """What the model writes after each context, up to the first of the strings that end an answer."""
+        """The text that the model generates after each context, cut at the first stop string."""
         answers = [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index][0]))
         while order:
@@ -111,7 +111,7 @@ class Answerer:
         ]
 
     def _write(self, prompts: Sequence[Sequence[int]], options: Mapping[str, Any], new: int) -> list[str]:
-        """Answers of one batch, padded on the left."""
+        """Generate the answers of one batch, padded on the left."""
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -159,22 +159,22 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 
 def as_lm_eval(answerer: Answerer) -> Any:  # noqa: ANN401 - a class of a package that may be missing
-    """The answerer as lm-eval's `LM`; its attribute `answering` stays true if the model fails."""
+    """The answerer as lm-eval's `LM`. Its attribute `answering` stays true if the model raised an error."""
     from lm_eval.api.model import LM
 
     class QuantlabLM(LM):  # type: ignore[misc]
         answering = False
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            return self._asked(answerer.loglikelihood, [request.args for request in requests])
+            return self._answer(answerer.loglikelihood, [request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-            return self._asked(answerer.loglikelihood_rolling, [request.args[0] for request in requests])
+            return self._answer(answerer.loglikelihood_rolling, [request.args[0] for request in requests])
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            return self._asked(answerer.generate, [request.args for request in requests])
+            return self._answer(answerer.generate, [request.args for request in requests])
 
-        def _asked(self, answer: Callable[[Any], list[Any]], questions: list[Any]) -> list[Any]:
+        def _answer(self, answer: Callable[[Any], list[Any]], questions: list[Any]) -> list[Any]:
             self.answering = True
             found = answer(questions)
             self.answering = False
@@ -188,11 +188,11 @@ def answer(answerer: Answerer, wanted: SuiteTask, definitions: Path | None) -> I
 
     Args:
         answerer: the model.
-        wanted: what the suite asks for.
-        definitions: directory of task files besides lm-eval's own.
+        wanted: the task's entry in the suite.
+        definitions: directory of additional task files.
 
     Raises:
-        EvaluationError: lm-eval is not installed, does not know the task or its metric, or cannot get its data.
+        EvaluationError: lm-eval is not installed, does not know the task or its metric, or cannot load its data.
     """
     try:
         import lm_eval
@@ -235,14 +235,14 @@ def answer(answerer: Answerer, wanted: SuiteTask, definitions: Path | None) -> I
 
 @functools.cache
 def _known_tasks(definitions: Path | None) -> Any:  # noqa: ANN401 - a class of a package that may be missing
-    """lm-eval's index of tasks, which takes seconds to build."""
+    """lm-eval's task index, cached because building it takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(definitions) if definitions else None)
 
 
 def _item_scores(found: Mapping[str, Any], wanted: SuiteTask, seed: int) -> ItemScores:
-    """lm-eval's samples as ours. Where answers are filtered in several ways, the first counts, or `metric,filter`."""
+    """Convert lm-eval's samples. If answers have several filters, the first is used unless the metric is `metric,filter`."""
     name, _, filtered = (wanted.metric or "").partition(",")
     metric = name or _first_metric(found)
     digest = hashlib.sha256()
@@ -254,7 +254,7 @@ def _item_scores(found: Mapping[str, Any], wanted: SuiteTask, seed: int) -> Item
                 continue
             if not isinstance(sample.get(metric), int | float):
                 raise EvaluationError(
-                    "the task has no such metric for single items",
+                    "the task has no such metric per item",
                     where=f"task {wanted.task}",
                     found=f"`{metric}`",
                     fix=nearest(metric, sorted(sample.get("metrics", []))),

@@ -1,4 +1,4 @@
-"""The tasks of a suite, answered by one artifact: offline tasks by likelihood here, others through lm-eval."""
+"""The tasks of a suite, answered by one artifact: offline tasks by likelihood, the others through lm-eval."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.processes.messages import Progress, TaskAnswer, TasksRequest, TasksResult, Tell
+from quantlab.evaluation.processes.messages import Progress, SendPart, TaskAnswer, TasksRequest, TasksResult
 from quantlab.evaluation.suite import LoadedSuite, TaskRun, load_suite
 from quantlab.evaluation.tasks import lm_eval_tasks
 from quantlab.evaluation.tasks.likelihood import Likelihood, encode, likelihoods
 from quantlab.evaluation.tasks.offline import Item, Metric
-from quantlab.evaluation.tasks.scores import ItemScores, keep_scores, kept_scores, summarise_task, twin
+from quantlab.evaluation.tasks.scores import ItemScores, same_task, save_scores, saved_scores, summarise_task
 from quantlab.runtime.load import load
 
 NO_BASELINE = "nothing to compare with: the baseline did not answer it"
@@ -22,12 +22,12 @@ NO_BASELINE = "nothing to compare with: the baseline did not answer it"
 
 @dataclass(frozen=True)
 class Answering:
-    """A loaded model and how it reads text.
+    """A loaded model with its tokenizer.
 
     Attributes:
         model: from `runtime.load`.
         tokenizer: as from `load_tokenizer`.
-        prefix: ids that every text begins with.
+        prefix: token ids that every text begins with.
     """
 
     model: PreTrainedModel
@@ -35,8 +35,8 @@ class Answering:
     prefix: tuple[int, ...]
 
 
-def measure_tasks(request: TasksRequest, progress: Progress, tell: Tell) -> TasksResult:
-    """Answer tasks of the suite, the model loaded once; one that cannot be answered costs that one alone.
+def measure_tasks(request: TasksRequest, progress: Progress, send: SendPart) -> TasksResult:
+    """Answer tasks of the suite with one load of the model. A task that cannot be answered does not affect the others.
 
     Raises:
         QuantlabError: the artifact or its tokenizer cannot be used.
@@ -47,22 +47,22 @@ def measure_tasks(request: TasksRequest, progress: Progress, tell: Tell) -> Task
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[loaded.suite.text.dtype]
     answering = Answering(load(request.directory, dtype=dtype, device=request.device), tokenizer, prefix)
     for number in request.runs:
-        tell(TaskAnswer(run=number))
+        send(TaskAnswer(run=number))
         try:
             scores = answer(answering, loaded, loaded.runs[number], progress)
-            tell(_told(request, number, scores))
+            send(_task_answer(request, number, scores))
         except EvaluationError as error:
-            tell(TaskAnswer(run=number, reason=str(error).replace("\n  ", "; ")))
+            send(TaskAnswer(run=number, reason=str(error).replace("\n  ", "; ")))
     return TasksResult(answered=len(request.runs))
 
 
-def _told(request: TasksRequest, number: int, scores: ItemScores) -> TaskAnswer:
-    """The answer for a record; the baseline's scores are kept, those of others compared with them."""
+def _task_answer(request: TasksRequest, number: int, scores: ItemScores) -> TaskAnswer:
+    """The answer for the record. The baseline's scores are stored; those of other artifacts are compared with them."""
     if request.role == "baseline":
         result = summarise_task(scores, None)
-        keep_scores(request.scores, request.key, scores)
+        save_scores(request.scores, request.key, scores)
         return TaskAnswer(run=number, result=result)
-    baseline = twin(scores, kept_scores(request.scores, request.key))
+    baseline = same_task(scores, saved_scores(request.scores, request.key))
     reason = NO_BASELINE if baseline is None else None
     return TaskAnswer(run=number, result=summarise_task(scores, baseline), reason=reason)
 
@@ -76,7 +76,7 @@ def answer(answering: Answering, loaded: LoadedSuite, run: TaskRun, progress: Pr
         return lm_eval_tasks.answer(answerer, wanted, definitions)
     task = loaded.tasks[wanted.task]
 
-    def told(done: int, total: int) -> None:
+    def on_progress(done: int, total: int) -> None:
         progress(run.name, done, total)
 
     items = task.drawn(wanted.items, run.seed)
@@ -84,7 +84,7 @@ def answer(answering: Answering, loaded: LoadedSuite, run: TaskRun, progress: Pr
         [encode(answering.tokenizer, answering.prefix, item.context, choice) for choice in item.choices]
         for item in items
     ]
-    answers = likelihoods(answering.model, encoded, progress=told)
+    answers = likelihoods(answering.model, encoded, progress=on_progress)
     metric = next(name for name in task.task.metrics if name == run.metric)
     return ItemScores(
         name=task.task.name,
@@ -100,7 +100,7 @@ def answer(answering: Answering, loaded: LoadedSuite, run: TaskRun, progress: Pr
 
 
 def score_item(item: Item, answers: Sequence[Likelihood], metric: Metric) -> float:
-    """1 if the item is answered rightly, else 0. Of equally likely answers the first counts as given."""
+    """1 if the item is answered correctly, else 0. Among equally likely answers, the first is the model's answer."""
     if metric == "exact_match":
         return float(answers[item.answer].greedy)
     weights = [len(choice.encode()) if metric == "accuracy_per_byte" else 1 for choice in item.choices]

@@ -1,7 +1,7 @@
 """Offline tasks: versioned data under eval/tasks, scored by the likelihood of given answers.
 
-A task is a YAML file that says what it is and how it is scored, and a file of JSON lines with its items. Changing either
-changes the hash that every result carries; a change that alters scores raises the version.
+A task consists of a YAML file that describes it and its scoring, and a JSON lines file with its items. Every result carries the
+hash of both files. A change that alters scores increments the version.
 """
 
 import hashlib
@@ -29,23 +29,23 @@ class _Strict(BaseModel):
 
 
 class Task(_Strict):
-    """What a task is and how it is scored."""
+    """The description of a task and of its scoring."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)
-    """The task's name; the file's, without its suffix."""
+    """The task's name, equal to the file name without suffix."""
     version: int = Field(gt=0)
-    """Raised by every change that alters scores."""
+    """Incremented by every change that alters scores."""
     kind: Kind
-    """choice: which of some answers is likelier. completion: is the answer what the model would write."""
+    """choice: select the most likely of several answers. completion: check whether greedy decoding produces the answer."""
     items: str = Field(min_length=1)
-    """JSON lines beside this file."""
+    """Name of the JSON lines file in the same directory."""
     metrics: tuple[Metric, ...] = Field(min_length=1)
-    """accuracy: the likeliest answer is right. accuracy_per_byte: the same with log-likelihoods divided by the answers' UTF-8
-    bytes, so that long answers are not at a loss. exact_match: each token of the answer is the most likely one."""
+    """accuracy: the most likely answer is correct. accuracy_per_byte: the same with log-likelihoods divided by the answers' UTF-8
+    bytes, so that long answers are not penalized. exact_match: each token of the answer is the most likely one."""
     random_baseline: float = Field(ge=0, le=1)
-    """Score of guessing."""
+    """Expected score of random guessing."""
     description: str = Field(min_length=1)
-    """One sentence for people."""
+    """One sentence of description."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Task":
@@ -63,15 +63,15 @@ class Item(_Strict):
     id: int
     """Its number in the file."""
     document: str
-    """The text it was made from: items of one text are not independent."""
+    """The text that the item was made from; items of one text are not independent."""
     group: str = ""
-    """What its score is also reported by."""
+    """Group whose score is also reported separately."""
     context: str = ""
-    """What the model reads first."""
+    """The text before the answer."""
     choices: tuple[str, ...] = Field(min_length=1)
     """Possible answers."""
     answer: int = Field(ge=0)
-    """Index of the right one."""
+    """Index of the correct choice."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class LoadedTask:
     """A task and its items.
 
     Attributes:
-        task: what the file says.
-        items: at least one.
+        task: the task's description.
+        items: its items, at least one.
         sha256: hash of both files.
     """
 
@@ -89,10 +89,10 @@ class LoadedTask:
     sha256: str
 
     def drawn(self, count: int | None, seed: int) -> tuple[Item, ...]:
-        """`count` of the items, as many of each group as there are (all if None), in an order that the seed sets."""
+        """A sample of `count` items, balanced over the groups, in an order set by the seed; all items if None."""
         if count is None or count >= len(self.items):
             return self.items
-        random = Random(seed)  # noqa: S311 - a sample, no secret
+        random = Random(seed)  # noqa: S311 - sampling, not cryptography
         groups: dict[str, list[tuple[float, int, Item]]] = {}
         for item in self.items:
             groups.setdefault(item.group, []).append((random.random(), item.id, item))
@@ -105,8 +105,8 @@ def load_task(path: Path) -> LoadedTask:
     """Read and check a task.
 
     Raises:
-        RecipeError: the YAML file cannot be read or says something a task cannot say: an unknown metric, for example.
-        EvaluationError: the items cannot be read, are malformed, or there are none.
+        RecipeError: the YAML file cannot be read or has an invalid field, such as an unknown metric.
+        EvaluationError: the items cannot be read or are malformed, or there are none.
     """
     task, content = load_document(path, Task, kind="task")
     digest = hashlib.sha256(hashlib.sha256(content).digest())
@@ -137,8 +137,8 @@ def _items(data: bytes, file: Path, task: Task) -> tuple[Item, ...]:
             item = Item.model_validate_json(line)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise _malformed(file, number, f"{place}: {first['msg']}" if place else first["msg"]) from error
+            field = ".".join(map(str, first["loc"]))
+            raise _malformed(file, number, f"{field}: {first['msg']}" if field else first["msg"]) from error
         fewest = 2 if task.kind == "choice" else 1
         if len(item.choices) < fewest or item.answer >= len(item.choices) or not all(item.choices):
             raise _malformed(file, number, f"{len(item.choices)} choices, answer {item.answer}")

@@ -1,4 +1,4 @@
-"""From the scores of a task's items to its line in a record, paired with the baseline on the same items."""
+"""The result of a task from the scores of its items, paired with the baseline on the same items."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ from quantlab.evaluation.record import TaskResult
 from quantlab.evaluation.statistics import Floats, Resampled, mcnemar, resample
 from quantlab.files import write_atomically
 
-_FEWEST_UNITS = 5  # fewer stand for nothing; statistics.py says how many an interval takes
+_FEWEST_UNITS = 5  # fewer documents are not representative; statistics.py has the minimum for an interval
 
 
 class ItemScores(BaseModel):
-    """What one task gave, item by item. All but the scores must be the same for two models that are compared."""
+    """The scores of one task, item by item. Everything except the scores must be equal for two compared models."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -33,33 +33,33 @@ class ItemScores(BaseModel):
     seed: int = 0
     data_sha256: str = ""
     documents: tuple[str, ...]
-    """What each item was made from; items of one document are drawn together."""
+    """The document that each item was made from; the bootstrap draws documents, not items."""
     groups: tuple[str, ...]
-    """Of each item."""
+    """Group of each item."""
     scores: tuple[float, ...]
-    """Of each item."""
+    """Score of each item."""
 
 
 class _Kept(BaseModel):
-    """The file of the baseline's scores."""
+    """Contents of the file with the baseline's scores."""
 
     key: str
     tasks: tuple[ItemScores, ...]
 
 
-def keep_scores(path: Path, key: str, found: ItemScores) -> None:
-    """Add the baseline's scores of one task to those already there under the same key.
+def save_scores(path: Path, key: str, found: ItemScores) -> None:
+    """Add the baseline's scores of one task to those stored under the same key.
 
     Raises:
-        ArtifactError: they cannot be written.
+        ArtifactError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    others = tuple(one for one in kept_scores(path, key) if twin(found, [one]) is None)
+    others = tuple(one for one in saved_scores(path, key) if same_task(found, [one]) is None)
     write_atomically(path, _Kept(key=key, tasks=(*others, found)).model_dump_json().encode())
 
 
-def kept_scores(path: Path, key: str) -> tuple[ItemScores, ...]:
-    """The baseline's scores in `path`; none if they are not those of the baseline and suite that `key` names."""
+def saved_scores(path: Path, key: str) -> tuple[ItemScores, ...]:
+    """The baseline's scores in `path`; empty if they were not stored under `key`."""
     try:
         kept = TypeAdapter(_Kept).validate_json(path.read_bytes())
     except (OSError, ValidationError):
@@ -67,21 +67,21 @@ def kept_scores(path: Path, key: str) -> tuple[ItemScores, ...]:
     return kept.tasks if kept.key == key else ()
 
 
-def twin(found: ItemScores | TaskResult, others: Sequence[ItemScores]) -> ItemScores | None:
-    """The scores of the same task, metric, seed and shots; None if they are not among the others."""
+def same_task(found: ItemScores | TaskResult, others: Sequence[ItemScores]) -> ItemScores | None:
+    """The entry of `others` with the same task, metric, seed and shots; None if there is none."""
     wanted = (found.name, found.metric, found.seed, found.shots)
     return next((one for one in others if (one.name, one.metric, one.seed, one.shots) == wanted), None)
 
 
 def summarise_task(found: ItemScores, baseline: ItemScores | None) -> TaskResult:
-    """The line of a record.
+    """The task's result for a record.
 
     Args:
         found: the artifact's scores.
-        baseline: those of the baseline on the same items; None for the baseline itself.
+        baseline: the baseline's scores on the same items; None for the baseline itself.
 
     Raises:
-        EvaluationError: there are too few items, a score is no number, or the baseline answered others.
+        EvaluationError: there are too few items, a score is not finite, or the baseline answered other items.
     """
     if not np.isfinite(found.scores).all():
         raise EvaluationError(
@@ -131,7 +131,7 @@ def summarise_task(found: ItemScores, baseline: ItemScores | None) -> TaskResult
 
 
 def _document(found: ItemScores) -> NDArray[np.int64]:
-    """The document of each item, by the order of their names."""
+    """The document of each item, as an index into the sorted document names."""
     return np.unique(np.array(found.documents), return_inverse=True)[1]
 
 
@@ -140,7 +140,7 @@ def _mean(row: Floats) -> Floats:
 
 
 def _resampled(found: ItemScores, baseline: ItemScores | None) -> Resampled:
-    """Sums over documents of items, scores and the baseline's scores, drawn group by group where these have documents enough."""
+    """Per-document sums of items, scores and baseline scores, resampled; stratified by group if every group has enough documents."""
     names, document = np.unique(np.array(found.documents), return_inverse=True)
     if len(names) < _FEWEST_UNITS:
         raise EvaluationError(
@@ -161,7 +161,7 @@ def _resampled(found: ItemScores, baseline: ItemScores | None) -> Resampled:
 
 
 def _by_group(found: ItemScores) -> dict[str, Measured]:
-    """The score of every group with more than a few documents; none where there is one group."""
+    """The score of every group with enough documents; empty if there is only one group."""
     names = list(dict.fromkeys(found.groups))
     if len(names) == 1:
         return {}

@@ -1,8 +1,8 @@
-"""Claims that others print, held against a matrix: the claims are data, the verdicts follow from intervals.
+"""Check of published claims against a matrix: the claims are data, the verdicts follow from intervals.
 
-A claim of a number holds where the interval, widened by the claim's tolerance, contains it and is narrow; where the interval
-lies wholly on the better or worse side of it, the claim is too modest or does not hold. A bound holds only where the whole
-interval keeps it.
+A claimed number holds if the interval, widened by the claim's tolerance, contains it and is narrow enough. If the whole interval
+is better than the number, the claim is too modest; if it is worse, the claim does not hold. A bound holds only if the whole
+interval satisfies it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ NAMES: Final[Mapping[str, str]] = {
     KEPT: "next-token accuracy kept, %",
     SAVED: "peak above the weights while a context is read, saved against eager attention, %",
 }
-"""Numbers that claims can be made about: metrics that declare it, and two that are computed here."""
+"""Numbers that claims may refer to: metrics that declare a claim name, and two that are computed here."""
 if TYPE_CHECKING:
     MetricName = str
 else:
@@ -34,32 +34,32 @@ else:
 Verdict = Literal["holds", "better", "does not hold", "not decided", "not measured here"]
 
 _VAGUE = 0.3
-"""An interval wider than this share of the claimed number contains too much to confirm it."""
+"""An interval wider than this share of the claimed number is too wide to confirm it."""
 
 
 class Claim(Frozen):
-    """One claim: about a metric of the matrix, or about a number measured elsewhere; without either it is printed and not checked."""
+    """One claim about a metric of the matrix or a number measured elsewhere; without either it is shown but not checked."""
 
     text: str = Field(min_length=1)
-    """As it is printed, in one line."""
+    """The claim in one line of text."""
     variant: str | None = None
     metric: MetricName | None = None
     attention: str | None = None
-    """For `attention_memory_saved_percent`, in place of a variant: the implementation that is compared with `eager`."""
+    """For `attention_memory_saved_percent`, instead of a variant: the implementation that is compared with `eager`."""
     context: int | None = None
-    """Length of the context at which they are compared, in tokens."""
+    """Context length of the comparison, in tokens."""
     measured: float | None = None
-    """A number that no record holds, from `source`."""
+    """A measured number that no record holds, from `source`."""
     source: str | None = None
-    """Where it is kept: a file of eval/results."""
+    """The file of eval/results that holds it."""
     equals: float | None = None
-    """A number; exactly one of this and the next three."""
+    """The claimed number; exactly one of this field and the next three is given."""
     at_most: float | None = None
     at_least: float | None = None
     better_than: str | None = None
-    """Another variant."""
+    """Name of another variant."""
     tolerance: float = Field(default=0.0, ge=0)
-    """Rounding of the claimed number, in its own unit: half a unit of the last digit printed."""
+    """Rounding of the claimed number in its own unit: half a unit of its last printed digit."""
     note: str = ""
 
     @model_validator(mode="after")
@@ -72,7 +72,7 @@ class Claim(Frozen):
             )
         if (self.measured is None) != (self.source is None) or (self.measured is not None and self.metric is not None):
             raise ValueError(
-                "a number measured elsewhere needs its place; give `measured` and `source`, and no `metric`"
+                "a number measured elsewhere needs its source; give `measured` and `source`, and no `metric`"
             )
         if self.measured is not None:
             if len(said) != 1 or self.better_than is not None or self.equals is not None:
@@ -89,14 +89,14 @@ class Claim(Frozen):
 
 
 class Claims(Frozen):
-    """A file of claims."""
+    """The contents of a file of claims."""
 
     title: str = Field(min_length=1)
     claims: tuple[Claim, ...] = Field(min_length=1)
 
 
 class CheckedClaim(Frozen):
-    """A claim beside what was measured."""
+    """A claim with the measured number and the verdict."""
 
     text: str
     variant: str | None
@@ -109,17 +109,17 @@ class CheckedClaim(Frozen):
 
 
 class CheckedClaims(Frozen):
-    """All of a file."""
+    """All checked claims of a file."""
 
     title: str
     claims: tuple[CheckedClaim, ...]
 
 
 def load_claims(path: Path) -> tuple[Claims, str]:
-    """Read a file of claims; returns them with the text of the file.
+    """Read a file of claims; returns the claims and the text of the file.
 
     Raises:
-        RecipeError: the file cannot be read, is no YAML, or is no list of claims.
+        RecipeError: the file cannot be read, is not YAML, or is not a list of claims.
     """
     claims, content = load_document(path, Claims, kind="list of claims")
     return claims, content.decode()
@@ -131,13 +131,13 @@ def check_claims(
     """Check every claim against the rows of a matrix.
 
     Args:
-        claims: of a file.
-        rows: of the matrix.
+        claims: the claims of a file.
+        rows: the rows of the matrix.
         baseline: the variant that losses are relative to.
-        attention: long contexts by implementation, where they were measured.
+        attention: long contexts by implementation; None if they were not measured.
 
     Raises:
-        RecipeError: a claim is about a variant that the matrix has no row for.
+        RecipeError: a claim is about a variant that has no row in the matrix.
     """
     by_name = {row.variant: row for row in rows}
     for claim in claims.claims:
@@ -173,7 +173,7 @@ def _said(claim: Claim, verdict: Verdict, value: Measured | float | None, more: 
 
 
 def _check_attention(claim: Claim, attention: Attention | None) -> CheckedClaim:
-    """Peaks are bytes that were counted once, so their ratio has no interval."""
+    """Check a claim about attention memory. Peaks are measured once, so their ratio has no interval."""
     cells = attention.cells if attention else ()
     peaks = {cell.implementation: cell.prefill_peak_bytes for cell in cells if cell.context == claim.context}
     ours, eager = peaks.get(str(claim.attention)), peaks.get("eager")
@@ -207,7 +207,7 @@ def _check(claim: Claim, rows: dict[str, Row], *, baseline: str) -> CheckedClaim
         same_items = _paired(row, rows[claim.better_than], claim.metric)
         difference = same_items or subtract(exact(found), exact(other))
         more = f"difference to {claim.better_than}"
-        of_baseline = baseline in (claim.variant, claim.better_than)  # losses are paired with it already
+        of_baseline = baseline in (claim.variant, claim.better_than)  # losses are already paired with the baseline
         if _lost(claim.metric) and same_items is None and not of_baseline:
             return said("not decided", difference, f"{more}, unpaired")
         return said(_at_most(_times(difference, sign), 0.0), difference, more)
@@ -218,7 +218,7 @@ def _check(claim: Claim, rows: dict[str, Row], *, baseline: str) -> CheckedClaim
 
 
 def _lost(name: str) -> str:
-    """The loss against the baseline that a claim is about; empty for other metrics."""
+    """Name of the loss against the baseline that a claim refers to; empty for other metrics."""
     name = "accuracy_loss_percent" if name == KEPT else name
     return name if name in METRICS and metric(name).loss else ""
 
@@ -228,7 +228,7 @@ def _is_better_high(name: str) -> bool:
 
 
 def _paired(row: Row, other: Row, name: str) -> Measured | None:
-    """How much more the row has than the other on the same documents, where both have them."""
+    """The number of `row` minus that of `other` on the same documents; None if they do not both hold their sums."""
     lost = _lost(name)
     if not lost:
         return None
@@ -247,7 +247,7 @@ def _claimed(claim: Claim) -> str:
 
 
 def _equals(measured: Measured, claimed: float, tolerance: float) -> Verdict:
-    """For numbers of which less is better."""
+    """The verdict on a claimed number of which less is better."""
     if measured.low > claimed + tolerance:
         return "does not hold"
     if measured.high < claimed - tolerance:
@@ -269,7 +269,7 @@ def _at_most(measured: Measured, bound: float) -> Verdict:
 
 
 def _value(row: Row, name: str, *, baseline: str) -> Measured | float | None:
-    """The number that a claim is about; a baseline has lost nothing against itself, exactly."""
+    """The number that a claim refers to; a baseline's loss against itself is exactly zero."""
     lost = _lost(name)
     is_baseline = row.variant == baseline and row.quality is not None
     found = 0.0 if lost and is_baseline else row.value(lost or name)

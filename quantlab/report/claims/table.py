@@ -5,10 +5,10 @@ from typing import Final, Literal
 
 from quantlab.evaluation.measured import Measured
 from quantlab.report.claims.check import KEPT, NAMES, SAVED, CheckedClaim, Verdict
-from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.columns import columns
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import link_to
+from quantlab.report.matrix.table_cells import interval, number
 
 Mood = Literal["good", "bad", "plain"]
 _MOODS: Final[dict[Verdict, tuple[Mood, str]]] = {
@@ -30,7 +30,7 @@ class ClaimLine:
     sign: str
     note: str
     href: str | None
-    """Where the measured number stands in its record."""
+    """Link to the measured number in its record."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ClaimsTable:
 
 
 def claims_table(matrix: Matrix) -> ClaimsTable | None:
-    """The claims of a matrix with their verdicts; None where there are none."""
+    """The claims of a matrix with their verdicts; None if there are none."""
     if matrix.claims is None:
         return None
     heads = ("claim", "claimed", "measured here", "verdict", "what was measured")
@@ -56,7 +56,7 @@ def _line(claim: CheckedClaim, matrix: Matrix) -> ClaimLine:
 
 
 def _link(claim: CheckedClaim, matrix: Matrix) -> str | None:
-    """To the variant's record; long contexts stand in the baseline's."""
+    """Link to the variant's record, or to the baseline's for long contexts."""
     if claim.value is None or claim.metric is None:
         return None
     name = matrix.baseline if claim.metric == SAVED else claim.variant

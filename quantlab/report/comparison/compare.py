@@ -20,7 +20,7 @@ GRAMMAR = "a run's directory (runs/NAME), one of its artifacts (runs/NAME/artifa
 
 
 class Difference(Frozen):
-    """Something about the two records that is not the same."""
+    """A property in which the two records differ."""
 
     what: str
     a: str
@@ -28,10 +28,10 @@ class Difference(Frozen):
 
 
 class Number(Frozen):
-    """One number of both."""
+    """One number of both records."""
 
     key: str
-    """As in matrix.json."""
+    """Key in matrix.json."""
     heading: str
     unit: Unit
     a: Measured | float | None
@@ -39,10 +39,10 @@ class Number(Frozen):
     difference: Measured | None = None
     """b - a with its 95 % interval; n is the smaller count."""
     paired: bool = False
-    """The interval is of the same items on both sides; else of two independent measurements."""
+    """Whether the interval is paired over the same items; otherwise the measurements are independent."""
     verdict: Verdict
     reason: str = ""
-    """Reason where it is not comparable or not judged."""
+    """Reason why the numbers are not comparable or have no verdict."""
 
 
 class Pair(Frozen):
@@ -71,10 +71,10 @@ class Comparison(Frozen):
 def compare(
     a: Sequence[tuple[Path, Record]], b: Sequence[tuple[Path, Record]], *, names: tuple[str, str]
 ) -> Comparison:
-    """Compare the records of two sides: one with one, or all of the same variant.
+    """Compare the records of two sides: a pair of records, or all variants that both sides have.
 
     Args:
-        a, b: records with their files; a side with one record is compared with the same variant of a side with several.
+        a, b: records with their files. If only one side has a single record, it is compared with the same variant of the other.
         names: names of the two sides.
 
     Raises:
@@ -111,7 +111,7 @@ def _pair(a: tuple[Path, Record], b: tuple[Path, Record]) -> Pair:
     first, second = a[1], b[1]
     rows = (build_row(first), build_row(second))
     barriers = _barriers(first, second)
-    # machines stand in separate columns in a table, but here they share a row, with the reason why they cannot be compared
+    # tables have separate columns per machine; here both machines share a row, with the reason why they are not comparable
     numbers = [_number(column, rows, barriers) for column in columns_of(rows)]
     return Pair(
         a=str(a[0]),
@@ -126,10 +126,10 @@ def _pair(a: tuple[Path, Record], b: tuple[Path, Record]) -> Pair:
 
 @dataclass(frozen=True)
 class _Barrier:
-    """Something that two records do not share, so that some of their numbers cannot be compared.
+    """A difference between two records that makes some of their numbers incomparable.
 
     Attributes:
-        reason: in a few words: "other suite".
+        reason: short description: "other suite".
         details: the value in each record.
         consequence: the numbers that are not compared.
     """
@@ -210,7 +210,7 @@ def _number(column: Column, rows: tuple[Row, Row], barriers: Mapping[Need, _Barr
 
 
 def _paired(column: Column, rows: tuple[Row, Row]) -> Measured | None:
-    """The difference on the same documents, where both records hold them."""
+    """The difference on the same documents; None if the records do not both hold their sums."""
     if column.task is not None:
         return paired_tasks(*_tasks_of(column, rows), of_loss=column.relative)
     return paired(rows[0].documents, rows[1].documents, column.metric, domain=column.domain)
@@ -222,7 +222,7 @@ def _tasks_of(column: Column, rows: tuple[Row, Row]) -> tuple[TaskResult, TaskRe
 
 
 def _value(column: Column, row: Row) -> Measured | float | None:
-    """The number; a baseline has lost nothing against itself, exactly."""
+    """The number; a baseline's loss against itself is exactly zero."""
     found = column.read(row)
     is_baseline = row.variant == row.record.baseline and row.quality is not None
     return 0.0 if found is None and is_baseline and column.metric.loss and column.task is None else found
@@ -249,7 +249,7 @@ def _verdict(difference: Measured, column: Column) -> Verdict:
 
 
 def _differences(a: Record, b: Record) -> Iterator[Difference]:
-    """Properties of the two records that differ, numbers aside."""
+    """Properties, other than numbers, in which the two records differ."""
     for (what, ours), (_, theirs) in zip(_identity(a), _identity(b), strict=True):
         if ours != theirs:
             yield Difference(what=what, a=ours or "–", b=theirs or "–")

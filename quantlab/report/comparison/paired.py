@@ -1,8 +1,8 @@
-"""The difference of two records that scored the same documents: the errors that both share cancel.
+"""The paired difference of two records that scored the same documents: errors common to both cancel.
 
-Records hold sums over each document. A number of the table is a function of such sums, and so is a difference; its interval is
-that of the matrix: documents are drawn, both sides are summed over the same drawn documents (`quantlab.evaluation.statistics`).
-Of too few documents nothing is concluded.
+Records hold sums over each document. A number of the table is a function of such sums, and so is a difference. Its interval is
+computed as in the matrix: both sides are summed over the same drawn documents (`quantlab.evaluation.statistics`). With too few
+documents there is no result.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ def paired(a: Documents | None, b: Documents | None, metric: Metric, *, domain: 
         domain: the kind of text; empty for all.
 
     Returns:
-        None where the records hold no sums or too few of them, scored other tokens, or the number is no function of sums.
+        None if the records have no sums or too few documents, scored different tokens, or the number is not a function of sums.
     """
     statistic = metric.statistic
     if a is None or b is None or statistic is None or (a.tokens_sha256, a.tokens) != (b.tokens_sha256, b.tokens):
@@ -53,7 +53,7 @@ def paired(a: Documents | None, b: Documents | None, metric: Metric, *, domain: 
 
 
 def paired_tasks(a: TaskResult, b: TaskResult, *, of_loss: bool) -> Measured | None:
-    """The same of the score of one task, or of its loss."""
+    """b - a of the score or the loss of one task on the same documents, with its 95 % interval."""
     items = np.array(a.document_items, dtype=np.float64)
     if len(items) <= FEWEST_DEGREES or a.document_items != b.document_items:
         return None

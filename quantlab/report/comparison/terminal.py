@@ -1,4 +1,4 @@
-"""A comparison in a terminal."""
+"""Prints a comparison in a terminal."""
 
 from rich import box
 from rich.console import Console
@@ -8,19 +8,19 @@ from rich.text import Text
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.metric import Unit
 from quantlab.report.comparison.compare import Comparison, Number, Pair
-from quantlab.report.matrix.cells import interval, number
+from quantlab.report.matrix.table_cells import interval, number
 from quantlab.report.matrix.terminal import in_encoding
 
 _STYLES = {"A is better": "bold", "B is better": "bold", "not comparable": "yellow", "not judged": "yellow"}
 NOTE = (
-    "Numbers stand with their 95 % intervals. B − A of quality and tasks is of the same documents; where the records do not hold "
-    "their scores, or the number is no sum over them, it is unpaired and nothing is claimed of it. B − A of times takes both for "
-    "independent. A difference is measurable where its interval leaves out zero."
+    "Numbers are shown with their 95 % intervals. B − A of quality and tasks is paired over the same documents; if the records lack "
+    "their scores, or the number is not a sum over them, it is unpaired and has no verdict. B − A of times treats both as "
+    "independent. A difference is measurable if its interval excludes zero."
 )
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print every pair: warnings, what differs, and the numbers."""
+    """Print every pair: warnings, differing properties and numbers."""
     for pair in comparison.pairs:
         _print_pair(pair, console)
     for side, missing in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
@@ -67,7 +67,7 @@ def _numbers(pair: Pair, console: Console) -> Table:
 
 
 def text_of(found: Number, value: Measured | float | None) -> str:
-    """A number with its interval; exact numbers have none."""
+    """A number with its interval; exact numbers have no interval."""
     unit: Unit = found.unit
     if value is None:
         return "–"

@@ -1,10 +1,10 @@
 """The difference of two numbers that were not measured together.
 
-Records hold intervals, not items, so the interval of a difference is put together from both: for independent estimates
+The interval of a difference is computed from the intervals of both numbers: for independent estimates
 a and b with 95 % limits, the difference d = b - a has the limits d - sqrt((b - low_b)² + (high_a - a)²) and
 d + sqrt((high_b - b)² + (a - low_a)²) (G. Y. Zou and A. Donner, "Construction of confidence limits about effect
-measures", Statistics in Medicine 2008, equation 8). Two artifacts measured on the same text err alike, which makes
-the interval wider than it need be: a difference that it calls measurable is one.
+measures", Statistics in Medicine 2008, equation 8). The errors of two artifacts on the same text are correlated, so the
+interval is conservative (too wide).
 """
 
 import math
@@ -13,7 +13,7 @@ from quantlab.evaluation.measured import Measured
 
 
 def exact(found: Measured | float) -> Measured:
-    """A number without an interval as one whose interval is a point."""
+    """A number without an interval, as a `Measured` whose interval is a point."""
     return found if isinstance(found, Measured) else Measured(value=found, low=found, high=found, n=0)
 
 

@@ -9,31 +9,31 @@ from pathlib import Path
 from quantlab.evaluation.record import Record
 from quantlab.report.files import find_records, write_texts
 from quantlab.report.leaderboard.leaderboard import NAME, Leaderboard, Place, build_leaderboard
-from quantlab.report.matrix.cells import cell, notes
 from quantlab.report.matrix.columns import Column, columns
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.html import environment, main_and_rest, plots, versions
-from quantlab.report.matrix.html_tables import make_sheet
+from quantlab.report.matrix.html_tables import make_html_table
 from quantlab.report.matrix.markdown import cell_text, code, escaped, table_line
 from quantlab.report.matrix.rows import link_to
 from quantlab.report.matrix.scatter_plot import SPEED_NAMES
+from quantlab.report.matrix.table_cells import cell, notes
 
 ORDER = (
-    "Best first by KL to the baseline, which sees every change of a prediction where accuracy sees only what becomes right or "
-    "wrong. A rank such as 2–4 says that intervals, paired where the records allow it, do not tell: "
+    "Ranked by KL to the baseline, which responds to every change of a prediction, while accuracy responds only to predictions that "
+    "become right or wrong. A rank such as 2–4 means that the intervals, paired where the records allow it, leave the order open: "
     "the row is surely behind one other and surely ahead of all after the fourth."
 )
 
 
 def write_leaderboard(directories: Sequence[Path], out: Path) -> Leaderboard:
-    """Merge the records of runs and write the four files; each appears complete or not at all.
+    """Merge the records of runs and write the four files; each is written atomically.
 
     Args:
-        directories: of runs or of records; the same one twice counts once.
-        out: where the files go.
+        directories: directories of runs or of records; duplicates are ignored.
+        out: output directory.
 
     Raises:
-        ArtifactError: records are missing or do not belong in one table, or the files cannot be written.
+        ArtifactError: records are missing or cannot share a table, or the files cannot be written.
     """
     unique = {directory.resolve(): directory for directory in directories}
     runs = [(str(directory), _linked(directory, out)) for directory in unique.values()]
@@ -56,7 +56,7 @@ def _linked(directory: Path, out: Path) -> list[tuple[str, Record]]:
 
 
 def leaderboard_html(board: Leaderboard) -> str:
-    """The page."""
+    """The text of leaderboard.html."""
     matrix = board.as_matrix()
     every = columns(matrix)
     ranks = {place.row.variant: place.rank for place in board.places}
@@ -68,8 +68,8 @@ def leaderboard_html(board: Leaderboard) -> str:
             board=board,
             matrix=matrix,
             sheets=(
-                make_sheet(matrix, "main", "All records, best first", main, ranks=ranks),
-                make_sheet(matrix, "rest", "All other numbers", rest),
+                make_html_table(matrix, "main", "All records, best first", main, ranks=ranks),
+                make_html_table(matrix, "rest", "All other numbers", rest),
             ),
             every=every,
             csv=leaderboard_csv(board),
@@ -83,7 +83,7 @@ def leaderboard_html(board: Leaderboard) -> str:
 
 
 def leaderboard_markdown(board: Leaderboard) -> str:
-    """The table as GitHub renders it."""
+    """The text of leaderboard.md, in GitHub's Markdown."""
     matrix = board.as_matrix()
     shown = shown_columns(board)
     heads = ["rank", "variant", *(column.heading for column in shown), "verdict", "passes", "recipe", "record"]
@@ -107,12 +107,12 @@ def leaderboard_markdown(board: Leaderboard) -> str:
 
 
 def shown_columns(board: Leaderboard) -> list[Column]:
-    """The columns that decide, and KL, which ranks."""
+    """The headline columns, and KL, which determines the rank."""
     return [column for column in columns(board.as_matrix()) if column.is_in("leaderboard")]
 
 
 def leaderboard_csv(board: Leaderboard) -> str:
-    """Every number in full, with rank, run, recipe and hardware before it."""
+    """The text of leaderboard.csv: every number in full precision, after rank, run, recipe and hardware."""
     places: list[Place] = [*board.places, *board.unranked]
     numbers = csv.DictReader(io.StringIO(to_csv(board.as_matrix())))
     text = io.StringIO()

@@ -1,7 +1,7 @@
-"""Records of many runs in one table. A score is a record; a leaderboard is built from records and holds nothing else.
+"""The leaderboard: the records of several runs in one ranked table, built only from records.
 
-Numbers in one column must mean the same: all records share suite, baseline and the versions of their tasks, or nothing is
-built. Speed is of a machine: every machine has its own columns.
+Numbers in one column must be comparable: all records must share suite, baseline and task versions, otherwise building fails.
+Speed depends on the machine, so every machine has its own columns.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from quantlab.errors import ArtifactError
 from quantlab.evaluation.record import Record, TaskKey
 from quantlab.report.comparison.paired import paired
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.row_verdicts import summary
 from quantlab.report.matrix.rows import Row, build_row, metric, row_as_json
-from quantlab.report.matrix.verdict import summary
 
 NAME = "leaderboard"
 _RANKED_BY: Final = "kl_to_baseline"
@@ -26,13 +26,13 @@ _RANKED_BY: Final = "kl_to_baseline"
 
 @dataclass(frozen=True)
 class Place:
-    """One record's place.
+    """The rank of one record.
 
     Attributes:
-        best, worst: the ranks its interval allows: it is surely behind `best` - 1 others and surely ahead of all after `worst`.
-        run: the run's directory as it was given.
-        recipe: of the run.
-        verdict: its losses in a few words.
+        best, worst: range of ranks: the record is surely behind `best` - 1 others and surely ahead of all ranked after `worst`.
+        run: the run's directory as given.
+        recipe: recipe of the run.
+        verdict: summary of its losses.
         row: its numbers.
     """
 
@@ -48,20 +48,20 @@ class Place:
         return f"{self.best}" if self.best == self.worst else f"{self.best}–{self.worst}"
 
     def as_json(self, rows: Sequence[Row]) -> dict[str, object]:
-        """The place as leaderboard.json holds it; `rows` are those of all places."""
+        """The entry in the form of leaderboard.json; `rows` are the rows of all entries."""
         about = {name: getattr(self, name) for name in ("best", "worst", "run", "recipe", "verdict")}
         return about | {"row": row_as_json(self.row, rows)}
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """All places, best first: by KL to the baseline, which sees every change of a prediction.
+    """All records, ranked by KL to the baseline, which responds to every change of a prediction; best first.
 
     Attributes:
-        suite, suite_sha256, baseline, baseline_sha256: which all records share.
+        suite, suite_sha256, baseline, baseline_sha256: common to all records.
         hardware: the machines.
-        places: the ranked ones.
-        unranked: the baseline, and records that were not compared with it.
+        places: the ranked records.
+        unranked: the baseline, and records without a comparison with it.
     """
 
     suite: str
@@ -80,7 +80,7 @@ class Leaderboard:
         return to_json({"schema": 1} | {name: getattr(self, name) for name in names} | places, indent=2).decode() + "\n"
 
     def as_matrix(self) -> Matrix:
-        """The same rows for tables and plots."""
+        """The same rows as a matrix, for tables and plots."""
         places = (*self.places, *self.unranked)
         digests = "\n".join(place.row.record.artifact_sha256 for place in places)
         return Matrix(
@@ -95,13 +95,13 @@ class Leaderboard:
 
 
 def build_leaderboard(runs: Sequence[tuple[str, Sequence[tuple[str, Record]]]]) -> Leaderboard:
-    """Merge runs.
+    """Merge the records of runs.
 
     Args:
-        runs: the name of each run with its records, each with the link to its file.
+        runs: name of each run with its records, each with the link to its file.
 
     Raises:
-        ArtifactError: two records differ in suite, baseline or the version of a task, so that one column would mix them.
+        ArtifactError: two records differ in suite, baseline or the version of a task, so they cannot share a column.
     """
     entries = [(name, link, record) for name, records in runs for link, record in records]
     if not entries:
@@ -136,7 +136,7 @@ def _order(row: Row) -> tuple[float, float, str]:
 
 
 def _ranks(rows: Sequence[Row]) -> list[tuple[int, int]]:
-    """The best and worst rank that intervals allow each of the ordered rows: behind all that are surely better, ahead of all surely worse."""
+    """Best and worst rank of each of the ordered rows: after all rows that are surely better, before all that are surely worse."""
     better, worse = [0] * len(rows), [0] * len(rows)
     for near, far in itertools.combinations(range(len(rows)), 2):
         if _is_surely_nearer(rows[near], rows[far]):
@@ -146,7 +146,7 @@ def _ranks(rows: Sequence[Row]) -> list[tuple[int, int]]:
 
 
 def _is_surely_nearer(a: Row, b: Row) -> bool:
-    """Whether a's KL is below b's by the interval of their difference on the same documents, else by both intervals."""
+    """Whether a's KL is measurably below b's: by the paired difference if possible, else by both intervals."""
     difference = paired(a.documents, b.documents, metric(_RANKED_BY))
     if difference is not None:
         return difference.low > 0
@@ -159,7 +159,7 @@ def _place(row: Row, entry: tuple[str, str, Record], *, ranks: tuple[int, int]) 
 
 
 def _without_repeated_baselines(entries: Sequence[tuple[str, str, Record]]) -> list[tuple[str, str, Record]]:
-    """Every run has a row of the one baseline; the first of every machine is shown."""
+    """Keep one baseline row per machine: every run has a row of the common baseline."""
     kept, seen = [], set()
     for name, link, record in entries:
         if record.variant == record.baseline:
@@ -171,7 +171,7 @@ def _without_repeated_baselines(entries: Sequence[tuple[str, str, Record]]) -> l
 
 
 def _names(entries: Sequence[tuple[str, str, Record]]) -> list[str]:
-    """`variant` where one run has it, else `run/variant`; the baseline keeps its name."""
+    """Names of the rows: `variant` if only one run has it, else `run/variant`; the baseline keeps its name."""
     variants = [record.variant for _, _, record in entries]
     names: list[str] = []
     for run, _, record in entries:

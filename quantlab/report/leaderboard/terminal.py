@@ -1,4 +1,4 @@
-"""A leaderboard in a terminal."""
+"""Prints a leaderboard in a terminal."""
 
 from rich import box
 from rich.console import Console
@@ -7,12 +7,12 @@ from rich.text import Text
 
 from quantlab.report.leaderboard.files import ORDER, shown_columns
 from quantlab.report.leaderboard.leaderboard import Leaderboard
-from quantlab.report.matrix.cells import cell
+from quantlab.report.matrix.table_cells import cell
 from quantlab.report.matrix.terminal import in_encoding
 
 
 def print_leaderboard(board: Leaderboard, console: Console) -> None:
-    """Print the columns that decide, best first."""
+    """Print the headline columns, best first."""
     matrix, shown = board.as_matrix(), shown_columns(board)
     console.print(Text(in_encoding(console, f"{board.suite} against {board.baseline}"), style="dim"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")

@@ -5,19 +5,19 @@ from typing import Final
 
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.record import AttentionCell
-from quantlab.report.matrix.cells import human_bytes, number
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.table_cells import human_bytes, number
 
 TITLE: Final = "Long contexts, by implementation of attention"
 _MEMORY: Final = {
-    "process": "the resident size of a process of its own",
-    "cuda": "what torch's allocator held on the GPU",
+    "process": "the resident size of a separate process",
+    "cuda": "the memory of torch's allocator on the GPU",
 }
 
 
 @dataclass(frozen=True)
 class AttentionLine:
-    """One implementation at one context; `reason` stands in place of cells where it was not measured."""
+    """One implementation at one context length; `reason` replaces the cells if it was not measured."""
 
     implementation: str
     context: str
@@ -34,16 +34,16 @@ class AttentionTable:
 
 
 def attention_table(matrix: Matrix) -> AttentionTable | None:
-    """The table of a matrix; None where attention was not measured."""
+    """The table of a matrix; None if attention was not measured."""
     found = matrix.attention
     if found is None:
         return None
-    heads = ("attention", "context", "peak of reading", "peak of decoding", "cache", "prefill, tok/s", "decode, tok/s")
+    heads = ("attention", "context", "prefill peak", "decode peak", "cache", "prefill, tok/s", "decode, tok/s")
     layout = f", {found.layout}" if found.layout else ""
     note = (
         f"One sequence on a random-weight twin ({found.twin}{layout}), on {matrix.hardware}. Peaks are memory above the "
-        f"weights, the cache included: {_MEMORY[found.memory]}. Rates are medians, in brackets the quartiles of n repeats; "
-        "decoding goes step by step with a cache that grows."
+        f"weights, including the cache: {_MEMORY[found.memory]}. Rates are medians, in brackets the quartiles of n repeats; "
+        "decoding proceeds step by step with a growing cache."
     )
     return AttentionTable(TITLE, heads, tuple(_line(cell) for cell in found.cells), note)
 

@@ -1,4 +1,4 @@
-"""The columns of the tables: for every metric that a record declares, for every batch size, kind of text, task and machine."""
+"""The columns of the tables: one per metric and, where they apply, per batch size, kind of text, task and machine."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from quantlab.report.matrix.rows import Row, Value, batch_sizes, domains_of, tas
 Need = Literal["suite", "baseline", "hardware"]
 
 GROUPS: Final = ("quality", "domains", "tasks", *(part for part in PARTS if part != "quality"))
-"""Columns that stand in one table: those of a part of the record; "domains": quality by kind of text; "tasks"."""
+"""Groups of columns that form one table: the parts of a record, quality by kind of text ("domains") and "tasks"."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Column:
     """One column of the tables.
 
     Attributes:
-        key: name in matrix.json, with the batch size, kind of text or task behind a dot.
-        field: where the number stands in a record.
+        key: name in matrix.json, followed by a dot and the batch size, kind of text or task.
+        field: path of the number in a record.
         group: one of `GROUPS`.
         metric: its declaration, with heading and meaning filled in.
         path: of the number in the record, as attributes and keys; empty for tasks.
-        domain: of columns of one kind of text: which.
-        task: of columns of a task: which.
+        domain: kind of text, for columns of one kind.
+        task: task, for columns of a task.
         machine: the hardware whose numbers it shows; empty for all.
-        timed: of columns of speed: the model that was timed, in words.
+        timed: for columns of speed, the timed model in words.
     """
 
     key: str
@@ -90,7 +90,7 @@ class Column:
         return tuple(needs)
 
     def read(self, row: Row) -> Value:
-        """The number of a row; None where it was not measured, or on another machine."""
+        """The number of a row; None if it was not measured or belongs to another machine."""
         if self.machine and row.hardware != self.machine:
             return None
         if self.task is not None:
@@ -104,14 +104,14 @@ class Column:
 
 
 def columns(matrix: Matrix) -> tuple[Column, ...]:
-    """All columns behind the variant's name: the three that decide first, then the details; speed apart for every machine."""
+    """All columns after the variant's name: the headline columns, then the details; speed has separate columns per machine."""
     machines = sorted({row.hardware for row in matrix.rows})
     found = columns_of(matrix.rows)
     return found if len(machines) < 2 else tuple(apart for one in found for apart in _by_machine(one, machines))
 
 
 def columns_of(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """All columns that these rows need, the rows taken to be of one machine."""
+    """All columns that these rows need, without separate columns per machine."""
     by_part = {part: [one for one in _of_part(part, model, rows) if one.metric.tables] for part, model in PARTS.items()}
     every = [one for found in by_part.values() for one in found]
     optional = {part: [one for one in found if not one.metric.always] for part, found in by_part.items()}
@@ -133,7 +133,7 @@ def unlisted_of(rows: Sequence[Row]) -> tuple[Column, ...]:
 
 
 def _by_machine(column: Column, machines: Sequence[str]) -> Iterator[Column]:
-    """The column itself, or one for every machine where its numbers depend on the machine."""
+    """The column itself, or one per machine if its numbers depend on the machine."""
     if "hardware" not in column.needs:
         yield column
         return
@@ -142,7 +142,7 @@ def _by_machine(column: Column, machines: Sequence[str]) -> Iterator[Column]:
 
 
 def _measured(found: Sequence[Column], rows: Sequence[Row]) -> Iterator[Column]:
-    """The columns that some row has a number for, and those that stand always."""
+    """The columns for which any row has a number, and the columns that are always shown."""
     return (one for one in found if one.metric.always or any(one.read(row) is not None for row in rows))
 
 
@@ -175,7 +175,7 @@ def _at(declared: Declared, part: str, batch: str) -> Column:
 
 
 def _about(metric: Metric, *subject: str, **words: str) -> Metric:
-    """The declaration with the batch size or kind of text in its texts, and words for the model that was timed."""
+    """The declaration with batch size or kind of text and the timed model filled into its texts."""
     texts = {name: getattr(metric, name).format(*subject, **words) for name in ("heading", "meaning", "head")}
     return replace(metric, **texts)
 
@@ -187,7 +187,7 @@ def _of_divergence(rows: Sequence[Row]) -> Iterator[Column]:
 
 
 def _of_domains(rows: Sequence[Row]) -> Iterator[Column]:
-    """For every kind of text its own numbers, where there are several kinds."""
+    """The columns of each kind of text, if there are several kinds."""
     domains = domains_of(rows)
     for domain in domains if len(domains) > 1 else ():
         found = [
@@ -205,7 +205,7 @@ def _of_domains(rows: Sequence[Row]) -> Iterator[Column]:
 
 
 def _of_tasks(rows: Sequence[Row]) -> Iterator[Column]:
-    """For every task its loss and its score, in the order of the suite."""
+    """Loss and score of every task, in the order of the suite."""
     tasks = {task.key: task for row in rows for task in row.tasks}
     for key, name in task_labels(tasks.values()).items():
         yield from _of_task(tasks[key], key, name)

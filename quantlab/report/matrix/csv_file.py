@@ -1,7 +1,7 @@
 """matrix.csv: the matrix for spreadsheets, every number of the page in full.
 
-A measured value takes four columns: the name of matrix.json, then the same with `_low`, `_high` and `_n`. What a number is
-of (a batch size, a task, a kind of text, a layer) is the end of the name: `decode_tokens_per_second_8`.
+A measured value has four columns: its name in matrix.json, then the name with `_low`, `_high` and `_n`. Batch size, task, kind of
+text or layer are the end of the name: `decode_tokens_per_second_8`.
 """
 
 import csv
@@ -13,8 +13,8 @@ from quantlab.evaluation.record import Attention
 from quantlab.report.matrix.columns import columns_of, unlisted_of
 from quantlab.report.matrix.layer_maps import LAYER_MEASURES, in_order
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.row_verdicts import summary
 from quantlab.report.matrix.rows import Row, Value, task_labels, task_of
-from quantlab.report.matrix.verdict import summary
 
 Line = dict[str, str | float | int | None]
 
@@ -30,7 +30,7 @@ def to_csv(matrix: Matrix) -> str:
 
 
 def _lines(matrix: Matrix) -> list[Line]:
-    rows = matrix.rows  # a line is of one machine: no column apart
+    rows = matrix.rows  # every line belongs to one machine: no separate columns
     numbers = [dict(_numbers(row, rows)) for row in rows]
     plain = {name for found in numbers for name, value in found.items() if isinstance(value, int | float)}
     lines: list[Line] = []

@@ -1,4 +1,4 @@
-"""The heat map of calibration tokens: which routed expert got how many, layer by layer."""
+"""The heat map of calibration tokens per routed expert and layer."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -15,7 +15,7 @@ CELL: Final = 12
 
 @dataclass(frozen=True)
 class Square:
-    """One expert of one layer: where it is drawn, in which of `SHARE_NAMES`' classes, and what is said of it."""
+    """One expert of one layer: its position, its class in `SHARE_NAMES`, and its hover text."""
 
     x: int
     y: int
@@ -34,7 +34,7 @@ class HeatMap:
     Attributes:
         variant: its name.
         width, height: of the drawing in pixels.
-        layers: name and y of every row, and where its numbers stand in the record.
+        layers: name and y of every row, with a link to its numbers in the record.
         squares: the experts.
         sentence: the extremes in words.
     """
@@ -48,7 +48,7 @@ class HeatMap:
 
 
 def heat_maps(matrix: Matrix) -> tuple[HeatMap, ...]:
-    """One for every variant whose experts were watched."""
+    """One heat map per variant with counts of calibration tokens."""
     return tuple(_draw(row, row.record.tokens_per_expert) for row in matrix.rows if row.record.tokens_per_expert)
 
 

@@ -1,21 +1,21 @@
-"""matrix.html and matrix.svg: the matrix as one page that needs no network, and its plot alone for README files."""
+"""matrix.html and matrix.svg: the matrix as one self-contained page, and its plot as a separate file for README files."""
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quantlab.evaluation.speed.metrics import timed_words
 from quantlab.report.claims.table import claims_table
 from quantlab.report.matrix.attention_table import attention_table
-from quantlab.report.matrix.cells import cell, failures, notes, number, served_warnings, tokens_of
 from quantlab.report.matrix.columns import Column, columns
 from quantlab.report.matrix.csv_file import to_csv
 from quantlab.report.matrix.expert_map import SHARE_MARKS, SHARE_NAMES, heat_maps
-from quantlab.report.matrix.html_tables import Sheet, make_sheet
+from quantlab.report.matrix.html_tables import HtmlTable, make_html_table
 from quantlab.report.matrix.layer_maps import LETTER_WIDTH, TILE_HEIGHT, TILE_WIDTH, group_maps, layer_maps, matrix_maps
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.recommend import RULES, Recommendation, at_least, recommend
 from quantlab.report.matrix.rows import noise_of
 from quantlab.report.matrix.scatter_plot import SPEED_NAMES, Plot, lay_out
 from quantlab.report.matrix.speed_bars import lay_out_bars
+from quantlab.report.matrix.table_cells import cell, failures, notes, number, served_warnings, tokens_of
 
 
 def to_html(matrix: Matrix) -> str:
@@ -60,7 +60,7 @@ def main_and_rest(every: tuple[Column, ...]) -> tuple[tuple[Column, ...], tuple[
 
 
 def to_svg(matrix: Matrix) -> str | None:
-    """The text of matrix.svg, or None where there is nothing to draw."""
+    """The text of matrix.svg; None if there is nothing to draw."""
     plot = lay_out(matrix, width=760, height=420)
     if plot is None:
         return None
@@ -69,13 +69,13 @@ def to_svg(matrix: Matrix) -> str | None:
 
 
 def plots(matrix: Matrix) -> tuple[tuple[str, Plot], ...]:
-    """The plot for wide and for narrow windows; nothing where there is nothing to draw."""
+    """The plot for wide and for narrow windows; empty if there is nothing to draw."""
     sizes = (("wide", lay_out(matrix, width=900, height=440)), ("narrow", lay_out(matrix, width=358, height=380)))
     return tuple((name, plot) for name, plot in sizes if plot)
 
 
 def environment() -> Environment:
-    """Where the templates come from; what is not given to them is an error."""
+    """The environment of the templates; an undefined variable is an error."""
     return Environment(
         loader=PackageLoader("quantlab.report", "templates"),
         autoescape=True,
@@ -87,25 +87,25 @@ def environment() -> Environment:
 
 
 def versions(matrix: Matrix) -> tuple[tuple[str, str], ...]:
-    """Each package with its version; with all of them where rows differ."""
+    """Each package with its version, or with all versions if rows differ."""
     found = [row.record.versions for row in matrix.rows]
     names = sorted({name for one in found for name in one})
     return tuple((name, " / ".join(sorted({one[name] for one in found if name in one}))) for name in names)
 
 
-def _sheets(matrix: Matrix, every: tuple[Column, ...], found: tuple[Recommendation, ...]) -> tuple[Sheet, ...]:
+def _sheets(matrix: Matrix, every: tuple[Column, ...], found: tuple[Recommendation, ...]) -> tuple[HtmlTable, ...]:
     picked = {row.variant: tuple(one.goal for one in found if one.variant == row.variant) for row in matrix.rows}
     main, others = main_and_rest(every)
     tasks = tuple(column for column in others if column.group == "tasks")
     domains = tuple(column for column in others if column.group == "domains")
     rest = tuple(column for column in others if column.group not in ("tasks", "domains"))
     caption = "Accuracy, memory and speed of every variant"
-    sheets = [make_sheet(matrix, "main", caption, main, picked=picked)]
+    sheets = [make_html_table(matrix, "main", caption, main, picked=picked)]
     if tasks:
-        sheets.append(make_sheet(matrix, "tasks", "Tasks: what each variant lost, and its score", tasks))
-    sheets.append(make_sheet(matrix, "rest", "All other numbers", rest))
+        sheets.append(make_html_table(matrix, "tasks", "Tasks: what each variant lost, and its score", tasks))
+    sheets.append(make_html_table(matrix, "rest", "All other numbers", rest))
     if domains:
-        sheets.append(make_sheet(matrix, "domains", "Quality by kind of text", domains))
+        sheets.append(make_html_table(matrix, "domains", "Quality by kind of text", domains))
     return tuple(sheets)
 
 

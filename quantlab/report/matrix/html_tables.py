@@ -1,30 +1,30 @@
-"""The tables of a page: every cell with its link, its hover text and the small graphic under it."""
+"""The tables of a page: every cell with its link, its hover text and the small graphic below the number."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from quantlab.report.matrix.cells import Cell, cell, counts, details
 from quantlab.report.matrix.columns import Column
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.row_verdicts import summary, verdicts
 from quantlab.report.matrix.rows import METRICS, Row, link_to, noise_of
-from quantlab.report.matrix.verdict import summary, verdicts
+from quantlab.report.matrix.table_cells import TableCell, cell, counts, details
 
 _LONGEST_REASON = 120
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A cell with the small graphic under its number; positions in percent of the cell's width."""
+class HtmlCell:
+    """A table cell with a small graphic below its number; positions are in percent of the cell's width."""
 
-    cell: Cell
+    cell: TableCell
     tip: str = ""
     """Hover text: the number with interval, n, verdict, p and origin."""
     href: str | None = None
-    """The record it comes from."""
+    """Link to the number in its record."""
     bar: float | None = None
     """Length of a bar from the left."""
     zero: float | None = None
-    """Where no loss lies; with `start`, `length` and `dot` a value and its interval."""
+    """Position of zero loss; `start`, `length` and `dot` are the interval's start and length and the value."""
     start: float = 0.0
     length: float = 0.0
     dot: float = 0.0
@@ -33,13 +33,13 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Line:
+class HtmlRow:
     """One row of a table."""
 
     row: Row
     is_baseline: bool
     href: str | None
-    """The row's record."""
+    """Link to the row's record."""
     picked_for: tuple[str, ...]
     """Goals it is recommended for."""
     rank: str
@@ -47,12 +47,12 @@ class Line:
     """Its verdicts in a few words."""
     lost: bool
     filters: dict[str, str]
-    """Values that the page's filter reads; in the main table only."""
-    cells: tuple[Drawn, ...]
+    """Values for the page's filter; only in the main table."""
+    cells: tuple[HtmlCell, ...]
 
 
 @dataclass(frozen=True)
-class Sheet:
+class HtmlTable:
     """One sortable table."""
 
     name: str
@@ -61,11 +61,11 @@ class Sheet:
     columns: tuple[Column, ...]
     counts: tuple[str, ...]
     """n of each column."""
-    lines: tuple[Line, ...]
+    lines: tuple[HtmlRow, ...]
     main: bool
 
 
-def make_sheet(
+def make_html_table(
     matrix: Matrix,
     name: str,
     caption: str,
@@ -73,12 +73,12 @@ def make_sheet(
     *,
     picked: Mapping[str, tuple[str, ...]] | None = None,
     ranks: Mapping[str, str] | None = None,
-) -> Sheet:
+) -> HtmlTable:
     """The table of some columns.
 
     Args:
         matrix: the rows.
-        name: an identifier; "main" is the table that is filtered by.
+        name: an identifier; "main" is the table that the page's filter uses.
         caption: its caption.
         shown: its columns.
         picked: the goals that a variant is recommended for.
@@ -87,21 +87,21 @@ def make_sheet(
     by_column = [_drawn_column(matrix, column) for column in shown]
     lines = []
     for index, row in enumerate(matrix.rows):
-        told = summary(row)
+        summarised = summary(row)
         lines.append(
-            Line(
+            HtmlRow(
                 row=row,
                 is_baseline=row.variant == matrix.baseline,
                 href=link_to(row),
                 picked_for=(picked or {}).get(row.variant, ()),
                 rank=(ranks or {}).get(row.variant, ""),
-                summary=told,
+                summary=summarised,
                 lost="loss" in verdicts(row).values(),
                 filters=_filters(matrix, row) if name == "main" else {},
                 cells=tuple(_with_reasons([drawn[index] for drawn in by_column], shown)),
             )
         )
-    return Sheet(
+    return HtmlTable(
         name,
         caption,
         "variant",
@@ -113,7 +113,7 @@ def make_sheet(
 
 
 def _filters(matrix: Matrix, row: Row) -> dict[str, str]:
-    """Values of a row for the filter; empty where a number was not measured."""
+    """Values of a row for the filter; empty if a number was not measured."""
     changes = [row.measured(name) for name, (_, declared) in METRICS.items() if declared.metric.loss]
     losses = [found.high for found in changes if found is not None]
     is_baseline = row.variant == matrix.baseline
@@ -130,33 +130,33 @@ def _filters(matrix: Matrix, row: Row) -> dict[str, str]:
     }
 
 
-def _with_reasons(drawn: Sequence[Drawn], shown: Sequence[Column]) -> list[Drawn]:
-    """The reason of a failure stands in the first cell it cost."""
-    told: set[str] = set()
+def _with_reasons(drawn: Sequence[HtmlCell], shown: Sequence[Column]) -> list[HtmlCell]:
+    """Show the reason of a failure only in the first cell of its group."""
+    shown_groups: set[str] = set()
     result = []
     for column, found in zip(shown, drawn, strict=True):
-        if found.cell.state == "failed" and column.group not in told:
-            told.add(column.group)
-            result.append(Drawn(cell=found.cell, tip=found.tip, reason=_shortened(found.cell.reason or "")))
+        if found.cell.state == "failed" and column.group not in shown_groups:
+            shown_groups.add(column.group)
+            result.append(HtmlCell(cell=found.cell, tip=found.tip, reason=_shortened(found.cell.reason or "")))
         else:
             result.append(found)
     return result
 
 
-def _drawn_column(matrix: Matrix, column: Column) -> list[Drawn]:
-    """The cells of one column on their common scale; only the columns that decide are drawn."""
+def _drawn_column(matrix: Matrix, column: Column) -> list[HtmlCell]:
+    """The cells of one column with a common scale; only headline columns have graphics."""
     cells = [cell(matrix, row, column) for row in matrix.rows]
     ends = [end for found in cells for end in (found.number, found.low, found.high) if end is not None]
     least, most = min([0.0, *ends]), max([0.0, *ends])
     span = (most - least) or 1.0
     drawn = []
     for row, found in zip(matrix.rows, cells, strict=True):
-        plain = Drawn(cell=found, tip=details(row, column, found), href=link_to(row, column.field))
+        plain = HtmlCell(cell=found, tip=details(row, column, found), href=link_to(row, column.field))
         drawn.append(_with_graphic(plain, column, least=least, span=span))
     return drawn
 
 
-def _with_graphic(drawn: Drawn, column: Column, *, least: float, span: float) -> Drawn:
+def _with_graphic(drawn: HtmlCell, column: Column, *, least: float, span: float) -> HtmlCell:
     found = drawn.cell
     if not column.is_headline or found.number is None:
         return drawn

@@ -1,6 +1,6 @@
-"""Heat maps by layer: where in the model a variant departs from the baseline, as tables of numbers with a background.
+"""Heat maps by layer: the difference between variant and baseline per layer, as tables of numbers with a background colour.
 
-Tasks whose items fall into groups are drawn the same way.
+Tasks with groups of items use the same kind of table.
 """
 
 import math
@@ -20,15 +20,15 @@ TILE_WIDTH, TILE_HEIGHT, LETTER_WIDTH = 58, 24, 7
 LEVELS: Final = 6
 """Classes of the background."""
 _STANDS_OUT: Final = 3.0
-"""A layer with this many times the median of its row is named."""
+"""A layer is named if its number exceeds the median of its row by this factor."""
 _OUT_OF_SHAPE: Final = 1.5
-"""So is one whose error over that of the same layer in similar rows is this many times what it is in the row's other layers."""
+"""A layer is also named if its error relative to similar rows exceeds that of the row's other layers by this factor."""
 _FEWEST_LAYERS: Final = 3
 _EVEN: Final = 1.5
-"""Numbers within this factor of each other get one background: their order is no news."""
+"""Numbers within this factor of each other get the same background, because their order is not relevant."""
 
 _SPAN: Final = 100.0
-"""Below the largest by this factor all is one class: a variant without any error must not press the others together."""
+"""Numbers below the largest by this factor are one class, so that a variant without errors does not compress the scale."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Tile:
     details: str
     stands_out: bool = False
     href: str | None = None
-    """Where the number stands in its record."""
+    """Link to the number in its record."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class LayerMeasure:
         field: of the record's `quality.divergence`.
         name, caption, meaning: of its map; `{baseline}` stands for the baseline's name.
         subject: beginning of the sentence on a layer that stands out.
-        badness: of a value, 0 where nothing is wrong.
+        badness: maps a value to its error, 0 for a perfect value.
         by_peers: a layer is also compared with the same layer of similar rows.
         csv_name: beginning of its names in matrix.csv.
     """
@@ -91,7 +91,7 @@ class LayerMeasure:
     csv_name: str
 
     def of(self, row: Row) -> Mapping[str, Measured]:
-        """The numbers of a row by layer; empty where they were not measured."""
+        """The numbers of a row by layer; empty if they were not measured."""
         found: Mapping[str, Measured] = getattr(row.divergence, self.field, {})
         return found
 
@@ -101,8 +101,8 @@ LAYER_MEASURES: Final = (
         field="layer_errors",
         name="layer-errors",
         caption="Error of each layer",
-        meaning="What a layer adds to the hidden states, given {baseline}'s own hidden states: norm of the difference over norm of "
-        "what the baseline's layer adds, in percent. No error of earlier layers reaches it, so a layer at fault stands out.",
+        meaning="Error of what a layer adds to the hidden states, given {baseline}'s own hidden states: norm of the difference over "
+        "norm of what the baseline's layer adds, in percent. Errors of earlier layers do not enter, so a layer at fault stands out.",
         subject="the error of",
         badness=lambda value: value,
         by_peers=True,
@@ -122,12 +122,12 @@ LAYER_MEASURES: Final = (
 
 
 def layer_maps(matrix: Matrix) -> tuple[TileMap, ...]:
-    """The error that each layer adds, and the router's agreement, of every variant that has them."""
+    """The heat maps of layer errors and of the routers' agreement, with every variant that has them."""
     return tuple(found for measure in LAYER_MEASURES if (found := _map(matrix, measure)))
 
 
 def _similar(row: Row, matrix: Matrix) -> tuple[str, ...]:
-    """Other rows that the same passes made in the same layout: their layers differ by the choice of the values alone."""
+    """Other rows with the same passes and layout: their layers differ only in the chosen values."""
     return tuple(
         other.variant
         for other in matrix.rows
@@ -136,12 +136,12 @@ def _similar(row: Row, matrix: Matrix) -> tuple[str, ...]:
 
 
 def matrix_maps(matrix: Matrix) -> tuple[TileMap, ...]:
-    """For every variant, the error of its matrices by kind and layer, as the artifact's manifest tells it."""
+    """For every variant, the errors of its matrices by kind and layer, from the artifact's manifest."""
     return tuple(_of_matrices(row, row.record.matrix_errors) for row in matrix.rows if row.record.matrix_errors)
 
 
 def group_maps(matrix: Matrix) -> tuple[TileMap, ...]:
-    """For every task whose items fall into groups, such as lengths of the context, the score of each."""
+    """For every task with groups of items, such as context lengths, the score of each group."""
     tasks = {task.key: task for row in matrix.rows for task in row.tasks if task.by_group}
     labels = task_labels(task for row in matrix.rows for task in row.tasks)
     return tuple(_of_task(matrix, task, labels[key]) for key, task in tasks.items())
@@ -212,10 +212,10 @@ def _map(matrix: Matrix, measure: LayerMeasure) -> TileMap | None:
 def _out_of_shape(
     row: Mapping[str, Measured], similar: Sequence[Mapping[str, Measured]]
 ) -> dict[str, tuple[float, float]]:
-    """Layers whose error over the similar rows' is larger than in the row's other layers, with both quotients.
+    """Layers whose error relative to similar rows is larger than that of the row's other layers, with both quotients.
 
-    A variant may be worse than a similar one everywhere; one layer that is worse than the others account for is at fault.
-    Named only where the intervals keep apart.
+    A variant may be worse than a similar one in all layers; a layer with a clearly larger quotient than the others is at fault.
+    It is named only if the intervals do not overlap.
     """
     over: dict[str, tuple[float, float]] = {}
     for layer, found in row.items():
@@ -288,7 +288,7 @@ def _percent(value: float) -> str:
 
 
 def _levels(values: Iterable[float]) -> Callable[[float], int]:
-    """The class of a value: equal steps of its logarithm, up to the largest and over two decades at most."""
+    """A function that maps a value to its class: equal steps of its logarithm, over at most two decades below the largest value."""
     positive = [value for value in values if value > 0]
     if not positive or max(positive) <= _EVEN * min(positive):
         return lambda _: 0
@@ -298,7 +298,7 @@ def _levels(values: Iterable[float]) -> Callable[[float], int]:
 
 
 def in_order(layers: Iterable[str]) -> list[str]:
-    """By their numbers, as "layer 10" comes after "layer 9"."""
+    """Layers sorted by number: "layer 10" comes after "layer 9"."""
     return sorted(layers, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 

@@ -4,19 +4,19 @@ import re
 
 from quantlab.report.claims.table import claims_table
 from quantlab.report.matrix.attention_table import attention_table
-from quantlab.report.matrix.cells import Cell, cell, counts, failures, notes, served_warnings, tokens_of
 from quantlab.report.matrix.columns import GROUPS, Column, columns
 from quantlab.report.matrix.layer_maps import layer_maps
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.recommend import RULES, recommend
+from quantlab.report.matrix.row_verdicts import summary
 from quantlab.report.matrix.rows import Row
-from quantlab.report.matrix.verdict import summary
+from quantlab.report.matrix.table_cells import TableCell, cell, counts, failures, notes, served_warnings, tokens_of
 
 _MOST_LAYERS = 16
 
 
 def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
-    """The text of matrix.md; `with_plot` shows matrix.svg, which must lie beside it."""
+    """The text of matrix.md; `with_plot` embeds matrix.svg, which must be in the same directory."""
     every = columns(matrix)
     headline = [column for column in every if column.is_headline]
     rest = [column for column in every if not column.is_headline]
@@ -68,8 +68,8 @@ def _table(matrix: Matrix, shown: list[Column], *, with_description: bool = Fals
     return "\n".join(lines)
 
 
-def _text(found: Cell, column: Column, told: set[str]) -> str:
-    """A cell; the reason of a failure stands in the first cell it cost."""
+def _text(found: TableCell, column: Column, told: set[str]) -> str:
+    """A table cell as text. The reason of a failure is shown only in the first cell of its group."""
     if found.state == "failed":
         reason = "" if column.group in told else f": {escaped(found.reason or '')}"
         told.add(column.group)
@@ -77,7 +77,7 @@ def _text(found: Cell, column: Column, told: set[str]) -> str:
     return cell_text(found)
 
 
-def cell_text(found: Cell) -> str:
+def cell_text(found: TableCell) -> str:
     """A number with its interval and the mark of noise."""
     noise = " noisy" if found.noise else ""
     return f"{found.text} ({found.interval}){noise}" if found.interval else found.text + noise
@@ -89,7 +89,7 @@ def _variant(matrix: Matrix, row: Row) -> str:
 
 
 def _attention(matrix: Matrix) -> list[str]:
-    """Long contexts, where they were measured."""
+    """The section on long contexts; empty if they were not measured."""
     table = attention_table(matrix)
     if table is None:
         return []
@@ -101,7 +101,7 @@ def _attention(matrix: Matrix) -> list[str]:
 
 
 def _layers(matrix: Matrix) -> list[str]:
-    """The layers that stand out, and the numbers where they fit on a page."""
+    """The layers that stand out, with the numbers if they fit on a page."""
     blocks = []
     for found in layer_maps(matrix):
         blocks += [
@@ -148,10 +148,10 @@ def table_line(cells: list[str]) -> str:
 
 
 def code(text: str) -> str:
-    """Text as it is, in a table too."""
+    """Text as inline code, also safe within a table."""
     return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def escaped(text: str) -> str:
-    """Text that neither breaks a table nor turns into markup."""
+    """Escape text so that it neither breaks a table nor is read as markup."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))

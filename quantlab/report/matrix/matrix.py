@@ -1,7 +1,7 @@
 """The matrix of one recipe: its records side by side, one row per variant, as matrix.json holds it.
 
-`matrix.json` is an interface other tools read: later versions may add fields, never rename these. Every key stands in
-every row, so a reader can index without asking first; what was not measured is null.
+`matrix.json` is an interface for other tools: later versions may add fields but never rename them. Every row has every key, so
+readers need not check for keys; values that were not measured are null.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ class Matrix:
     """The records of one recipe, relative to its baseline.
 
     Attributes:
-        recipe, recipe_sha256, suite, suite_sha256, hardware: as all its records name them.
+        recipe, recipe_sha256, suite, suite_sha256, hardware: equal in all its records.
         baseline: the variant that losses are measured against.
         rows: one per variant.
-        attention: long contexts by implementation of attention, on the baseline's twin; None where the suite asks for none.
-        claims: claims of others, checked against the rows; None where the recipe names none.
+        attention: long contexts by implementation of attention, on the baseline's twin; None if the suite has no attention section.
+        claims: published claims, checked against the rows; None if the recipe names none.
     """
 
     recipe: str
@@ -57,12 +57,12 @@ class Matrix:
 def build_matrix(
     records: Sequence[Record], *, links: Mapping[str, str] | None = None, claims: Claims | None = None
 ) -> Matrix:
-    """Put the records of one recipe side by side.
+    """Build the matrix from the records of one recipe.
 
     Args:
-        records: one per variant, in the order the rows shall have.
-        links: where the record of a variant lies, relative to the directory of the report.
-        claims: to be checked.
+        records: one per variant, in row order.
+        links: path of each variant's record, relative to the report's directory.
+        claims: the claims to check.
 
     Raises:
         RecipeError: a claim is about a variant that has no record.

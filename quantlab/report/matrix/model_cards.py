@@ -1,7 +1,7 @@
 """The measured numbers of a variant in the model card of its artifact.
 
-The card has a marked place for them. The manifest hashes every file of the artifact but the card, so an artifact whose card
-is filled in is still the artifact that was measured. A card that its manifest does hash is left alone.
+The card has a marked section for them. The manifest hashes every file of the artifact except the card, so filling in the card
+does not change the measured artifact. A card that the manifest does hash is not modified.
 """
 
 import json
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantlab.evaluation.speed.metrics import TIMED_WORDS
-from quantlab.report.matrix.cells import cell, notes
 from quantlab.report.matrix.columns import columns
 from quantlab.report.matrix.markdown import cell_text, escaped, table_line
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.row_verdicts import summary
 from quantlab.report.matrix.rows import Row
-from quantlab.report.matrix.verdict import summary
+from quantlab.report.matrix.table_cells import cell, notes
 
 START, END = "<!-- measured by quantlab -->", "<!-- end of what was measured -->"
 
@@ -39,7 +39,7 @@ def _hashes_its_card(artifact: Path) -> bool:
 
 
 def measured_section(matrix: Matrix, row: Row) -> str:
-    """The row of the matrix as Markdown, one number a line."""
+    """The row of the matrix as Markdown, one number per line."""
     lines = [table_line(["number", "value (95 % interval)", "n"]), table_line(["---", "---:", "---:"])]
     for column in columns(matrix):
         found = cell(matrix, row, column)

@@ -1,9 +1,8 @@
-"""Which row to pick: one sentence each for quality, memory and speed, and nothing the intervals do not support.
+"""Recommendations: one sentence each for quality, memory and speed, with no statement that the intervals do not support.
 
-An interval that reaches zero does not show that nothing was lost, only that no loss was seen; so a row counts as keeping
-the quality only if its interval also rules out a loss worth caring about, and the sentence names both ends. Rows whose
-intervals overlap are called just that. A row without quality numbers is never recommended: memory and speed of an
-artifact that may answer nonsense are worth nothing.
+An interval that reaches zero does not prove that nothing was lost, only that no loss was detected. So a row counts as keeping the
+quality only if its interval also excludes a relevant loss, and the sentence states both ends. Overlapping intervals are reported
+as such. A row without quality numbers is never recommended, because its outputs may be useless.
 """
 
 import math
@@ -13,46 +12,46 @@ from typing import Final, Literal
 
 from quantlab.evaluation.measured import Measured
 from quantlab.report.comparison.paired import paired
-from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.row_verdicts import verdicts
 from quantlab.report.matrix.rows import Row, metric, noise_of, same_layout
-from quantlab.report.matrix.verdict import verdicts
+from quantlab.report.matrix.table_cells import interval, number
 
 _RISE: Final = "perplexity_change_percent"
 NEGLIGIBLE_PERCENT = 0.1
-"""A perplexity surely within this of the baseline's is as good as equal, even where the difference can be measured."""
+"""A perplexity change surely below this percentage counts as equal, even if it is measurable."""
 EXCLUDED_PERCENT = 1.0
-"""To keep the quality, a larger rise of perplexity must be ruled out by the interval."""
+"""A row keeps the quality only if its interval excludes a perplexity rise above this percentage."""
 BOUND_PERCENT = 5.0
-"""Memory and speed are worth recommending only where accuracy loss and perplexity rise surely stay below this."""
+"""A row is recommended for memory or speed only if its accuracy loss and perplexity rise are surely below this percentage."""
 SAME_MEMORY_POINTS = 0.5
-"""Rows this close in percent of FP16 take the same memory."""
+"""Rows within this difference, in percent of FP16, count as having the same memory."""
 
 RULES = {
     "quality": "The least memory among variants without a measurable loss of accuracy or in a task and whose perplexity is not measurably above the baseline's "
-    f"(or surely at most {NEGLIGIBLE_PERCENT:g} % above it), where the interval rules out a rise of more than {EXCLUDED_PERCENT:g} %.",
-    "memory": f"The least memory among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %. Of the same "
-    "memory the one that can have lost least; of the same layout the one of fewer passes, where no difference can be measured.",
+    f"(or surely at most {NEGLIGIBLE_PERCENT:g} % above it), if the interval excludes a rise of more than {EXCLUDED_PERCENT:g} %.",
+    "memory": f"The least memory among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %. Among "
+    "variants of equal memory, the one with the smallest possible loss; of equal layout, the one with fewer passes if no difference is measurable.",
     "speed": f"The fastest decode at batch size 1 among variants whose intervals keep accuracy loss and perplexity rise below {BOUND_PERCENT:g} %; "
-    "among those whose speeds overlap, the one that can have lost least, or fewer passes as above. A speed marked noisy counts as the lower "
-    "end of its interval.",
+    "among variants with overlapping speeds, the one with the smallest possible loss, or with fewer passes as above. A speed marked noisy "
+    "counts as the lower end of its interval.",
 }
-"""How each goal is decided, for people."""
+"""The rule of each goal, in words."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The variant to pick for one goal."""
+    """The recommended variant for one goal."""
 
     goal: Literal["quality", "memory", "speed"]
     variant: str | None
-    """None where the numbers recommend no row."""
+    """None if no row can be recommended."""
     sentence: str
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """A row with every number that its quality is judged by."""
+    """A row with the numbers that decide on its quality."""
 
     row: Row
     loss: Measured
@@ -68,7 +67,7 @@ class _Judged:
 
     @property
     def worst(self) -> float:
-        """Upper end of the perplexity change: the largest that the measurement does not rule out."""
+        """Upper end of the perplexity change's interval: the largest rise that is not excluded."""
         return self.rise.high
 
     @property
@@ -92,7 +91,7 @@ class _Judged:
 
 
 def recommend(matrix: Matrix) -> tuple[Recommendation, Recommendation, Recommendation]:
-    """Which row to pick for quality, for memory and for speed."""
+    """The recommendations for quality, memory and speed."""
     compared = [(row, row.measured("accuracy_loss_percent"), row.measured(_RISE)) for row in matrix.rows]
     judged = [
         _Judged(row=row, loss=loss, rise=rise)
@@ -109,7 +108,7 @@ def recommend(matrix: Matrix) -> tuple[Recommendation, Recommendation, Recommend
 def _with_absent(
     found: Recommendation, matrix: Matrix, *, judged: Sequence[_Judged], need: Literal["memory", "speed"]
 ) -> Recommendation:
-    """Name the rows that had no chance because a number of theirs is missing."""
+    """Add the rows that could not be considered because a number is missing."""
     key = "memory_percent_of_fp16" if need == "memory" else "speed_over_fp16"
     present = {other.row.variant for other in judged if other.row.value(key) is not None} | {matrix.baseline}
     absent = [row.variant for row in matrix.rows if row.variant not in present]
@@ -179,7 +178,7 @@ def _for_memory(judged: Sequence[_Judged]) -> Recommendation:
 
 @dataclass(frozen=True)
 class _Timed:
-    """A row with its speed at batch size 1; `noise` says why it was disturbed."""
+    """A row with its speed at batch size 1; `noise` is the reason why it is noisy."""
 
     judged: _Judged
     speed: Measured
@@ -187,11 +186,11 @@ class _Timed:
 
     @property
     def sure(self) -> float:
-        """The speed that counts: of a disturbed measurement the lower end of its interval."""
+        """The speed used for ranking: the lower end of the interval if the measurement is noisy, else the value."""
         return self.speed.low if self.noise else self.speed.value
 
     def is_level_with(self, top: "_Timed") -> bool:
-        """Whether it may be as fast as the fastest; a disturbed measurement, with its wide interval, only where it surely is."""
+        """Whether it may be as fast as the fastest; a noisy measurement, whose interval is wide, only if it surely is."""
         return (self.speed.low if self.noise else self.speed.high) >= top.speed.low
 
     @property
@@ -240,7 +239,7 @@ def _for_speed(judged: Sequence[_Judged]) -> Recommendation:
 
 
 def _other_speeds(pick: _Timed, top: _Timed, others: Sequence[_Timed], *, told: bool) -> str:
-    """Clauses on the fastest, where it was not picked, and on those whose intervals overlap with it."""
+    """Clauses on the fastest row, if it was not picked, and on rows whose intervals overlap with its interval."""
     sentence = ""
     if pick is not top and not told:
         measures = f"measures {number(top.speed.value, 'ratio')}×" + (" (noisy)" if top.noise else "")
@@ -254,7 +253,7 @@ def _other_speeds(pick: _Timed, top: _Timed, others: Sequence[_Timed], *, told: 
 
 
 def _smallest(weighed: Sequence[tuple[float, _Judged]]) -> tuple[float, _Judged]:
-    """The least memory; among rows of the same memory the one that can have lost least, or a simpler one as good."""
+    """The row with the least memory; among rows of the same memory the one with the smallest possible loss, or a simpler equal one."""
     least = min(memory for memory, _ in weighed)
     same = [(memory, found) for memory, found in weighed if memory - least <= SAME_MEMORY_POINTS]
     _, best = min(same, key=lambda pair: pair[1].worst)
@@ -263,20 +262,20 @@ def _smallest(weighed: Sequence[tuple[float, _Judged]]) -> tuple[float, _Judged]
 
 
 def _simplest(best: _Judged, others: Iterable[_Judged]) -> _Judged:
-    """`best`, or one of the same layout that fewer passes made, where no difference between the two can be measured."""
+    """`best`, or a row of the same layout with fewer passes, if no difference between the two is measurable."""
     as_good = [found for found in others if _is_alike(found, best)]
     return min([best, *as_good], key=lambda found: (found.passes, found.worst))
 
 
 def _is_alike(simpler: _Judged, other: _Judged) -> bool:
-    """Whether more passes made the other without a difference that can be measured."""
+    """Whether `other` has more passes but no measurable difference."""
     if not same_layout(simpler.row, other.row) or simpler.passes >= other.passes:
         return False
     return not _differs(simpler, other)
 
 
 def _differs(a: _Judged, b: _Judged) -> bool:
-    """Whether their perplexity changes differ measurably; unpaired, no difference is claimed where the intervals overlap."""
+    """Whether their perplexity changes differ measurably; if they cannot be paired, their intervals must not overlap."""
     difference = _difference(a, b)
     if difference is None:
         return a.rise.low > b.rise.high or b.rise.low > a.rise.high
@@ -298,7 +297,7 @@ def _why_not(pick: _Judged, other: _Judged) -> str:
 
 
 def _same_memory(pick: _Judged, memory: float, weighed: Sequence[tuple[float, _Judged]]) -> str:
-    """A clause for each row that the pick was preferred to for its quality, not for its size."""
+    """A clause for each row of the same memory that was not picked because of its quality."""
     same = [found for other, found in weighed if found is not pick and abs(other - memory) <= SAME_MEMORY_POINTS]
     return "".join(
         _why_not(pick, found)

@@ -29,8 +29,8 @@ class Row:
     """One variant.
 
     Attributes:
-        record: its numbers, all finite; what was measured and is no number stands among its failures.
-        link: where the record lies, relative to the directory of the report.
+        record: its numbers, all finite; numbers that are not finite are replaced by failures.
+        link: path of the record, relative to the report's directory.
     """
 
     record: Record
@@ -78,11 +78,11 @@ class Row:
 
     @property
     def noise(self) -> Mapping[str, str]:
-        """Reasons why cells of speed were disturbed, by cell."""
+        """Reasons why cells of speed are noisy, by cell."""
         return self.speed.noise if self.speed else {}
 
     def value(self, key: str) -> Value:
-        """The number of a metric, with the batch size behind a dot: "decode_tokens_per_second.8"; None where it is missing."""
+        """The number of a metric; the key may have a batch size: "decode_tokens_per_second.8"; None if it is missing."""
         name, _, batch = key.partition(".")
         part, declared = METRICS[name]
         found = getattr(getattr(self.record, part), name, None)
@@ -90,13 +90,13 @@ class Row:
         return value
 
     def measured(self, key: str) -> Measured | None:
-        """The same, of a metric whose numbers have intervals."""
+        """The number of a metric whose numbers have intervals."""
         found = self.value(key)
         assert found is None or isinstance(found, Measured), f"{key} has no interval"
         return found
 
     def number(self, key: str) -> float | None:
-        """The same, of a metric whose numbers have no intervals."""
+        """The number of a metric whose numbers have no intervals."""
         found = self.value(key)
         assert not isinstance(found, Measured), f"{key} has an interval"
         return found
@@ -113,7 +113,7 @@ def build_row(record: Record, *, link: str | None = None) -> Row:
 
     Args:
         record: one evaluation.
-        link: where the record lies, relative to the directory of the report.
+        link: path of the record, relative to the report's directory.
     """
     failures = list(record.failures)
     finite: dict[str, Any] = {part: _if_finite(getattr(record, part), failures, part) for part in PARTS}
@@ -124,9 +124,9 @@ def build_row(record: Record, *, link: str | None = None) -> Row:
 
 
 def row_as_json(row: Row, rows: Sequence[Row]) -> dict[str, object]:
-    """The row as matrix.json holds it: its record without the sums over documents, parts made flat.
+    """The row in the form of matrix.json: its record without the sums over documents, with the fields of its parts flattened.
 
-    Every key stands in every row of `rows`, so a reader can index without asking first; what was not measured is null.
+    Every row has every key that any of `rows` has, so readers need not check for keys; values that were not measured are null.
     """
     record = row.record
     flat: dict[str, object] = {
@@ -142,7 +142,7 @@ def row_as_json(row: Row, rows: Sequence[Row]) -> dict[str, object]:
         for name in [*metrics_of(model), *(name for name in model.model_fields if name not in metrics_of(model))]:
             if name != "documents":
                 flat[name] = _field_as_json(getattr(record, part), model, name, rows)
-    if record.memory:  # a plain number under its old name
+    if record.memory:  # the old key keeps a plain number
         flat |= {"load_seconds": record.memory.load_seconds.value, "load_seconds_interval": record.memory.load_seconds}
     else:
         flat["load_seconds_interval"] = None
@@ -167,12 +167,12 @@ def _field_as_json(part: BaseModel | None, model: type[BaseModel], name: str, ro
 
 
 def domains_of(rows: Sequence[Row]) -> list[str]:
-    """The kinds of text that some row was measured on."""
+    """The kinds of text on which any row was measured."""
     return sorted({domain for row in rows if row.quality for domain in row.quality.domains})
 
 
 def batch_sizes(rows: Sequence[Row], declared: Declared) -> list[str]:
-    """The batch sizes that matrix.json has keys for: those that are always there, and those of some row."""
+    """The batch sizes with keys in matrix.json: those always present, and those of any row."""
     names = [name for name in (declared.name, declared.metric.made_of) if name]
     return in_size(
         {*declared.metric.batches, *(batch for row in rows for name in names for batch in row.by_batch(name))}
@@ -190,21 +190,21 @@ def metric(name: str) -> Metric:
 
 
 def link_to(row: Row, field: str = "") -> str | None:
-    """URL of the record of a row, at one of its fields; None where no record lies beside the report."""
+    """URL of a row's record, at one of its fields; None if the report has no record files beside it."""
     if row.link is None:
         return None
     return quote(row.link) + (f"#{quote(field)}" if field else "")
 
 
 def same_layout(a: Row, b: Row) -> bool:
-    """Whether two rows hold the same tensors in the same formats, so that they differ in the values alone."""
+    """Whether two rows have the same tensors in the same formats, so that they differ only in values."""
     if a.memory is None or b.memory is None or a.memory.weights_bytes != b.memory.weights_bytes:
         return False
     return (a.speed.layout if a.speed else "") == (b.speed.layout if b.speed else "")
 
 
 def same_changes(a: Row, b: Row) -> bool:
-    """Whether the same passes made two rows, by whatever algorithms; never where only the dtype was changed, or nothing."""
+    """Whether the same passes made two rows, ignoring algorithms; False if the passes only cast or there are none."""
     changes = [[one.change for one in row.record.passes] for row in (a, b)]
     return changes[0] == changes[1] and any(operation != "cast" for operation, _ in changes[0])
 

@@ -1,10 +1,10 @@
-"""Where everything in the plot of accuracy loss against memory stands: plain geometry, drawn by a template as SVG.
+"""Layout of the scatter plot of accuracy loss against memory: geometry only, which a template draws as SVG.
 
-Drawn by hand rather than by a plotting library so that it follows the reader's colour theme, can be read by a screen
-reader point by point, and comes out the same to the byte on every machine. Coordinates are SVG pixels, y pointing down.
+No plotting library is used, so that the plot follows the reader's colour theme, a screen reader can read every point, and the
+output is equal in every byte on every machine. Coordinates are SVG pixels with y pointing down.
 
-Points of equal memory are common (two INT4 variants, everything at 16 bits), so marks that would cover each other move
-sideways, and labels look for a free place around their mark.
+Points of equal memory are common (two INT4 variants, all 16-bit variants), so overlapping marks are shifted sideways, and labels
+are placed in free space around their mark.
 """
 
 import math
@@ -12,24 +12,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from quantlab.evaluation.measured import Measured
-from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import Row, noise_of
+from quantlab.report.matrix.table_cells import interval, number
 
 SPEED_STEPS = (0.95, 1.25, 2.0, 3.0)
-"""Where the classes of speed over FP16 begin, but the slowest."""
+"""Lower bounds of the classes of speed over FP16, except the slowest."""
 SPEED_NAMES = ("slower than FP16", "as fast", "from 1.25×", "from 2×", "from 3×")
 _RADII = (5.0, 6.0, 7.5, 9.0, 10.5)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 22.0, 34.0, 46.0
 _LETTER, _LINE = 7.6, 15.0
 _SHIFTS = (0, -6, 6, -10, 10, -14, 14)
 _OFF_SCALE = 5.0
-"""A loss this many times the next smaller one would press all others onto the axis."""
+"""A loss more than this many times the next smaller one is drawn off the scale; it would compress all others onto the axis."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle that nothing else should cover."""
+    """A rectangle that other elements should not overlap."""
 
     left: float
     top: float
@@ -55,7 +55,7 @@ class Mark:
 
     variant: str
     x: float
-    """Drawn: shifted by a few pixels where marks would cover each other."""
+    """Drawn position, shifted by a few pixels if marks would overlap."""
     true_x: float
     y: float
     radius: float
@@ -65,12 +65,12 @@ class Mark:
     is_baseline: bool
     on_frontier: bool
     noise: str | None
-    """Reason why the measurement of its speed was disturbed."""
+    """Reason why the measurement of its speed is noisy."""
     details: str
     """All numbers of the point in one line."""
 
     def covers(self, other: "Mark") -> float:
-        """How much the two hide of each other: dots may touch, bars must stay apart."""
+        """How much two marks overlap: dots may touch, bars must not."""
         dots = _square(self, 0.7 * self.radius).overlap(_square(other, 0.7 * other.radius))
         return dots + _bar(self, 2.5).overlap(_bar(other, 2.5))
 
@@ -83,7 +83,7 @@ class Label:
     """Baseline of the text."""
     box: Box
     leader: tuple[float, float, float, float] | None
-    """From the mark to the text, where the text stands off."""
+    """Line from the mark to a distant text."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Plot:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     frontier: str
-    """Path of the rows that no other beats in both."""
+    """Path through the Pareto frontier: rows that no other row beats in both numbers."""
     marks: tuple[Mark, ...]
     labels: tuple[Label, ...]
     left_out: tuple[str, ...]
@@ -117,7 +117,7 @@ class _Point:
 
 
 def lay_out(matrix: Matrix, *, width: float, height: float) -> Plot | None:
-    """The plot at the given size, or None where no variant has both numbers."""
+    """Lay out the plot at a size in pixels; None if no variant has both numbers."""
     points, left_out = _points(matrix)
     if all(point.is_baseline for point in points):
         return None
@@ -158,7 +158,7 @@ def lay_out(matrix: Matrix, *, width: float, height: float) -> Plot | None:
 
 
 def nice_ticks(low: float, high: float, *, at_most: int) -> list[float]:
-    """Round numbers from `low` to `high`, both inside the outermost interval."""
+    """Round tick values that cover `low` to `high`."""
     rough = (high - low) / (at_most - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
@@ -167,7 +167,7 @@ def nice_ticks(low: float, high: float, *, at_most: int) -> list[float]:
 
 
 def number_of_tick(value: float) -> str:
-    """A tick's number with a real minus."""
+    """A tick's number with a minus sign."""
     return f"{value:g}".replace("-", "−")
 
 
@@ -257,7 +257,7 @@ def _labels(marks: Sequence[Mark], *, within: Box) -> Iterator[Label]:
         places = list(_places(mark, width))
         costs = [sum(label.box.overlap(box) for box in taken) + 10 * _outside(label.box, within) for label in places]
         chosen = places[min(range(len(places)), key=lambda index: (round(costs[index], 3), index))]
-        box = chosen.box  # side by side, two names would read as one
+        box = chosen.box  # two adjacent names would read as one
         taken.append(Box(box.left - _LETTER, box.top, box.right + _LETTER, box.bottom))
         yield chosen
 
@@ -275,7 +275,7 @@ def _bar(mark: Mark, half: float) -> Box:
 
 
 def _outside(box: Box, within: Box) -> float:
-    """Pixels by which a box leaves the plot."""
+    """Pixels by which a box exceeds the plot."""
     return (
         max(0.0, within.left - box.left)
         + max(0.0, box.right - within.right)
@@ -285,7 +285,7 @@ def _outside(box: Box, within: Box) -> float:
 
 
 def _places(mark: Mark, width: float) -> Iterator[Label]:
-    """Places for a label, best first: beside the mark, then above and below, then ever further off with a leader."""
+    """Candidate positions of a label, best first: beside the mark, above and below it, then further away with a leader line."""
     for distance in (4.0, 14.0, 26.0, 40.0, 56.0):
         reach = mark.radius + distance
         for horizontal, vertical in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):

@@ -1,7 +1,7 @@
-"""Where the bars of speed by batch size stand: plain geometry, drawn by a template as SVG.
+"""Layout of the bar charts of speed by batch size: geometry only, which a template draws as SVG.
 
-One panel for every phase and batch size, all on one scale, so that what a batch size does to a variant can be seen across
-panels. Coordinates are SVG pixels, y pointing down.
+There is one panel per phase and batch size. All panels have the same scale, so that a variant can be compared across batch sizes.
+Coordinates are SVG pixels with y pointing down.
 """
 
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.speed.metrics import timed_words
-from quantlab.report.matrix.cells import interval, number
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.rows import Row, in_size, link_to, noise_of
 from quantlab.report.matrix.scatter_plot import Tick, nice_ticks
+from quantlab.report.matrix.table_cells import interval, number
 
 WIDTH = 360.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 118.0, 74.0, 8.0, 24.0
@@ -27,10 +27,10 @@ class Bar:
         y, middle: top of the bar and its middle.
         length: pixels from the axis.
         low, high: x of the ends of the interval.
-        text: beside the bar.
-        noise: reason why the measurement was disturbed.
+        text: text beside the bar.
+        noise: reason why the measurement is noisy.
         details: all its numbers in one line.
-        href: where the number stands in its record.
+        href: link to the number in its record.
     """
 
     variant: str
@@ -66,7 +66,7 @@ class Panel:
 
 
 def lay_out_bars(matrix: Matrix) -> tuple[Panel, ...]:
-    """One panel for every phase and batch size that some row has a ratio to FP16 for."""
+    """One panel for every phase and batch size for which any row has a ratio to FP16."""
     kinds = [
         (phase, batch)
         for phase in ("decode", "prefill")

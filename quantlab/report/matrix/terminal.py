@@ -11,12 +11,12 @@ from rich.text import Text
 
 from quantlab.report.claims.table import ClaimsTable, claims_table
 from quantlab.report.matrix.attention_table import AttentionTable, attention_table
-from quantlab.report.matrix.cells import Cell, cell, failures, notes, served_warnings
 from quantlab.report.matrix.columns import Column, columns
 from quantlab.report.matrix.layer_maps import layer_maps
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.recommend import recommend
-from quantlab.report.matrix.verdict import summary
+from quantlab.report.matrix.row_verdicts import summary
+from quantlab.report.matrix.table_cells import TableCell, cell, failures, notes, served_warnings
 
 _LABEL_WIDTH = 9
 _LONGEST_LINE = 120
@@ -24,7 +24,7 @@ _IN_ASCII = str.maketrans({"±": "+-", "×": "x", "−": "-", "–": "-", "…":
 
 
 def print_matrix(matrix: Matrix, console: Console) -> None:
-    """Print the table, the recommendations and what a reader must know."""
+    """Print the table, the recommendations and the notes."""
     console.print(Text(in_encoding(console, f"{matrix.recipe} · {matrix.suite} · {matrix.hardware}"), style="dim"))
     for table in tables_that_fit(matrix, console):
         console.print(table)
@@ -51,16 +51,16 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
     for failure in failures(matrix):
         _print_labelled("failed", failure, console, label_style="bold red")
     for note in (
-        "± is the wider side of the 95 % interval, a range the least and the most that was found; bold is a change that can be measured.",
+        "± is the wider side of the 95 % interval; a range is the smallest and the largest value found; bold marks a measurable change.",
         *notes(matrix),
     ):
         _print_labelled("note", note, console, label_style="dim", style="dim")
 
 
 def tables_that_fit(matrix: Matrix, console: Console) -> list[Table]:
-    """The matrix with as many details as the console is wide; the columns that decide stand always.
+    """The matrix with as many detail columns as fit the console's width; headline columns are always included.
 
-    The losses in tasks follow in the same table where all of them fit, else in tables of their own.
+    The losses of tasks are in the same table if all of them fit, else in separate tables.
     """
     every = columns(matrix)
     fitting = [column for column in every if column.is_headline]
@@ -81,7 +81,7 @@ def tables_that_fit(matrix: Matrix, console: Console) -> list[Table]:
 
 
 def _fits(table: Table, console: Console) -> bool:
-    """Whether no cell of the table is wrapped."""
+    """Whether the table fits without wrapping a cell."""
     return Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width
 
 
@@ -123,7 +123,7 @@ def _claims(claims: ClaimsTable, console: Console) -> Table:
     return table
 
 
-def _text(found: Cell, column: Column, console: Console) -> Text:
+def _text(found: TableCell, column: Column, console: Console) -> Text:
     match found.state:
         case "baseline":
             return Text(in_encoding(console, found.text), style="italic dim")
@@ -143,7 +143,7 @@ def _text(found: Cell, column: Column, console: Console) -> Text:
 
 
 def _print_labelled(label: str, text: str, console: Console, *, label_style: str, style: str = "") -> None:
-    """A paragraph beside its label; wrapped lines stand under the text."""
+    """Print a paragraph beside its label; wrapped lines are indented to the text."""
     width = max(_LABEL_WIDTH + 20, min(console.width, _LONGEST_LINE))
     lines = textwrap.wrap(in_encoding(console, text), width - _LABEL_WIDTH, break_on_hyphens=False)
     for index, line in enumerate(lines):
@@ -154,5 +154,5 @@ def _print_labelled(label: str, text: str, console: Console, *, label_style: str
 
 
 def in_encoding(console: Console, text: str) -> str:
-    """The text in what the console's encoding can hold."""
+    """The text with characters replaced that the console's encoding cannot represent."""
     return text if console.encoding.lower().startswith("utf") else text.translate(_IN_ASCII)

@@ -1,8 +1,7 @@
-"""Cells of the tables as text, and the notes that explain the numbers.
+"""Table cells as text, and the notes that explain the numbers.
 
-Terminal, Markdown and HTML differ in how much room they have, not in what a number looks like; that is decided here
-once. A cell is in one of four states: a value, the baseline (there is nothing to compare it with), a failure with its
-reason, or not measured.
+Terminal, Markdown and HTML show different numbers of columns, but format a number in the same way, which is defined here. A
+table cell has one of four states: a value, the baseline (nothing to compare it with), a failure with its reason, or not measured.
 """
 
 from dataclasses import dataclass
@@ -14,26 +13,26 @@ from quantlab.evaluation.metric import Unit
 from quantlab.evaluation.speed.metrics import TIMED_WORDS, Timed
 from quantlab.report.matrix.columns import Column
 from quantlab.report.matrix.matrix import Matrix
+from quantlab.report.matrix.row_verdicts import judge, significance_of, tested
 from quantlab.report.matrix.rows import Row, noise_of, task_of
-from quantlab.report.matrix.verdict import judge, significance_of, tested
 
 State = Literal["value", "baseline", "failed", "missing"]
 
 INTERVALS = (
-    "Intervals are 95 % intervals unless called a range, those of speed for the number of another evaluation on the same "
+    "Intervals are 95 % intervals unless called a range; intervals of speed predict the number of another evaluation on the same "
     "machine; losses and changes are paired with the baseline on the same tokens."
 )
 HOLM_NOTE = "A loss is called measurable only if it stays so after correction for the number of rows (Holm)."
 LEAST_SERVED_KL: Final = 1e-3
-"""Nats per token that are never warned of."""
+"""KL in nats per token below which no warning is shown."""
 SERVED_KL_OVER_ROUNDING: Final = 4.0
-"""KL of a 16-bit decode over that of the baseline's, above which it is more than rounding."""
+"""Ratio to the KL of the baseline's 16-bit decode above which a KL is more than rounding."""
 PRUNED_NOTE = "Pruned weights are stored as zeros in dense tensors: pruning alone saves neither memory nor time."
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One cell as text."""
+class TableCell:
+    """One table cell as text."""
 
     state: State
     text: str
@@ -51,16 +50,16 @@ class Cell:
     """Verdict on a loss."""
     significance: Significance | None = None
     noise: str | None = None
-    """Reason why the measurement was disturbed."""
+    """Reason why the measurement is noisy."""
 
 
-def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
+def cell(matrix: Matrix, row: Row, column: Column) -> TableCell:
     """The cell of `row` in `column`."""
     found = column.read(row)
     if found is None:
         return _empty_cell(matrix, row, column)
     if isinstance(found, Measured):
-        return Cell(
+        return TableCell(
             state="value",
             text=number(found.value, column.unit),
             interval=interval(found, column.unit) if found.n != 1 else None,
@@ -73,7 +72,7 @@ def cell(matrix: Matrix, row: Row, column: Column) -> Cell:
             significance=_significance(row, column),
             noise=noise_of(row, column.noise_key),
         )
-    return Cell(state="value", text=number(found, column.unit), number=float(found))
+    return TableCell(state="value", text=number(found, column.unit), number=float(found))
 
 
 def _significance(row: Row, column: Column) -> Significance | None:
@@ -84,13 +83,13 @@ def _significance(row: Row, column: Column) -> Significance | None:
 
 
 def counts(matrix: Matrix, column: Column) -> str:
-    """The n of a column, or its smallest and largest; empty for numbers without an interval."""
+    """The n of a column, or its smallest and largest n; empty for numbers without an interval."""
     found = {n for row in matrix.rows if (n := cell(matrix, row, column).n)}
     return " to ".join(f"{n:,}" for n in sorted({min(found), max(found)})) if found else ""
 
 
-def details(row: Row, column: Column, found: Cell) -> str:
-    """One number with interval, n, verdict, p and origin, in one line."""
+def details(row: Row, column: Column, found: TableCell) -> str:
+    """A number with interval, n, verdict, p and origin, in one line."""
     parts = [f"{row.variant}, {column.heading}: {found.text}"]
     if found.interval:
         parts[0] += f" ({found.interval})"
@@ -110,18 +109,18 @@ def details(row: Row, column: Column, found: Cell) -> str:
     return " · ".join(parts)
 
 
-def _empty_cell(matrix: Matrix, row: Row, column: Column) -> Cell:
+def _empty_cell(matrix: Matrix, row: Row, column: Column) -> TableCell:
     if column.relative and row.variant == matrix.baseline and row.quality is not None:
-        return Cell(state="baseline", text="baseline" if column.is_headline else "–")
+        return TableCell(state="baseline", text="baseline" if column.is_headline else "–")
     measured_with = "quality" if column.group == "domains" else column.group
     reasons = [failure.reason for failure in row.failures if failure.cell == measured_with]
     if reasons:
-        return Cell(state="failed", text="failed", reason="; ".join(reasons))
-    return Cell(state="missing", text="–")
+        return TableCell(state="failed", text="failed", reason="; ".join(reasons))
+    return TableCell(state="missing", text="–")
 
 
 def number(value: float, unit: Unit) -> str:
-    """A number as people read it; the unit stands in the column's head unless it changes with the size."""
+    """Format a number. The unit is in the column's heading, unless it depends on the magnitude."""
     match unit:
         case "percent":
             text = f"{value:.1f}"
@@ -143,7 +142,7 @@ def number(value: float, unit: Unit) -> str:
 
 
 def interval(measured: Measured, unit: Unit) -> str:
-    """`low to high`: an en dash between negative numbers is hard to read. What is no 95 % interval is called what it is."""
+    """`low to high`: an en dash between negative numbers is hard to read. A range is labelled as one."""
     ends = _ends(measured, unit)
     return ends if measured.interval == "95 %" else f"{ends}, range of {measured.reason}"
 
@@ -153,7 +152,7 @@ def _ends(measured: Measured, unit: Unit) -> str:
 
 
 def _margin(measured: Measured, unit: Unit) -> str:
-    """`±` the wider side of the interval, with the digits of the value; of a range its ends."""
+    """`±` the wider side of the interval, with the digits of the value; for a range, its ends."""
     if measured.interval != "95 %":
         return f"range {_ends(measured, unit)}"
     wider = max(measured.high - measured.value, measured.value - measured.low)
@@ -164,7 +163,7 @@ def _margin(measured: Measured, unit: Unit) -> str:
 
 
 def human_bytes(value: float) -> str:
-    """Bytes in powers of 1000, as disks are sold."""
+    """Bytes with units in powers of 1000."""
     size, name = float(value), "B"
     for name in ("B", "kB", "MB", "GB", "TB"):
         if abs(size) < 999.5 or name == "TB":
@@ -175,7 +174,7 @@ def human_bytes(value: float) -> str:
 
 
 def failures(matrix: Matrix) -> tuple[str, ...]:
-    """Every failure as a line."""
+    """One line for every failure."""
     return tuple(
         f"{row.variant}: {failure.cell} could not be measured: {failure.reason}"
         for row in matrix.rows
@@ -184,15 +183,15 @@ def failures(matrix: Matrix) -> tuple[str, ...]:
 
 
 def tokens_of(matrix: Matrix) -> list[int]:
-    """How many tokens of text quality was measured on: one number, or several where rows differ."""
+    """Numbers of tokens on which quality was measured: one, or several if rows differ."""
     return sorted({row.quality.perplexity.n for row in matrix.rows if row.quality})
 
 
 def served_warnings(matrix: Matrix) -> tuple[str, ...]:
-    """Variants whose 16-bit decode is farther from float32 than rounding explains.
+    """Warnings for variants whose 16-bit decode differs from float32 by more than rounding.
 
-    Rounding is judged by the baseline's own decode. KL grows with the square of the error of the logits, so four times its KL
-    is twice its error; below a thousandth of a nat no error matters.
+    The baseline's own decode estimates the rounding. KL grows with the square of the logits' error, so four times the KL is twice
+    the error. Below 0.001 nats no error matters.
     """
     own = [row.record.served for row in matrix.rows if row.variant == matrix.baseline]
     rounding = own[0].served_kl.value if own and own[0] else 0.0
@@ -206,7 +205,7 @@ def served_warnings(matrix: Matrix) -> tuple[str, ...]:
 
 
 def _speed_notes(matrix: Matrix) -> list[str]:
-    """What speed was measured on, one sentence for each kind of model."""
+    """The models that speed was measured on, one sentence for each kind."""
     models: dict[Timed, set[str]] = {}
     for row in matrix.rows:
         if row.speed and row.speed.twin:
@@ -218,7 +217,7 @@ def _speed_notes(matrix: Matrix) -> list[str]:
             found.append(f"Speed is measured on {words}, interleaved with the same model in float16.")
         else:
             found.append(
-                "Speed does not depend on the values of the weights, but for the experts that they choose, which are the same in "
+                "Speed does not depend on the values of the weights, except for the choice of experts, which is the same in "
                 f"every twin; it is measured on {words}, interleaved with FP16's."
             )
     return found
@@ -257,14 +256,14 @@ def notes(matrix: Matrix) -> tuple[str, ...]:
 
 
 def _expanded(row: Row, fallback: Expanded) -> str:
-    """A fallback of the runtime; the source is by definition expanded."""
+    """The note on matrices that the runtime expands. The source is excluded, because it is always expanded."""
     when = "for every product" if fallback.held == "packed" else "to 16 bits when they are loaded"
     count = f"{fallback.count:,} {fallback.format} matrices"
     return f"{row.variant}: {count} are expanded {when}: {'; '.join(fallback.reasons)}."
 
 
 def _signed(text: str) -> str:
-    """With a real minus, and none before a zero."""
+    """Replace the hyphen with a minus sign, and remove it before a zero."""
     digits = text.removeprefix("-")
     if not digits.strip("0.,"):
         return digits

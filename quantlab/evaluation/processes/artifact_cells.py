@@ -1,8 +1,8 @@
-"""One artifact's cells, one after the other: what is known already is kept, what fails is a failure with its reason.
+"""The cells of one artifact, measured one after the other. Known results are kept; a failed cell stores its reason.
 
-A cell is a process of its own (`worker.py`). The tasks of an artifact share one, because loading the model takes longer than
-many a task; each is told as soon as it is answered, with a time limit of its own. One that ends the process costs itself
-alone: a new process answers the rest.
+Every cell runs in its own process (`worker.py`). The tasks of an artifact share a process, because loading the model takes
+longer than many tasks. Each task has its own time limit and its answer is sent as soon as it is complete. If a task crashes the
+process, a new process answers the remaining tasks.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -28,7 +28,7 @@ from quantlab.evaluation.processes.messages import (
     TasksResult,
     predictions_complete,
 )
-from quantlab.evaluation.processes.workers import CellError, Worker, wrong_answer
+from quantlab.evaluation.processes.worker_client import CellError, Worker, invalid_answer
 from quantlab.evaluation.quality.metrics import Quality
 from quantlab.evaluation.record import Attention, Failure, Record, TaskResult
 from quantlab.evaluation.served.metrics import Served
@@ -38,18 +38,18 @@ from quantlab.evaluation.suite import LoadedSuite, SpeedSuite, TaskRun
 
 
 @dataclass
-class Bench:
-    """What measuring an artifact takes from the whole evaluation.
+class EvaluationContext:
+    """State that the measurements of all artifacts of an evaluation share.
 
     Attributes:
         worker: runs the cells.
-        suite: what is measured.
+        suite: the suite.
         predictions: directory of the baseline's predictions.
-        scores: file of the baseline's answers to tasks.
-        key: names the baseline and all that its answers depend on.
-        device: where models compute.
-        progress: told of each stage.
-        baseline_failure: why the baseline has no predictions; None if it has.
+        scores: file of the baseline's task scores.
+        key: hash of everything that the baseline's predictions and scores depend on.
+        device: device of the models.
+        progress: called at each stage.
+        baseline_failure: the reason why the baseline has no predictions; None if it has them.
     """
 
     worker: Worker
@@ -63,13 +63,13 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is known of one artifact; None is what has not been measured, or failed.
+class ArtifactResults:
+    """The results of one artifact; a part is None if it was not measured or failed.
 
     Attributes:
-        tasks: results by the number of their run in the suite.
-        command: of the run that measured last.
-        failures: why something is missing.
+        tasks: task results by their index in `LoadedSuite.runs`.
+        command: command line of the last run that measured.
+        failures: failed cells with their reasons.
     """
 
     quality: Quality | None = None
@@ -81,13 +81,13 @@ class Found:
     command: str = ""
     failures: tuple[Failure, ...] = ()
 
-    def without(self, cells: Collection[str]) -> "Found":
-        """The same without what these cells measured."""
+    def without(self, cells: Collection[str]) -> "ArtifactResults":
+        """The same results without those of `cells`."""
         empty: dict[str, Any] = dict.fromkeys(cells) | ({"tasks": {}} if "tasks" in cells else {})
         return replace(self, **empty)
 
-    def lacks(self, suite: LoadedSuite, *, is_baseline: bool) -> bool:
-        """Whether anything the suite asks for is still to be measured."""
+    def is_incomplete(self, suite: LoadedSuite, *, is_baseline: bool) -> bool:
+        """Whether the suite asks for a cell that is not measured yet."""
         return (
             self.quality is None
             or self.served is None
@@ -98,8 +98,8 @@ class Found:
         )
 
 
-def sound_parts(suite: LoadedSuite, record: Record) -> Found:
-    """What a record holds, less whatever had failed and may be tried again."""
+def reusable_results(suite: LoadedSuite, record: Record) -> ArtifactResults:
+    """The results of a record without its failed cells, which are measured again."""
     failed = {failure.cell for failure in record.failures}
     is_baseline = record.variant == record.baseline
     answered = [task for task in record.tasks if is_baseline or task.loss is not None]
@@ -109,7 +109,7 @@ def sound_parts(suite: LoadedSuite, record: Record) -> Found:
         if result is not None:
             answered.remove(result)
             tasks[number] = result
-    return Found(
+    return ArtifactResults(
         quality=record.quality if "quality" not in failed else None,
         served=record.served if is_baseline or (record.served and record.served.served_kl_to_baseline) else None,
         tasks=tasks,
@@ -128,34 +128,34 @@ def _is_of(run: TaskRun, task: TaskResult) -> bool:
     )
 
 
-class SpeedTurns:
-    """The speed of all artifacts at once, because ratios are taken within interleaved rounds; its processes take turns with the rows.
+class SpeedProcesses:
+    """The processes that time the speed of all artifacts together, because ratios are taken within interleaved rounds.
 
-    Spread over the whole evaluation they differ by what a machine does in minutes, which another evaluation will differ by too;
-    where rows are known from before, the processes come one after the other.
+    They alternate with the other cells and so are spread over the whole evaluation. Their variation then includes the drift of
+    the machine over minutes, which also separates two evaluations. If the other cells are known, they run one after the other.
 
     Attributes:
-        speeds: of every variant, once all processes have had their turn.
-        failures: why a variant has no speed.
+        speeds: the speed of every variant, once all processes have run.
+        failures: the reason why a variant has no speed.
     """
 
-    def __init__(self, bench: Bench, artifacts: Mapping[str, Path], source: Path) -> None:
-        """Prepare.
+    def __init__(self, context: EvaluationContext, artifacts: Mapping[str, Path], source: Path) -> None:
+        """Start no process yet.
 
         Args:
-            bench: shared by all rows.
-            artifacts: variant -> directory, of those whose speed is wanted.
-            source: the checkpoint that in float16 is the FP16 side where no artifact is.
+            context: state shared by all artifacts.
+            artifacts: variant -> directory, for the artifacts to time.
+            source: checkpoint that is timed in float16 as the FP16 reference if no artifact is in float16.
         """
         self.speeds: Mapping[str, Speed] = {}
         self.failures: Mapping[str, str] = {}
-        self._bench = bench
+        self._bench = context
         self._artifacts, self._source = dict(artifacts), source
-        self._suite = bench.suite.suite.speed if artifacts else None
+        self._suite = context.suite.suite.speed if artifacts else None
         self._results: list[SpeedResult] = []
 
-    def catch_up(self, done: float) -> None:
-        """Run the processes whose turn has come when this share of the rows is done: the first before all, the last after."""
+    def run_due(self, done: float) -> None:
+        """Run the processes that are due when the share `done` of the artifacts is measured: the first at 0, the last at 1."""
         while self._suite is not None and not self.failures and len(self._results) < self._suite.processes:
             if len(self._results) > done * (self._suite.processes - 1):
                 return
@@ -185,139 +185,145 @@ class SpeedTurns:
             self.speeds = speeds_of(suite, self._results)
 
 
-def measure_row(bench: Bench, variant: str, directory: Path, found: Found, *, is_baseline: bool) -> Found:
-    """Quality, served path, tasks and memory of one artifact, of the baseline also attention; only what is not known yet.
+def measure_artifact(
+    context: EvaluationContext, variant: str, directory: Path, found: ArtifactResults, *, is_baseline: bool
+) -> ArtifactResults:
+    """Measure the missing cells among quality, served path, tasks and memory, and attention for the baseline.
 
     Args:
-        bench: shared by all rows.
-        variant: names the row.
+        context: state shared by all artifacts.
+        variant: name of the row.
         directory: the artifact.
-        found: what is known.
-        is_baseline: whether the others are compared with it.
+        found: its known results.
+        is_baseline: whether the other artifacts are compared with it.
     """
     failures = list(found.failures)
     if found.quality is None:
-        found = replace(found, quality=_quality(bench, variant, directory, failures, is_baseline=is_baseline))
+        found = replace(found, quality=_quality(context, variant, directory, failures, is_baseline=is_baseline))
     if found.served is None:
-        found = replace(found, served=_served(bench, variant, directory, failures, is_baseline=is_baseline))
-    if len(found.tasks) < len(bench.suite.runs):
-        answers = _tasks(bench, variant, directory, found.tasks, is_baseline=is_baseline)
-        failures += _failed_tasks(bench.suite.runs, answers)
+        found = replace(found, served=_served(context, variant, directory, failures, is_baseline=is_baseline))
+    if len(found.tasks) < len(context.suite.runs):
+        answers = _tasks(context, variant, directory, found.tasks, is_baseline=is_baseline)
+        failures += _failed_tasks(context.suite.runs, answers)
         answered = {answer.run: answer.result for answer in answers if answer.result is not None}
         found = replace(found, tasks={**found.tasks, **answered})
     if found.memory is None:
-        request = MemoryRequest(directory=directory, suite=bench.suite.path, device=bench.device)
+        request = MemoryRequest(directory=directory, suite=context.suite.path, device=context.device)
         try:
-            memory = bench.worker.run(f"{variant}-memory", request, Memory, progress=_silent)
+            memory = context.worker.run(f"{variant}-memory", request, Memory, progress=_silent)
             found = replace(found, memory=memory)
         except CellError as error:
             failures.append(Failure(cell="memory", reason=str(error)))
     if is_baseline and found.attention is None:
-        attention = measure_contexts(bench.worker, bench.suite, directory, device=bench.device, progress=bench.progress)
+        attention = measure_contexts(
+            context.worker, context.suite, directory, device=context.device, progress=context.progress
+        )
         found = replace(found, attention=attention)
     return replace(found, failures=tuple(failures))
 
 
 def _quality(
-    bench: Bench, variant: str, directory: Path, failures: list[Failure], *, is_baseline: bool
+    context: EvaluationContext, variant: str, directory: Path, failures: list[Failure], *, is_baseline: bool
 ) -> Quality | None:
-    role: Role = "baseline" if is_baseline else "compared" if bench.baseline_failure is None else "alone"
+    role: Role = "baseline" if is_baseline else "compared" if context.baseline_failure is None else "alone"
     request = QualityRequest(
         directory=directory,
-        suite=bench.suite.path,
-        predictions=bench.predictions,
+        suite=context.suite.path,
+        predictions=context.predictions,
         role=role,
-        key=bench.key,
-        device=bench.device,
+        key=context.key,
+        device=context.device,
     )
 
     def progress(_: str, done: int, total: int) -> None:
-        """One bar per row, whatever it is busy with."""
-        bench.progress(f"{variant}: quality", done, total)
+        """Show all stages as one bar per artifact."""
+        context.progress(f"{variant}: quality", done, total)
 
     try:
-        found = bench.worker.run(f"{variant}-quality", request, QualityResult, progress=progress)
+        found = context.worker.run(f"{variant}-quality", request, QualityResult, progress=progress)
     except CellError as error:
         failures.append(Failure(cell="quality", reason=str(error)))
         if is_baseline:
-            bench.baseline_failure = str(error)
+            context.baseline_failure = str(error)
         return None
     if role == "alone":
-        reason = f"nothing to compare with: the baseline failed: {bench.baseline_failure}"
+        reason = f"nothing to compare with: the baseline failed: {context.baseline_failure}"
         failures.append(Failure(cell="quality", reason=reason))
     failures += [Failure(cell="quality", reason=f"{part}: {why}") for part, why in found.failures.items()]
     return found.quality
 
 
 def _served(
-    bench: Bench, variant: str, directory: Path, failures: list[Failure], *, is_baseline: bool
+    context: EvaluationContext, variant: str, directory: Path, failures: list[Failure], *, is_baseline: bool
 ) -> Served | None:
-    alone = is_baseline or not predictions_complete(bench.predictions, bench.key)
+    alone = is_baseline or not predictions_complete(context.predictions, context.key)
     request = ServedRequest(
         directory=directory,
-        suite=bench.suite.path,
-        predictions=None if alone else bench.predictions,
-        device=bench.device,
+        suite=context.suite.path,
+        predictions=None if alone else context.predictions,
+        device=context.device,
     )
 
     def progress(_: str, done: int, total: int) -> None:
-        bench.progress(f"{variant}: served path", done, total)
+        context.progress(f"{variant}: served path", done, total)
 
     try:
-        return bench.worker.run(f"{variant}-served", request, Served, progress=progress)
+        return context.worker.run(f"{variant}-served", request, Served, progress=progress)
     except CellError as error:
         failures.append(Failure(cell="served", reason=str(error)))
         return None
 
 
 def _tasks(
-    bench: Bench, variant: str, directory: Path, known: Mapping[int, TaskResult], *, is_baseline: bool
+    context: EvaluationContext, variant: str, directory: Path, known: Mapping[int, TaskResult], *, is_baseline: bool
 ) -> list[TaskAnswer]:
-    """An answer for every run that is not known."""
+    """An answer for every task run that is not known."""
     answers: dict[int, TaskAnswer] = {}
-    left = tuple(number for number in range(len(bench.suite.runs)) if number not in known)
+    left = tuple(number for number in range(len(context.suite.runs)) if number not in known)
     while left:
         request = TasksRequest(
             directory=directory,
-            suite=bench.suite.path,
+            suite=context.suite.path,
             runs=left,
-            scores=bench.scores,
+            scores=context.scores,
             role="baseline" if is_baseline else "compared",
-            key=bench.key,
-            device=bench.device,
+            key=context.key,
+            device=context.device,
         )
-        answers |= {answer.run: answer for answer in _asked(bench, variant, request)}
+        answers |= {answer.run: answer for answer in _run_tasks(context, variant, request)}
         left = tuple(number for number in left if number not in answers)
     return [answers[number] for number in sorted(answers)]
 
 
-def _asked(bench: Bench, variant: str, request: TasksRequest) -> list[TaskAnswer]:
-    """The answers of one process, at least one; that of the task which ended it is why."""
-    told: list[TaskAnswer] = []
+def _run_tasks(context: EvaluationContext, variant: str, request: TasksRequest) -> list[TaskAnswer]:
+    """The answers of one process, at least one. The task that crashed it gets the reason as its answer."""
+    received: list[TaskAnswer] = []
 
     def progress(_: str, done: int, total: int) -> None:
-        bench.progress(f"{variant}: tasks", done, total)
+        context.progress(f"{variant}: tasks", done, total)
 
-    def hear(text: str) -> None:
+    def receive(text: str) -> None:
         try:
-            told.append(TaskAnswer.model_validate_json(text))
+            received.append(TaskAnswer.model_validate_json(text))
         except ValidationError as error:
-            told.append(TaskAnswer(run=told[-1].run, reason=wrong_answer(error)))
+            received.append(TaskAnswer(run=received[-1].run, reason=invalid_answer(error)))
 
     lost: Sequence[int] = ()
     reason = ""
     try:
-        bench.worker.run(f"{variant}-tasks", request, TasksResult, progress=progress, part=hear)
+        context.worker.run(f"{variant}-tasks", request, TasksResult, progress=progress, part=receive)
     except CellError as error:
         reason = str(error)
-        lost = (told[-1].run,) if told else request.runs  # before the first was begun: none can be answered
-    answers = {answer.run: answer for answer in told if answer.result is not None or answer.reason is not None}
+        lost = (
+            (received[-1].run,) if received else request.runs
+        )  # it failed before the first task: no task can be answered
+    answers = {answer.run: answer for answer in received if answer.result is not None or answer.reason is not None}
     failed = {number: TaskAnswer(run=number, reason=reason) for number in lost}
     return list((failed | answers).values())
 
 
 def _failed_tasks(runs: Sequence[TaskRun], answers: Sequence[TaskAnswer]) -> list[Failure]:
-    """One failure for every reason, with the tasks it is the reason of."""
+    """One failure per reason, listing the tasks that failed for it."""
     names: dict[str, list[str]] = {}
     for answer in answers:
         if answer.reason is not None:
@@ -328,4 +334,4 @@ def _failed_tasks(runs: Sequence[TaskRun], answers: Sequence[TaskAnswer]) -> lis
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    """A moment's work."""
+    """Too short for a progress bar."""

@@ -1,7 +1,7 @@
-"""Verdicts on losses: p values adjusted for the number of rows, once all records of a matrix are known.
+"""Holm's correction of the p values of all records of a matrix, and the verdicts on losses that follow from it.
 
-With many rows, one in twenty of those that lost nothing would be called a loss by its own 95 % interval. So a loss is called
-one only where its interval leaves out zero and p stays below the level after correction. Every table repeats these verdicts.
+By its own 95 % interval, one in twenty rows that lost nothing would be called a loss. So the verdict is a loss only if the
+interval excludes zero and p stays below the level after correction. Every table shows these verdicts.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from quantlab.evaluation.statistics import holm
 Tested = tuple[Measured, Significance]
 
 
-def adjusted(records: Sequence[Record]) -> list[Record]:
-    """The records with `holm_p` over all rows that have the number (one family per measure and one per task), and with verdicts."""
+def with_holm_correction(records: Sequence[Record]) -> list[Record]:
+    """The records with `holm_p` and verdicts. Each metric and each task is one family of tests over all rows that have it."""
     measures = sorted({name for record in records if record.quality for name in record.quality.significance})
     tasks = sorted({task.key for record in records for task in record.tasks})
     found = list(records)
@@ -49,7 +49,7 @@ def _measure(record: Record, name: str) -> Tested | None:
 
 def _set_measure(name: str) -> Callable[[Record, Significance], Record]:
     def write(record: Record, found: Significance) -> Record:
-        assert record.quality is not None, "it has a significance"
+        assert record.quality is not None, "only called for records with a significance"
         quality = record.quality.model_copy(update={"significance": record.quality.significance | {name: found}})
         return record.model_copy(update={"quality": quality})
 

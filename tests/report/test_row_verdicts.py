@@ -1,4 +1,4 @@
-"""A loss is called one only where its interval leaves out zero, and stays one after correction for many rows."""
+"""The verdict is a loss only if the interval excludes zero and p stays significant after correction for the rows."""
 
 import csv
 import hashlib
@@ -17,8 +17,8 @@ from quantlab.report.files import write_report
 from quantlab.report.matrix.matrix import build_matrix
 from quantlab.report.matrix.model_cards import END, START
 from quantlab.report.matrix.recommend import recommend
+from quantlab.report.matrix.row_verdicts import judge, summary
 from quantlab.report.matrix.terminal import print_matrix
-from quantlab.report.matrix.verdict import judge, summary
 from tests.report.conftest import make_task, measured
 
 Make = Callable[..., Record]
@@ -43,14 +43,14 @@ def test_one_loss(value: float, half: float, holm_p: float | None, expected: str
 
 
 def test_the_verdict_is_the_records() -> None:
-    """Decided where all rows are known, not here again."""
+    """The report uses the record's verdict and does not compute its own."""
     assert judge(measured(1.0, 0.5), Significance(p=0.01, verdict="no measurable loss")) == "no measurable loss"
     few = Measured(value=1.0, low=0.5, high=1.5, n=5, interval="range", reason="5 documents")
     assert judge(few, None) is None
 
 
 def test_every_table_says_what_the_record_says(rich: list[Record], tmp_path: Path) -> None:
-    """A loss whose interval leaves out zero, but which is none after correction: the record's word stands everywhere."""
+    """The interval excludes zero, but the loss is not significant after correction: every table shows the record's verdict."""
     quality = rich[4].quality
     assert quality is not None
     said = Significance(p=0.03, holm_p=0.09, verdict="no measurable loss")
@@ -132,7 +132,7 @@ def test_a_noisy_speed_is_recommended_by_the_lower_end_of_its_interval(recipe: l
 
 
 def test_rows_that_lost_nothing_are_seldom_called_losses() -> None:
-    """500 matrices of eight rows without any loss: intervals alone call a row a loss in many of them, Holm in 5 %."""
+    """500 matrices of eight rows without a true loss: intervals alone give a loss in many of them, Holm in 5 %."""
     generator = random.Random(0)
     alone = corrected = 0
     for _ in range(500):

@@ -1,16 +1,16 @@
-"""Verdicts are decided once, where all rows are known."""
+"""Verdicts are determined once, when all rows are known."""
 
+from quantlab.evaluation.holm_correction import with_holm_correction
 from quantlab.evaluation.measured import Measured, Significance
 from quantlab.evaluation.quality.metrics import Quality
 from quantlab.evaluation.record import Record, TaskResult
-from quantlab.evaluation.verdicts import adjusted
 
 LOSS = Measured(value=1.0, low=0.1, high=1.9, n=60)
 NONE = Measured(value=0.1, low=-0.8, high=1.0, n=60)
 
 
 def record(variant: str, loss: Measured, p: float) -> Record:
-    """A row whose accuracy and one task lost as much."""
+    """A record with the same loss of accuracy and in one task."""
     significance = Significance(p=p, verdict="no measurable loss" if loss is NONE else "loss")
     quality = Quality(
         compute_dtype="float32",
@@ -48,21 +48,23 @@ def verdicts(records: list[Record]) -> dict[str, set[str]]:
 
 def test_a_loss_that_many_rows_explain_is_none() -> None:
     rows = [record("sure", LOSS, 0.001), record("weak", LOSS, 0.03), record("no", NONE, 0.7)]
-    judged = adjusted(rows)
+    judged = with_holm_correction(rows)
     assert verdicts(judged) == {"sure": {"loss"}, "weak": {"no measurable loss"}, "no": {"no measurable loss"}}
     assert judged[1].quality is not None
     assert judged[1].quality.significance["accuracy_loss_percent"].holm_p == 0.06
 
 
 def test_with_fewer_rows_the_verdict_is_decided_again() -> None:
-    judged = adjusted([record("weak", LOSS, 0.03), record("no", NONE, 0.7)])
+    judged = with_holm_correction([record("weak", LOSS, 0.03), record("no", NONE, 0.7)])
     assert verdicts(judged) == {"weak": {"no measurable loss"}, "no": {"no measurable loss"}}
-    assert verdicts(adjusted(judged[:1])) == {"weak": {"loss"}}, "from its interval and p, not from the verdict before"
-    assert adjusted(judged) == judged
+    assert verdicts(with_holm_correction(judged[:1])) == {"weak": {"loss"}}, (
+        "from its interval and p, not from the verdict before"
+    )
+    assert with_holm_correction(judged) == judged
 
 
 def test_without_a_test_there_is_no_verdict() -> None:
     one = record("few", LOSS, 0.01)
     assert one.quality is not None
     one = one.model_copy(update={"quality": one.quality.model_copy(update={"significance": {}}), "tasks": ()})
-    assert adjusted([one]) == [one]
+    assert with_holm_correction([one]) == [one]

@@ -1,4 +1,4 @@
-"""The verdicts on the losses of a row, in words. They are the records' own (`evaluation.verdicts`); nothing is judged twice."""
+"""The verdicts on the losses of a row, in words. They come from the records (`evaluation.holm_correction`), not from the report."""
 
 from collections.abc import Iterator
 
@@ -9,14 +9,14 @@ from quantlab.report.matrix.rows import Row, task_labels
 
 
 def significance_of(row: Row, name: str) -> Significance | None:
-    """The test of a metric's change against the baseline; None where there was none."""
+    """The significance of a metric's change against the baseline; None if it was not tested."""
     return row.quality.significance.get(name) if row.quality else None
 
 
 def judge(measured: Measured | None, significance: Significance | None) -> Verdict | None:
-    """The verdict on one loss, positive being worse; None where it was not measured, or too little of it for an interval.
+    """The verdict on one loss (positive is worse); None if it was not measured or has no 95 % interval.
 
-    A record without tests has intervals alone.
+    If a record has no significance, the interval alone decides.
     """
     if measured is None or measured.interval == "range":
         return None
@@ -24,7 +24,7 @@ def judge(measured: Measured | None, significance: Significance | None) -> Verdi
 
 
 def verdicts(row: Row) -> dict[str, Verdict]:
-    """The verdict on every measured loss of a row, by what was lost: "accuracy", "perplexity", "task retrieval"."""
+    """The verdict on every measured loss of a row, by the name of the loss: "accuracy", "perplexity", "task retrieval"."""
     return {name: said for name, said in (*_of_text(row), *_of_tasks(row)) if said is not None}
 
 
@@ -52,5 +52,5 @@ def summary(row: Row) -> str | None:
 
 
 def tested(row: Row) -> bool:
-    """Whether the verdicts rest on p values adjusted over the rows."""
+    """Whether the verdicts use p values corrected for the number of rows."""
     return row.quality is not None and any(found.holm_p is not None for found in row.quality.significance.values())

@@ -1,4 +1,4 @@
-"""Cells run in a worker process, from the side that asks: time limits, crashes and Ctrl-C."""
+"""Client of the worker process: sends cells to it, and handles time limits, crashes and Ctrl-C."""
 
 import contextlib
 import json
@@ -30,22 +30,22 @@ _PASSED_ON = (
 
 
 class CellError(Exception):
-    """A cell that gave no answer; the message is the reason."""
+    """A cell failed; the message is the reason."""
 
 
 class Worker:
-    """A worker process, started at its first job and again after one that had to be stopped.
+    """Handle of a worker process, which starts at the first job and restarts after it was stopped.
 
-    A context manager: leaving it ends the worker and its cell.
+    It is a context manager: leaving it ends the process and its running cell.
     """
 
     def __init__(self, directory: Path, *, threads: int, time_limit: float) -> None:
-        """Prepare.
+        """Start no process yet.
 
         Args:
-            directory: takes results and logs of cells.
-            threads: threads a cell computes with.
-            time_limit: seconds a cell may take, and each of the parts it answers in.
+            directory: output directory of the cells' results and logs.
+            threads: number of threads of a cell.
+            time_limit: limit in seconds for a cell, and for each part of an answer.
         """
         self._directory, self._threads, self._time_limit = directory, threads, time_limit
         self._process: subprocess.Popen[bytes] | None = None
@@ -72,15 +72,14 @@ class Worker:
         """Run one cell.
 
         Args:
-            name: names the files of its result and its log.
-            request: what to measure.
-            answer: the model of the answer.
-            progress: told of the cell's stages.
-            part: takes, as JSON, what the cell answers before its end; the time limit begins anew with each.
+            name: base name of its result and log files.
+            request: the request.
+            answer: pydantic model of the answer.
+            progress: called with the cell's stages.
+            part: receives each part of the answer as JSON; the time limit restarts with every part.
 
         Raises:
-            CellError: the cell crashed, took too long, explained why it could not be measured, or answered with what is no
-                number.
+            CellError: the cell crashed, exceeded the time limit, failed with a known error, or sent an invalid answer.
             EvaluationError: the worker cannot be started.
         """
         process = self._started()
@@ -92,7 +91,7 @@ class Worker:
         try:
             process.stdin.write(job.model_dump_json().encode() + b"\n")
             process.stdin.flush()
-        except BrokenPipeError:  # it died after its last cell
+        except BrokenPipeError:  # the worker died after its last cell
             self._stop()
             raise CellError("the worker died" + _tail(self._directory / "worker.log")) from None
         status = self._follow(log, progress, part)
@@ -105,7 +104,7 @@ class Worker:
         except OSError as error:
             raise CellError(f"its answer cannot be read: {error.strerror}") from error
         except ValidationError as error:
-            raise CellError(wrong_answer(error)) from error
+            raise CellError(invalid_answer(error)) from error
 
     def _follow(self, log: Path, progress: Progress, part: Callable[[str], None] | None) -> int:
         """Pass progress and parts on until the cell ends; its exit status."""
@@ -129,8 +128,8 @@ class Worker:
                     raise CellError("the worker died" + _tail(log))
 
     def _message(self, deadline: float) -> Mapping[str, Any] | None:
-        """The worker's next message, None once the deadline has passed; {"event": "end"} if the worker is gone."""
-        assert self._process is not None, "asked of a started worker"
+        """The worker's next message; None after the deadline, {"event": "end"} if the worker has ended."""
+        assert self._process is not None, "the worker was started"
         assert self._process.stdout is not None, "started with a pipe"
         while b"\n" not in self._pending:
             ready, _, _ = select.select([self._process.stdout], [], [], max(deadline - time.monotonic(), 0))
@@ -156,14 +155,14 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=_environment(),
-                start_new_session=True,  # Ctrl-C reaches us alone, and one signal then ends the worker and its cell
+                start_new_session=True,  # Ctrl-C reaches only this process, which then ends worker and cell with one signal
             )
         self._pending = b""
         message = self._message(time.monotonic() + _STARTING_SECONDS)
         if message is None or message["event"] != "ready":
             self._stop()
             raise EvaluationError(
-                "the process that measures cannot be started",
+                "the measuring process cannot be started",
                 where=str(log),
                 found=_tail(log).strip() or "no answer",
                 fix="run `python -m quantlab.evaluation.processes.worker < /dev/null` to see why",
@@ -182,26 +181,26 @@ class Worker:
         self._process = None
 
 
-def wrong_answer(error: ValidationError) -> str:
-    """What is wrong with an answer; what is not finite, for example, has no JSON and arrives as null."""
+def invalid_answer(error: ValidationError) -> str:
+    """Describe an invalid answer. A number that is not finite, for example, has no JSON and arrives as null."""
     first = error.errors(include_url=False)[0]
-    return f"its answer is not what was asked for: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"its answer is invalid: {'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _environment() -> dict[str, str]:
-    """A clean environment: numbers depend on no variable of the caller's shell but those that choose instructions, which records hold."""
+    """A clean environment. Of the caller's variables, only those that select instructions affect numbers; records list them."""
     environment = {name: os.environ[name] for name in (*_PASSED_ON, *INSTRUCTION_VARIABLES) if name in os.environ}
     ours = str(Path(__file__).parents[3])
     paths = [ours, environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else [ours]
     return environment | {
         "PYTHONPATH": os.pathsep.join(paths),
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),  # a task's data is fetched only when asked to
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),  # task data is downloaded only on request
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
-        # a library that asks whether there is a GPU must not start CUDA in the worker: its cells are forked, and could not
+        # a library's check for a GPU must not initialize CUDA in the worker: CUDA does not work in a process forked after that
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-        # a thread that waits in a loop takes a core from one that works as soon as anything else runs on the machine;
-        # some microseconds of it are enough to bridge the gap between two operations
+        # threads that spin while waiting take cores from working threads as soon as anything else runs on the machine;
+        # a few microseconds of spinning bridge the gap between two operations
         "GOMP_SPINCOUNT": "5000",
     }
 
@@ -213,7 +212,7 @@ def _crash(status: int, log: Path) -> str:
 
 
 def _tail(log: Path, *, lines: int = 3) -> str:
-    """The last lines a cell printed, after a colon; empty if there are none."""
+    """The last printed lines of a log, after a colon; empty if there are none."""
     if not log.is_file():
         return ""
     printed = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
