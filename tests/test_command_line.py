@@ -57,6 +57,7 @@ def out(recipe: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_run_leaves_artifacts_records_and_the_matrix(out: Path) -> None:
     assert {path.name for path in (out / "artifacts").iterdir()} == {"w4a16", "int8"}
     matrix = json.loads((out / "matrix.json").read_text())
@@ -73,6 +74,7 @@ def test_run_leaves_artifacts_records_and_the_matrix(out: Path) -> None:
         assert [row["variant"] for row in csv.DictReader(file)] == ["source", "w4a16", "int8"]
 
 
+@pytest.mark.slow
 def test_a_second_run_keeps_everything(out: Path, recipe: Path) -> None:
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and ".baseline" not in path.parts}
     done = quantlab("run", recipe, "--out", out, "--json")
@@ -81,6 +83,7 @@ def test_a_second_run_keeps_everything(out: Path, recipe: Path) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_report_builds_the_same_files_from_records_alone(out: Path) -> None:
     names = ("matrix.json", "matrix.csv", "matrix.md", "matrix.html")
     before = {name: (out / name).read_bytes() for name in names}
@@ -90,6 +93,7 @@ def test_report_builds_the_same_files_from_records_alone(out: Path) -> None:
     assert {name: (out / name).read_bytes() for name in names} == before
 
 
+@pytest.mark.slow
 def test_eval_needs_artifacts_and_a_suite(recipe: Path, tmp_path: Path) -> None:
     missing = quantlab("eval", recipe, "--out", tmp_path / "nothing")
     assert missing.returncode == 1
@@ -101,6 +105,7 @@ def test_eval_needs_artifacts_and_a_suite(recipe: Path, tmp_path: Path) -> None:
     assert "does not say what to measure" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_suite_is_told_before_the_work(recipe: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text((recipe.parent / "tiny.yaml").read_text().replace("length:", "lenght:"))
@@ -116,6 +121,7 @@ def test_a_mistake_in_the_suite_is_told_before_the_work(recipe: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("inspect",), ("inspect", "--json")])
 def test_inspect(arguments: tuple[str, ...], recipe: Path) -> None:
     done = quantlab(*arguments, recipe.parent / "model")
@@ -126,6 +132,7 @@ def test_inspect(arguments: tuple[str, ...], recipe: Path) -> None:
         assert {"routed_experts", "mtp", "router", "kv_b"} <= roles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("inspect",), ("inspect", "--json")])
 def test_inspect_of_artifacts_and_foreign_checkpoints(arguments: tuple[str, ...], out: Path, tmp_path: Path) -> None:
     plain = write_checkpoint(tmp_path / "plain", "deepseek_v2")
@@ -147,6 +154,7 @@ def test_inspect_of_artifacts_and_foreign_checkpoints(arguments: tuple[str, ...]
             assert 0.9 * stored <= sum(tensor["nbytes"] for tensor in tensors) <= stored
 
 
+@pytest.mark.slow
 def test_plan_prints_a_ledger_and_names_a_wrong_variant(recipe: Path) -> None:
     ledger = quantlab("plan", recipe, "--ledger", "w4a16")
     assert "model.layers.1.mlp.gate.weight" in ledger.stdout
@@ -155,6 +163,7 @@ def test_plan_prints_a_ledger_and_names_a_wrong_variant(recipe: Path) -> None:
     assert "did you mean `w4a16`" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_verify_and_its_exit_code(out: Path) -> None:
     good = quantlab("verify", out / "artifacts" / "w4a16", "--json")
     assert good.returncode == 0, good.stdout

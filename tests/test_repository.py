@@ -142,6 +142,7 @@ def test_an_algorithm_is_pure_and_names_its_paper(path: Path) -> None:
         assert all(name.startswith(allowed) for name in names)
 
 
+@pytest.mark.slow
 def test_importing_everything_changes_nothing() -> None:
     """Import every module in a fresh process: no changes of environment, threads or files."""
     names = [
@@ -168,6 +169,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert f"&& {command[0]}\n" in readme
 
 
+@pytest.mark.slow
 def test_help_names_every_verb() -> None:
     done = subprocess.run([sys.executable, "-m", "quantlab", "--help"], capture_output=True, text=True, check=True)
     for verb in ("plan", "run", "eval", "report", "compare", "leaderboard", "inspect", "verify"):

@@ -105,6 +105,7 @@ def test_channels_of_one_row_share_a_factor() -> None:
     assert min(result.losses) == pytest.approx(output_error(X, weights, result.s, weighted=False), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_hessians_are_not_kept() -> None:
     """While one Hessian is created, at most the previous one is still alive."""
     X, weights = site()

@@ -43,6 +43,7 @@ def test_a_suite_knows_every_implementation() -> None:
     assert set(get_args(Implementation)) == set(IMPLEMENTATIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["quantlab_latent_sdpa", "sdpa", "eager"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
 def test_a_combination_is_measured(implementation: str, family: str) -> None:
@@ -64,6 +65,7 @@ def test_a_combination_is_measured(implementation: str, family: str) -> None:
     assert not once.quartiles
 
 
+@pytest.mark.slow
 def test_scores_take_memory(tmp_path: Path, attending: Path, model: Path) -> None:
     """Each in its own process: eager attention holds 4 heads of 2048 x 2048 scores, fused attention none."""
     shape = SHAPE | {"max_position_embeddings": 64}
@@ -112,6 +114,7 @@ def test_memory_that_runs_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure_case(SHAPE, Layout("bfloat16", None), Case("sdpa", 32), CPU).cell.reason == "out of memory"
 
 
+@pytest.mark.slow
 @no_flash
 def test_the_record_of_the_baseline_holds_it(tmp_path: Path, attending: Path, model: Path, other_model: Path) -> None:
     artifacts = (

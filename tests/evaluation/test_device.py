@@ -66,6 +66,7 @@ def test_every_cell_is_told_the_device(
     assert evaluate(dataclasses.replace(request, gpu=""))[0].hardware == hardware.describe()
 
 
+@pytest.mark.slow
 def test_the_worker_leaves_cuda_alone() -> None:
     """The worker forks its cells, and CUDA does not work in a process that was forked after CUDA was initialized."""
     code = """

@@ -86,6 +86,7 @@ def of_two(request: EvaluationRequest) -> EvaluationRequest:
     )
 
 
+@pytest.mark.slow
 def test_records_failures_and_reuse(request_: EvaluationRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     stages: list[tuple[str, int, int]] = []
     records = evaluate(request_, progress=lambda *stage: stages.append(stage))
@@ -123,6 +124,7 @@ def test_records_failures_and_reuse(request_: EvaluationRequest, monkeypatch: py
     assert read_record(request_.directory / "records" / "same.json") == moved[1]
 
 
+@pytest.mark.slow
 def test_a_rerun_tries_what_failed_and_keeps_the_rest(
     request_: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +171,7 @@ def test_a_rerun_tries_what_failed_and_keeps_the_rest(
     assert [record.quality for record in third] == [record.quality for record in second]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_stops_before_speed_is_known_goes_on_from_there(
     request_: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +250,7 @@ def write_task(directory: Path, name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_task_that_ends_the_process_costs_itself_alone(
     request_: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +331,7 @@ def test_a_task_whose_answer_is_no_number_says_so(request_: EvaluationRequest) -
     assert "its answer is invalid: odd" in str(found[0].reason)
 
 
+@pytest.mark.slow
 def test_two_evaluations_of_one_artifact_give_the_same_accuracy(request_: EvaluationRequest) -> None:
     write_task(request_.suite.parent, "choice")
     text = request_.suite.read_text()
@@ -409,6 +414,7 @@ def check_rows(source: Record, same: Record, other: Record) -> None:
     assert losses[1].low > 0.1
 
 
+@pytest.mark.slow
 def test_without_its_baseline_a_row_keeps_what_is_its_own(request_: EvaluationRequest) -> None:
     artifacts = tuple(artifact for artifact in request_.artifacts if artifact.variant in {"broken", "same"})
     broken, same = evaluate(dataclasses.replace(request_, baseline="broken", artifacts=artifacts))
@@ -430,6 +436,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
         yield worker
 
 
+@pytest.mark.slow
 def test_fallbacks_of_the_runtime_are_recorded(
     worker: Worker, suite: Path, model: Path, checkpoints: dict[str, Path]
 ) -> None:
@@ -453,6 +460,7 @@ def test_a_killed_cell_costs_one_cell(worker: Worker, suite: Path, model: Path) 
     assert memory.artifact_bytes > memory.weights_bytes
 
 
+@pytest.mark.slow
 def test_a_cell_that_takes_too_long_is_stopped(suite: Path, model: Path, tmp_path: Path) -> None:
     request = MemoryRequest(directory=model, suite=suite)
     before = children(os.getpid())
@@ -483,6 +491,7 @@ def test_an_answer_that_holds_no_numbers_is_a_cell_that_says_so(worker: Worker, 
     assert worker.run("memory", MemoryRequest(directory=model, suite=suite), Memory, progress=lambda *_: None)
 
 
+@pytest.mark.slow
 def test_a_worker_that_died_between_two_cells_is_started_again(worker: Worker, suite: Path, model: Path) -> None:
     request = MemoryRequest(directory=model, suite=suite)
     before = children(os.getpid())
@@ -509,6 +518,7 @@ def test_versions_are_told_also_of_packages_that_have_none(monkeypatch: pytest.M
     assert found["numpy"] == "1.2.3"
 
 
+@pytest.mark.slow
 def test_leaving_ends_the_worker_and_its_cell(suite: Path, model: Path, tmp_path: Path) -> None:
     before = children(os.getpid())
     started: list[int] = []

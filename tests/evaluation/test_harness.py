@@ -151,6 +151,7 @@ def results(request: TasksRequest) -> list[TaskResult]:
     return [answer.result for answer in told if answer.result is not None]
 
 
+@pytest.mark.slow
 def test_our_scores_equal_lm_evals_on_the_same_items(dense: Path, definitions: Path, suite: Path) -> None:
     here = suite.parent
     (here / "both.yaml").write_text(
@@ -188,6 +189,7 @@ def test_sampled_answers_follow_their_seed(dense: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_what_lm_eval_cannot_do_is_told(dense: Path, definitions: Path) -> None:
     model = answerer(dense)
     with pytest.raises(EvaluationError, match="cannot run the task"):
@@ -197,6 +199,7 @@ def test_what_lm_eval_cannot_do_is_told(dense: Path, definitions: Path) -> None:
     assert "acc" in str(raised.value.fix)
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_is_not_laid_on_lm_eval(
     dense: Path, definitions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +213,7 @@ def test_a_model_that_fails_is_not_laid_on_lm_eval(
         answer(model, SuiteTask(task="ours"), definitions)
 
 
+@pytest.mark.slow
 def test_lm_eval_knows_every_task_that_a_shipped_suite_names() -> None:
     tasks = pytest.importorskip("lm_eval.tasks", reason="the bridge needs the extra [tasks]")
     suites = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.yaml"))

@@ -71,6 +71,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     return {record.variant: record for record in evaluate(request)}
 
 
+@pytest.mark.slow
 def test_a_shuffled_expert_ranks_last_and_its_layer_stands_out(records: dict[str, Record]) -> None:
     found = {name: record.quality for name, record in records.items() if record.quality is not None}
     kl = {name: quality.kl_to_baseline.value for name, quality in found.items() if quality.kl_to_baseline is not None}

@@ -80,6 +80,7 @@ def test_numbers_are_those_of_transformers(source: Path, text: HeldOut) -> None:
         assert shares[row] == (float(differing[0]) / 6 if len(differing) else 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [None, "int8", "int4_g128"])
 def test_a_sound_decoder_is_near_float32(source: Path, suite: Path, tmp_path: Path, scheme: str | None) -> None:
     directory = source if scheme is None else quantize(source, tmp_path / "artifact", SCHEMES[scheme]).directory  # type: ignore[index]
@@ -100,6 +101,7 @@ def turned(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return cos.roll(-1, 0).contiguous(), sin.roll(-1, 0).contiguous()
 
 
+@pytest.mark.slow
 @fused
 @pytest.mark.parametrize("fault", ["rotation", "norm", "router"])
 def test_a_fault_of_the_fused_step_is_found(
@@ -131,6 +133,7 @@ def test_a_fault_of_the_fused_step_is_found(
     assert broken.greedy_agreement.value <= sound.greedy_agreement.value
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_plain_step_is_found(source: Path, suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Off(Decoder):
         """Decodes the token preceding the given one."""

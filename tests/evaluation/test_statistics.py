@@ -29,6 +29,7 @@ def covered(measure: Callable[[np.random.Generator], Measured], truth: float) ->
     return float(np.mean([one.low <= truth <= one.high for one in found]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [12, 20, 40, 120])
 def test_ninety_five_percent_intervals_of_a_perplexity_cover_the_truth(documents: int) -> None:
     # documents of unequal length whose difficulty varies, in two domains
@@ -44,6 +45,7 @@ def test_ninety_five_percent_intervals_of_a_perplexity_cover_the_truth(documents
     assert 0.93 <= covered(experiment, float(np.exp(3.0))) <= 0.97
 
 
+@pytest.mark.slow
 def test_intervals_of_a_mean_kl_cover_the_truth() -> None:
     documents = 120
     strata = np.arange(documents) % 4
@@ -72,6 +74,7 @@ def accuracy_loss(row: np.ndarray) -> np.ndarray:
     return 100 * (row[..., 1] - row[..., 2]) / row[..., 1]
 
 
+@pytest.mark.slow
 def test_intervals_of_a_paired_accuracy_loss_cover_the_truth() -> None:
     strata = np.arange(120) % 4
 
@@ -81,6 +84,7 @@ def test_intervals_of_a_paired_accuracy_loss_cover_the_truth() -> None:
     assert 0.93 <= covered(experiment, 1.0) <= 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "documents", "tokens"), [(0.5, 40, 10), (0.99, 60, 50)])
 def test_intervals_of_a_percentile_of_tokens_cover_the_truth(share: float, documents: int, tokens: int) -> None:
     index, strata = np.repeat(np.arange(documents), tokens), np.arange(documents) % 2

@@ -38,6 +38,7 @@ def make(checkpoint: Path, variants: str, root: Path) -> RunDirectory:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
 def test_what_we_make_passes(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     moe = family.startswith("deepseek")

@@ -41,6 +41,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
     return plans
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "deepseek-r1"])
 def test_a_recipe_fits_its_model(plans: dict[str, Plan], name: str) -> None:
     plan = plans[name]

@@ -165,6 +165,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ODD)
 def test_odd_documents_are_refused_with_a_message(case: str, tmp_path: Path) -> None:
     error = _load(tmp_path, ODD[case])

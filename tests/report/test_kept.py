@@ -27,6 +27,7 @@ def test_every_kept_table_is_made_again(place: Path, tmp_path: Path) -> None:
         assert not record["artifact"].startswith("/")
 
 
+@pytest.mark.slow
 def test_what_is_kept_can_be_made_again_and_a_changed_number_is_seen(rich: list[Record], tmp_path: Path) -> None:
     run, place = tmp_path / "run", tmp_path / "kept"
     (run / "records").mkdir(parents=True)

@@ -56,6 +56,7 @@ def test_compare_runs_and_variants(runs: Path) -> None:
     assert "B is better" in shown.stdout
 
 
+@pytest.mark.slow
 def test_leaderboard_merges_and_refuses(runs: Path, tmp_path: Path) -> None:
     done = quantlab("leaderboard", runs / "old", runs / "new", "--out", tmp_path / "board")
     assert done.returncode == 0, done.stderr

@@ -88,6 +88,7 @@ def manifest(artifact: Path) -> dict:
     return json.loads((artifact / "manifest.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_algorithm_makes_an_artifact_that_verifies(family: str, models: dict[str, Path], tmp_path: Path) -> None:
     directory = run(write_recipe(tmp_path, models[family], ALGORITHMS), tmp_path / "out")
@@ -143,6 +144,7 @@ GPTQ, AWQ = (ALGORITHMS.splitlines()[line] + "\n" for line in (0, 2))
 REAP = "  fewer: [{prune: 0.25, algorithm: {name: reap}}, {quantize: int4_g128, algorithm: {name: gptq}}]\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "number", "variants", "calibration"),
     [
@@ -171,6 +173,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert not (tmp_path / "out" / ".work").exists()
 
 
+@pytest.mark.slow
 def test_a_small_memory_changes_no_number(models: dict[str, Path], tmp_path: Path) -> None:
     results = []
     for number, memory in enumerate((", memory: 1 GB", ", memory: 1 KB")):

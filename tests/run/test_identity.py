@@ -137,6 +137,7 @@ def test_a_recipe_on_another_device_is_another_artifact(tmp_path: Path) -> None:
     assert here.difference(renamed) == "none"
 
 
+@pytest.mark.slow
 def test_a_recipe_says_the_dtype_of_its_calibration(tmp_path: Path) -> None:
     model = with_tokenizer(make_checkpoint(tmp_path / "model", "llama"))
     recipe = write_recipe(tmp_path, model, VARIANTS, calibration=", dtype: bfloat16")

@@ -71,6 +71,7 @@ def peak_of(recipe: Path, out: Path) -> int:
     return int(done.stdout) * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "passes", ["[{cast: float16}]", "[{quantize: int4_g128, algorithm: {name: rtn, clip: mse}}]", "[{prune: 0.08}]"]
 )

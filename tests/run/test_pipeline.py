@@ -70,6 +70,7 @@ def dense_source(directory: Path) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp16_is_the_source_rounded_once(
     family: str, runs: dict[str, RunDirectory], checkpoints: dict[str, Path]

@@ -81,6 +81,7 @@ def uninterrupted(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPat
     return hashes(root / "out" / "artifacts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "number"), MOMENTS)
 def test_killed_and_resumed_equals_uninterrupted(
     target: str, number: int, recipe: Path, uninterrupted: dict[str, str], tmp_path: Path
@@ -98,6 +99,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert not (out / ".work").exists()
 
 
+@pytest.mark.slow
 def test_finished_blocks_are_not_made_again(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     start(*command(recipe, out), driver=DRIVER, prefix=("commit", "4"))
@@ -111,6 +113,7 @@ def test_finished_blocks_are_not_made_again(recipe: Path, tmp_path: Path) -> Non
     assert [after[name] == before[name] for name in finished] == [True] * 3
 
 
+@pytest.mark.slow
 def test_a_torn_journal_line_is_cut_off(recipe: Path, uninterrupted: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     start(*command(recipe, out), driver=DRIVER, prefix=("commit", "3"))
@@ -120,6 +123,7 @@ def test_a_torn_journal_line_is_cut_off(recipe: Path, uninterrupted: dict[str, s
     assert hashes(out / "artifacts") == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_second_run_makes_nothing(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     start(*command(recipe, out))
@@ -128,6 +132,7 @@ def test_a_second_run_makes_nothing(recipe: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (out / "artifacts").rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_artifacts_of_another_recipe_are_refused_and_can_be_replaced(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     start(*command(recipe, out))
@@ -145,6 +150,7 @@ def test_artifacts_of_another_recipe_are_refused_and_can_be_replaced(recipe: Pat
     assert hashes(out / "artifacts" / "w4a16") != hashes(out / "artifacts" / "fp16")
 
 
+@pytest.mark.slow
 def test_a_failed_overwrite_leaves_the_old_artifact(recipe: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     import shutil
 
@@ -169,6 +175,7 @@ def test_a_failed_overwrite_leaves_the_old_artifact(recipe: Path, checkpoints: d
     assert hashes(out / "artifacts") == before
 
 
+@pytest.mark.slow
 def test_an_artifact_that_lost_a_file_is_noticed_and_can_be_made_again(
     recipe: Path, uninterrupted: dict[str, str], tmp_path: Path
 ) -> None:
@@ -182,6 +189,7 @@ def test_an_artifact_that_lost_a_file_is_noticed_and_can_be_made_again(
     assert hashes(out / "artifacts") == uninterrupted
 
 
+@pytest.mark.slow
 def test_unfinished_work_of_another_recipe_is_refused(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     start(*command(recipe, out), driver=DRIVER, prefix=("commit", "3"))
@@ -192,6 +200,7 @@ def test_unfinished_work_of_another_recipe_is_refused(recipe: Path, tmp_path: Pa
     assert start(*command(recipe, out), "--overwrite").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_no_artifact_is_refused(recipe: Path, tmp_path: Path) -> None:
     precious = tmp_path / "out" / "artifacts" / "w4a16" / "thesis.txt"
     precious.parent.mkdir(parents=True)
@@ -203,6 +212,7 @@ def test_a_directory_that_is_no_artifact_is_refused(recipe: Path, tmp_path: Path
     assert precious.read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_the_run_can_go_on(
     recipe: Path, uninterrupted: dict[str, str], tmp_path: Path
 ) -> None:
@@ -241,6 +251,7 @@ def test_two_runs_at_once(recipe: Path, tmp_path: Path) -> None:
     assert "another run is writing" in refused.stderr
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite(checkpoints: dict[str, Path], write_recipe: WriteRecipe, tmp_path: Path) -> None:
     import shutil
 
@@ -270,6 +281,7 @@ OVERFLOWS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tensor", "value", "passes", "problem"), OVERFLOWS)
 def test_what_the_dtype_cannot_hold(
     tensor: str,

@@ -45,6 +45,7 @@ def weights(directory: RunDirectory, name: str) -> dict[str, str]:
     return {file: digest for file, digest in found.items() if file.endswith(".safetensors")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("propagate", "room", "names"),
     [

@@ -143,6 +143,7 @@ def test_other_errors_of_torch_are_not_reported_as_out_of_memory(
         load(artifacts("llama", "int4_g128").directory)
 
 
+@pytest.mark.slow
 def test_peak_memory_of_loading_is_the_model_plus_one_matrix(tmp_path: Path) -> None:
     hidden, width, layers = 1024, 4096, 8
     config = FAMILIES["llama"] | {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}

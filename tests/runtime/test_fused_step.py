@@ -289,6 +289,7 @@ def same_steps(directory: Path, dtype: torch.dtype, device: str = "cpu", *, limi
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", [None, "int4_g128", "int4_g32", "int8", "int8_weight"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -307,6 +308,7 @@ def test_fused_steps_equal_steps_of_transformers(
     same_steps(directory, dtype, device, limit=limit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [*FOREIGN, SCHEMES["int4_g128_asym"]], ids=lambda one: one.name)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.skipif(library() is None, reason=status())
@@ -374,6 +376,7 @@ OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_configs_of_other_kinds(name: str, device: str, tmp_path: Path) -> None:

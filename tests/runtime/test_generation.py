@@ -91,6 +91,7 @@ def followed(reference: PreTrainedModel, text: Tensor, scheme: str) -> int:
     return int(same.cumprod(0).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [*INTEGERS, "gptq"])
 def test_sixty_four_greedy_tokens_equal_the_reference(scheme: SchemeName, plain: Path, tmp_path: Path) -> None:
     artifact = artifact_of(plain, tmp_path / scheme, scheme)

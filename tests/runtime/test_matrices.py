@@ -131,6 +131,7 @@ def test_kernels_are_chosen_by_shape_and_scale() -> None:
     assert kind("int8", 5, 7) is Int8Matrices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_int4_layout_of_other_vector_widths_is_expanded_correctly_or_declined(capability: str) -> None:
     """torch's int4 layout depends on the vector width chosen at start; a new process requests a narrower one."""

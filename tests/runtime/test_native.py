@@ -259,10 +259,12 @@ if supports_blocked_bfloat16():
 """
 
 
+@pytest.mark.slow
 def test_without_native_kernels_torch_computes_the_same() -> None:
     assert run(SPEAK + "\n" + COMPUTE, QUANTLAB_NATIVE="0") == "torch's kernels (QUANTLAB_NATIVE=0)\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [("/bin/false", "/bin/false failed: exit status 1"), ("no-such-compiler", "no C compiler found")],
@@ -274,6 +276,7 @@ def test_a_compiler_that_fails_is_said_and_torch_computes(compiler: str, reason:
     assert reason in said
 
 
+@pytest.mark.slow
 @needed
 def test_processes_that_build_at_once_all_get_the_kernels(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
@@ -285,6 +288,7 @@ def test_processes_that_build_at_once_all_get_the_kernels(tmp_path: Path) -> Non
     assert [path.suffix for path in (tmp_path / "quantlab").iterdir()] == [".so"], "one library and no leftovers"
 
 
+@pytest.mark.slow
 @needed
 def test_threads_are_those_of_torch() -> None:
     """The process has one OpenMP runtime, and with one torch thread no other thread computes."""

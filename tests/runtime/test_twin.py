@@ -108,6 +108,7 @@ def test_a_tied_head_counts_once() -> None:
     assert untied.total - tied.total == 96 * 128 * 2
 
 
+@pytest.mark.slow
 def test_importing_the_runtime_does_nothing() -> None:
     code = (
         "import os, torch, transformers; before = dict(os.environ), torch.get_num_threads(), torch.get_rng_state().sum()\n"
