@@ -74,7 +74,7 @@ def test_gptq_with_quantize_config_json_and_zero_biases(checkpoints: dict[str, P
     with pytest.raises(ArtifactError, match=rf"does not use[^$]*{name}"):
         load(artifact.directory)
     (artifact.directory / "quantize_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"does not say of what kind[^$]*qweight"):
+    with pytest.raises(CheckpointError, match=r"does not describe their format[^$]*qweight"):
         load(artifact.directory)
 
 
