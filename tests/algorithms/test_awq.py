@@ -84,6 +84,7 @@ def test_a_matrix_with_its_own_inputs_counts_by_them() -> None:
     assert once.losses == pytest.approx([0.25 * a + 0.75 * b for a, b in zip(*apart, strict=True)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_what_can_be_applied_is_what_was_judged(seed: int) -> None:
     """Rounding the factors only after the search made a third of them worse than no scaling."""

@@ -61,6 +61,7 @@ def relative(W: Tensor, result: GptqResult, H: Tensor) -> float:
     return (((delta @ H.double()) * delta).sum() / ((W.double() @ H.double()) * W.double()).sum()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [96, 288])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("sparse", [False, True])
@@ -271,6 +272,7 @@ def test_errors_with_correction_are_those_of_the_original_outputs() -> None:
     )
 
 
+@pytest.mark.slow
 def test_correction_helps_and_its_strength_is_between() -> None:
     W, X, _ = problem()
     original, H, C = shifted(W, X)

@@ -37,6 +37,7 @@ def errors(problem: Problem, q: Tensor, scale: Tensor) -> Tensor:
     return (delta * (problem.H.double() @ delta)).sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_when_converged_no_single_integer_can_be_improved(bits: int) -> None:
     problem, q, scale = example(bits=bits)

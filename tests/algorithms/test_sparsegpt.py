@@ -76,6 +76,7 @@ def test_the_pass_alone_is_exact_where_removed_weights_come_first() -> None:
     torch.testing.assert_close(result.W.double(), best_on_support(W, damped(H), result.mask), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
 def test_fit_is_least_squares_on_the_support(pattern: tuple[int, int] | None) -> None:
     W, H = problem()
@@ -125,6 +126,7 @@ def test_batches_are_their_members() -> None:
         torch.testing.assert_close(batch.member(index).W, alone.W, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_removed_and_rounded_together_is_better_than_one_after_the_other() -> None:
     W, H = problem(rows=32, columns=128)
     grid = GridOptions(4, 32, torch.bfloat16, "signed", clip_steps=10)

@@ -18,6 +18,7 @@ from quantlab.report.matrix.layer_maps import layer_maps
 from quantlab.report.matrix.matrix import build_matrix
 from tests.evaluation.test_verify import make
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "eval/reference/deepseek-v3-mini"
 LAYER, EXPERT = 4, 17

@@ -10,6 +10,7 @@ from quantlab.plan.model import Plan
 from quantlab.recipe.load import load_recipe
 from tests.true_shapes import CODER_7B, DISTILL_7B, DISTILL_8B, LLM_7B, QWEN3_8B, V2_LITE, V3, write_headers
 
+pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[2] / "recipes"
 MODELS = {
     "deepseek-v3": (V3, 163),

@@ -116,6 +116,7 @@ def test_a_loss_against_the_baseline_has_the_interval_that_its_record_has() -> N
     assert read >= 40
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth() -> None:
     """1,000 simulated pairs without a true difference: coverage for the change of perplexity is between 93 and 97 %."""
     generator, hits = random.Random(2), 0

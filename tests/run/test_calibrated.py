@@ -285,7 +285,7 @@ def test_what_smoothquant_leaves_is_told(models: dict[str, Path], tmp_path: Path
     recipe = write_recipe(tmp_path, tmp_path / "model", ALGORITHMS.splitlines()[3] + "\n")
     loaded = load_recipe(recipe)
     plan = compile_plan(loaded.recipe, open_checkpoint(tmp_path / "model"))
-    assert any("rounds 36 matrices of experts" in note for note in plan.variants[0].notes)
+    assert any("rounds 36 expert matrices" in note for note in plan.variants[0].notes)
     artifact = run(recipe, tmp_path / "out").artifact("smooth")
     told = {entry["tensor"]: entry["fallback"] for entry in manifest(artifact)["ledger"] if "fallback" in entry}
     prefix = "model.layers.{}.mlp.experts.{}.{}_proj.weight"

@@ -167,7 +167,7 @@ def test_zeros_of_pruning_stay_and_the_layout_is_named(checkpoints: dict[str, Pa
 
 def test_mixing_methods_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     mixed = "  mixed: [{quantize: fp8_block, targets: [attention]}, {quantize: int4_g128, targets: [dense_mlp]}]\n"
-    with pytest.raises(PlanError, match=r"different methods[^$]*fp8_block \(fp8\)"):
+    with pytest.raises(PlanError, match=r"different quantization methods[^$]*fp8_block \(fp8\)"):
         planned(checkpoints["llama"], mixed, tmp_path)
 
 
@@ -179,7 +179,7 @@ def test_algorithms_that_choose_integers_are_refused(algorithm: str, tmp_path: P
     recipe.write_text(
         f"model: m\ncalibration: {{corpus: c.jsonl}}\nvariants:\n  a: [{{quantize: fp8_block, algorithm: {algorithm}}}]\n"
     )
-    with pytest.raises(RecipeError, match="chooses integers, which fp8_block has not"):
+    with pytest.raises(RecipeError, match="chooses integers, and fp8_block has none"):
         load_recipe(recipe)
 
 
