@@ -65,6 +65,7 @@ def test_a_pass_is_that_of_one_column_after_the_other() -> None:
     assert (coordinate_descent(problem, q, scale) == expected).float().mean() > 0.99
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), groups=st.sampled_from([1, 3, 6]), removing=st.booleans())
 def test_no_step_raises_the_error_of_any_row(seed: int, groups: int, removing: bool) -> None:

@@ -43,6 +43,7 @@ def halves(layer: Layer) -> list[Half]:
     return list(layer.halves)
 
 
+@pytest.mark.slow
 def test_every_linear_of_every_layer(whole: Whole, tmp_path: Path) -> None:
     """No weights change between stages, so every stage's inputs equal those of the whole model."""
     skeleton = skeleton_of(whole.source)
@@ -81,6 +82,7 @@ def test_only_what_is_asked_for_is_computed(wholes: dict[str, Whole], tmp_path: 
     assert torch.equal(full.mean_square, full.hessian.diagonal())
 
 
+@pytest.mark.slow
 def test_stopping_early_changes_no_bit(whole: Whole, tmp_path: Path) -> None:
     skeleton = skeleton_of(whole.source)
     stream = embedded(skeleton, whole.weights, tmp_path)
@@ -138,6 +140,7 @@ def perturbed(whole: Whole, layer: int) -> tuple[dict[str, torch.Tensor], Seen]:
     return weights, watch(model, tokens())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", [False, True])
 def test_cross_terms_with_a_changed_model(whole: Whole, tmp_path: Path, recorded: bool) -> None:
     weights, seen = perturbed(whole, 1)

@@ -78,6 +78,7 @@ def test_every_expert_gets_the_tokens_routed_to_it(wholes: dict[str, Whole], tmp
     assert close(found.layer.hessian, hessian(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_of_every_expert(wholes: dict[str, Whole], tmp_path: Path, family: str) -> None:
     whole = wholes[family]

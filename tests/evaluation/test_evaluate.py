@@ -446,6 +446,7 @@ def test_fallbacks_of_the_runtime_are_recorded(
         assert all(fallback.count and fallback.reasons for fallback in memory.expanded)
 
 
+@pytest.mark.slow
 def test_a_killed_cell_costs_one_cell(worker: Worker, suite: Path, model: Path) -> None:
     request = MemoryRequest(directory=model, suite=suite)
 
