@@ -228,8 +228,8 @@ def report(
     for record in records:
         if record.artifact == f"artifacts/{record.variant}":
             check_unchanged(directory / record.artifact)
-    copy = directory / ".recipe.yaml"
-    if copy.is_file():
+    copies = [directory / name for name in (".recipe.yaml", "recipe.yaml") if (directory / name).is_file()]
+    for copy in copies[:1]:  # the second name is that of results kept in a repository
         order = ["source", *load_recipe(copy).recipe.variants]
         records.sort(key=lambda record: order.index(record.variant) if record.variant in order else len(order))
     claims = directory / CLAIMS_NAME

@@ -54,3 +54,4 @@ SCHEMES: Final[dict[SchemeName, Scheme]] = {
     ),
 }
 assert set(SCHEMES) == set(get_args(SchemeName)), "every word has its scheme"
+assert all(word == scheme.format.name for word, scheme in SCHEMES.items()), "a word is the name of its number format"

@@ -26,7 +26,7 @@ from quantlab.recipe.load import load_recipe
 from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import make_artifacts
 from tests.calibration.oracle import dense_weights, load_model, tokens, write_dense
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import CONFIGS, make_checkpoint
 
 ALGORITHMS = """\
   gptq: [{quantize: int4_g128, algorithm: {name: gptq}}]
@@ -37,7 +37,7 @@ ALGORITHMS = """\
   sparse: [{prune: 2:4, algorithm: {name: sparsegpt}}]
   joint: [{prune: 0.5, algorithm: {name: sparsegpt}}, {quantize: int4_g128, algorithm: {name: gptq}}]
 """
-FAMILIES = ["llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3"]
+FAMILIES = list(CONFIGS)
 
 
 def with_tokenizer(directory: Path) -> Path:

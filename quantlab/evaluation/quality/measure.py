@@ -119,7 +119,7 @@ def _numbers(model: type[Frozen], sums: Resampled, *, compared: bool) -> dict[st
     return {
         name: _measure(sums, declared.metric) if compared or not declared.metric.relative else None
         for name, declared in metrics_of(model).items()
-        if declared.metric.statistic is not None
+        if name in model.model_fields and declared.metric.statistic is not None
     }
 
 
