@@ -86,7 +86,7 @@ def test_a_matrix_with_its_own_inputs_counts_by_them() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
-def test_what_can_be_applied_is_what_was_judged(seed: int) -> None:
+def test_the_search_scores_factors_as_they_are_applied(seed: int) -> None:
     """Rounding the factors only after the search made a third of them worse than no scaling."""
     X, weights = site(seed=seed)
     X[:, 3:] *= torch.rand(61) * 3

@@ -227,7 +227,7 @@ def test_no_row_is_worse_than_rounded_to_nearest(seed: int, bits: int, grid: str
     assert (result.scale != 0).all()
 
 
-def test_weights_that_are_removed_are_zero_and_made_good_for() -> None:
+def test_removed_weights_are_zero_and_compensated() -> None:
     W, _, H = problem()
     removed = torch.rand(W.shape) < 0.4
     result = gptq(W, H, GRID, removed=removed)

@@ -9,7 +9,7 @@ from quantlab.errors import CalibrationError
 
 @pytest.mark.parametrize("ratio", [0.0, 0.001, 0.08, 0.5, 0.93])
 @pytest.mark.parametrize("ties", [False, True])
-def test_exactly_the_smallest_go_and_of_equals_the_first(ratio: float, ties: bool) -> None:
+def test_exactly_the_smallest_are_removed_and_ties_remove_the_first(ratio: float, ties: bool) -> None:
     torch.manual_seed(0)
     W = torch.randn(23, 41)
     if ties:
@@ -55,7 +55,7 @@ def test_every_few_neighbours_lose_their_smallest(pattern: tuple[int, int]) -> N
         assert marks.nonzero().flatten().tolist() == expected
 
 
-def test_what_cannot_be_removed_is_refused() -> None:
+def test_invalid_ratios_and_patterns_are_refused() -> None:
     with pytest.raises(CalibrationError, match=r"not in \[0, 1\)"):
         magnitude_mask(torch.randn(4, 8), ratio=1.0)
     with pytest.raises(CalibrationError, match="does not fit"):

@@ -25,7 +25,7 @@ def test_the_most_salient_of_every_group_stay_in_order(groups: int) -> None:
     assert result.tolist() == expected
 
 
-def test_of_equals_the_first_stay() -> None:
+def test_ties_keep_the_first_experts() -> None:
     assert select_experts(torch.zeros(8), kept=4, groups=2, picked=2, open_groups=1).tolist() == [0, 1, 4, 5]
 
 

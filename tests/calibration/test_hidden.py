@@ -128,7 +128,7 @@ def test_a_failed_save_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in tmp_path.iterdir()] == ["hidden-after-layer-0.safetensors"]
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int, start: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

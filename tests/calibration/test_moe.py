@@ -122,7 +122,7 @@ def test_the_prior_of_down_is_the_expert_on_tokens_of_others(wholes: dict[str, W
     assert close(prior.hessian, hessian(entering(whole.weights, 3, x[rows])))
 
 
-def test_an_expert_nobody_wants(wholes: dict[str, Whole], tmp_path: Path) -> None:
+def test_an_expert_without_routed_tokens(wholes: dict[str, Whole], tmp_path: Path) -> None:
     whole = wholes["deepseek_v3"]
     weights = {**whole.weights}
     name = f"{PREFIX}gate.e_score_correction_bias"

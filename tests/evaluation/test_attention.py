@@ -88,13 +88,13 @@ def test_scores_take_memory(tmp_path: Path, attending: Path, model: Path) -> Non
 
 
 @no_flash
-def test_what_is_not_installed_says_so() -> None:
+def test_a_missing_package_is_reported() -> None:
     cell = measure_case(SHAPE, Layout("bfloat16", None), Case("flash_attention_2", 32), CPU).cell
     assert cell.reason == "not tried: the package flash-attn, with CUDA, is not installed"
     assert cell.prefill_peak_bytes is None
 
 
-def test_what_cannot_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_that_exceed_free_memory_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "free_bytes", lambda _: 2 * 10**9)
     monkeypatch.setattr(attention, "random_twin", None)
     for name in ("eager", "sdpa"):

@@ -18,7 +18,7 @@ def spin(seconds: float) -> None:
         pass
 
 
-def test_what_others_take_is_told() -> None:
+def test_cpu_use_of_other_processes_is_reported() -> None:
     begin = ClockReading(wall=10.0, own=5.0, busy=100.0)
     assert (
         cpu_contention(begin, ClockReading(wall=20.0, own=24.0, busy=128.0), threads=2)
@@ -46,7 +46,7 @@ def test_a_neighbour_is_seen_and_ones_own_work_is_not() -> None:
     assert end.busy - middle.busy > 0.1
 
 
-def test_without_counters_the_load_has_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cpu_counters_the_load_average_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = ClockReading(0.0, 0.0, None)
     monkeypatch.setattr(contention.os, "getloadavg", lambda: (5.3, 0, 0))
     assert cpu_contention(quiet, quiet, threads=2) == "a load of 5.3 on 2 cores"

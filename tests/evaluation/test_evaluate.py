@@ -471,7 +471,7 @@ def test_a_cell_that_takes_too_long_is_stopped(suite: Path, model: Path, tmp_pat
         assert children(os.getpid()) == before
 
 
-def test_an_unforeseen_error_is_told_with_its_last_words(
+def test_an_unexpected_worker_error_is_reported_with_its_message(
     worker: Worker, suite: Path, model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("a file where a directory is to be made")

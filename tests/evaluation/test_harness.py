@@ -190,7 +190,7 @@ def test_sampled_answers_follow_their_seed(dense: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_lm_eval_cannot_do_is_told(dense: Path, definitions: Path) -> None:
+def test_tasks_and_metrics_unknown_to_lm_eval_are_errors(dense: Path, definitions: Path) -> None:
     model = answerer(dense)
     with pytest.raises(EvaluationError, match="cannot run the task"):
         answer(model, SuiteTask(task="no_such_task_at_all"), definitions)

@@ -291,7 +291,7 @@ def test_a_record_says_why_steps_were_not_fused(suite: Path) -> None:
     assert found["fp16"].not_fused == ""
 
 
-def test_what_processes_differ_by_widens_every_interval(suite: Path) -> None:
+def test_variation_between_processes_widens_every_interval(suite: Path) -> None:
     """Agreement of the rounds within each process does not predict the next process."""
     speed = load_suite(suite).suite.speed
     assert speed is not None
@@ -325,7 +325,7 @@ def test_what_processes_differ_by_widens_every_interval(suite: Path) -> None:
     assert (untold.low, untold.high, untold.interval, untold.reason) == (2.0, 2.2, "range", "2 processes")
 
 
-def test_what_is_over_soon_has_several_turns(suite: Path) -> None:
+def test_short_tasks_get_several_turns(suite: Path) -> None:
     speed = load_suite(suite).suite.speed
     assert speed is not None
     speed = speed.model_copy(update={"task_seconds": 0.05})

@@ -182,7 +182,7 @@ def test_with_six_repetitions_the_interval_is_just_inside_their_range() -> None:
 
 
 @pytest.mark.parametrize("documents", [5, 8, 10])
-def test_of_too_few_documents_the_range_is_told_and_nothing_concluded(documents: int) -> None:
+def test_too_few_documents_give_a_range_and_no_verdict(documents: int) -> None:
     generator = np.random.default_rng(2)
     shares = generator.uniform(0.1, 0.2, documents)
     table, strata = np.stack([np.full(documents, 100.0), 100 * shares], axis=1), np.zeros(documents, dtype=np.int64)
@@ -229,7 +229,7 @@ def test_two_evaluations_give_speed_ratios_within_each_others_intervals(
     assert 0.93 <= np.mean(inside) <= (0.97 if between_processes else 1)
 
 
-def test_of_two_processes_the_range_is_told() -> None:
+def test_two_processes_give_a_range() -> None:
     told = evaluated(np.random.default_rng(1), 2, between_processes=0.03)[0]
     assert (told.interval, told.reason) == ("range", "2 processes")
 

@@ -172,7 +172,7 @@ def test_a_loss_is_paired_and_flips_are_counted() -> None:
     assert summarise_task(found, None).loss is None
 
 
-def test_where_low_is_good_more_is_a_loss() -> None:
+def test_higher_scores_are_losses_where_lower_is_better() -> None:
     baseline = scored([1.0 + 0.1 * index for index in range(24)], higher_is_better=False)
     found = baseline.model_copy(update={"scores": tuple(score + 0.5 + 0.01 * score for score in baseline.scores)})
     result = summarise_task(found, baseline)

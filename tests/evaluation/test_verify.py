@@ -40,7 +40,7 @@ def make(checkpoint: Path, variants: str, root: Path) -> RunDirectory:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
-def test_what_we_make_passes(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_our_artifacts_pass_verification(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     moe = family.startswith("deepseek")
     directory = make(checkpoints[family], DENSE + (EXPERTS if moe else ""), tmp_path)
     for artifact in sorted((directory.path / "artifacts").iterdir()):

@@ -106,7 +106,7 @@ def test_columns_out_of_order_are_refused_and_missing_indices_are_not(tmp_path: 
         ({"is_marlin_format": True}, "marlin"),
     ],
 )
-def test_what_is_not_read_is_refused(change: dict, message: str) -> None:
+def test_unsupported_gptq_configs_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         parse_config(described(**change), where="config.json")
 

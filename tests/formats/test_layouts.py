@@ -132,7 +132,7 @@ def test_decoded_blocks_are_their_products() -> None:
     assert torch.equal(matrix.dequantize(torch.float32), expected)
 
 
-def test_integers_that_are_packed_by_nobody_are_refused() -> None:
+def test_contradicting_packed_integers_are_refused() -> None:
     codec = CODECS["int-quantized"]
     stored = {"m.weight": torch.zeros(2, 4), "m.weight_scale": torch.ones(2, 1)}
     with pytest.raises(ArtifactError, match="contradict"):

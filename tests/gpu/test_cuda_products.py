@@ -1,4 +1,4 @@
-"""Every packed product on a GPU against the float64 product of the dequantized matrix; skipped without a GPU."""
+"""Every packed product on a GPU, compared with the float64 product of the dequantized matrix; skipped without a GPU."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def exact(matrix: QuantizedMatrix) -> Tensor:
 
 
 def seen(x: Tensor, scheme: SchemeName) -> Tensor:
-    """The activations as a scheme rounds them, in float64."""
+    """The activations in float64, rounded as the scheme specifies."""
     if scheme != "int8":
         return x.double()
     q, scale = quantize_tokens(x.cpu())
@@ -184,7 +184,7 @@ def test_turns_of_different_tiles(scheme: SchemeName, wide_chip: Chip) -> None:
 @pytest.mark.parametrize("scheme", ALL)
 @pytest.mark.parametrize("tokens", [65, 300])
 def test_rows_that_the_copy_engine_does_not_take(scheme: SchemeName, tokens: int) -> None:
-    """Rows of the result or of x that are not aligned to 16 bytes, as TMA requires."""
+    """TMA requires rows aligned to 16 bytes; here the rows of x or of the result are not."""
     for rows, columns, offset in ((130, 256, 0), (192, 256, 1)):
         matrix = made(scheme, rows, columns, torch.bfloat16)
         x = torch.randn(tokens * columns + offset, device=GPU).bfloat16()[offset:].view(tokens, columns)
@@ -252,7 +252,7 @@ def experts_of(
 def routed(
     x: Tensor, index: Tensor, weights: Tensor, first: Tensor, second: Tensor, *, scheme: SchemeName | None
 ) -> Tensor:
-    """Oracle: the experts one after the other, in float64, with intermediate activations rounded as in the kernels."""
+    """Oracle: a loop over the experts in float64, with intermediate activations rounded as in the kernels."""
     kind, out = scheme or "int8_weight", torch.zeros(x.shape, dtype=torch.float64, device=GPU)
     rows = seen(x, kind)
     for expert in range(first.shape[0]):

@@ -1,4 +1,4 @@
-"""Evaluation on a GPU through the worker process, against the CPU's records. Skipped without a GPU."""
+"""Evaluation on a GPU through the worker process, compared with records made on the CPU. Skipped without a GPU."""
 
 import json
 from pathlib import Path
@@ -128,7 +128,7 @@ def test_speed_is_that_of_captured_steps_on_the_named_gpu(records: Both) -> None
     assert set(gpu.speed.decode_over_fp16) == {"1", "2"}
 
 
-def test_what_is_served_is_near_float32(records: Both) -> None:
+def test_served_logits_are_near_float32(records: Both) -> None:
     for variant in ("source", "w4a16"):
         found = records[0][variant].served
         assert found is not None

@@ -68,7 +68,7 @@ def test_zeros_of_pruning_stay_zeros_and_experts_together_are_experts_alone() ->
         assert zeros >= 8 * 64, "half of both matrices"
 
 
-def test_what_was_done_to_statistics_is_counted() -> None:
+def test_adjustments_of_statistics_are_counted() -> None:
     """Increased damping, inputs that were always zero, and rows with a smaller error under plain rounding."""
     torch.manual_seed(0)
     X = torch.randn(300, 1) + 0.1 * torch.randn(300, 64)

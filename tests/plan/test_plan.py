@@ -100,7 +100,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("family", "variant", "what", "fix"), REFUSED, ids=range(len(REFUSED)))
-def test_what_no_engine_would_serve_is_refused(
+def test_variants_that_no_engine_supports_are_refused(
     family: str, variant: str, what: str, fix: str, checkpoints: dict[str, Path], write_recipe: WriteRecipe
 ) -> None:
     with pytest.raises(PlanError) as caught:

@@ -93,7 +93,7 @@ def test_nothing_is_shown_where_nothing_was_measured(recipe: list[Record], tmp_p
         ({"at_least": 40, "attention": "flash_attention_2"}, "not measured here", None),
     ],
 )
-def test_what_it_saves_of_the_memory_is_checked(
+def test_claims_about_attention_memory_are_checked(
     fields: dict[str, object], verdict: str, value: float | None, attending: list[Record]
 ) -> None:
     asked = {"attention": "quantlab_latent_sdpa", "context": 2048} | fields

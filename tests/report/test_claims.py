@@ -97,7 +97,7 @@ def test_speed_and_memory(recipe: list[Record]) -> None:
     assert check(recipe, metric="memory_percent_of_fp16", variant="w4a16", equals=25).verdict == "does not hold"
 
 
-def test_what_was_not_measured_is_said(damaged: list[Record]) -> None:
+def test_claims_about_unmeasured_values_say_so(damaged: list[Record]) -> None:
     assert check(damaged, metric="speed_over_fp16", variant="w4a16", equals=3.2).verdict == "not measured here"
     assert (
         check(damaged, metric="twin_memory_percent_of_fp16", variant="fp16", equals=100).verdict == "not measured here"

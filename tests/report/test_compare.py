@@ -98,7 +98,7 @@ def test_identical_artifacts_under_different_names_do_not_differ(recipe: list[Re
         ({"hardware": "another"}, {"speed_over_fp16", "load_seconds", "decode_tokens_per_second.1"}, {"perplexity", "weights_bytes"}),
     ],
 )  # fmt: skip
-def test_what_cannot_be_compared_is_not(
+def test_incomparable_numbers_are_marked_not_comparable(
     recipe: list[Record], change: dict[str, str], refused: set[str], kept: set[str]
 ) -> None:
     pair = only_pair(sides(recipe[3], recipe[4].model_copy(update=change)))

@@ -28,7 +28,7 @@ def test_every_kept_table_is_made_again(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_kept_can_be_made_again_and_a_changed_number_is_seen(rich: list[Record], tmp_path: Path) -> None:
+def test_kept_tables_are_reproducible_and_a_changed_number_is_detected(rich: list[Record], tmp_path: Path) -> None:
     run, place = tmp_path / "run", tmp_path / "kept"
     (run / "records").mkdir(parents=True)
     for record in rich:

@@ -171,7 +171,7 @@ def test_tasks_are_paired_item_by_item() -> None:
     assert (unpaired.verdict, unpaired.reason) == ("not judged", UNPAIRED)
 
 
-def test_of_rows_that_do_not_differ_the_one_of_fewer_passes_is_recommended(recipe: list[Record]) -> None:
+def test_equal_rows_recommend_the_one_with_fewer_passes(recipe: list[Record]) -> None:
     generator = random.Random(3)
     plain = [0.015 + generator.gauss(0, 0.01) for _ in range(COUNT)]
     luckier = [value - 0.001 + generator.gauss(0, 0.01) for value in plain]

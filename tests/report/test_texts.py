@@ -110,7 +110,7 @@ def test_the_note_on_pruning_needs_a_pruned_row(recipe: list[Record]) -> None:
     assert PRUNED_NOTE not in to_markdown(build_matrix(recipe[:6]), with_plot=True)
 
 
-def test_matrices_that_no_kernel_takes_are_told(recipe: list[Record]) -> None:
+def test_matrices_without_a_kernel_are_reported(recipe: list[Record]) -> None:
     plain = to_markdown(build_matrix(recipe), with_plot=True)
     assert "are expanded" not in plain
     memory = recipe[2].memory
@@ -180,7 +180,7 @@ def test_kinds_of_text_stand_with_change_kl_interval_and_n_in_every_format(recip
     assert "w4a16, prose: KL, nats: 0.0200 (0.0180 to 0.0220) · n = 4,000" in page
 
 
-def test_what_was_measured_once_has_no_interval(recipe: list[Record]) -> None:
+def test_single_measurements_have_no_interval(recipe: list[Record]) -> None:
     memory = recipe[4].memory
     assert memory is not None
     once = memory.model_copy(update={"load_seconds": Measured(value=1.3, low=1.3, high=1.3, n=1)})

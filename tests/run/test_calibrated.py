@@ -279,7 +279,7 @@ def test_an_expert_without_tokens_is_told(models: dict[str, Path], tmp_path: Pat
     assert "12 matrices: no calibration token reached it" in (artifact / "README.md").read_text()
 
 
-def test_what_smoothquant_leaves_is_told(models: dict[str, Path], tmp_path: Path) -> None:
+def test_smoothquant_reports_unsmoothed_channels(models: dict[str, Path], tmp_path: Path) -> None:
     """Channels shared by experts, and channels of experts without tokens, are not smoothed."""
     _, unwanted = never_routed(models, tmp_path / "model")
     recipe = write_recipe(tmp_path, tmp_path / "model", ALGORITHMS.splitlines()[3] + "\n")

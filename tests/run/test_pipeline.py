@@ -83,7 +83,7 @@ def test_fp16_is_the_source_rounded_once(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_no_pass_targets_is_carried_through_bit_for_bit(
+def test_untargeted_tensors_are_copied_bit_for_bit(
     family: str, runs: dict[str, RunDirectory], checkpoints: dict[str, Path]
 ) -> None:
     source = dense_source(checkpoints[family])

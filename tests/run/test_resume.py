@@ -283,7 +283,7 @@ OVERFLOWS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tensor", "value", "passes", "problem"), OVERFLOWS)
-def test_what_the_dtype_cannot_hold(
+def test_values_that_the_dtype_cannot_represent(
     tensor: str,
     value: float | None,
     passes: str,

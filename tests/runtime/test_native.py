@@ -108,7 +108,7 @@ def test_w8a8_gives_the_numbers_of_torch(shape: tuple[int, int], scale_dtype: to
 
 
 @needed
-def test_w8a8_lets_no_lost_number_look_like_one() -> None:
+def test_w8a8_propagates_infinities_and_nans() -> None:
     bank = Int8Matrices(SCHEMES["int8"].format, 1, 5, 7, scale_dtype=torch.bfloat16)
     bank.fill(0, made("int8", 5, 7))
     x = numbers(4, 7, dtype=torch.float16)
@@ -202,7 +202,7 @@ def test_one_row_for_all_groups_and_no_row(scheme: SchemeName | None) -> None:
 @needed
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [7, 64, 100])
-def test_what_lies_between_the_products(width: int, dtype: torch.dtype) -> None:
+def test_kernels_between_the_products_equal_their_formulas(width: int, dtype: torch.dtype) -> None:
     x = numbers(3, 2 * width, dtype=dtype) * 4
     gate, up = x.double().chunk(2, dim=1)
     assert error(kernels.gate(x), nn.functional.silu(gate) * up) <= 3e-3
@@ -270,7 +270,7 @@ def test_without_native_kernels_torch_computes_the_same() -> None:
     [("/bin/false", "/bin/false failed: exit status 1"), ("no-such-compiler", "no C compiler found")],
 )
 @needed
-def test_a_compiler_that_fails_is_said_and_torch_computes(compiler: str, reason: str, tmp_path: Path) -> None:
+def test_a_failing_compiler_is_reported_and_torch_is_the_fallback(compiler: str, reason: str, tmp_path: Path) -> None:
     said = run(SPEAK + "\n" + COMPUTE, CC=compiler, XDG_CACHE_HOME=str(tmp_path))
     assert said.startswith("torch's kernels (")
     assert reason in said

@@ -1,4 +1,4 @@
-"""A replay of recorded calls on other contents, against the function itself."""
+"""A replay of recorded calls on new tensor contents equals a call of the function."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from quantlab.runtime.native.record import CannotRepeatError, Recorded
 
 
 def mixed(x: Tensor, index: Tensor) -> Tensor:
-    """Views and copies that the operators' schemas do not tell apart, in-place operators, several results."""
+    """Operators whose schemas do not distinguish views from copies, in-place operators, and several results."""
     wide = x.to(torch.float32)
     same = wide.to(torch.float32).contiguous()
     crossed = same.t().reshape(x.shape)
@@ -37,7 +37,7 @@ def test_operators_of_torch_run_again() -> None:
 
 
 @pytest.mark.skipif(library() is None, reason=status())
-def test_kernels_run_again_on_what_operators_between_them_leave() -> None:
+def test_replayed_kernels_use_the_outputs_of_replayed_operators() -> None:
     x, weight = torch.randn(3, 64).bfloat16(), torch.randn(64).bfloat16()
 
     def function() -> Tensor:
@@ -52,7 +52,7 @@ def test_kernels_run_again_on_what_operators_between_them_leave() -> None:
 
 
 @pytest.mark.skipif(library() is None, reason=status())
-def test_what_python_reads_of_tensors_is_not_recorded() -> None:
+def test_functions_that_read_tensor_elements_are_not_recorded() -> None:
     x = torch.tensor([3, 1])
     for reads in (
         lambda: x * int(x[0]),

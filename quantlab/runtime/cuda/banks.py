@@ -1,6 +1,6 @@
-"""Banks of packed matrices on a CUDA device, answering the same calls as those of the CPU.
+"""Banks of packed matrices on a CUDA device, with the same interface as the CPU banks.
 
-`triton` comes with torch for CUDA and nowhere else, so the kernels are imported where they are launched.
+`triton` is only installed with the CUDA builds of torch, so the kernels are imported where they are launched.
 """
 
 from typing import Final
@@ -16,14 +16,17 @@ from quantlab.runtime.cuda.tiles import EXPANDED_TOKENS, FEW_TOKENS, Kind, band_
 from quantlab.runtime.cuda.wide_schedule import WIDE_TOKENS, token_chunks
 
 COUNTERS: Final = 4096
-"""Of a bank: as many tiles of a product can be split, and as many programs share one."""
+"""Counters per bank: upper bound of the split tiles of one product, and of the programs that share one product."""
 
 
 class CudaMatrices(nn.Module):
-    """int4 matrices with a scale per group of columns, or int8 ones with a scale per row, for 16-bit or int8 activations.
+    """int4 matrices with one scale per group of columns, or int8 matrices with one scale per row.
 
-    Buffers: q, the integers of E matrices as `quantlab.runtime.cuda.layout` orders them; scale [E, K / g, N] or [E, N] in
-    its stored dtype; arrived, counters of the kernels, so that one stream at a time multiplies with them.
+    Activations are 16-bit or int8.
+
+    Buffers: q, the integers of E matrices in the order of `quantlab.runtime.cuda.layout`; scale [E, K / g, N] or [E, N]
+    in its stored dtype; arrived, counters of the kernels. All launches share these counters, so only one stream at a
+    time may multiply with a bank.
     """
 
     q: Tensor
@@ -51,7 +54,7 @@ class CudaMatrices(nn.Module):
 
     @staticmethod
     def can_hold(number: NumberFormat, shape: tuple[int, int], scale_dtype: torch.dtype) -> str | None:
-        """Why the kernels cannot multiply by matrices [N, K] of a format; None if they can."""
+        """The reason why the kernels cannot multiply by matrices [N, K] of this format; None if they can."""
         if scale_dtype not in {torch.bfloat16, torch.float16, torch.float32}:
             return f"the CUDA kernels: no scales of {scale_dtype}"
         if not number.symmetric:
@@ -77,25 +80,27 @@ class CudaMatrices(nn.Module):
             self.scale[index].copy_(scale[:, 0])
 
     def integers(self, index: int) -> Tensor:
-        """The storage of the integers of matrix `index`: any bytes are a matrix."""
+        """The storage of the integers of matrix `index`; every bit pattern is a valid matrix."""
         return self.q[index]
 
     def set_scales(self, index: int, scale: float) -> None:
-        """Give every scale of matrix `index` one scale."""
+        """Set all scales of matrix `index` to one value."""
         self.scale[index] = scale
 
     def products(self, x: Tensor, groups: RowGroups) -> Tensor:
-        """[T, K] -> [T, N], row by row with the matrix of its group."""
+        """[T, K] -> [T, N]: multiply each row by the matrix of its group."""
         if len(groups.matrices) == 1:
             return self.product(x, groups.matrices[0])
         parts = zip(split_groups(x, groups), groups.matrices, strict=True)
         return join_groups([self.product(part, index) for part, index in parts], x.dtype)
 
     def product(self, x: Tensor, index: int = 0, *, gated: bool = False, added: Tensor | None = None) -> Tensor:
-        """x [T, K] times matrix `index`: [T, N], or ``silu(gate) * up`` [T, N / 2] of the matrix's two halves if `gated`.
+        """Multiply x [T, K] by matrix `index`: [T, N], or [T, N / 2] if `gated`.
 
-        `added` [T, N] is added to it, not to what is gated.
-        float32 asks for exact numbers: there the matrix is expanded, band by band. (int8 activations are exact anyway.)
+        If `gated`, the two halves of the matrix's rows give gate and up, and the result is ``silu(gate) * up``.
+        `added` [T, N] is added to an ungated product only.
+        float32 activations require exact products, so the matrix is expanded band by band. (int8 activations are exact
+        in any case.)
         """
         x, dtype = x.contiguous(), x.dtype
         if gated and not self.gates(x):
@@ -121,18 +126,18 @@ class CudaMatrices(nn.Module):
         return launch.product(m, x, x_scale, tiles, dtype=dtype, gated=gated, added=added)
 
     def gates(self, x: Tensor) -> bool:
-        """Whether the kernels can gate a product of x as they write it, and that pays: at few tokens."""
+        """Whether the product kernels can apply the gate in the same launch, which is only faster at few tokens."""
         return x.dtype != torch.float32 and self.shape[1] % (2 * layout.SLAB) == 0 and x.shape[0] <= FEW_TOKENS
 
     def _copied_in_boxes(self, x: Tensor) -> bool:
-        """Whether the kernel for many rows takes x: 16-bit, and all rows begin at multiples of 16 bytes."""
+        """Whether the wide kernel accepts x: 16-bit, at least `WIDE_TOKENS` tokens, 16-byte aligned rows for TMA."""
         if x.shape[0] < WIDE_TOKENS or self.kind == Kind.INT8_TOKENS or x.dtype == torch.float32:
             return False
         aligned = self.shape[1] % 8 == 0 and self.shape[2] % 8 == 0 and x.data_ptr() % 16 == 0
         return aligned and (self.kind == Kind.INT8 or self.scale.dtype == x.dtype)
 
-    def on_device(self, index: int | None = None):  # type: ignore[no-untyped-def]  # noqa: ANN201 - triton's types come late
-        """Matrix `index`, or all, as the kernels read them: `launch.Matrices`."""
+    def on_device(self, index: int | None = None):  # type: ignore[no-untyped-def]  # noqa: ANN201 - late import
+        """Matrix `index`, or all matrices if None, as the `launch.Matrices` that the kernels read."""
         from quantlab.runtime.cuda import launch
 
         which = slice(None) if index is None else slice(index, index + 1)
@@ -165,7 +170,10 @@ class CudaMatrices(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMS norm of the rows of x [..., K] in one launch: statistics in float32, rounded to x's dtype before the weight."""
+    """RMS norm of the rows of x [..., K] in one launch.
+
+    Statistics are float32. Normalised values are rounded to x's dtype before they are multiplied by the weight.
+    """
     from quantlab.runtime.cuda import launch
 
     flat = x.reshape(-1, x.shape[-1]).contiguous()

@@ -1,4 +1,4 @@
-"""Launches of the kernels that only a step of one new token per sequence has: the protocol `Kernels`."""
+"""Launches of the CUDA kernels of a fused decode step; implements the protocol `Kernels`."""
 
 from typing import Final
 
@@ -15,7 +15,10 @@ from quantlab.runtime.decoding.kernel_interface import CachePosition, Latents, R
 
 LOG2_E: Final = 1.4426950408889634
 MOST_TOKENS: Final = 64
-"""Of a router: beyond, reading its weight once for every token costs more than the launches it saves."""
+"""Token limit of the router kernel, which reads the router's weight once per token.
+
+Above it these reads cost more than the saved launches.
+"""
 
 
 def norm_heads(x: Tensor, norm: RowNorm) -> Tensor:
@@ -27,7 +30,7 @@ def norm_heads(x: Tensor, norm: RowNorm) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, cache_position: CachePosition, keys: Tensor, values: Tensor, scaling: float
 ) -> Tensor:
-    """See `Kernels.attend`, and `attend.attend`."""
+    """See `Kernels.attend` and the kernel `attend.attend`."""
     batch, key_heads, length, width = keys.shape
     per_key = q.shape[1] // (key_heads * width)
     rows, wide, high = batch * key_heads, max(power(width), 16), max(power(per_key), 16)
@@ -71,14 +74,14 @@ def write_latents(
 def attend_latents(
     q_latent: Tensor, q: Tensor, cache_position: CachePosition, cache: Latents, scaling: float
 ) -> Tensor:
-    """Attention of all heads of one token per sequence to the latents, which hold the token; see `attend.attend_latents`.
+    """Attention of all heads of one new token per sequence to the cached latents; kernel `attend.attend_latents`.
 
     Args:
         q_latent: [H, B, L].
-        q: [B, H, n], whose last R numbers are turned; rows may lie apart.
-        cache_position: position of the new tokens.
-        cache: with the tokens' own latents.
-        scaling: of the scores.
+        q: [B, H, n], whose last R elements get the rotary embedding; rows need not be contiguous.
+        cache_position: cache position of the new tokens.
+        cache: must already contain the latents of the new tokens.
+        scaling: factor of the attention scores.
 
     Returns:
         [H, B, L], weighted sums of latents.
@@ -102,7 +105,7 @@ def attend_latents(
 
 
 def attend_absorbed(q: Tensor, weight: Tensor, cache_position: CachePosition, cache: Latents, scaling: float) -> Tensor:
-    """See `Kernels.attend_absorbed`: `attend_latents` between the products with kv_b."""
+    """See `Kernels.attend_absorbed`; runs `attend_latents` between the two products with kv_b."""
     nope = q.shape[2] - cache.rotary.shape[3]
     q_latent = torch.bmm(q[..., :nope].transpose(0, 1), weight[:, :nope])
     seen = torch.bmm(attend_latents(q_latent, q, cache_position, cache, scaling), weight[:, nope:].mT)
@@ -110,7 +113,7 @@ def attend_absorbed(q: Tensor, weight: Tensor, cache_position: CachePosition, ca
 
 
 def router(weight: Tensor, bias: Tensor | None, routing: Routing) -> Router:
-    """See `Kernels.router`; for x [T, H] with T up to `MOST_TOKENS`."""
+    """See `Kernels.router`; x [T, H] has at most `MOST_TOKENS` tokens."""
     arrived = torch.zeros(MOST_TOKENS, dtype=torch.int32, device=weight.device)
     return lambda x: choose(x, weight, bias, routing, arrived)
 
@@ -121,7 +124,10 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _shares(rows: int, length: int, block: int, device: torch.device) -> int:
-    """Into how many shares the tokens of a cache are cut: two programs for every multiprocessor, a block for each at least."""
+    """Number of splits of the cached tokens.
+
+    Aims at two programs per multiprocessor and gives every split at least one block of tokens.
+    """
     return min(max(2 * chip(device).multiprocessors // rows, 1), -(-length // block))
 
 
@@ -131,9 +137,15 @@ def _partial(rows: int, shares: int, high: int, wide: int, device: torch.device)
 
 @on_its_device
 def choose(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, arrived: Tensor) -> tuple[Tensor, Tensor]:
-    """The experts [T, k] int64 and their weights [T, k] float32 of x [T, H], by a router's weight [E, H] and bias [E].
+    """Choose k experts for each token of x [T, H] with the router's weight [E, H] and bias [E].
 
-    arrived: [T] int32 zeros.
+    Args:
+        x, weight, bias: activations and the router's parameters.
+        routing: scoring, groups and number of experts per token.
+        arrived: [>= T] int32 zeros, one counter per token.
+
+    Returns:
+        Indices of the experts [T, k] int64 and their weights [T, k] float32.
     """
     tokens, hidden = x.shape
     experts = weight.shape[0]

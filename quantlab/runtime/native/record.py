@@ -2,7 +2,7 @@
 
 This is the CPU's counterpart of a CUDA graph, as a list of calls. A decode step streams hundreds of megabytes of
 weights through the caches and evicts the interpreter's code and data. The path through modules and dispatch to the next
-kernel then takes as long as reading a small matrix.
+kernel then takes as long as reading a small matrix from memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,9 +30,9 @@ class Recorded:
     """The calls of native kernels and torch operators that a function made; keeps all its tensors alive.
 
     Args:
-        function: called once, by the constructor. Its calls may depend on nothing but shapes: a replay sees other
-            contents of the tensors that existed before. Reads that bypass operators (`Tensor.tolist`, numpy) go
-            undetected.
+        function: called once, by the constructor. Its calls may depend only on shapes, because the contents of tensors
+            that existed before may differ at a replay. Reads that bypass operators (`Tensor.tolist`, numpy) are not
+            detected.
 
     Attributes:
         result: the tensor that the function returned.
@@ -48,14 +48,14 @@ class Recorded:
         self._calls, self._kept = mode.calls, mode.kept
 
     def run(self) -> Tensor:
-        """Replay the calls on the tensors' present contents; returns `result`, the same tensor every time."""
+        """Replay the calls on the tensors' current contents; returns `result`, the same tensor every time."""
         for call in self._calls:
             call()
         return self.result
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operators, records those that compute, and keeps all tensors they return alive."""
+    """Executes operators, records those that compute, and keeps all returned tensors alive."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

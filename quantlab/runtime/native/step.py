@@ -41,7 +41,7 @@ def write_latents(
 
 
 def attend_absorbed(q: Tensor, weight: Tensor, cache_position: CachePosition, cache: Latents, scaling: float) -> Tensor:
-    """See `Kernels.attend_absorbed`; q is turned in place."""
+    """See `Kernels.attend_absorbed`; applies the rotary embedding to q in place."""
     rotary = q[..., q.shape[2] - cache.rotary.shape[3] :]
     kernels.turn(rotary, cache_position, rotary, in_pairs=cache.pairs.projected, out_in_pairs=cache.pairs.cached)
     tensors = (q.unsqueeze(2), cache.latents, cache.rotary, weight)
@@ -55,5 +55,5 @@ def router(weight: Tensor, bias: Tensor | None, routing: Routing) -> Router:
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y [B, H], in the memory of x."""
+    """x + y [B, H], written to x."""
     return kernels.add(x, y)

@@ -98,7 +98,7 @@ def test_compressed_tensors_is_multiplied_in_float32(integers: list[list[int]], 
     assert quantized == {f"{NAME}.weight"}
 
 
-def test_what_was_left_out_or_changed_is_told() -> None:
+def test_missing_and_changed_tensors_are_reported() -> None:
     expert, norm, router = f"{NAME}.weight", "model.norm.weight", "model.layers.1.mlp.gate.weight"
     reference = {expert: torch.ones(2, 2), norm: torch.ones(2), router: torch.ones(2, 2)}
     same = compare(dict(reference), set(), reference)
