@@ -106,6 +106,17 @@ def test_rows_whose_steps_were_not_fused_are_named(recipe: list[Record]) -> None
     assert note.endswith("there is a part nobody knows.")
 
 
+def test_substitutes_for_an_operator_of_the_processor_are_named(recipe: list[Record]) -> None:
+    assert not any("processor that measured" in note for note in notes(build_matrix(recipe)))
+    quality = recipe[2].quality
+    assert quality is not None
+    operators = ("native kernels", "int8 products in float32 (torch's int8 operator saturates on this processor)")
+    records = list(recipe)
+    records[2] = recipe[2].model_copy(update={"quality": quality.model_copy(update={"operators": operators})})
+    (note,) = (note for note in notes(build_matrix(records)) if "processor that measured" in note)
+    assert note.startswith("The processor that measured quality computed int8 products in float32")
+
+
 def test_the_note_on_pruning_needs_a_pruned_row(recipe: list[Record]) -> None:
     assert PRUNED_NOTE not in to_markdown(build_matrix(recipe[:6]), with_plot=True)
 

@@ -246,6 +246,10 @@ def notes(matrix: Matrix) -> tuple[str, ...]:
         found.append(
             "The rows were measured with different versions of the software; see the versions of each row in matrix.json."
         )
+    substitutes = dict.fromkeys(
+        phrase for row in matrix.rows for phrase in (row.quality.operators[1:] if row.quality else ())
+    )
+    found += [f"The processor that measured quality computed {phrase}." for phrase in substitutes]
     found += [
         _expanded(row, fallback)
         for row in matrix.rows
