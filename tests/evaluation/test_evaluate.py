@@ -16,6 +16,7 @@ import pytest
 
 from quantlab import hardware
 from quantlab.errors import EvaluationError
+from quantlab.evaluation import evaluate as evaluation
 from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
 from quantlab.evaluation.memory.metrics import Memory
 from quantlab.evaluation.processes import artifact_cells as measuring
@@ -122,6 +123,37 @@ def test_records_failures_and_reuse(request_: EvaluationRequest, monkeypatch: py
     assert all(record.quality is record.memory is record.speed is None for record in moved)
     assert {failure.cell for failure in moved[0].failures} == {"quality", "served", "memory", "speed"}
     assert read_record(request_.directory / "records" / "same.json") == moved[1]
+
+
+@pytest.mark.slow
+def test_a_cell_is_measured_again_after_its_code_has_changed(
+    request_: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code of one cell: only that cell of every row. An environment that chooses other instructions: everything."""
+    asked: list[str] = []
+    request = of_two(request_)
+    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", watched(asked))
+    first = evaluate(request)
+    assert all(set(record.code) == set(evaluation._CELLS) for record in first)
+    asked.clear()
+    assert evaluate(request) == first
+    assert not asked
+
+    known = evaluation.code_fingerprint
+
+    def changed(roots: tuple[str, ...], *, without: tuple[str, ...] = ()) -> str:
+        return "changed" if "quantlab.evaluation.memory.measure" in roots else known(roots, without=without)
+
+    monkeypatch.setattr("quantlab.evaluation.evaluate.code_fingerprint", changed)
+    again = evaluate(request)
+    assert asked == ["source-memory", "same-memory"]
+    assert {record.code["memory"] for record in again} == {"changed"}
+    assert [record.quality for record in again] == [record.quality for record in first]
+    asked.clear()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    moved = evaluate(request)
+    assert {"source-quality", "same-quality", "source-memory", "speed-0"} <= set(asked)
+    assert all(record.environment["ATEN_CPU_CAPABILITY"] == "avx2" for record in moved)
 
 
 @pytest.mark.slow
