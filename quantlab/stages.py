@@ -12,9 +12,11 @@ import torch
 from rich.console import Console
 
 from quantlab import console as show
-from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import evaluate
+from quantlab.evaluation.machine.capacity import cells_at_once
 from quantlab.evaluation.manifest import weights_sha256
 from quantlab.evaluation.record import Pass
+from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
 from quantlab.plan.model import Plan, VariantPlan
 from quantlab.recipe.algorithms import Reap
 from quantlab.recipe.load import LoadedRecipe
@@ -121,6 +123,7 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
         command=shlex.join(["quantlab", *sys.argv[1:]]),
         device=str(how.device),
         gpu=name_of(how.device),
+        side_by_side=cells_at_once([artifact.directory for artifact in (as_it_is, *artifacts)], how.device),
     )
 
 

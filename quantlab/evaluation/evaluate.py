@@ -1,15 +1,17 @@
 """Evaluation of the artifacts of one recipe: a record per artifact, each cell measured in its own process.
 
-The baseline is measured first, because the others are compared with its predictions; then the other artifacts follow one by
-one. Speed is timed for all artifacts together, because its ratios are taken within interleaved rounds. The timing processes are
-spread over the evaluation: the first runs at its start, the last at its end. Each record is written as soon as everything but
+The baseline is measured first, because the others are compared with its predictions; then the other artifacts follow, one by
+one on a CPU, several side by side on a GPU with room for them. Speed is timed for all artifacts together, because its ratios are
+taken within interleaved rounds, and nothing else runs meanwhile. The timing processes are spread over the evaluation, the last
+runs at its end. Each record is written as soon as everything but
 its speed is measured, so an interrupted evaluation resumes there and times the speed again. A record is reused when nothing it
 depends on has changed. In a record with failures, only the failed cells are measured again.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from quantlab import hardware
@@ -21,11 +23,14 @@ from quantlab.evaluation.processes.artifact_cells import (
     EvaluationContext,
     SpeedProcesses,
     measure_artifact,
+    measure_memory_of,
     reusable_results,
 )
+from quantlab.evaluation.processes.attention_cells import measure_contexts
 from quantlab.evaluation.processes.messages import Progress, predictions_complete
-from quantlab.evaluation.processes.worker_client import Worker
-from quantlab.evaluation.record import Failure, Pass, Record, read_record
+from quantlab.evaluation.processes.workers import Workers
+from quantlab.evaluation.record import Failure, Record, read_record
+from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
 from quantlab.evaluation.suite import LoadedSuite, load_suite
 from quantlab.evaluation.tasks.scores import same_task, saved_scores
 from quantlab.files import write_atomically
@@ -51,58 +56,6 @@ _CELLS = {
     "attention": ("quantlab.evaluation.memory.attention",),
 }
 """The modules that measure each cell. A cell is measured again when code that these modules reach has changed."""
-
-
-@dataclass(frozen=True)
-class EvaluatedArtifact:
-    """One artifact to evaluate.
-
-    Attributes:
-        variant: name of its row.
-        description: the passes in one line of text.
-        directory: the artifact, or the source checkpoint.
-        artifact: the same directory as written in records, relative to the run's directory.
-        artifact_sha256: hash of its manifest; for `source`, hash of the checkpoint's configuration and weights.
-        passes: the passes as data; empty for an unchanged checkpoint.
-    """
-
-    variant: str
-    description: str
-    directory: Path
-    artifact: str
-    artifact_sha256: str
-    passes: tuple[Pass, ...] = ()
-
-
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """The artifacts of one recipe, and how to measure them.
-
-    Attributes:
-        directory: the run's directory; records are written into its folder `records`.
-        recipe: the recipe's name.
-        recipe_sha256: hash of its file.
-        suite: the suite's file.
-        baseline: the variant that losses are relative to; one of the artifacts.
-        artifacts: the artifacts to evaluate, in row order; the source checkpoint is first.
-        reuse: whether records that are still valid are reused.
-        time_limit: limit in seconds for one cell, and for one task.
-        command: the command line, for the records.
-        device: device of the models: "cpu", "cuda" or "cuda:1".
-        gpu: name of the GPU, for the records; empty for the CPU.
-    """
-
-    directory: Path
-    recipe: str
-    recipe_sha256: str
-    suite: Path
-    baseline: str
-    artifacts: tuple[EvaluatedArtifact, ...]
-    reuse: bool = True
-    time_limit: float = 3600.0
-    command: str = ""
-    device: str = "cpu"
-    gpu: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,9 +100,9 @@ class _Evaluation:
     def path(self, variant: str) -> Path:
         return self.records / f"{variant}.json"
 
-    def context(self, worker: Worker) -> EvaluationContext:
+    def context(self, workers: Workers) -> EvaluationContext:
         return EvaluationContext(
-            worker, self.suite, self.predictions, self.scores, self.key, self.request.device, self.progress
+            workers, self.suite, self.predictions, self.scores, self.key, self.request.device, self.progress
         )
 
 
@@ -272,27 +225,88 @@ def _earlier(evaluation: _Evaluation, artifact: EvaluatedArtifact) -> ArtifactRe
 def _measure(evaluation: _Evaluation, missing: list[EvaluatedArtifact], found: dict[str, ArtifactResults]) -> None:
     """Measure the missing cells. Each record is written once everything but its speed is measured; the caller adds the speed."""
     request = evaluation.request
-    with Worker(evaluation.records / _WORK, threads=hardware.threads(), time_limit=request.time_limit) as worker:
-        context = evaluation.context(worker)
+    with Workers(
+        evaluation.records / _WORK,
+        count=request.side_by_side,
+        threads=hardware.threads(),
+        time_limit=request.time_limit,
+    ) as workers:
+        context = evaluation.context(workers)
         turns = SpeedProcesses(
             context,
             {artifact.variant: artifact.directory for artifact in missing if found[artifact.variant].speed is None},
             source=request.artifacts[0].directory,
         )
-        for done, artifact in enumerate(sorted(missing, key=lambda artifact: not evaluation.is_baseline(artifact))):
-            turns.run_due(done / len(missing))
-            variant = artifact.variant
-            known = replace(found[variant], command=request.command, failures=())
-            found[variant] = measure_artifact(
-                context, variant, artifact.directory, known, is_baseline=evaluation.is_baseline(artifact)
-            )
-            _write(evaluation, _record(evaluation, artifact, found[variant]))
+        preparations, done = turns.preparations(), 0
+        for group in _groups(evaluation, missing):
+            if not preparations:
+                turns.run_due(done / len(missing))
+            _measure_group(evaluation, context, group, found, beside=preparations)
+            preparations, done = [], done + len(group)
         turns.run_due(1.0)
     for artifact in missing:
         variant = artifact.variant
         known = found[variant]
         failures = _of_speed(turns.failures, variant) + known.failures
         found[variant] = replace(known, speed=turns.speeds.get(variant, known.speed), failures=failures)
+
+
+def _groups(evaluation: _Evaluation, missing: Sequence[EvaluatedArtifact]) -> list[list[EvaluatedArtifact]]:
+    """The artifacts that are measured side by side: the baseline alone and first, then the others, between timing processes."""
+    baseline = [[artifact] for artifact in missing if evaluation.is_baseline(artifact)]
+    others = [artifact for artifact in missing if not evaluation.is_baseline(artifact)]
+    speed = evaluation.suite.suite.speed
+    between = max(1, speed.processes - 1) if speed else 1
+    size = max(1, min(evaluation.request.side_by_side, -(-len(others) // between)))
+    return baseline + [others[start : start + size] for start in range(0, len(others), size)]
+
+
+def _measure_group(
+    evaluation: _Evaluation,
+    context: EvaluationContext,
+    group: Sequence[EvaluatedArtifact],
+    found: dict[str, ArtifactResults],
+    *,
+    beside: Sequence[Callable[[], None]],
+) -> None:
+    """Measure everything but the speed of some artifacts, side by side, and write their records.
+
+    Args:
+        evaluation: the evaluation.
+        context: state shared by all artifacts.
+        group: the artifacts.
+        found: results by variant, updated.
+        beside: further cells, which run beside the first of these artifacts.
+    """
+    for artifact in group:
+        found[artifact.variant] = replace(found[artifact.variant], command=evaluation.request.command, failures=())
+
+    def measure(artifact: EvaluatedArtifact) -> None:
+        variant = artifact.variant
+        is_baseline = evaluation.is_baseline(artifact)
+        found[variant] = measure_artifact(context, variant, artifact.directory, found[variant], is_baseline=is_baseline)
+
+    turn = evaluation.records / _WORK / "memory.lock" if len(group) > 1 else None
+
+    def measure_memory(artifact: EvaluatedArtifact) -> None:
+        variant = artifact.variant
+        found[variant] = measure_memory_of(context, variant, artifact.directory, found[variant], turn=turn)
+
+    context.workers.side_by_side([*(partial(measure, artifact) for artifact in group), *beside])
+    context.workers.side_by_side(
+        [partial(measure_memory, artifact) for artifact in group]
+    )  # it times loading: afterwards
+    for artifact in group:
+        if evaluation.is_baseline(artifact) and found[artifact.variant].attention is None:
+            attention = measure_contexts(
+                context.workers,
+                context.suite,
+                artifact.directory,
+                device=context.device,
+                progress=context.progress,
+            )
+            found[artifact.variant] = replace(found[artifact.variant], attention=attention)
+        _write(evaluation, _record(evaluation, artifact, found[artifact.variant]))
 
 
 def _of_speed(failures: Mapping[str, str], variant: str) -> tuple[Failure, ...]:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from quantlab.errors import RecipeError
-from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import evaluate
 from quantlab.evaluation.memory import attention
 from quantlab.evaluation.memory.attention import Case, measure_case, needed_bytes
 from quantlab.evaluation.processes.messages import AttentionRequest, AttentionResult
 from quantlab.evaluation.processes.worker_client import Worker
 from quantlab.evaluation.record import AttentionCell, Record
+from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
 from quantlab.evaluation.speed.models import Layout
 from quantlab.evaluation.suite import Implementation, load_suite
 from quantlab.runtime.modules.attention import IMPLEMENTATIONS

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from quantlab import cli, hardware
 from quantlab.errors import DeviceError
-from quantlab.evaluation import evaluate as evaluation
-from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import evaluate
 from quantlab.evaluation.machine import time_and_memory
 from quantlab.evaluation.processes.messages import CellRequest, MemoryRequest
 from quantlab.evaluation.processes.worker_client import CellError, Worker
+from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -48,7 +48,7 @@ def test_every_cell_is_told_the_device(
             asked.append(request)
             raise CellError("told")
 
-    monkeypatch.setattr(evaluation, "Worker", Told)
+    monkeypatch.setattr("quantlab.evaluation.processes.workers.Worker", Told)
     request = EvaluationRequest(
         directory=tmp_path / "run",
         recipe="test",

@@ -17,7 +17,7 @@ import pytest
 from quantlab import hardware
 from quantlab.errors import EvaluationError
 from quantlab.evaluation import evaluate as evaluation
-from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import evaluate
 from quantlab.evaluation.memory.metrics import Memory
 from quantlab.evaluation.processes import artifact_cells as measuring
 from quantlab.evaluation.processes.artifact_cells import EvaluationContext, SpeedProcesses
@@ -31,7 +31,9 @@ from quantlab.evaluation.processes.messages import (
     TasksResult,
 )
 from quantlab.evaluation.processes.worker_client import CellError, Worker
+from quantlab.evaluation.processes.workers import Workers
 from quantlab.evaluation.record import Record, read_record
+from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
 from quantlab.evaluation.suite import load_suite
 from quantlab.version import VERSION
 
@@ -118,7 +120,7 @@ def test_records_failures_and_reuse(request_: EvaluationRequest, monkeypatch: py
     assert read_record(request_.directory / "records" / "same.json").recipe_sha256 == "r2"
 
     # another baseline: all records are invalid, and no result against the old baseline remains
-    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", NoWorker)
+    monkeypatch.setattr("quantlab.evaluation.processes.workers.Worker", NoWorker)
     moved = evaluate(dataclasses.replace(mended, baseline="other"))
     assert all(record.quality is record.memory is record.speed is None for record in moved)
     assert {failure.cell for failure in moved[0].failures} == {"quality", "served", "memory", "speed"}
@@ -132,7 +134,7 @@ def test_a_cell_is_measured_again_after_its_code_has_changed(
     """Code of one cell: only that cell of every row. An environment that chooses other instructions: everything."""
     asked: list[str] = []
     request = of_two(request_)
-    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", watched(asked))
+    monkeypatch.setattr("quantlab.evaluation.processes.workers.Worker", watched(asked))
     first = evaluate(request)
     assert all(set(record.code) == set(evaluation._CELLS) for record in first)
     asked.clear()
@@ -169,7 +171,7 @@ def test_a_rerun_tries_what_failed_and_keeps_the_rest(
             return super().run(name, *arguments, **options)
 
     request = of_two(request_)
-    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", MemoryFails)
+    monkeypatch.setattr("quantlab.evaluation.processes.workers.Worker", MemoryFails)
     first = evaluate(request)
     assert [[(one.cell, one.reason) for one in record.failures] for record in first] == [
         [],
@@ -185,7 +187,7 @@ def test_a_rerun_tries_what_failed_and_keeps_the_rest(
         "speed-1",
     ]
     asked.clear()
-    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", watched(asked))
+    monkeypatch.setattr("quantlab.evaluation.processes.workers.Worker", watched(asked))
     second = evaluate(request)
     assert asked == ["same-memory"]
     assert second[0] == first[0]
@@ -216,7 +218,7 @@ def test_an_evaluation_that_stops_before_speed_is_known_goes_on_from_there(
             return super().run(name, *arguments, **options)
 
     request = of_two(request_)
-    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", Stops)
+    monkeypatch.setattr("quantlab.evaluation.processes.workers.Worker", Stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate(request)
     kept = read_record(request.directory / "records" / "same.json")
@@ -253,7 +255,7 @@ def test_processes_of_speed_are_spread_over_the_rows(
     monkeypatch.setattr(
         "quantlab.evaluation.processes.artifact_cells.speeds_of", lambda _, results: {"a": len(results)}
     )
-    bench = SimpleNamespace(worker=worker, suite=suite, device="cpu", progress=print)
+    bench = SimpleNamespace(workers=worker, suite=suite, device="cpu", progress=print)
     turns = SpeedProcesses(cast(EvaluationContext, bench), {"a": Path("a")}, Path("source"))
     for row in range(4):
         turns.run_due(row / 4)
@@ -315,7 +317,7 @@ def test_a_task_that_ends_the_process_costs_itself_alone(
                 raise CellError("it was ended by SIGKILL")
             return super().run(name, request, *arguments, **options)
 
-    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", Dies)
+    monkeypatch.setattr("quantlab.evaluation.processes.workers.Worker", Dies)
     source, other = evaluate(request)
     assert asked == [("source-tasks", (0,)), ("source-tasks", (2,)), ("other-tasks", (0, 1, 2))]
     assert [one.reason for one in source.failures] == ["first, seed 1: it was ended by SIGKILL"]
@@ -327,7 +329,7 @@ def test_a_task_that_ends_the_process_costs_itself_alone(
         "first, seed 1: nothing to compare with: the baseline did not answer it"
     ]
     asked.clear()
-    monkeypatch.setattr("quantlab.evaluation.evaluate.Worker", Watched)
+    monkeypatch.setattr("quantlab.evaluation.processes.workers.Worker", Watched)
     again = evaluate(request)
     assert asked == [("source-tasks", (1,)), ("other-tasks", (1,))]
     assert all(record.failures == () and len(record.tasks) == 3 for record in again)
@@ -349,7 +351,7 @@ def test_a_task_whose_answer_is_no_number_says_so(request_: EvaluationRequest) -
             return TasksResult(answered=2)
 
     bench = EvaluationContext(
-        worker=Odd(request_.directory, threads=1, time_limit=1),
+        workers=cast(Workers, Odd(request_.directory, threads=1, time_limit=1)),
         suite=load_suite(request_.suite),
         predictions=request_.directory,
         scores=request_.directory,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantlab.errors import ArtifactError
-from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import evaluate
 from quantlab.evaluation.manifest import (
     check_unchanged,
     kept_experts,
@@ -23,6 +23,7 @@ from quantlab.evaluation.manifest import (
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.memory.metrics import Memory
 from quantlab.evaluation.record import Record, read_record
+from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
 from tests.evaluation.test_verify import make
 
 LEDGER = [

@@ -9,9 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantlab.checkpoint.index import open_checkpoint
-from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import evaluate
 from quantlab.evaluation.metric import metrics_of
 from quantlab.evaluation.record import Pass, Record
+from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
 from quantlab.report.comparison.compare import compare
 from quantlab.report.leaderboard.leaderboard import build_leaderboard
 from quantlab.report.matrix.layer_maps import layer_maps

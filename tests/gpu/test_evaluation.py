@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantlab.evaluation.evaluate import EvaluatedArtifact, EvaluationRequest, evaluate
+from quantlab.evaluation.evaluate import evaluate
 from quantlab.evaluation.record import Record
+from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
 from quantlab.recipe.schemes import SCHEMES
 from quantlab.runtime.device import find_device, name_of
 from tests.evaluation.conftest import TINY_SUITE, write_corpus, write_tokenizer

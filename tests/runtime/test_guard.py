@@ -1,6 +1,8 @@
-"""Kernels launch on the device of their tensors, whichever device is current."""
+"""Launches on the device of their tensors, whichever device is current; keys of the cache of compiled kernels."""
 
 import ast
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,3 +47,19 @@ def test_another_device_is_made_the_current_one(
     monkeypatch.setattr(guard, "device_index", lambda _: index)
     assert guard.on_its_device(lambda x: x + 1)(1) == 2
     assert seen == entered
+
+
+def test_cache_keys_do_not_depend_on_the_first_launch() -> None:
+    """Two processes that hash the kernels in different orders find each other's compiled kernels."""
+    pytest.importorskip("triton")
+    code = (
+        "import sys; from quantlab.runtime.cuda import attend, kernels, launch, launch_step\n"
+        "names = sys.argv[1:]; found = {name: vars(kernels)[name].cache_key for name in names}\n"
+        "found['attend'] = attend.attend.cache_key; print(sorted(found.items()))"
+    )
+    names = ["product", "run_product"]
+    answers = {
+        subprocess.run([sys.executable, "-c", code, *order], capture_output=True, text=True, check=True).stdout
+        for order in (names, names[::-1])
+    }
+    assert len(answers) == 1

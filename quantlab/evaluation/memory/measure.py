@@ -1,6 +1,9 @@
 """Memory: an artifact's size on disk, the size of its loaded weights, and the peak during use."""
 
+import fcntl
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,21 +47,23 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
         if 100 * done // total > 100 * (done - 1) // total:  # at most a hundred updates, for any number of weights
             progress("loading", done, total)
 
-    start = now(device)
-    model = load(request.directory, device=device, progress=loading)
-    seconds = [now(device) - start]
+    with _in_turn(request.turn):
+        start = now(device)
+        model = load(request.directory, device=device, progress=loading)
+        seconds = [now(device) - start]
     counted, fallbacks = weight_bytes(model), expanded(model)
     ids = torch.arange(suite.text.length, device=device)[None] % model.config.vocab_size
     with torch.inference_mode():
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     peak = peak_bytes(device)
     # repeat loading only after reading the peak: two models in memory would raise it
-    while len(seconds) < _MOST_LOADS and sum(seconds) < _LOADING_SECONDS:
-        del model
-        gc.collect()
-        start = now(device)
-        model = load(request.directory, device=device)
-        seconds.append(now(device) - start)
+    with _in_turn(request.turn):
+        while len(seconds) < _MOST_LOADS and sum(seconds) < _LOADING_SECONDS:
+            del model
+            gc.collect()
+            start = now(device)
+            model = load(request.directory, device=device)
+            seconds.append(now(device) - start)
     growth, kind = cache_bytes(model)
     quantized = 100 * counted.quantized / counted.quantized_fp16 if counted.quantized_fp16 else None
     return Memory(
@@ -73,6 +78,17 @@ def measure_memory(request: MemoryRequest, progress: Progress) -> Memory:
         kv_cache=kind,
         expanded=tuple(Expanded(**asdict(fallback)) for fallback in fallbacks),
     )
+
+
+@contextmanager
+def _in_turn(path: Path | None) -> Iterator[None]:
+    """Hold the lock of the cells that run side by side; no lock for a cell that runs alone."""
+    if path is None:
+        yield
+        return
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @torch.inference_mode()

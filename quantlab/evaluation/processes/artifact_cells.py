@@ -2,18 +2,19 @@
 
 Every cell runs in its own process (`worker.py`). The tasks of an artifact share a process, because loading the model takes
 longer than many tasks. Each task has its own time limit and its answer is sent as soon as it is complete. If a task crashes the
-process, a new process answers the remaining tasks.
+process, a new process answers the remaining tasks. Artifacts may be measured side by side (`workers.py`).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from quantlab.evaluation.memory.metrics import Memory
-from quantlab.evaluation.processes.attention_cells import measure_contexts
 from quantlab.evaluation.processes.messages import (
     MemoryRequest,
     Progress,
@@ -28,7 +29,8 @@ from quantlab.evaluation.processes.messages import (
     TasksResult,
     predictions_complete,
 )
-from quantlab.evaluation.processes.worker_client import CellError, Worker, invalid_answer
+from quantlab.evaluation.processes.worker_client import CellError, invalid_answer
+from quantlab.evaluation.processes.workers import Workers
 from quantlab.evaluation.quality.metrics import Quality
 from quantlab.evaluation.record import Attention, Failure, Record, TaskResult
 from quantlab.evaluation.served.metrics import Served
@@ -42,7 +44,7 @@ class EvaluationContext:
     """State that the measurements of all artifacts of an evaluation share.
 
     Attributes:
-        worker: runs the cells.
+        workers: run the cells.
         suite: the suite.
         predictions: directory of the baseline's predictions.
         scores: file of the baseline's task scores.
@@ -52,7 +54,7 @@ class EvaluationContext:
         baseline_failure: the reason why the baseline has no predictions; None if it has them.
     """
 
-    worker: Worker
+    workers: Workers
     suite: LoadedSuite
     predictions: Path
     scores: Path
@@ -149,10 +151,27 @@ class SpeedProcesses:
         """
         self.speeds: Mapping[str, Speed] = {}
         self.failures: Mapping[str, str] = {}
-        self._bench = context
-        self._artifacts, self._source = dict(artifacts), source
+        self._context = context
+        self._artifacts = dict(artifacts)
         self._suite = context.suite.suite.speed if artifacts else None
         self._results: list[SpeedResult] = []
+        self._request = SpeedRequest(
+            suite=context.suite.path, artifacts=self._artifacts, source=source, device=context.device
+        )
+
+    def preparations(self) -> list[Callable[[], None]]:
+        """Calls that compile the kernels of the timed models, each in its own process; empty if cells run one by one.
+
+        Without them the first timing process compiles the kernels of all models one after the other.
+        """
+        if self._suite is None or self._context.workers.count == 1:
+            return []
+        return [partial(self._prepare, self._suite, variant) for variant in self._artifacts]
+
+    def _prepare(self, suite: SpeedSuite, variant: str) -> None:
+        request = self._request.model_copy(update={"only_prepare": variant})
+        with contextlib.suppress(CellError):  # timing meets the same error and records it
+            self._context.workers.run(f"speed-{variant}", request, SpeedResult, progress=_silent)
 
     def run_due(self, done: float) -> None:
         """Run the processes that are due when the share `done` of the artifacts is measured: the first at 0, the last at 1."""
@@ -163,20 +182,14 @@ class SpeedProcesses:
 
     def _time(self, suite: SpeedSuite) -> None:
         process = len(self._results)
-        request = SpeedRequest(
-            suite=self._bench.suite.path,
-            artifacts=self._artifacts,
-            source=self._source,
-            timed=self._results[0].timed if self._results else None,
-            process=process,
-            device=self._bench.device,
-        )
+        timed = self._results[0].timed if self._results else None
+        request = self._request.model_copy(update={"timed": timed, "process": process})
 
         def progress(stage: str, done: int, total: int) -> None:
-            self._bench.progress(f"speed, process {process + 1}: {stage}", done, total)
+            self._context.progress(f"speed, process {process + 1}: {stage}", done, total)
 
         try:
-            self._results.append(self._bench.worker.run(f"speed-{process}", request, SpeedResult, progress=progress))
+            self._results.append(self._context.workers.run(f"speed-{process}", request, SpeedResult, progress=progress))
         except CellError as error:
             self.failures = dict.fromkeys(self._artifacts, str(error))
             return
@@ -188,7 +201,7 @@ class SpeedProcesses:
 def measure_artifact(
     context: EvaluationContext, variant: str, directory: Path, found: ArtifactResults, *, is_baseline: bool
 ) -> ArtifactResults:
-    """Measure the missing cells among quality, served path, tasks and memory, and attention for the baseline.
+    """Measure the missing cells among quality, served path and tasks.
 
     Args:
         context: state shared by all artifacts.
@@ -207,19 +220,28 @@ def measure_artifact(
         failures += _failed_tasks(context.suite.runs, answers)
         answered = {answer.run: answer.result for answer in answers if answer.result is not None}
         found = replace(found, tasks={**found.tasks, **answered})
-    if found.memory is None:
-        request = MemoryRequest(directory=directory, suite=context.suite.path, device=context.device)
-        try:
-            memory = context.worker.run(f"{variant}-memory", request, Memory, progress=_silent)
-            found = replace(found, memory=memory)
-        except CellError as error:
-            failures.append(Failure(cell="memory", reason=str(error)))
-    if is_baseline and found.attention is None:
-        attention = measure_contexts(
-            context.worker, context.suite, directory, device=context.device, progress=context.progress
-        )
-        found = replace(found, attention=attention)
     return replace(found, failures=tuple(failures))
+
+
+def measure_memory_of(
+    context: EvaluationContext, variant: str, directory: Path, found: ArtifactResults, *, turn: Path | None
+) -> ArtifactResults:
+    """Measure the memory unless it is known.
+
+    Args:
+        context: state shared by all artifacts.
+        variant: name of the row.
+        directory: the artifact.
+        found: its known results.
+        turn: as in `MemoryRequest`.
+    """
+    if found.memory is not None:
+        return found
+    request = MemoryRequest(directory=directory, suite=context.suite.path, turn=turn, device=context.device)
+    try:
+        return replace(found, memory=context.workers.run(f"{variant}-memory", request, Memory, progress=_silent))
+    except CellError as error:
+        return replace(found, failures=(*found.failures, Failure(cell="memory", reason=str(error))))
 
 
 def _quality(
@@ -240,7 +262,7 @@ def _quality(
         context.progress(f"{variant}: quality", done, total)
 
     try:
-        found = context.worker.run(f"{variant}-quality", request, QualityResult, progress=progress)
+        found = context.workers.run(f"{variant}-quality", request, QualityResult, progress=progress)
     except CellError as error:
         failures.append(Failure(cell="quality", reason=str(error)))
         if is_baseline:
@@ -268,7 +290,7 @@ def _served(
         context.progress(f"{variant}: served path", done, total)
 
     try:
-        return context.worker.run(f"{variant}-served", request, Served, progress=progress)
+        return context.workers.run(f"{variant}-served", request, Served, progress=progress)
     except CellError as error:
         failures.append(Failure(cell="served", reason=str(error)))
         return None
@@ -311,7 +333,7 @@ def _run_tasks(context: EvaluationContext, variant: str, request: TasksRequest) 
     lost: Sequence[int] = ()
     reason = ""
     try:
-        context.worker.run(f"{variant}-tasks", request, TasksResult, progress=progress, part=receive)
+        context.workers.run(f"{variant}-tasks", request, TasksResult, progress=progress, part=receive)
     except CellError as error:
         reason = str(error)
         lost = (

@@ -7,7 +7,8 @@ layout, and stored in the baseline's record.
 from pathlib import Path
 
 from quantlab.evaluation.processes.messages import AttentionRequest, AttentionResult, Progress
-from quantlab.evaluation.processes.worker_client import CellError, Worker
+from quantlab.evaluation.processes.worker_client import CellError
+from quantlab.evaluation.processes.workers import Workers
 from quantlab.evaluation.record import Attention, AttentionCell
 from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.suite import LoadedSuite
@@ -15,12 +16,12 @@ from quantlab.files import read_json
 
 
 def measure_contexts(
-    worker: Worker, suite: LoadedSuite, directory: Path, *, device: str, progress: Progress
+    workers: Workers, suite: LoadedSuite, directory: Path, *, device: str, progress: Progress
 ) -> Attention | None:
     """Measure every combination; a failed one stores its reason. None if the suite has no attention section.
 
     Args:
-        worker: runs the cells.
+        workers: run the cells.
         suite: the suite.
         directory: the artifact whose layout the twin uses.
         device: device of the twin.
@@ -38,7 +39,7 @@ def measure_contexts(
             directory=directory, suite=suite.path, implementation=name, context=context, device=device
         )
         try:
-            found = worker.run(f"attention-{name}-{context}", request, AttentionResult, progress=_silent)
+            found = workers.run(f"attention-{name}-{context}", request, AttentionResult, progress=_silent)
         except CellError as error:
             cells.append(AttentionCell(implementation=name, context=context, reason=str(error)))
         else:

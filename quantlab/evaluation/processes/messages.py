@@ -117,6 +117,8 @@ class MemoryRequest(_Strict):
     """The artifact."""
     suite: Path
     """The suite."""
+    turn: Path | None = None
+    """File that is locked while loading is timed, so that cells running side by side time it in turn; None to run alone."""
     device: str = "cpu"
     """As in `QualityRequest`."""
 
@@ -135,6 +137,8 @@ class SpeedRequest(_Strict):
     """Kind of the timed models as an earlier process chose it; None to choose it."""
     process: int = 0
     """Index of this process; seeds the order of the rounds."""
+    only_prepare: str = ""
+    """A variant whose model is built and warmed up, so that its kernels are compiled into the cache on disk; nothing is timed."""
     device: str = "cpu"
     """As in `QualityRequest`."""
 
@@ -159,21 +163,21 @@ class ModelTimings(_Strict):
 
 
 class SpeedResult(_Strict):
-    """The timings of one process; every variant is in one of them or among the failures."""
+    """The timings of one process; every variant is in one of them or among the failures, unless nothing was to be timed."""
 
     timed: Timed
     """Kind of the timed models."""
     model: str
     """Short description of the models."""
-    computed_by: str
+    computed_by: str = ""
     """The GPU, or the operators that the CPU ran, and how the decoder ran its steps."""
-    timings: tuple[ModelTimings, ...]
+    timings: tuple[ModelTimings, ...] = ()
     """Entry i of a rate is from the same turn in all models; entry i of all joules is from the same interval."""
-    failures: dict[str, str]
+    failures: dict[str, str] = {}
     """Variant -> the reason why it could not be timed."""
-    others: str | None
+    others: str | None = None
     """Contention by other processes during the rounds; None if there was none."""
-    others_of_energy: str | None
+    others_of_energy: str | None = None
     """The same for the energy readings."""
 
 

@@ -39,16 +39,19 @@ class Worker:
     It is a context manager: leaving it ends the process and its running cell.
     """
 
-    def __init__(self, directory: Path, *, threads: int, time_limit: float) -> None:
+    def __init__(self, directory: Path, *, threads: int, time_limit: float, log: str = "worker.log") -> None:
         """Start no process yet.
 
         Args:
             directory: output directory of the cells' results and logs.
             threads: number of threads of a cell.
             time_limit: limit in seconds for a cell, and for each part of an answer.
+            log: name of the worker's own log file.
         """
         self._directory, self._threads, self._time_limit = directory, threads, time_limit
+        self._log = directory / log
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_ready = self._is_abandoned = False
         self._pending = b""
 
     def __enter__(self) -> Self:
@@ -93,7 +96,7 @@ class Worker:
             process.stdin.flush()
         except BrokenPipeError:  # the worker died after its last cell
             self._stop()
-            raise CellError("the worker died" + _tail(self._directory / "worker.log")) from None
+            raise CellError("the worker died" + _tail(self._log)) from None
         status = self._follow(log, progress, part)
         if status == EXPLAINED:
             raise CellError(result.read_text(encoding="utf-8"))
@@ -143,12 +146,12 @@ class Worker:
         message: Mapping[str, Any] = json.loads(line)
         return message
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def start(self) -> None:
+        """Start the process unless it runs already, without waiting until it is ready."""
         if self._process is not None and self._process.poll() is None:
-            return self._process
+            return
         self._stop()
-        log = self._directory / "worker.log"
-        with log.open("wb") as errors:
+        with self._log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "quantlab.evaluation.processes.worker"],
                 stdin=subprocess.PIPE,
@@ -157,28 +160,49 @@ class Worker:
                 env=_environment(),
                 start_new_session=True,  # Ctrl-C reaches only this process, which then ends worker and cell with one signal
             )
-        self._pending = b""
-        message = self._message(time.monotonic() + _STARTING_SECONDS)
-        if message is None or message["event"] != "ready":
-            self._stop()
-            raise EvaluationError(
-                "the measuring process cannot be started",
-                where=str(log),
-                found=_tail(log).strip() or "no answer",
-                fix="run `python -m quantlab.evaluation.processes.worker < /dev/null` to see why",
-            )
+        self._pending, self._is_ready = b"", False
+        if self._is_abandoned:  # meanwhile
+            self._kill()
+
+    def abandon(self) -> None:
+        """End the process and its cell, from another thread than that of `run`, whose cell fails. It does not start again."""
+        self._is_abandoned = True
+        self._kill()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        """The process, ready for a cell."""
+        if self._is_abandoned:
+            raise CellError("it was ended")
+        self.start()
+        assert self._process is not None, "it was started"
+        if not self._is_ready:
+            message = self._message(time.monotonic() + _STARTING_SECONDS)
+            if message is None or message["event"] != "ready":
+                self._stop()
+                raise EvaluationError(
+                    "the measuring process cannot be started",
+                    where=str(self._log),
+                    found=_tail(self._log).strip() or "no answer",
+                    fix="run `python -m quantlab.evaluation.processes.worker < /dev/null` to see why",
+                )
+            self._is_ready = True
         return self._process
 
     def _stop(self) -> None:
         if self._process is None:
             return
-        with contextlib.suppress(ProcessLookupError):  # already gone
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._kill()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
         self._process.wait()
         self._process = None
+
+    def _kill(self) -> None:
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):  # already gone
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def invalid_answer(error: ValidationError) -> str:

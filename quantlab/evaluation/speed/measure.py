@@ -71,7 +71,11 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
         directories.setdefault(layout, request.artifacts[variant])
     device = find_device(request.device)
     builder = choose_builder(suite, directories, device, request.timed)
+    if request.only_prepare:
+        directories = {layout: directories[layout] for layout in [layouts[request.only_prepare]]}
     timed_models, reasons = _built(builder, directories, suite, request.device, progress)
+    if request.only_prepare:
+        return SpeedResult(timed=builder.timed, model=builder.description)
     if fp16 in reasons:
         raise reasons[fp16]
     timings, others = with_contention(lambda: time_rounds(timed_models, suite, progress, seed=request.process), device)

@@ -1,7 +1,8 @@
-"""Launch on the device of the tensors: triton launches on the current device, whatever device its arguments are on."""
+"""Two traps of triton around a launch: the current device, and the keys of its cache of compiled kernels."""
 
 from collections.abc import Callable
 from functools import wraps
+from types import ModuleType
 from typing import ParamSpec, Protocol, TypeVar
 
 import torch
@@ -16,6 +17,21 @@ class HasWeight(Protocol):
 
     @property
     def weight(self) -> Tensor: ...
+
+
+def hash_in_order(*modules: ModuleType) -> None:
+    """Compute the cache keys of the kernels of `modules` now, each function before those that call it.
+
+    A kernel's key is to contain the global constants of the functions it calls, but triton (3.6, `DependenciesFinder._update_hash`)
+    reads them before it has hashed such a function. So without this the key of a kernel depends on which kernel a process launches
+    first: another process compiles it again, for half a second to a second each. Functions of a module are defined before they are called.
+    """
+    from triton.runtime.jit import JITCallable
+
+    for module in modules:
+        for function in vars(module).values():
+            if isinstance(function, JITCallable):
+                function.cache_key  # noqa: B018  # computed at first access
 
 
 def on_its_device(launch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

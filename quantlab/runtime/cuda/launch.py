@@ -9,10 +9,12 @@ import triton
 from torch import Tensor
 
 from quantlab.runtime.cuda import expand, kernels, rowwise, sort_by_expert
-from quantlab.runtime.cuda.guard import on_its_device
+from quantlab.runtime.cuda.guard import hash_in_order, on_its_device
 from quantlab.runtime.cuda.layout import blocks
 from quantlab.runtime.cuda.tiles import FEW_TOKENS, Chip, Kind, Tiles
 from quantlab.runtime.cuda.wide_schedule import ROWS, Schedule
+
+hash_in_order(expand, kernels, rowwise, sort_by_expert)
 
 GLUON: Final = "3.6."
 """Prefix of the triton versions that `hopper` supports: Gluon is experimental and changes between releases."""

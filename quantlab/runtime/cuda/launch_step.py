@@ -9,9 +9,11 @@ from quantlab.architectures.layer import Routing
 from quantlab.runtime.cuda import attend as attend_kernels
 from quantlab.runtime.cuda import choose as choose_kernels
 from quantlab.runtime.cuda.banks import rms_norm
-from quantlab.runtime.cuda.guard import on_its_device
+from quantlab.runtime.cuda.guard import hash_in_order, on_its_device
 from quantlab.runtime.cuda.launch import chained, chip, power
 from quantlab.runtime.decoding.kernel_interface import CachePosition, Latents, Router, RowNorm
+
+hash_in_order(attend_kernels, choose_kernels)
 
 LOG2_E: Final = 1.4426950408889634
 MOST_TOKENS: Final = 64
