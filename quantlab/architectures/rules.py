@@ -59,6 +59,11 @@ def _mlp(prefix: str, role: Role, width: str, layers: Layers) -> tuple[TensorRul
     )
 
 
+def _mlp_bias(name: str, size: str) -> TensorRule:
+    pattern, feeds = f"{_LAYER}mlp.{name}.bias", "down" if name == "up_proj" else None
+    return TensorRule(pattern, "dense_mlp", (size,), layers="dense", needs="mlp_bias", feeds=feeds)
+
+
 _OUTSIDE_THE_LAYERS = (
     TensorRule("model.embed_tokens.weight", "embeddings", ("vocabulary", "hidden")),
     TensorRule("model.norm.weight", "norm", ("hidden",)),
@@ -81,8 +86,11 @@ GROUPED = (
     _bias("v_proj", "keys", needs="qkv_bias"),
     _bias("o_proj", "hidden", needs="o_bias"),
     *_mlp("", "dense_mlp", "intermediate", "dense"),
+    _mlp_bias("gate_proj", "intermediate"),
+    _mlp_bias("up_proj", "intermediate"),
+    _mlp_bias("down_proj", "hidden"),
 )
-"""A dense layer with grouped attention; the sizes `qkv_bias` and `o_bias` determine its biases."""
+"""A dense layer with grouped attention; the sizes `qkv_bias`, `o_bias` and `mlp_bias` determine its biases."""
 
 LATENT = (
     *_OUTSIDE_THE_LAYERS,
@@ -132,12 +140,15 @@ def head_norms(names: HeadNorms) -> tuple[TensorRule, ...]:
     return tuple(_norm(_ATTENTION + name, "head", None) for name in (names.query, names.key))
 
 
-def grouped_dimensions(config: Config, *, qkv_bias: bool, head: int | None = None) -> Dimensions:
+def grouped_dimensions(
+    config: Config, *, qkv_bias: bool, mlp_bias: bool = False, head: int | None = None
+) -> Dimensions:
     """Sizes of a dense model with grouped attention.
 
     Args:
         config: config.json.
         qkv_bias: whether the projections of queries, keys and values have biases.
+        mlp_bias: whether the linears of the mlp have biases.
         head: default width of a head; None for the hidden width divided by the number of heads.
 
     Raises:
@@ -161,6 +172,7 @@ def grouped_dimensions(config: Config, *, qkv_bias: bool, head: int | None = Non
         "tied": int(bool(config.get("tie_word_embeddings"))),
         "qkv_bias": int(qkv_bias),
         "o_bias": int(bool(config.get("attention_bias"))),
+        "mlp_bias": int(mlp_bias),
     }
 
 

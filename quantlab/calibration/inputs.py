@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantlab.calibration.collect import Stream, collect
+from quantlab.calibration.layer import Half
 from quantlab.calibration.moe import MoeInputs, collect_moe
 from quantlab.numerics.statistics import Need, SiteStatistics
 
@@ -131,6 +132,11 @@ class HalfInputs:
         return {
             site: self._archive.statistics(f"{self._block} {site}", needs, partial(compute, site)) for site in sites
         }
+
+    def excerpt(self, tokens: int) -> tuple[Half, Tensor]:
+        """The half layer, and the hidden states [1, L, H] of at most `tokens` tokens of the first sample that enter it."""
+        stream = self._enter()
+        return stream.half, stream.hidden.read(slice(0, 1))[:, :tokens]
 
     def experts(self, needs: Collection[Need] = ()) -> ExpertInputs:
         """Statistics of the routed experts' inputs.

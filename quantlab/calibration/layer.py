@@ -80,8 +80,12 @@ class Half:
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states [B, L, H] after this half, in their dtype."""
+        return hidden + self.update(hidden)
+
+    def update(self, hidden: Tensor) -> Tensor:
+        """What this half adds to the hidden states [B, L, H]."""
         with torch.no_grad():
-            return hidden + self.body(self.norm(hidden))
+            return self.body(self.norm(hidden))
 
     @property
     def last(self) -> str | None:

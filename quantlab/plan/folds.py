@@ -93,11 +93,15 @@ def mark_folds(steps: Sequence[Step], *, variant: str) -> list[Step]:
     """The steps, with the outcome "folded" for tensors that only a fold changes.
 
     Raises:
-        PlanError: two algorithms scale the same channels.
+        PlanError: two algorithms scale the same channels, or the module that produces them has a tensor that is not
+            known to produce them too.
     """
-    folds = [fold for block in _by_block(steps).values() for fold in folds_of(block)]
-    for fold in folds:
-        _check_one_algorithm(fold, variant=variant)
+    folds = []
+    for block in _by_block(steps).values():
+        for fold in folds_of(block):
+            _check_one_algorithm(fold, variant=variant)
+            _check_whole_producer(fold, block, variant=variant)
+            folds.append(fold)
     folded = {step.tensor.name: fold.algorithm.name for fold in folds for step in (*fold.producers, *fold.consumers)}
     return [
         replace(step, outcome="folded", reason=f"takes part in the scales of {folded[step.tensor.name]}")
@@ -146,4 +150,19 @@ def _check_one_algorithm(fold: Fold, *, variant: str) -> None:
             where=f"variant {variant}, {fold.producers[0].tensor.name} and its readers",
             found=found,
             fix=f"give {first.tensor.role} and {other.tensor.role} the same algorithm with the same options, or one of them rtn",
+        )
+
+
+def _check_whole_producer(fold: Fold, block: Iterable[Step], *, variant: str) -> None:
+    """Refuse to divide a part of a module: every tensor of the producing norm or linear must be a producer."""
+    known = {step.tensor.name for step in fold.producers}
+    modules = {name.rpartition(".")[0] for name in known}
+    unknown = [step.tensor.name for step in block if step.tensor.name.rpartition(".")[0] in modules - {""}]
+    unknown = [name for name in unknown if name not in known]
+    if unknown:
+        raise PlanError(
+            f"{fold.algorithm.name} cannot scale channels whose producer has an unknown tensor: it might not be scaled with them",
+            where=f"variant {variant}, {fold.producers[0].tensor.name}",
+            found=", ".join(unknown),
+            fix="quantize these linears with rtn or gptq, which scale no channels",
         )

@@ -35,6 +35,8 @@ _BATCH_BYTES: Final = 1 << 28
 """Memory for the Hessians, weights and results of one batch of experts on a CPU."""
 _BATCH_SHARE: Final = 5
 """The same on a GPU, as a divisor of its total memory, so that results do not depend on free memory."""
+_CHECKED_TOKENS: Final = 128
+"""Tokens of the check that folds change nothing but the rounding."""
 _UNSCALED: Final = "not scaled: no calibration token reached it"
 
 
@@ -134,7 +136,8 @@ class FoldScales:
         changes: list[tuple[str, Change]] = []
         for fold in self.folds:
             changes += self._changes(layer, fold, found, experts)
-        layer.fold(changes)
+        half, hidden = inputs.excerpt(_CHECKED_TOKENS)
+        layer.fold(changes, lambda: half.update(hidden))
 
     def _changes(
         self,

@@ -1,8 +1,9 @@
 """One decoder layer while its weights are edited: the modules that compute with them, and the results so far."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from quantlab.architectures.architecture import Architecture
 from quantlab.architectures.config import Config
 from quantlab.calibration.layer import Layer, Skeleton
+from quantlab.errors import CheckpointError
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.passes.apply import WeightReport
 from quantlab.passes.removal import without_experts
@@ -17,6 +19,10 @@ from quantlab.plan.folds import unsmoothed
 from quantlab.plan.model import Step
 from quantlab.run.weights import BlockWeights, Change
 
+_FOLD_ERROR: Final = 1e-4
+"""Largest relative change of the output of half a layer by its folds, computed in float32; rounding makes about 1e-6."""
+_FOLD_ROUNDING: Final = 4
+"""The same in 16 bits, in units of the dtype's precision."""
 _UNSMOOTHED = "not smoothed: experts share the norm before them"
 
 
@@ -105,16 +111,46 @@ class EditedLayer:
         self.modules = self.model.skeletons.reduced.layer(self.index)
         self.modules.fill(lambda name: before[name] if self.weights.changed(name) else self._current(name))
 
-    def fold(self, changes: Iterable[tuple[str, Change]]) -> None:
-        """Apply folds to weights, in order; a weight may take part in several."""
-        names = []
+    def fold(self, changes: Iterable[tuple[str, Change]], update: Callable[[], Tensor]) -> None:
+        """Apply folds to weights, in order; a weight may take part in several.
+
+        Args:
+            changes: the change of every weight, by name.
+            update: the output of the half layer with its current weights, for some tokens.
+
+        Raises:
+            CheckpointError: the folded weights, before they are rounded, compute something else than the weights before.
+        """
+        changes = list(changes)
+        names = list(dict.fromkeys(name for name, _ in changes))
+        if self.model.follows:
+            self._fill(self.modules, [name for name in names if self.weights.is_rounded(name)])
+        before = update()
         for name, change in changes:
             self.weights.fold(name, change)
-            names.append(name)
-        for name in dict.fromkeys(names):
-            self.modules.weights[name].copy_(self._current(name))
-            if self.unchanged is not None:
-                self.unchanged.weights[name].copy_(self.weights.source(name))
+        self._fill(self.modules, names)
+        self._check_fold(before, update())
+        if self.model.follows:
+            for name in names:
+                self.modules.weights[name].copy_(self._current(name))
+        if self.unchanged is not None:
+            self._fill(self.unchanged, names)
+
+    def _fill(self, layer: Layer, names: Iterable[str]) -> None:
+        """Set weights of a layer to those before rounding."""
+        for name in names:
+            layer.weights[name].copy_(self.weights.source(name))
+
+    def _check_fold(self, before: Tensor, after: Tensor) -> None:
+        error = ((after - before).float().norm() / before.float().norm().clamp_min(1e-30)).item()
+        limit = _FOLD_ERROR if before.dtype == torch.float32 else _FOLD_ROUNDING * torch.finfo(before.dtype).eps
+        if not error <= limit:  # NaN as well
+            raise CheckpointError(
+                "scales folded into a layer changed what it computes",
+                where=f"{self.block} of {self.model.architecture.class_name}",
+                found=f"relative change {error:.2g} of the output before rounding; rounding of sums allows {limit:.2g}",
+                fix="quantize it without awq and smoothquant, and report the model: one of its parameters is not known to quantlab",
+            )
 
     def set(self, name: str, weight: Tensor, result: Tensor | QuantizedMatrix, report: WeightReport | None) -> None:
         """Replace a weight by the result of the passes; arguments as those of `BlockWeights.set`.

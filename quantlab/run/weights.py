@@ -62,6 +62,10 @@ class BlockWeights:
         """A weight that no pass changes, in its stored dtype."""
         return self.source(name).to(TORCH_DTYPES[self.steps[name].dtype])
 
+    def is_rounded(self, name: str) -> bool:
+        """Whether `stored` differs from `source`, because the stored dtype is another."""
+        return TORCH_DTYPES[self.steps[name].dtype] != self.source(name).dtype
+
     def fold(self, name: str, change: Change) -> None:
         """Add a fold to a weight."""
         self._folds.setdefault(name, []).append(change)

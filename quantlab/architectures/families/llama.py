@@ -7,7 +7,8 @@ from quantlab.architectures.rules import GROUPED, grouped_dimensions
 
 
 def _dimensions(config: Config) -> Dimensions:
-    return grouped_dimensions(config, qkv_bias=bool(config.get("attention_bias")))
+    attention, mlp = (bool(config.get(field)) for field in ("attention_bias", "mlp_bias"))
+    return grouped_dimensions(config, qkv_bias=attention, mlp_bias=mlp)
 
 
 LLAMA = Architecture("llama", "LlamaForCausalLM", GROUPED, _dimensions, GroupedAttention())
