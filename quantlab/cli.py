@@ -162,12 +162,14 @@ def run(
         load_suite(loaded.resolve(loaded.recipe.evaluate.suite))  # report errors in it before the long work
         if loaded.recipe.evaluate.claims is not None:
             load_claims(loaded.resolve(loaded.recipe.evaluate.claims))
-    from quantlab.run.loop import Settings  # imports torch, which `plan` and `--help` do without
+    from quantlab.preflight import check_before_running  # imports torch, which `plan` and `--help` do without
+    from quantlab.run.loop import Settings
     from quantlab.runtime.device import find_device
     from quantlab.stages import Measuring, make, measure
 
     directory = _directory(loaded, out)
     found = find_device(device)
+    check_before_running(loaded, compiled)
     settings = Settings(device=found, overwrite=overwrite)
     with _interruptible():
         made = make(loaded, compiled, directory, settings, console=_err, quiet=quiet or as_json)
@@ -185,6 +187,7 @@ def run(
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
     if not (quiet or as_json):
         _err.print(f"{time.monotonic() - started:.0f} s in all", style="dim")
+    _exit_if_not_measured(matrix, shown=not (quiet or as_json))
 
 
 @app.command("eval")
@@ -216,6 +219,7 @@ def evaluate_artifacts(
     with _interruptible():
         matrix = measure(loaded, compiled, directory, how, console=_err)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
+    _exit_if_not_measured(matrix, shown=not (quiet or as_json))
 
 
 @app.command()
@@ -357,3 +361,12 @@ def _show_matrix(matrix: Matrix, directory: Path, *, quiet: bool, as_json: bool)
     elif not quiet:
         print_matrix(matrix, _out)
         _err.print(f"{directory}/matrix.html, .md, .csv, .json", style="dim", highlight=False, markup=False)
+
+
+def _exit_if_not_measured(matrix: Matrix, *, shown: bool) -> None:
+    """Exit with code 1 if a variant has no quality; print failed cells on standard error unless the matrix was shown."""
+    for row in matrix.rows:
+        for failure in () if shown else row.failures:
+            _err.print(f"{row.variant}: {failure.cell}: {failure.reason}", style="red", highlight=False, markup=False)
+    if any(row.quality is None for row in matrix.rows):
+        raise typer.Exit(1)

@@ -79,10 +79,15 @@ def measure(recipe: LoadedRecipe, plan: Plan, out: Path, how: Measuring, *, cons
         console: where progress bars are shown.
 
     Raises:
-        ArtifactError: an artifact is missing, or was made from another recipe.
+        ArtifactError: an artifact is missing, or was made from another recipe, or another run uses the directory.
         EvaluationError: the suite's text cannot be read.
     """
     directory = RunDirectory(out)
+    with directory.locked():
+        return _measure(recipe, plan, directory, how, console=console)
+
+
+def _measure(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Measuring, *, console: Console) -> Matrix:
     outdated = [variant.name for variant in plan.variants if not directory.check_measurable(variant)]
     if outdated and not how.quiet:
         text = f"made with other versions of the code or libraries, measured without rebuilding: {', '.join(outdated)} (`quantlab run` rebuilds them)"
@@ -93,7 +98,7 @@ def measure(recipe: LoadedRecipe, plan: Plan, out: Path, how: Measuring, *, cons
     with show.progress_bars(console, quiet=how.quiet) as bars:
         records = evaluate(request, progress=show.StageBars(bars))
     claims = recipe.recipe.evaluate.claims if recipe.recipe.evaluate else None
-    return write_report(records, out, claims=recipe.resolve(claims) if claims else None)
+    return write_report(records, directory.path, claims=recipe.resolve(claims) if claims else None)
 
 
 def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Measuring) -> EvaluationRequest:

@@ -128,7 +128,8 @@ def _check_finite(stored: StoredWeights) -> Check:
         weight = stored.read(tensor_name)
         values = weight.scale if isinstance(weight, QuantizedMatrix) else weight
         count += 1
-        if values.is_floating_point() and not bool(values.isfinite().all()):
+        expands = not isinstance(weight, QuantizedMatrix) or weight.expands_within_range()
+        if not expands or (values.is_floating_point() and not bool(values.isfinite().all())):
             broken.append(tensor_name)
     if broken:
         return Check("every value is finite", "failed", f"NaN or infinity in {', '.join(broken[:3])}")
@@ -198,7 +199,7 @@ def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected:
             dequantize=stored.method if expand else None,
             dtype=_dtype_of(stored),
         )
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         return Check(name, "failed", next(iter(str(error).splitlines()), type(error).__name__))
     difference = (logits - expected).abs().max().item()
     verdict: Literal["ok", "failed"] = "ok" if difference == 0 else "failed"

@@ -45,6 +45,15 @@ class QuantizedMatrix:
         zero = None if self.zero is None else self.zero[some]
         return QuantizedMatrix(self.q[some], self.scale[some], self.bits, zero)
 
+    def expands_within_range(self) -> bool:
+        """Whether every value ``(q - z) * scale`` is finite in the dtype of the scale, in which engines form it."""
+        if self.block is not None or self.scale.dtype != torch.float16 or not self.q.numel():
+            return True  # other dtypes have the range of float32
+        low, high = self.q.view(*self.scale.shape, -1).aminmax(dim=2)
+        zero = torch.zeros_like(low) if self.zero is None else self.zero
+        furthest = torch.maximum((high.int() - zero.int()).abs(), (low.int() - zero.int()).abs())
+        return bool((furthest.float() * self.scale.float().abs()).max() <= torch.finfo(torch.float16).max)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix [N, K] of `dtype`.
 

@@ -2,13 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
+from quantlab.checkpoint.reader import Reader
 from quantlab.files import write_atomically
+from quantlab.formats.stored import StoredWeights
 from quantlab.plan.model import Plan, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.run.directory import RunDirectory
+from quantlab.run.float16_range import check_float16_range
 from quantlab.run.identity import identify
 from quantlab.run.loop import Progress, Settings, run_variant
+from quantlab.run.weights import read_finite
 
 RECIPE_COPY = ".recipe.yaml"
 """Copy of the recipe in the output directory; `quantlab report` reads the order of rows from it."""
@@ -48,7 +53,7 @@ def make_artifacts(
 
     Raises:
         ArtifactError: the directory is in use, contains artifacts of another recipe, or cannot be written.
-        CheckpointError: a weight cannot be read or is not finite.
+        CheckpointError: a weight cannot be read, is not finite or too large for the dtype it is stored in.
         PlanError: the disk is too small.
     """
     made, kept = [], []
@@ -63,6 +68,10 @@ def make_artifacts(
         free = directory.check_space(plan, complete)
         sharing = sum(variant.uses_unchanged_model for variant in plan.variants if variant.name not in complete)
         settings = replace(settings, shared_bytes=free // 2 if sharing > 1 else 0)
+        source = StoredWeights(Reader(plan.checkpoint))
+        check_float16_range(
+            (variant for variant in plan.variants if variant.name not in complete), partial(read_finite, source=source)
+        )
         for variant in plan.variants:
             if variant.name in complete:
                 directory.tidy(variant)

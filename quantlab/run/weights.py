@@ -141,10 +141,11 @@ def check_range(step: Step, weight: Tensor, changed: Tensor | QuantizedMatrix) -
     """Refuse a result that its stored dtype cannot represent.
 
     Raises:
-        CheckpointError: values or scales became infinite, or scales of nonzero weights became zero.
+        CheckpointError: values, scales or their products with the integers became infinite, or scales of nonzero weights
+            became zero.
     """
     values = changed.scale if isinstance(changed, QuantizedMatrix) else changed
-    if not is_finite(values):
+    if not is_finite(values) or (isinstance(changed, QuantizedMatrix) and not changed.expands_within_range()):
         extreme, edge = weight.abs().max().item(), torch.finfo(values.dtype).max
         problem, found = "overflows", f"largest magnitude {extreme:.4g}; {step.dtype} ends at {edge:.4g}"
     elif isinstance(changed, QuantizedMatrix) and lost_groups(weight, changed):

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from quantlab.architectures.detect import of_model_type
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
-from quantlab.errors import ArtifactError
+from quantlab.errors import ArtifactError, CheckpointError
 from quantlab.formats.fused import unfused
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix, concatenated
@@ -75,8 +75,7 @@ def load(
     if model is None:
         raise out_of_memory(needed, free_bytes(found), found, where=str(artifact))
     weights.check_all_taken()
-    if (artifact / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(artifact)
+    model.generation_config = read_generation_config(artifact) or model.generation_config
     # generate() compiles a model that has a static cache, and torch.compile cannot trace the kernels
     model.generation_config.disable_compile = True
     return model
@@ -87,6 +86,26 @@ def _artifact(artifact: Path, device: torch.device, progress: Progress) -> tuple
     checkpoint = unfused(open_checkpoint(artifact))
     config = config_of(checkpoint.config, where=str(artifact / "config.json"))
     return config, _ArtifactWeights(StoredWeights(Reader(checkpoint), device=device), config, progress)
+
+
+def read_generation_config(directory: Path) -> GenerationConfig | None:
+    """The generation settings of a checkpoint; None if it has no generation_config.json.
+
+    Raises:
+        CheckpointError: transformers cannot read the file.
+    """
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            "the generation settings cannot be read",
+            where=str(path),
+            found=next(iter(str(error).splitlines()), type(error).__name__)[:200],
+            fix="write a JSON object there, or remove the file",
+        ) from error
 
 
 def needed_bytes(artifact: Path, dtype: torch.dtype) -> int:

@@ -40,7 +40,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 
 
-_CONFIG_ERRORS: Final = (
+CONFIG_ERRORS: Final = (
     StrictDataclassError,
     ArithmeticError,
     AttributeError,
@@ -50,7 +50,7 @@ _CONFIG_ERRORS: Final = (
     ValueError,
 )
 """Exceptions that transformers raises for an invalid config."""
-_FUSED_EXPERTS: Final = "gate_up_proj"
+FUSED_EXPERTS: Final = "gate_up_proj"
 """Parameter [E, 2I, H] in which transformers, for every family, holds gate and up of all experts of a layer."""
 _INT4_GROUPS: Final = (128, 64, 32)
 
@@ -96,8 +96,8 @@ def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
     plain = {key: copy.deepcopy(value) for key, value in fields.items() if key != "quantization_config"}
     try:
         return CONFIG_MAPPING[architecture.name].from_dict(dict(architecture.for_transformers(plain)))
-    except _CONFIG_ERRORS as error:
-        raise _invalid_config(error, where=where) from error
+    except CONFIG_ERRORS as error:
+        raise invalid_config(error, where=where) from error
 
 
 def build(
@@ -119,8 +119,8 @@ def build(
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except _CONFIG_ERRORS as error:
-        raise _invalid_config(error, where=f"the config of a {config.model_type}") from error
+    except CONFIG_ERRORS as error:
+        raise invalid_config(error, where=f"the config of a {config.model_type}") from error
     tied = bool(config.tie_word_embeddings)
     architecture = of_model_type(config.model_type)
     assert architecture is not None, "a config of `config_of`"
@@ -137,7 +137,7 @@ def build(
     return model.eval().requires_grad_(False)
 
 
-def _invalid_config(error: Exception, *, where: str) -> ArtifactError:
+def invalid_config(error: Exception, *, where: str) -> ArtifactError:
     return ArtifactError(
         "transformers cannot build a model from the config",
         where=where,
@@ -193,7 +193,7 @@ def _materialize(
 
 def _replacement(module: nn.Module, path: str, weights: WeightSource, *, dtype: torch.dtype) -> nn.Module | None:
     """The module that replaces a transformers module; None if it is kept."""
-    if isinstance(getattr(module, _FUSED_EXPERTS, None), nn.Parameter):
+    if isinstance(getattr(module, FUSED_EXPERTS, None), nn.Parameter):
         return _experts(module, path, weights, dtype=dtype)
     if all(_plain_linear(module, name) for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down)):
         if _fit_one_bank([f"{path}.{GATED_MLP.gate}.weight", f"{path}.{GATED_MLP.up}.weight"], weights):
@@ -315,7 +315,7 @@ def _gated_mlp(module: nn.Module, path: str, weights: WeightSource, *, dtype: to
 
 
 def _experts(module: nn.Module, path: str, weights: WeightSource, *, dtype: torch.dtype) -> Experts:
-    count, double_width, hidden = module.get_parameter(_FUSED_EXPERTS).shape
+    count, double_width, hidden = module.get_parameter(FUSED_EXPERTS).shape
     linears = {"gate": GATED_MLP.gate, "up": GATED_MLP.up, "down": GATED_MLP.down}
     names = {kind: [f"{path}.{index}.{name}.weight" for index in range(count)] for kind, name in linears.items()}
     if not (_fit_one_bank(names["gate"] + names["up"], weights) and _fit_one_bank(names["down"], weights)):
