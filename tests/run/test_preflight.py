@@ -67,6 +67,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda model: edit_config(model, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),
         "spiral",
     ),
+    "a model type that nothing knows under a known class": (
+        lambda model: edit_config(model, model_type="mystery"),
+        "mystery",
+    ),
+    "a missing tensor": (lambda model: drop_tensor(model, "model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj"),
     "empty generation settings": (lambda model: (model / "generation_config.json").write_text(""), "generation_config"),
     "generation settings that are a list": (
         lambda model: (model / "generation_config.json").write_text("[1]"),
