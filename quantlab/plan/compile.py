@@ -1,4 +1,5 @@
-"""Recipe x headers x architecture -> Plan. Reads only headers: no weights, no device, no torch."""
+"""Recipe x headers x architecture -> Plan. Reads headers, of the weights only a head that should be tied: no device, no
+torch."""
 
 import fnmatch
 import hashlib
@@ -10,6 +11,7 @@ from quantlab.architectures.architecture import DEFAULT_TARGETS, Architecture
 from quantlab.architectures.config import Config, size_of
 from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import Checkpoint
+from quantlab.checkpoint.tied import check_tied_head
 from quantlab.errors import PlanError
 from quantlab.formats.layouts import LAYOUTS
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
@@ -44,6 +46,7 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
     """
     architecture = detect(checkpoint.config)
     weights = survey(checkpoint, architecture)
+    check_tied_head(checkpoint)
     fingerprint = checkpoint.fingerprint()
     variants = []
     for name, passes in recipe.variants.items():

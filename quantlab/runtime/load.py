@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from quantlab.architectures.detect import of_model_type
-from quantlab.checkpoint.index import open_checkpoint
+from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.checkpoint.reader import Reader
+from quantlab.checkpoint.tied import check_tied_head
 from quantlab.errors import ArtifactError
 from quantlab.formats.fused import unfused
 from quantlab.formats.stored import StoredWeights
@@ -62,12 +63,13 @@ def load(
 
     Raises:
         ArtifactError: a tensor is missing, left over or of the wrong shape, or the model type is unknown.
-        CheckpointError: the files are damaged.
+        CheckpointError: the files are damaged, or hold a head that differs from the embeddings config.json ties it to.
         DeviceError: the device or attention implementation is not available, or the model does not fit into memory.
     """
     found = find_device(device)
     with _progress_bar(f"loading {artifact.name}") if progress is None else nullcontext(progress) as called:
         config, weights = _artifact(artifact, found, called)
+        check_tied_head(weights.checkpoint)
         chosen = weights.dtype if dtype is None else dtype
         needed = weights.needed_bytes(chosen)
         check_free_memory(needed, found, where=str(artifact))
@@ -157,6 +159,10 @@ class _ArtifactWeights:
             if not name.endswith(".rotary_emb.inv_freq") and not architecture.outside_the_model(name, fields)
         )
         self._total = len(self._left)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self._stored.reader.checkpoint
 
     @property
     def device(self) -> torch.device:
