@@ -138,9 +138,8 @@ class Skeleton:
 
     def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
         self.architecture = detect(config)
-        plain = {key: copy.deepcopy(value) for key, value in config.items() if key != "quantization_config"}
         self.config: PreTrainedConfig = CONFIG_MAPPING[self.architecture.name].from_dict(
-            dict(self.architecture.for_transformers(plain))
+            self.architecture.model_fields(config)
         )
         self.dtype, self.device = dtype, device
         AttentionInterface.register(_ATTENTION_NAME, _causal_attention)

@@ -13,6 +13,7 @@ from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.checkpoint.tied import check_tied_head
 from quantlab.errors import PlanError
+from quantlab.formats.dtype import dtype_of, dtype_of_weights
 from quantlab.formats.layouts import LAYOUTS
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
 from quantlab.plan.folds import check_folds_of_fewer_experts, fold_notes, mark_folds
@@ -47,6 +48,7 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
     architecture = detect(checkpoint.config)
     weights = survey(checkpoint, architecture)
     check_tied_head(checkpoint)
+    dtype_of(checkpoint)  # the source is measured in it
     fingerprint = checkpoint.fingerprint()
     variants = []
     for name, passes in recipe.variants.items():
@@ -116,7 +118,7 @@ def _plan_variant(
     return VariantPlan(
         name=name,
         description=describe(passes),
-        dtype=cast or _native_dtype(weights),
+        dtype=cast or dtype_of_weights(weight.entry for weight in weights),
         blocks=_blocks(steps),
         calibration=calibration,
         removal=removal,
@@ -133,17 +135,6 @@ def _algorithms(passes: Sequence[Prune | Quantize]) -> tuple[str, ...]:
     """Sorted names of the algorithms used; every quantize pass also uses `rtn`, at least for comparison."""
     rounding = {"rtn"} if any(isinstance(step, Quantize) for step in passes) else set()
     return tuple(sorted({step.algorithm.name for step in passes} | rounding))
-
-
-def _native_dtype(weights: Sequence[SourceWeight]) -> str:
-    """The dtype of most of the source's floating-point bytes; FP8 counts as bfloat16, its dequantized dtype."""
-    bytes_of = dict.fromkeys(("F16", "BF16", "F32", "F64"), 0)
-    for weight in weights:
-        if weight.dtype in bytes_of:
-            bytes_of[weight.dtype] += weight.entry.nbytes
-    return {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}[
-        max(bytes_of, key=lambda word: bytes_of[word])
-    ]
 
 
 def _applied(passes: Sequence[Prune | Quantize], weight: SourceWeight, *, variant: str) -> tuple[Prune | Quantize, ...]:

@@ -4,7 +4,6 @@ Weights come from a small protocol, so the same code builds a model from files a
 measurements of the twin hold for the loaded model.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol, TypeVar
@@ -79,7 +78,7 @@ class WeightSource(Protocol):
 
 
 def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
-    """The transformers config for the fields of a config.json, without its quantization.
+    """The transformers config for the fields of a config.json, without its quantization and its dtype.
 
     Raises:
         ArtifactError: the runtime does not support the model type, or the fields are invalid.
@@ -93,9 +92,8 @@ def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
             found=repr(model_type),
             fix="supported: " + ", ".join(known.name for known in ARCHITECTURES),
         )
-    plain = {key: copy.deepcopy(value) for key, value in fields.items() if key != "quantization_config"}
     try:
-        return CONFIG_MAPPING[architecture.name].from_dict(dict(architecture.for_transformers(plain)))
+        return CONFIG_MAPPING[architecture.name].from_dict(architecture.model_fields(fields))
     except _CONFIG_ERRORS as error:
         raise _invalid_config(error, where=where) from error
 
