@@ -101,7 +101,8 @@ def _check_hashes(artifact: Path, manifest: dict[str, Any]) -> Check:
             problems.append(f"{name} was changed")
         total += record["bytes"]
     known = {*manifest["files"], "manifest.json", "README.md"}  # every report rewrites the model card
-    extra = sorted(path.name for path in artifact.iterdir() if path.name not in known)
+    stored = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if not path.is_dir()}
+    extra = sorted(stored - known)
     problems += [f"{name} is not in the manifest" for name in extra]
     if problems:
         return Check("sha256 of every file", "failed", "; ".join(problems[:5]))
