@@ -67,6 +67,7 @@ class TensorRule:
         fused: the group that serving engines fuse into one matrix; its members share one scheme.
         splits: the dimension that tensor parallelism splits: "rows" (outputs), "columns" (inputs), or None.
         exact: whether it keeps its dtype in every variant, because engines compute with it in float32.
+        optional: whether releases exist without it, because it is a copy of another tensor.
     """
 
     pattern: str
@@ -80,6 +81,7 @@ class TensorRule:
     fused: str | None = None
     splits: Literal["rows", "columns"] | None = None
     exact: bool = False
+    optional: bool = False
 
     def exists(self, sizes: Dimensions) -> bool:
         """Whether a model of these sizes has the tensor, see `needs`."""

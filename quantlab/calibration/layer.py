@@ -285,7 +285,11 @@ def _named_weights(
     """The tensors of the layer by their names in the checkpoint."""
     tensors = (*layer.named_parameters(), *layer.named_buffers())
     ours = {id(tensor) for tensor in experts.parameters()} if experts is not None else set()
-    weights = {f"model.layers.{index}.{name}": tensor.data for name, tensor in tensors if id(tensor) not in ours}
+    weights = {
+        f"model.layers.{index}.{name}": tensor.data
+        for name, tensor in tensors
+        if id(tensor) not in ours and tensor.numel()  # zero shared experts have matrices without elements
+    }
     for expert in range(len(experts.down_proj) if experts is not None else 0):
         assert experts is not None
         views = (experts.gate(expert), experts.up(expert), experts.down(expert))

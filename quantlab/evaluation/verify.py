@@ -170,8 +170,10 @@ def _logits_of_transformers(
     classes = {"compressed-tensors": CompressedTensorsConfig, "fp8": FineGrainedFP8Config}
     options = {"quantization_config": classes[dequantize](dequantize=True)} if dequantize else {}
     model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
-    if info["missing_keys"]:
-        raise RuntimeError(f"transformers found no weights for {sorted(info['missing_keys'])[:3]}")
+    tensors = model.state_dict()
+    missing = sorted(key for key in info["missing_keys"] if key not in tensors or tensors[key].numel())
+    if missing:
+        raise RuntimeError(f"transformers found no weights for {missing[:3]}")
     with torch.inference_mode():
         logits: Tensor = model(_tokens(checkpoint)).logits.float()
     return logits

@@ -15,6 +15,7 @@ from quantlab.checkpoint.tied import check_tied_head
 from quantlab.errors import PlanError
 from quantlab.formats.dtype import dtype_of, dtype_of_weights
 from quantlab.formats.layouts import LAYOUTS
+from quantlab.formats.understood import understood
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
 from quantlab.plan.folds import check_folds_of_fewer_experts, fold_notes, mark_folds
 from quantlab.plan.memory import calibrated_peak_memory, peak_memory
@@ -45,6 +46,7 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
         CheckpointError: the source is incomplete or not supported.
         PlanError: a pass matches no tensor, or no engine could serve the result.
     """
+    checkpoint = understood(checkpoint)
     architecture = detect(checkpoint.config)
     weights = survey(checkpoint, architecture)
     check_tied_head(checkpoint)
@@ -140,7 +142,7 @@ def _algorithms(passes: Sequence[Prune | Quantize]) -> tuple[str, ...]:
 def _applied(passes: Sequence[Prune | Quantize], weight: SourceWeight, *, variant: str) -> tuple[Prune | Quantize, ...]:
     """The passes that change a weight."""
     tensor = weight.tensor
-    if tensor.rule is None or not tensor.rule.linear or tensor.role == "mtp":
+    if tensor.rule is None or not tensor.rule.linear or tensor.role == "mtp" or not weight.entry.elements:
         return ()
     module = tensor.name.removesuffix(".weight")
     applied = tuple(
@@ -175,10 +177,8 @@ def _plan_step(weight: SourceWeight, passes: tuple[Prune | Quantize, ...], cast:
     elif dtype != entry.dtype:
         outcome, reason = "cast", f"{entry.dtype} to {dtype}" + (" by its block scales" if weight.scale else "")
     else:
-        outcome, reason = (
-            "kept",
-            "no rule of the architecture knows it" if tensor.rule is None else "no pass targets it",
-        )
+        unknown = "no rule of the architecture knows it" if tensor.rule is None else "no pass targets it"
+        outcome, reason = "kept", unknown if entry.elements else "it has no elements"
     layout, number = (LAYOUTS[scheme.layout], scheme.format) if scheme else (LAYOUTS["dense"], None)
     outputs = layout.stored_tensors(tensor.name, entry.shape, number, dtype)
     return Step(tensor, entry, weight.scale, passes, dtype, outcome, reason, outputs)
@@ -193,7 +193,7 @@ def _check_matches(passes: Sequence[Prune | Quantize], steps: Sequence[Step], *,
     modules = [
         (step.tensor.role, step.tensor.name.removesuffix(".weight"))
         for step in steps
-        if step.tensor.rule and step.tensor.rule.linear
+        if step.tensor.rule and step.tensor.rule.linear and step.source.elements
     ]
     roles = sorted({role for role, _ in modules})
     for step in passes:

@@ -143,6 +143,11 @@ def quantization_config(variant: VariantPlan) -> Description | None:
     ]
     if not variant.layouts:
         return None
+    routers = {linear.layer for linear in linears if linear.role == "router"}
+    if routers and not any(linear.role == "shared_experts" for linear in linears):
+        # transformers builds linears without elements for zero shared experts, which are not quantized either
+        module = f"model.layers.{min(routers)}.mlp.shared_experts.down_proj"
+        linears.append(Linear(module, "shared_experts", min(routers), None, "dense"))
     method = method_of_layout(variant.layouts[0])
     assert method.describe is not None, f"{method.word} is only read"
     return method.describe(linears)

@@ -23,8 +23,8 @@ from quantlab.checkpoint.reader import Reader
 from quantlab.checkpoint.tied import check_tied_head
 from quantlab.errors import ArtifactError
 from quantlab.formats.dtype import dtype_of
-from quantlab.formats.fused import unfused
 from quantlab.formats.stored import StoredWeights
+from quantlab.formats.understood import understood
 from quantlab.numerics.integer import QuantizedMatrix, concatenated
 from quantlab.numerics.number_format import NumberFormat
 from quantlab.runtime.banks.choice import Matrices
@@ -88,7 +88,7 @@ def load(
 
 def _artifact(artifact: Path, device: torch.device, progress: Progress) -> tuple[PreTrainedConfig, "_ArtifactWeights"]:
     """The config and the weights of an artifact; only headers are read so far."""
-    checkpoint = unfused(open_checkpoint(artifact))
+    checkpoint = understood(open_checkpoint(artifact))
     config = config_of(checkpoint.config, where=str(artifact / "config.json"))
     return config, _ArtifactWeights(StoredWeights(Reader(checkpoint), device=device), config, progress)
 
@@ -146,7 +146,9 @@ class _ArtifactWeights:
             name
             for name in stored.names()
             # older llama checkpoints store the frequencies of the rotary embedding
-            if not name.endswith(".rotary_emb.inv_freq") and not architecture.outside_the_model(name, fields)
+            if not name.endswith(".rotary_emb.inv_freq")
+            and not architecture.outside_the_model(name, fields)
+            and stored.elements(name)
         )
         self._total = len(self._left)
 

@@ -24,6 +24,7 @@ from quantlab.runtime.modules.attention import LATENT_SDPA, pass_latents_through
 from quantlab.runtime.modules.experts import Experts
 from quantlab.runtime.modules.linear import (
     DenseLinear,
+    EmptyMLP,
     GatedMLP,
     Norm,
     PackedLinear,
@@ -194,6 +195,8 @@ def _replacement(module: nn.Module, path: str, weights: WeightSource, *, dtype: 
     if isinstance(getattr(module, _FUSED_EXPERTS, None), nn.Parameter):
         return _experts(module, path, weights, dtype=dtype)
     if all(_plain_linear(module, name) for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down)):
+        if not module.get_parameter(f"{GATED_MLP.gate}.weight").numel():
+            return EmptyMLP()
         if _fit_one_bank([f"{path}.{GATED_MLP.gate}.weight", f"{path}.{GATED_MLP.up}.weight"], weights):
             return _gated_mlp(module, path, weights, dtype=dtype)
         return None
