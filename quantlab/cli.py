@@ -23,6 +23,7 @@ from quantlab.errors import QuantlabError, RecipeError
 from quantlab.evaluation.manifest import check_unchanged
 from quantlab.evaluation.suite import load_suite
 from quantlab.formats.layouts import description_of, method_of
+from quantlab.formats.understood import understood
 from quantlab.plan.compile import compile_plan
 from quantlab.plan.model import Plan
 from quantlab.plan.source import survey
@@ -117,7 +118,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show the contents of a checkpoint: family, roles, dtypes or schemes, parameters, bytes."""
-    opened = open_checkpoint(checkpoint)
+    opened = understood(open_checkpoint(checkpoint))
     architecture = detect(opened.config)
     method = method_of(opened)
     if method is not None and not method.is_source:
@@ -302,10 +303,9 @@ def verify(
 def _inspect_quantized(checkpoint: Checkpoint, architecture: Architecture, *, as_json: bool) -> None:
     """Print the contents of a quantized checkpoint, made by quantlab or by another tool."""
     from quantlab.checkpoint.reader import Reader
-    from quantlab.formats.fused import unfused
     from quantlab.formats.stored import StoredWeights
 
-    stored = StoredWeights(Reader(unfused(checkpoint)))
+    stored = StoredWeights(Reader(checkpoint))
     layers = size_of(checkpoint.config, "num_hidden_layers")
     weights = [(architecture.classify(held.name, hidden_layers=layers).role, held) for held in stored.contents()]
     if as_json:

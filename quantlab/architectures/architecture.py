@@ -5,6 +5,7 @@ experts is hard-coded; the numbers are parsed from the names in the checkpoint. 
 each, listed in `detect.py`); this file is the code that interprets it.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ MODULE_PATTERNS: Mapping[Role, str] = {
 }
 """The linears of a role as engines address them, fused names (gate_up_proj, fused_qkv_a_proj) included."""
 _MTP_LAYERS = "num_nextn_predict_layers"
+_STORAGE_FIELDS = {"quantization_config", "dtype", "torch_dtype"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class TensorRule:
         fused: the group that serving engines fuse into one matrix; its members share one scheme.
         splits: the dimension that tensor parallelism splits: "rows" (outputs), "columns" (inputs), or None.
         exact: whether it keeps its dtype in every variant, because engines compute with it in float32.
+        optional: whether releases exist without it, because it is a copy of another tensor.
     """
 
     pattern: str
@@ -78,6 +81,7 @@ class TensorRule:
     fused: str | None = None
     splits: Literal["rows", "columns"] | None = None
     exact: bool = False
+    optional: bool = False
 
     def exists(self, sizes: Dimensions) -> bool:
         """Whether a model of these sizes has the tensor, see `needs`."""
@@ -165,6 +169,11 @@ class Architecture:
     mixture: MixtureOfExperts | None = None
     mtp: bool = False
     for_transformers: Callable[[Config], Config] = as_it_stands
+
+    def model_fields(self, config: Config) -> dict[str, Any]:
+        """The fields of a config.json for transformers' config class, without those that say how weights are stored."""
+        plain = {key: copy.deepcopy(value) for key, value in config.items() if key not in _STORAGE_FIELDS}
+        return dict(self.for_transformers(plain))
 
     def with_experts(self, config: Config, experts: int) -> dict[str, Any]:
         """The config.json of the same model with fewer routed experts in every layer and no multi-token-prediction layer."""

@@ -43,13 +43,22 @@ def _bias(name: str, size: str, *, needs: str) -> TensorRule:
     return TensorRule(f"{_ATTENTION}{name}.bias", "attention", (size,), layers="every", needs=needs, feeds=feeds)
 
 
-def _mlp(prefix: str, role: Role, width: str, layers: Layers) -> tuple[TensorRule, ...]:
+def _mlp(prefix: str, role: Role, width: str, layers: Layers, *, needs: str = "") -> tuple[TensorRule, ...]:
     def rule(
         name: str, shape: tuple[str, str], site: str, fused: str | None, splits: Literal["rows", "columns"]
     ) -> TensorRule:
         pattern, feeds = f"{_LAYER}mlp.{prefix}{name}.weight", "down" if name == "up_proj" else None
         return TensorRule(
-            pattern, role, shape, layers=layers, linear=True, site=site, feeds=feeds, fused=fused, splits=splits
+            pattern,
+            role,
+            shape,
+            layers=layers,
+            needs=needs,
+            linear=True,
+            site=site,
+            feeds=feeds,
+            fused=fused,
+            splits=splits,
         )
 
     return (
@@ -116,13 +125,15 @@ LATENT = (
         exact=True,
     ),
     *_mlp("experts.{expert}.", "routed_experts", "moe_intermediate", "moe"),
-    *_mlp("shared_experts.", "shared_experts", "shared_intermediate", "moe"),
+    *_mlp("shared_experts.", "shared_experts", "shared_intermediate", "moe", needs="shared_intermediate"),
     *_mlp("", "dense_mlp", "intermediate", "dense"),
 )
 """Layers with latent attention, the first ones dense and the rest with experts."""
 
+_COPIES = {"embed_tokens", "shared_head.head"}
+"""Parts of a multi-token-prediction layer that it shares with the model."""
 MTP = tuple(
-    TensorRule(f"{_LAYER}{name}.weight", "mtp", shape, layers="mtp")
+    TensorRule(f"{_LAYER}{name}.weight", "mtp", shape, layers="mtp", optional=name in _COPIES)
     for name, shape in (
         ("embed_tokens", ("vocabulary", "hidden")),
         ("enorm", ("hidden",)),
@@ -215,6 +226,11 @@ def latent_dimensions(config: Config, *, bias_corrected: bool) -> Dimensions:
         "qkv_bias": int(bool(config.get("attention_bias"))),
         "bias_corrected": int(bias_corrected),
     }
+
+
+def with_number_of_shared_experts(config: Config) -> Config:
+    """The config with a number of shared experts: DeepSeek's code reads null, or no field, as none; transformers does not."""
+    return {**config, "n_shared_experts": size_of(config, "n_shared_experts", default=0)}
 
 
 def qwen_window(config: Config) -> int | None:

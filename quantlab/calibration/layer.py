@@ -142,9 +142,8 @@ class Skeleton:
 
     def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
         self.architecture = detect(config)
-        plain = {key: copy.deepcopy(value) for key, value in config.items() if key != "quantization_config"}
         self.config: PreTrainedConfig = CONFIG_MAPPING[self.architecture.name].from_dict(
-            dict(self.architecture.for_transformers(plain))
+            self.architecture.model_fields(config)
         )
         self.dtype, self.device = dtype, device
         AttentionInterface.register(_ATTENTION_NAME, _causal_attention)
@@ -290,7 +289,11 @@ def _named_weights(
     """The tensors of the layer by their names in the checkpoint."""
     tensors = (*layer.named_parameters(), *layer.named_buffers())
     ours = {id(tensor) for tensor in experts.parameters()} if experts is not None else set()
-    weights = {f"model.layers.{index}.{name}": tensor.data for name, tensor in tensors if id(tensor) not in ours}
+    weights = {
+        f"model.layers.{index}.{name}": tensor.data
+        for name, tensor in tensors
+        if id(tensor) not in ours and tensor.numel()  # zero shared experts have matrices without elements
+    }
     for expert in range(len(experts.down_proj) if experts is not None else 0):
         assert experts is not None
         views = (experts.gate(expert), experts.up(expert), experts.down(expert))

@@ -19,6 +19,8 @@ DTYPE_BITS = {
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 _LONGEST_HEADER = 100_000_000
+_POINTER = b"version "
+"""The first bytes of a Git LFS pointer, which stands for a file that was not downloaded."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         with path.open("rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
+            if prefix == _POINTER:
+                raise _damaged(path, "it is a pointer of Git LFS", f"{size} bytes, which only name the file")
             if len(prefix) < 8 or length > size - 8 or length > _LONGEST_HEADER:
                 raise _damaged(
                     path, "its header is longer than the file", f"a header of {length} bytes in a file of {size} bytes"

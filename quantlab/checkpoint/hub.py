@@ -13,7 +13,11 @@ _WANTED = [
     "*.jinja",
     "*.py",
     "*.tiktoken",
+    "*.md",
+    "*.yaml",
     "LICENSE*",
+    "NOTICE*",
+    "*POLICY*",
 ]
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.checkpoint.header import TensorEntry, read_header
+from quantlab.checkpoint.unindexed import check_whole, complete_set, merged_shards
 from quantlab.errors import CheckpointError
 from quantlab.files import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """Read the config and every header of a checkpoint.
 
     Raises:
-        CheckpointError: the directory or its safetensors are missing, or index and shards contradict each other.
+        CheckpointError: the directory or its safetensors are missing, index and shards contradict each other, or the
+            index and a single file hold different weights.
     """
     if not directory.is_dir():
         raise CheckpointError(
@@ -59,6 +60,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             found="nothing" if not directory.exists() else "a file",
             fix="give the path of a directory with config.json and *.safetensors",
         )
+    check_whole(directory)
     config = read_json(directory / "config.json")
     quantization = config.get("quantization_config")
     if quantization is not None and not (
@@ -70,25 +72,24 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             found=repr(quantization)[:120],
             fix="use the config.json of the original release",
         )
+    return Checkpoint(directory, config, _tensors(directory))
+
+
+def _tensors(directory: Path) -> dict[str, TensorEntry]:
+    """The tensors of the index, of the single file, or of a complete set of shards."""
+    single = directory / SINGLE_NAME
     if (directory / INDEX_NAME).is_file():
-        return Checkpoint(directory, config, _indexed_tensors(directory))
-    if (directory / SINGLE_NAME).is_file():
-        return Checkpoint(directory, config, read_header(directory / SINGLE_NAME))
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            "only safetensors files are supported: a pickle can run code when it is loaded",
-            where=str(directory),
-            found=", ".join(pickles[:3]),
-            fix='convert once, on a machine you trust with it: python -c "import transformers as t; '
-            f"t.AutoModelForCausalLM.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\"",
-        )
-    raise CheckpointError(
-        "the directory contains no safetensors files",
-        where=str(directory),
-        found=f"no {INDEX_NAME} and no {SINGLE_NAME}",
-        fix="download the weights of the checkpoint",
-    )
+        tensors = _indexed_tensors(directory)
+        shards = sorted({entry.file.name for entry in tensors.values()} - {SINGLE_NAME})
+        if single.is_file() and shards:
+            raise CheckpointError(
+                f"the directory holds two sets of weights: {SINGLE_NAME}, and the shards of {INDEX_NAME}",
+                where=str(directory),
+                found=f"{SINGLE_NAME} beside {shards[0]}" + (f" and {len(shards) - 1} more" if shards[1:] else ""),
+                fix=f"delete one of them: transformers would read {SINGLE_NAME}, other engines the index",
+            )
+        return tensors
+    return read_header(single) if single.is_file() else merged_shards(complete_set(directory))
 
 
 def _indexed_tensors(directory: Path) -> dict[str, TensorEntry]:

@@ -101,7 +101,8 @@ def _check_hashes(artifact: Path, manifest: dict[str, Any]) -> Check:
             problems.append(f"{name} was changed")
         total += record["bytes"]
     known = {*manifest["files"], "manifest.json", "README.md"}  # every report rewrites the model card
-    extra = sorted(path.name for path in artifact.iterdir() if path.name not in known)
+    stored = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if not path.is_dir()}
+    extra = sorted(stored - known)
     problems += [f"{name} is not in the manifest" for name in extra]
     if problems:
         return Check("sha256 of every file", "failed", "; ".join(problems[:5]))
@@ -170,8 +171,10 @@ def _logits_of_transformers(
     classes = {"compressed-tensors": CompressedTensorsConfig, "fp8": FineGrainedFP8Config}
     options = {"quantization_config": classes[dequantize](dequantize=True)} if dequantize else {}
     model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
-    if info["missing_keys"]:
-        raise RuntimeError(f"transformers found no weights for {sorted(info['missing_keys'])[:3]}")
+    tensors = model.state_dict()
+    missing = sorted(key for key in info["missing_keys"] if key not in tensors or tensors[key].numel())
+    if missing:
+        raise RuntimeError(f"transformers found no weights for {missing[:3]}")
     with torch.inference_mode():
         logits: Tensor = model(_tokens(checkpoint)).logits.float()
     return logits

@@ -16,7 +16,7 @@ from quantlab.checkpoint.header import TensorEntry
 from quantlab.errors import ArtifactError
 from quantlab.formats.compressed_layouts import FLOAT, PACKED, PLAIN, FloatQuantized, IntQuantized, PackQuantized
 from quantlab.formats.layout import Linear, Method, Stored, present
-from quantlab.formats.misfit import misfit, unreadable
+from quantlab.formats.misfit import FLOAT_SCALES, check_scale_dtype, misfit, unreadable
 from quantlab.numerics.number_format import (
     E4M3,
     INT4,
@@ -92,6 +92,7 @@ class QuantizationConfig:
 
         Raises:
             ArtifactError: its tensors are integers, and config.json gives them no format.
+            CheckpointError: its scales are not floating point.
         """
         prefix = name.removesuffix("weight")
         numbers = tensors.get(prefix + "weight_packed") or tensors.get(name)
@@ -102,6 +103,7 @@ class QuantizationConfig:
         scale = tensors.get(prefix + "weight_scale")
         if scale is None:
             raise misfit(name, f"no {prefix}weight_scale")
+        check_scale_dtype(scale, FLOAT_SCALES if layout is not FLOAT else (*FLOAT_SCALES, "F8_E8M0"))
         number = self.format_of(prefix.removesuffix("."))
         if number is None:
             raise misfit(name, f"{parts[0].dtype} numbers, which config.json gives no scheme")

@@ -1,7 +1,8 @@
 """The layout of DeepSeek-V3 and R1: FP8 e4m3 weights with one float32 scale per block of 128 x 128.
 
 A linear [N, K] is stored as two tensors: `weight` [N, K] F8_E4M3 and `weight_scale_inv` [ceil(N/128), ceil(K/128)] F32,
-which may be in another shard. The block size is in config.json (`weight_block_size`); it cannot be derived from the
+which may be in another shard. Scales of other floating dtypes are read too, powers of two among them: F8_E8M0, or plain
+bytes with the exponents where the config says `scale_fmt: ue8m0`. The block size is in config.json (`weight_block_size`); it cannot be derived from the
 shapes, because the last blocks may be ragged (see `quantlab.numerics.fp8`). Engines also round activations to FP8, with
 one scale per token and 128 channels.
 """
@@ -14,6 +15,7 @@ from typing import Any, Final
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.errors import CheckpointError
 from quantlab.formats.layout import Linear, Method, Stored, StoredTensor, present
+from quantlab.formats.misfit import FLOAT_SCALES, check_scale_dtype
 from quantlab.numerics.number_format import E4M3, Activations, NumberFormat, block
 from quantlab.recipe.schemes import LayoutName
 
@@ -63,10 +65,12 @@ class Fp8Blocks:
         number: the format of its quantized linears.
         unconverted: names of modules that are not quantized, for engines; the experts of a layer are one module.
             Reading does not need it, because the tensors' dtypes show it.
+        bytes_are_exponents: whether scales of dtype U8 are exponents of two (`scale_fmt: ue8m0`).
     """
 
     number: NumberFormat
     unconverted: tuple[str, ...] = ()
+    bytes_are_exponents: bool = False
 
     def __str__(self) -> str:
         return f"FP8 in blocks of {self.number.granularity.rows}x{self.number.granularity.columns}"
@@ -80,15 +84,24 @@ class Fp8Blocks:
         """How the weight `name` is stored, None if it is not FP8.
 
         Raises:
-            CheckpointError: it has no scale, or one of another shape.
+            CheckpointError: it is no matrix, or has no scale, or one of another shape or of a dtype that is not read.
         """
         weight = tensors.get(name)
         if weight is None or weight.dtype != _WEIGHT_DTYPE:
             return None
+        if len(weight.shape) != 2 or not name.endswith("weight"):
+            raise CheckpointError(
+                "a tensor is FP8 that cannot have blocks",
+                where=f"{weight.file}, {name}",
+                found=f"{weight.dtype} {list(weight.shape)}",
+                fix="only weights of linears, with two dimensions, may be FP8; use the original release",
+            )
         scale = tensors.get(name + _SCALE)
         if scale is None:
             raise _no_scale(name, weight)
         parts = present(name.removesuffix("weight"), LAYOUT.parts, tensors)
+        exponents = ("F8_E8M0", "U8") if self.bytes_are_exponents else ("F8_E8M0",)
+        check_scale_dtype(scale, (*FLOAT_SCALES, *exponents))
         if scale.shape != self.number.scale_shape((weight.shape[0], weight.shape[1])):
             raise CheckpointError(
                 "a scale does not fit its weight",
@@ -142,7 +155,8 @@ def parse_config(described: Mapping[str, Any], where: str) -> Fp8Blocks:
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(one, int) and one > 0 for one in size)):
         raise _no_block_size(f"{where}, quantization_config.weight_block_size", repr(size))
     number = NumberFormat(E4M3, block(*size), scale="F32", activations=Activations(E4M3, size[1]))
-    return Fp8Blocks(number, tuple(described.get("modules_to_not_convert") or ()))
+    unconverted = tuple(described.get("modules_to_not_convert") or ())
+    return Fp8Blocks(number, unconverted, bytes_are_exponents=str(described.get("scale_fmt")).lower() == "ue8m0")
 
 
 def describe(linears: Sequence[Linear]) -> Fp8Blocks:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.errors import ArtifactError
 from quantlab.formats.layout import Method, Stored, StoredTensor, present
-from quantlab.formats.misfit import misfit, unreadable
+from quantlab.formats.misfit import check_scale_dtype, misfit, unreadable
 from quantlab.numerics.number_format import ROW, Element, NumberFormat, group
 from quantlab.recipe.schemes import LayoutName
 
@@ -96,6 +96,7 @@ class GptqConfig:
 
         Raises:
             ArtifactError: its tensors contradict the description, or their format is not supported.
+            CheckpointError: its scales are not floating point.
         """
         parts = present(name.removesuffix("weight"), self.layout.parts, tensors)
         named = {part.name.rpartition(".")[2]: part for part in parts}
@@ -104,6 +105,7 @@ class GptqConfig:
             return None
         if scales is None or len(scales.shape) != 2 or len(integers.shape) != 2:
             raise misfit(name, f"qweight {list(integers.shape)}, scales {list(scales.shape) if scales else 'missing'}")
+        check_scale_dtype(scales)
         given = order is not None and order.elements
         bits = 32 * integers.shape[0] // order.elements if order is not None and given else self.number.bits
         columns, groups = 32 * integers.shape[0] // max(bits, 1), scales.shape[0]

@@ -72,9 +72,11 @@ def _found(checkpoint: Checkpoint) -> tuple[Method | None, Mapping[str, Any], st
     described = checkpoint.config.get("quantization_config") or {}
     if not described:
         for method in METHODS:
-            if method.file and (checkpoint.directory / method.file).is_file():
-                where = checkpoint.directory / method.file
-                return method, read_json(where), str(where)
+            packed = tuple(f".{layout.parts[0]}" for layout in method.layouts)
+            beside = checkpoint.directory / method.file
+            # the file may be left over beside weights that are not quantized
+            if method.file and beside.is_file() and any(name.endswith(packed) for name in checkpoint.tensors):
+                return method, read_json(beside), str(beside)
         return None, {}, str(where)
     return _method_called(described, str(where)), described, str(where)
 

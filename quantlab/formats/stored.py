@@ -83,6 +83,11 @@ class StoredWeights:
         stored = self.stored(name)
         return None if stored is None else stored.number
 
+    def elements(self, name: str) -> int:
+        """Number of elements of the weight `name`; transformers stores matrices without any for zero shared experts."""
+        stored = self.stored(name)
+        return self._tensors[name].elements if stored is None else stored.elements
+
     def scale_dtype_of(self, name: str) -> torch.dtype:
         """The dtype of the scales of the quantized weight `name`."""
         stored = self.stored(name)

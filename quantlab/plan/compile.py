@@ -1,4 +1,5 @@
-"""Recipe x headers x architecture -> Plan. Reads only headers: no weights, no device, no torch."""
+"""Recipe x headers x architecture -> Plan. Reads headers, of the weights only a head that should be tied: no device, no
+torch."""
 
 import fnmatch
 import hashlib
@@ -10,8 +11,11 @@ from quantlab.architectures.architecture import DEFAULT_TARGETS, Architecture
 from quantlab.architectures.config import Config, size_of
 from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import Checkpoint
+from quantlab.checkpoint.tied import check_tied_head
 from quantlab.errors import PlanError
+from quantlab.formats.dtype import dtype_of, dtype_of_weights
 from quantlab.formats.layouts import LAYOUTS
+from quantlab.formats.understood import understood
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
 from quantlab.plan.folds import check_folds_of_fewer_experts, fold_notes, mark_folds
 from quantlab.plan.memory import calibrated_peak_memory, peak_memory
@@ -42,8 +46,11 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
         CheckpointError: the source is incomplete or not supported.
         PlanError: a pass matches no tensor, or no engine could serve the result.
     """
+    checkpoint = understood(checkpoint)
     architecture = detect(checkpoint.config)
     weights = survey(checkpoint, architecture)
+    check_tied_head(checkpoint)
+    dtype_of(checkpoint)  # the source is measured in it
     fingerprint = checkpoint.fingerprint()
     variants = []
     for name, passes in recipe.variants.items():
@@ -113,7 +120,7 @@ def _plan_variant(
     return VariantPlan(
         name=name,
         description=describe(passes),
-        dtype=cast or _native_dtype(weights),
+        dtype=cast or dtype_of_weights(weight.entry for weight in weights),
         blocks=_blocks(steps),
         calibration=calibration,
         removal=removal,
@@ -132,21 +139,10 @@ def _algorithms(passes: Sequence[Prune | Quantize]) -> tuple[str, ...]:
     return tuple(sorted({step.algorithm.name for step in passes} | rounding))
 
 
-def _native_dtype(weights: Sequence[SourceWeight]) -> str:
-    """The dtype of most of the source's floating-point bytes; FP8 counts as bfloat16, its dequantized dtype."""
-    bytes_of = dict.fromkeys(("F16", "BF16", "F32", "F64"), 0)
-    for weight in weights:
-        if weight.dtype in bytes_of:
-            bytes_of[weight.dtype] += weight.entry.nbytes
-    return {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}[
-        max(bytes_of, key=lambda word: bytes_of[word])
-    ]
-
-
 def _applied(passes: Sequence[Prune | Quantize], weight: SourceWeight, *, variant: str) -> tuple[Prune | Quantize, ...]:
     """The passes that change a weight."""
     tensor = weight.tensor
-    if tensor.rule is None or not tensor.rule.linear or tensor.role == "mtp":
+    if tensor.rule is None or not tensor.rule.linear or tensor.role == "mtp" or not weight.entry.elements:
         return ()
     module = tensor.name.removesuffix(".weight")
     applied = tuple(
@@ -181,10 +177,8 @@ def _plan_step(weight: SourceWeight, passes: tuple[Prune | Quantize, ...], cast:
     elif dtype != entry.dtype:
         outcome, reason = "cast", f"{entry.dtype} to {dtype}" + (" by its block scales" if weight.scale else "")
     else:
-        outcome, reason = (
-            "kept",
-            "no rule of the architecture knows it" if tensor.rule is None else "no pass targets it",
-        )
+        unknown = "no rule of the architecture knows it" if tensor.rule is None else "no pass targets it"
+        outcome, reason = "kept", unknown if entry.elements else "it has no elements"
     layout, number = (LAYOUTS[scheme.layout], scheme.format) if scheme else (LAYOUTS["dense"], None)
     outputs = layout.stored_tensors(tensor.name, entry.shape, number, dtype)
     return Step(tensor, entry, weight.scale, passes, dtype, outcome, reason, outputs)
@@ -199,7 +193,7 @@ def _check_matches(passes: Sequence[Prune | Quantize], steps: Sequence[Step], *,
     modules = [
         (step.tensor.role, step.tensor.name.removesuffix(".weight"))
         for step in steps
-        if step.tensor.rule and step.tensor.rule.linear
+        if step.tensor.rule and step.tensor.rule.linear and step.source.elements
     ]
     roles = sorted({role for role, _ in modules})
     for step in passes:

@@ -58,7 +58,7 @@ def _all_folds(steps: Iterable[Step]) -> list[Fold]:
     readers: dict[str, list[Step]] = defaultdict(list)
     for step in steps:
         rule = step.tensor.rule
-        if rule is None or not step.outputs or step.tensor.role == "mtp":
+        if rule is None or not step.outputs or step.tensor.role == "mtp" or not step.source.elements:
             continue
         if rule.feeds is not None:
             producers[rule.feeds, step.tensor.expert, rule.role == "norm"].append(step)

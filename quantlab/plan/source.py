@@ -71,6 +71,9 @@ def _check_complete(checkpoint: Checkpoint, architecture: Architecture, *, has_m
     for name, shape in architecture.expected(checkpoint.config, with_mtp=has_mtp):
         entry = checkpoint.tensors.get(name)
         if entry is None:
+            rule = architecture.classify(name, hidden_layers=0).rule
+            if rule is not None and rule.optional:
+                continue
             raise CheckpointError(
                 "a tensor is missing",
                 where=str(checkpoint.directory),
@@ -97,6 +100,14 @@ def _check_layer_and_dtype(entry: TensorEntry, tensor: ModelTensor, sizes: Dimen
             "a tensor belongs to a layer or expert that config.json does not have",
             where=f"{entry.file}, {entry.name}",
             found=f"{layers} layers with {experts} experts",
+            fix="use the config.json and the weights of one release",
+        )
+    if tensor.rule is not None and tensor.rule.linear and entry.elements and not tensor.rule.exists(sizes):
+        raise CheckpointError(
+            "a tensor belongs to a part that the model of config.json does not have",
+            where=f"{entry.file}, {entry.name}",
+            found=f"{list(entry.shape)}, config.json says that {tensor.rule.needs.lstrip('!')} is "
+            f"{sizes[tensor.rule.needs.lstrip('!')]}",
             fix="use the config.json and the weights of one release",
         )
     if tensor.rule is not None and entry.dtype not in FLOATING:

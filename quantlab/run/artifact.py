@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,14 +17,13 @@ from quantlab.formats.layouts import method_of_layout
 from quantlab.hardware import processor, version_of
 from quantlab.plan.model import LedgerEntry, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
+from quantlab.run.companions import companions
 from quantlab.run.identity import Identity
 from quantlab.run.journal import FileRecord, FinishedBlock
 from quantlab.run.model_card import CARD_NAME, model_card
 from quantlab.version import VERSION
 
 MANIFEST_NAME = "manifest.json"
-_COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
-_OWN_FILES = {"config.json", INDEX_NAME, MANIFEST_NAME}
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,25 @@ def finish_artifact(making: Making, directory: Path, blocks: Sequence[FinishedBl
     reports = {name: report for block in blocks for name, report in block.reports.items()}
     files = {file.name: file for block in blocks for file in block.files}
     for path in directory.iterdir():
-        if path.name not in files:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in files:
             path.unlink()  # left by a run that was killed while writing the small files
     _write_json(directory / "config.json", patched_config(plan, variant))
     _write_json(directory / INDEX_NAME, _index(variant))
-    for path in companions(plan.checkpoint.directory):
-        write_atomically(directory / path.name, path.read_bytes())
+    beside = companions(plan.checkpoint.directory, [path.name for path in plan.checkpoint.files])
+    for name in beside.carried:
+        (directory / name).parent.mkdir(exist_ok=True)
+        write_atomically(directory / name, (plan.checkpoint.directory / name).read_bytes())
     coverage = {block.name: block.tokens_per_expert for block in blocks if block.tokens_per_expert}
     card = model_card(plan, variant, making.recipe, reports, coverage, calibrated_on=calibrated_on(making.identity))
     write_atomically(directory / CARD_NAME, card.encode())
-    for path in sorted(directory.iterdir()):
-        if path.name not in files and path.name != CARD_NAME:  # measured numbers are added to the card later
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name not in files and name != CARD_NAME:  # measured numbers are added to the card later
             data = path.read_bytes()
-            files[path.name] = FileRecord(path.name, hashlib.sha256(data).hexdigest(), len(data))
-    write_atomically(directory / MANIFEST_NAME, _manifest(making, files, blocks))
+            files[name] = FileRecord(name, hashlib.sha256(data).hexdigest(), len(data))
+    write_atomically(directory / MANIFEST_NAME, _manifest(making, files, beside.left_out, blocks))
     descriptor = os.open(directory, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -138,6 +143,11 @@ def quantization_config(variant: VariantPlan) -> Description | None:
     ]
     if not variant.layouts:
         return None
+    routers = {linear.layer for linear in linears if linear.role == "router"}
+    if routers and not any(linear.role == "shared_experts" for linear in linears):
+        # transformers builds linears without elements for zero shared experts, which are not quantized either
+        module = f"model.layers.{min(routers)}.mlp.shared_experts.down_proj"
+        linears.append(Linear(module, "shared_experts", min(routers), None, "dense"))
     method = method_of_layout(variant.layouts[0])
     assert method.describe is not None, f"{method.word} is only read"
     return method.describe(linears)
@@ -150,18 +160,9 @@ def _index(variant: VariantPlan) -> dict[str, Any]:
     return {"metadata": {"total_size": variant.artifact_bytes}, "weight_map": weight_map}
 
 
-def companions(source: Path) -> list[Path]:
-    """Tokenizer, generation config, chat template, remote code and licence of the source."""
-    return [
-        path
-        for path in sorted(source.iterdir())
-        if path.is_file()
-        and path.name not in _OWN_FILES
-        and (path.suffix in _COMPANION_SUFFIXES or path.name.upper().startswith("LICENSE"))
-    ]
-
-
-def _manifest(making: Making, files: Mapping[str, FileRecord], blocks: Sequence[FinishedBlock]) -> bytes:
+def _manifest(
+    making: Making, files: Mapping[str, FileRecord], left_out: Mapping[str, str], blocks: Sequence[FinishedBlock]
+) -> bytes:
     plan, variant, recipe = making.plan, making.variant, making.recipe
     reports = {name: report for block in blocks for name, report in block.reports.items()}
     head: dict[str, Any] = {
@@ -179,6 +180,7 @@ def _manifest(making: Making, files: Mapping[str, FileRecord], blocks: Sequence[
             **version_of("compressed-tensors"),
         },
         "files": {name: {"sha256": file.sha256, "bytes": file.nbytes} for name, file in sorted(files.items())},
+        "left_out": dict(left_out),
     }
     if variant.calibration is not None:
         head["calibration"] = variant.calibration.model_dump() | {"corpus_sha256": recipe.corpus_sha256()}

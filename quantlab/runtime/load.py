@@ -6,10 +6,10 @@ and experts by modules that hold the stored integers. Tensors are read one at a 
 the weights of one matrix.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from rich.console import Console
@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from quantlab.architectures.detect import of_model_type
-from quantlab.checkpoint.index import open_checkpoint
+from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.checkpoint.reader import Reader
+from quantlab.checkpoint.tied import check_tied_head
 from quantlab.errors import ArtifactError, CheckpointError
-from quantlab.formats.fused import unfused
+from quantlab.formats.dtype import dtype_of
 from quantlab.formats.stored import StoredWeights
+from quantlab.formats.understood import understood
 from quantlab.numerics.integer import QuantizedMatrix, concatenated
 from quantlab.numerics.number_format import NumberFormat
 from quantlab.runtime.banks.choice import Matrices
@@ -49,7 +51,8 @@ def load(
 
     Args:
         artifact: directory of the artifact.
-        dtype: dtype of activations and unquantized weights; None for the artifact's own, bfloat16 for FP8 checkpoints.
+        dtype: dtype of activations and unquantized weights; None for the artifact's own, which config.json names, else
+            that of most of its weights (FP8 counts as bfloat16).
             With float32, results are those of the dequantized weights; with 16 bits, packed products round activations
             to bfloat16.
         device: "cpu", "cuda" or "cuda:1"; tensors are copied there as stored and unpacked there.
@@ -61,13 +64,14 @@ def load(
         The transformers model in evaluation mode, without gradients and without multi-token-prediction layers.
 
     Raises:
-        ArtifactError: a tensor is missing, left over or of the wrong shape, or the model type is unknown.
-        CheckpointError: the files are damaged.
+        ArtifactError: a tensor is missing, left over or of the wrong shape, or the model type or dtype is unknown.
+        CheckpointError: the files are damaged, or hold a head that differs from the embeddings config.json ties it to.
         DeviceError: the device or attention implementation is not available, or the model does not fit into memory.
     """
     found = find_device(device)
     with _progress_bar(f"loading {artifact.name}") if progress is None else nullcontext(progress) as called:
         config, weights = _artifact(artifact, found, called)
+        check_tied_head(weights.checkpoint)
         chosen = weights.dtype if dtype is None else dtype
         needed = weights.needed_bytes(chosen)
         check_free_memory(needed, found, where=str(artifact))
@@ -83,7 +87,7 @@ def load(
 
 def _artifact(artifact: Path, device: torch.device, progress: Progress) -> tuple[PreTrainedConfig, "_ArtifactWeights"]:
     """The config and the weights of an artifact; only headers are read so far."""
-    checkpoint = unfused(open_checkpoint(artifact))
+    checkpoint = understood(open_checkpoint(artifact))
     config = config_of(checkpoint.config, where=str(artifact / "config.json"))
     return config, _ArtifactWeights(StoredWeights(Reader(checkpoint), device=device), config, progress)
 
@@ -148,18 +152,6 @@ def _build_or_none(
         return None
 
 
-def _dtype_of(config: Mapping[str, Any], *, where: str) -> torch.dtype:
-    word = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if word not in DTYPES:
-        raise ArtifactError(
-            "the artifact's dtype is unknown",
-            where=f"{where}, dtype",
-            found=repr(word),
-            fix="known: " + ", ".join(DTYPES),
-        )
-    return DTYPES[word]
-
-
 class _ArtifactWeights:
     """The weights of a checkpoint directory; each can be taken once."""
 
@@ -173,9 +165,15 @@ class _ArtifactWeights:
             name
             for name in stored.names()
             # older llama checkpoints store the frequencies of the rotary embedding
-            if not name.endswith(".rotary_emb.inv_freq") and not architecture.outside_the_model(name, fields)
+            if not name.endswith(".rotary_emb.inv_freq")
+            and not architecture.outside_the_model(name, fields)
+            and stored.elements(name)
         )
         self._total = len(self._left)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self._stored.reader.checkpoint
 
     @property
     def device(self) -> torch.device:
@@ -183,8 +181,8 @@ class _ArtifactWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the artifact, from config.json."""
-        return _dtype_of(self._stored.reader.checkpoint.config, where=f"{self._where}/config.json")
+        """The dtype of the artifact: that of config.json, else that of its weights."""
+        return DTYPES[dtype_of(self.checkpoint)]
 
     def needed_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the weights as the model holds them, plus the temporary memory for unpacking the largest matrix."""

@@ -39,7 +39,9 @@ def check_tensors(config: Mapping[str, Any], shapes: Shapes, *, where: str) -> N
     present = {
         name: shape
         for name, shape in shapes.items()
-        if not name.endswith(".rotary_emb.inv_freq") and not architecture.outside_the_model(name, fields)
+        if 0 not in shape
+        and not name.endswith(".rotary_emb.inv_freq")
+        and not architecture.outside_the_model(name, fields)
     }
     problems = {
         "tensors of the model are missing": sorted(expected.keys() - present.keys()),
@@ -61,7 +63,10 @@ def check_tensors(config: Mapping[str, Any], shapes: Shapes, *, where: str) -> N
 
 
 def expected_tensors(config: PreTrainedConfig, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a checkpoint of a model stores, with the linears of experts one by one."""
+    """Names and shapes of the tensors that a checkpoint of a model stores, with the linears of experts one by one.
+
+    Tensors without elements are left out: some checkpoints store them, others do not.
+    """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -81,7 +86,11 @@ def expected_tensors(config: PreTrainedConfig, architecture: Architecture) -> di
         }
         found |= {prefix + name: tuple(tensor.shape) for name, tensor in tensors.items()}
     fields = config.to_dict()
-    return {name: shape for name, shape in found.items() if not architecture.outside_the_model(name, fields)}
+    return {
+        name: shape
+        for name, shape in found.items()
+        if 0 not in shape and not architecture.outside_the_model(name, fields)
+    }
 
 
 def _experts(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from quantlab.checkpoint.header import read_header
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
 from quantlab.errors import CheckpointError
+from quantlab.formats.layouts import description_of, method_of
 from quantlab.plan.source import survey
 from tests.checkpoints import CONFIGS
 
@@ -101,6 +102,57 @@ def _remove_weights(directory: Path) -> None:
         path.unlink()
 
 
+def _two_sets(directory: Path) -> None:
+    tensors = {name: t for path in directory.glob("*.safetensors") for name, t in load_file(path).items()}
+    save_file(tensors, directory / "model.safetensors")
+
+
+def _adapter_only(directory: Path) -> None:
+    _remove_weights(directory)
+    (directory / "config.json").unlink()
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 2)}, directory / "adapter_model.safetensors")
+
+
+def _foreign_name(directory: Path) -> None:
+    _remove_weights(directory)
+    save_file({"w": torch.zeros(2, 2)}, directory / "consolidated.safetensors")
+
+
+def _shard_of(number: int) -> Damage:
+    def inflict(directory: Path) -> None:
+        (directory / INDEX).unlink()
+        sorted(directory.glob("*.safetensors"))[number].unlink()
+
+    return inflict
+
+
+def _shard_twice(directory: Path) -> None:
+    (directory / INDEX).unlink()
+    shutil.copy(_first_shard(directory), directory / "model-1-of-000004.safetensors")
+
+
+def _tensor_twice(directory: Path) -> None:
+    (directory / INDEX).unlink()
+    first, second = sorted(directory.glob("*.safetensors"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor}, second)
+
+
+def _dangling(name: str) -> Damage:
+    def inflict(directory: Path) -> None:
+        path = directory / name
+        path.unlink()
+        path.symlink_to(directory / "blobs" / "0123")
+
+    return inflict
+
+
+def _pointer(directory: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123\n"
+    _first_shard(directory).write_text(pointer)
+
+
 DOWN = "model.layers.1.mlp.experts.3.down_proj.weight"
 DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "no directory": (shutil.rmtree, "the checkpoint directory does not exist", "give the path"),
@@ -108,6 +160,17 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "config no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON", "download"),
     "no weights": (_remove_weights, "the directory contains no safetensors files", "download the weights"),
     "pickle": (_pickle_only, "only safetensors files are supported", "save_pretrained"),
+    "index and another single file": (_two_sets, "two sets of weights: model.safetensors, and the shards of model.safetensors.index.json", "delete one of them"),
+    "adapter": (_adapter_only, "an adapter (LoRA), not a model", "merge it into its base model"),
+    "weights under another name": (_foreign_name, "not those of a model", "rename"),
+    "no index, a shard missing": (_shard_of(2), "shards are missing, and there is no index", "download the missing shards"),
+    "no index, the last shard missing": (_shard_of(3), "shards are missing, and there is no index", "download the missing shards"),
+    "no index, a shard twice": (_shard_twice, "shards are missing, and there is no index", "download"),
+    "no index, a tensor twice": (_tensor_twice, "two shards hold the same tensor", "download the index"),
+    "link of a shard to nothing": (_dangling("model-00002-of-000004.safetensors"), "a link to a file that does not exist", "download the checkpoint again"),
+    "link of the index to nothing": (_dangling(INDEX), "a link to a file that does not exist", "download the checkpoint again"),
+    "link of the config to nothing": (_dangling("config.json"), "a link to a file that does not exist", "download the checkpoint again"),
+    "pointer of Git LFS": (_pointer, "a pointer of Git LFS", "download"),
     "missing shard": (lambda d: _first_shard(d).unlink(), "a shard is missing", "download the shard"),
     "truncated shard": (lambda d: _first_shard(d).write_bytes(_first_shard(d).read_bytes()[:-7]), "a shard is truncated", "download the shard again"),
     "empty shard": (lambda d: _first_shard(d).write_bytes(b""), "its header is longer than the file", "download"),
@@ -191,3 +254,42 @@ def test_every_family_is_claimed_completely(checkpoints: dict[str, Path]) -> Non
         assert {weight.tensor.role for weight in weights} & {"other"} == set()
         paired = sum(weight.scale is not None for weight in weights)
         assert len(weights) + paired == len(checkpoint.tensors)
+
+
+def test_a_complete_set_of_shards_needs_no_index(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    whole = open_checkpoint(checkpoints["deepseek_v3"])
+    directory = shutil.copytree(checkpoints["deepseek_v3"], tmp_path / "c")
+    (directory / INDEX).unlink()
+    checkpoint = open_checkpoint(directory)
+    assert {n: (e.file.name, e.offset) for n, e in checkpoint.tensors.items()} == {
+        n: (e.file.name, e.offset) for n, e in whole.tensors.items()
+    }
+    _open(directory)
+
+
+def test_an_index_of_the_single_file_agrees_with_it(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(checkpoints["llama"], tmp_path / "c")
+    names = open_checkpoint(directory).tensors
+    (directory / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    assert set(open_checkpoint(directory).tensors) == set(names)
+    _open(directory)
+
+
+@pytest.mark.parametrize(("number", "named"), [(0, "number 1"), (2, "number 3"), (3, "number 4")])
+def test_missing_shards_are_numbered(number: int, named: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(checkpoints["deepseek_v3"], tmp_path / "c")
+    _shard_of(number)(directory)
+    with pytest.raises(CheckpointError, match=f"3 of 4 shards, without {named}"):
+        _open(directory)
+
+
+def test_a_description_of_packed_weights_beside_plain_ones_is_ignored(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """A quantize_config.json is left over from a conversion, or from another branch of the repository."""
+    directory = shutil.copytree(checkpoints["llama"], tmp_path / "c")
+    (directory / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    checkpoint = open_checkpoint(directory)
+    assert method_of(checkpoint) is None
+    assert description_of(checkpoint) is None
+    _open(directory)

@@ -3,7 +3,7 @@
 from quantlab.architectures.architecture import Architecture, Dimensions
 from quantlab.architectures.config import Config, number_of, size_of
 from quantlab.architectures.layer import LatentAttention, MixtureOfExperts, RotaryLayout, Routing
-from quantlab.architectures.rules import LATENT, MTP, latent_dimensions
+from quantlab.architectures.rules import LATENT, MTP, latent_dimensions, with_number_of_shared_experts
 
 
 def _dimensions(config: Config) -> Dimensions:
@@ -38,4 +38,5 @@ DEEPSEEK_V3 = Architecture(
     LatentAttention(_rotary),
     mixture=MixtureOfExperts(_routing),
     mtp=True,
+    for_transformers=with_number_of_shared_experts,
 )

@@ -15,12 +15,14 @@ from typing import Any, Final
 import torch
 from transformers import PreTrainedModel
 
+from quantlab.checkpoint.index import open_checkpoint
 from quantlab.errors import EvaluationError, QuantlabError
 from quantlab.evaluation.speed.metrics import Timed
 from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.suite import SpeedSuite
 from quantlab.files import read_json
 from quantlab.formats.compressed_tensors import QuantizationConfig
+from quantlab.formats.dtype import dtype_of, stated_dtype
 from quantlab.formats.layouts import description_in
 from quantlab.runtime.device import free_bytes
 from quantlab.runtime.inventory import weight_bytes
@@ -133,7 +135,9 @@ def fp16_of(layouts: Iterable[Layout], source: Path) -> Layout:
 
 
 def layout_of(directory: Path, *, own_shape: bool = False) -> Layout:
-    """The layout of a checkpoint, from its config.json. FP8 blocks count as bfloat16, to which loading expands them.
+    """The layout of a checkpoint, from its config.json and, if that names no dtype, from its headers.
+
+    FP8 blocks count as bfloat16, to which loading expands them.
 
     Args:
         directory: the checkpoint.
@@ -141,22 +145,23 @@ def layout_of(directory: Path, *, own_shape: bool = False) -> Layout:
 
     Raises:
         EvaluationError: the runtime does not compute with the checkpoint's layout.
+        ArtifactError: config.json names an unknown dtype.
+        CheckpointError: it names none, and the weights cannot be read.
     """
+    where = str(directory / "config.json")
     config = read_json(directory / "config.json")
-    description = description_in(config, where=str(directory / "config.json"))
-    expanded = description is None or not any(number.is_integer for number in description.formats)
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or ("float32" if description is None else "bfloat16"))
-    shape = _config_of(config) if own_shape else ""
-    if dtype in DTYPES and expanded:
-        return Layout(dtype, None, shape)
-    if dtype in DTYPES and isinstance(description, QuantizationConfig):
-        return Layout(dtype, description, shape)
-    raise EvaluationError(
-        "the speed of this layout cannot be measured",
-        where=str(directory / "config.json"),
-        found=dtype if dtype not in DTYPES else str(config["quantization_config"]["quant_method"]),
-        fix=f"use one of {', '.join(DTYPES)}, fp8 or compressed-tensors",
-    )
+    description = description_in(config, where=where)
+    if description is not None and not any(number.is_integer for number in description.formats):
+        description = None
+    if description is not None and not isinstance(description, QuantizationConfig):
+        raise EvaluationError(
+            "the speed of this layout cannot be measured",
+            where=where,
+            found=str(config["quantization_config"]["quant_method"]),
+            fix="use a checkpoint that is not quantized, fp8 or compressed-tensors",
+        )
+    dtype = stated_dtype(config, where=where) or dtype_of(open_checkpoint(directory))
+    return Layout(dtype, description, _config_of(config) if own_shape else "")
 
 
 def _config_of(config: Mapping[str, Any]) -> str:

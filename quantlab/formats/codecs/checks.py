@@ -1,9 +1,36 @@
-"""Checks of stored integers: columns in order, zero points in the middle of the grid."""
+"""Checks of stored values: usable scales, columns in order, zero points in the middle of the grid."""
 
 import torch
 from torch import Tensor
 
-from quantlab.errors import ArtifactError
+from quantlab.errors import ArtifactError, CheckpointError
+
+
+def check_scales(name: str, scale: Tensor, *, signed: bool = False) -> None:
+    """Refuse scales that cannot multiply anything.
+
+    Args:
+        name: name of the tensor of scales.
+        scale: its values, of any shape and floating dtype.
+        signed: whether scales may be negative: integer grids use the sign to reach the end of their range.
+
+    Raises:
+        CheckpointError: a scale is zero, negative without `signed`, or not finite.
+    """
+    values = scale.to(torch.float32)
+    usable = values.isfinite() & (values != 0 if signed else values > 0)
+    if bool(usable.all()):
+        return
+    broken = (~usable).nonzero()
+    first = broken[0].tolist()
+    raise CheckpointError(
+        "a scale is not usable",
+        where=name,
+        found=f"{values[tuple(first)].item():g} at {first}; {len(broken)} of {scale.numel()} scales are zero, "
+        + ("" if signed else "negative ")
+        + "or not finite",
+        fix="download the shard again; if the error persists, the checkpoint itself is damaged",
+    )
 
 
 def check_order(name: str, group_of: Tensor, *, columns: int, groups: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantlab.formats.codecs.checks import asymmetric, check_order
+from quantlab.formats.codecs.checks import asymmetric, check_order, check_scales
 from quantlab.formats.misfit import misfit
 from quantlab.numerics.integer import QuantizedMatrix, integer_range
 from quantlab.numerics.number_format import NumberFormat
@@ -45,6 +45,7 @@ def decode(name: str, stored: Mapping[str, Tensor], number: NumberFormat) -> Qua
 
     Raises:
         ArtifactError: the tensors contradict the format or each other, or have a format that quantlab does not read.
+        CheckpointError: a scale is zero or not finite.
     """
     prefix = name.removesuffix("weight")
     scale, words = stored[prefix + "weight_scale"], stored.get(prefix + "weight_packed")
@@ -56,6 +57,7 @@ def decode(name: str, stored: Mapping[str, Tensor], number: NumberFormat) -> Qua
     rows, columns = q.shape
     if not number.fits((rows, columns)) or tuple(scale.shape) != number.scale_shape((rows, columns)):
         raise misfit(name, f"scales {list(scale.shape)} for a weight of {[rows, columns]} as {number.name}")
+    check_scales(prefix + "weight_scale", scale, signed=True)
     if (order := stored.get(prefix + "weight_g_idx")) is not None:
         check_order(name, order, columns=columns, groups=scale.shape[1])
     zeros = stored.get(prefix + "weight_zero_point")
@@ -76,12 +78,14 @@ def decode_floats(name: str, stored: Mapping[str, Tensor], number: NumberFormat)
 
     Raises:
         ArtifactError: the scales do not fit the weight.
+        CheckpointError: a scale is not positive or not finite.
     """
     q, scale = stored[name], stored[f"{name}_scale"]
     rows, columns = q.shape
     grid = number.scale_shape((rows, columns))
     if scale.numel() != grid[0] * grid[1] or (scale.dim() > 1 and tuple(scale.shape) != grid):
         raise misfit(name, f"scales {list(scale.shape)} for a weight of {[rows, columns]} as {number.name}")
+    check_scales(f"{name}_scale", scale)
     size = number.granularity.rows or rows, number.granularity.columns or columns
     return QuantizedMatrix(q, scale.view(grid), number.bits, block=size)
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from quantlab.formats.codecs.checks import check_scales
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import NumberFormat
 
@@ -18,9 +20,17 @@ def decode(name: str, stored: Mapping[str, Tensor], number: NumberFormat) -> Qua
 
     Args:
         name: the weight's name, ending in ".weight".
-        stored: `weight` [N, K] float8_e4m3fn and `weight_scale_inv` by name; their shapes fit.
+        stored: `weight` [N, K] float8_e4m3fn and `weight_scale_inv` by name; their shapes fit. Scales are floating
+            point; bytes are the exponents of powers of two (UE8M0).
         number: its format.
+
+    Raises:
+        CheckpointError: a scale is not positive or not finite.
     """
     rows, columns = number.granularity.rows, number.granularity.columns
     assert rows is not None and columns is not None, "the layout has blocks"  # noqa: PT018
-    return QuantizedMatrix(stored[name], stored[f"{name}_scale_inv"], number.bits, block=(rows, columns))
+    scale = stored[f"{name}_scale_inv"]
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
+    check_scales(f"{name}_scale_inv", scale)
+    return QuantizedMatrix(stored[name], scale, number.bits, block=(rows, columns))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from quantlab.formats.codecs.checks import asymmetric, check_order
+from quantlab.formats.codecs.checks import asymmetric, check_order, check_scales
 from quantlab.formats.misfit import misfit
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import NumberFormat
@@ -42,10 +42,14 @@ def decode(name: str, stored: Mapping[str, Tensor], number: NumberFormat, *, zer
 
     Raises:
         ArtifactError: zero points off the middle, columns out of order, or parts that do not fit.
+        CheckpointError: a scale is zero or not finite.
     """
     prefix, bits = name.removesuffix("weight"), number.bits
     words, scales = stored[prefix + "qweight"], stored[prefix + "scales"]
     columns, (groups, rows) = words.shape[0] * 32 // bits, scales.shape
+    if words.dtype != torch.int32:
+        raise misfit(name, f"integers of {words.dtype}")
+    check_scales(prefix + "scales", scales, signed=True)
     if words.shape[1] != rows or columns % groups:
         raise misfit(name, f"qweight {list(words.shape)} with scales {list(scales.shape)}")
     if (order := stored.get(prefix + "g_idx")) is not None:

@@ -4,7 +4,6 @@ Weights come from a small protocol, so the same code builds a model from files a
 measurements of the twin hold for the loaded model.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol, TypeVar
@@ -25,6 +24,7 @@ from quantlab.runtime.modules.attention import LATENT_SDPA, pass_latents_through
 from quantlab.runtime.modules.experts import Experts
 from quantlab.runtime.modules.linear import (
     DenseLinear,
+    EmptyMLP,
     GatedMLP,
     Norm,
     PackedLinear,
@@ -79,7 +79,7 @@ class WeightSource(Protocol):
 
 
 def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
-    """The transformers config for the fields of a config.json, without its quantization.
+    """The transformers config for the fields of a config.json, without its quantization and its dtype.
 
     Raises:
         ArtifactError: the runtime does not support the model type, or the fields are invalid.
@@ -93,9 +93,8 @@ def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
             found=repr(model_type),
             fix="supported: " + ", ".join(known.name for known in ARCHITECTURES),
         )
-    plain = {key: copy.deepcopy(value) for key, value in fields.items() if key != "quantization_config"}
     try:
-        return CONFIG_MAPPING[architecture.name].from_dict(dict(architecture.for_transformers(plain)))
+        return CONFIG_MAPPING[architecture.name].from_dict(architecture.model_fields(fields))
     except CONFIG_ERRORS as error:
         raise invalid_config(error, where=where) from error
 
@@ -196,6 +195,8 @@ def _replacement(module: nn.Module, path: str, weights: WeightSource, *, dtype: 
     if isinstance(getattr(module, FUSED_EXPERTS, None), nn.Parameter):
         return _experts(module, path, weights, dtype=dtype)
     if all(_plain_linear(module, name) for name in (GATED_MLP.gate, GATED_MLP.up, GATED_MLP.down)):
+        if not module.get_parameter(f"{GATED_MLP.gate}.weight").numel():
+            return EmptyMLP()
         if _fit_one_bank([f"{path}.{GATED_MLP.gate}.weight", f"{path}.{GATED_MLP.up}.weight"], weights):
             return _gated_mlp(module, path, weights, dtype=dtype)
         return None

@@ -150,6 +150,14 @@ class GatedMLP(nn.Module):
         return gated_mlp(flat, single_group(flat.shape[0]), self.gate_up, self.down, self.act_fn).view(x.shape)
 
 
+class EmptyMLP(nn.Module):
+    """A gated MLP without hidden channels: the sum over none of them. transformers builds one for zero shared experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> zeros [..., H]."""
+        return torch.zeros_like(x)
+
+
 def gated_mlp(x: Tensor, groups: RowGroups, gate_up: Matrices, down: Matrices, act_fn: Activation) -> Tensor:
     """Gated MLP of each row with the matrices of its group: [T, H] -> [T, H]."""
     if isinstance(gate_up, CudaMatrices) and is_silu(act_fn) and len(groups.matrices) == 1:
