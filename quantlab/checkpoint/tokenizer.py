@@ -64,7 +64,7 @@ def encode_text(tokenizer: Tokenizer, prefix: Sequence[int], text: str) -> tuple
         CheckpointError: the tokenizer cannot encode the text.
     """
     fix = f"remove the text, or {_FIX}"
-    with _errors_of_the_library("the tokenizer cannot encode a text", where=f"text {ascii(text[:60])}", fix=fix):
+    with _errors_of_the_library("the tokenizer cannot encode a text", where=f"text {text[:60]!a}", fix=fix):
         encoding = tokenizer.encode(text, add_special_tokens=False)
     first = encoding.ids[: len(prefix)]
     same = next(
@@ -83,26 +83,24 @@ def text_tokens(tokenizer: Tokenizer, prefix: Sequence[int], text: str) -> list[
     return encoding.ids[before:]
 
 
-def check_end_tokens(directory: Path, config: Mapping[str, Any]) -> None:
-    """Check that the tokens at which generation ends can be produced.
+def check_token_settings(directory: Path, config: Mapping[str, Any]) -> None:
+    """Check the settings of generation and tokenizer that an artifact takes over from a checkpoint.
 
     Args:
-        directory: a checkpoint, whose generation_config.json is read if there is one.
+        directory: the checkpoint; its tokenizer_config.json and generation_config.json may be missing.
         config: its config.json.
 
     Raises:
-        CheckpointError: generation_config.json cannot be read, or an end token is not a token of the model's vocabulary.
+        CheckpointError: a file cannot be read, or a token that ends generation is not in the model's vocabulary.
     """
+    optional = [name for name in ("generation_config.json", "tokenizer_config.json") if (directory / name).is_file()]
+    files = {"config.json": config} | {name: read_json(directory / name) for name in optional}
     vocabulary = config.get("vocab_size")
-    files: dict[str, Mapping[str, Any]] = {"config.json": config}
-    if (directory / "generation_config.json").is_file():
-        files["generation_config.json"] = read_json(directory / "generation_config.json")
     for name, content in files.items():
         end = content.get("eos_token_id")
-        for token in end if isinstance(end, list) else [end]:
-            number = isinstance(token, int) and not isinstance(token, bool)
-            outside = number and isinstance(vocabulary, int) and not 0 <= token < vocabulary
-            if token is not None and (not number or outside):
+        for token in end if isinstance(end, list) else [] if end is None else [end]:
+            known = isinstance(token, int) and not isinstance(token, bool) and token >= 0
+            if not known or (isinstance(vocabulary, int) and token >= vocabulary):
                 raise CheckpointError(
                     "an end token is not in the model's vocabulary",
                     where=f"{directory / name}, eos_token_id",
