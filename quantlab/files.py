@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ArtifactError, CheckpointError, QuantlabError
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -41,7 +44,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_lines(
     path: Path, *, fields: Sequence[str], kind: str, error: type[QuantlabError]
 ) -> list[dict[str, str]]:
-    """Read text fields from a file of JSON lines; blank lines are skipped.
+    """Read text fields from a file of JSON lines.
+
+    Blank lines and a byte order mark are skipped. Fields must be text of valid Unicode: null and numbers are refused, as is half
+    of a surrogate pair, which JSON can write and no tokenizer can read.
 
     Args:
         path: the file, UTF-8.
@@ -54,7 +60,7 @@ def read_json_lines(
     """
     fix = "write one object per line: {" + ", ".join(f'"{field}": …' for field in fields) + "}"
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
         raise error(
             f"the {kind} cannot be read",
@@ -77,8 +83,26 @@ def read_json_lines(
         for field in fields:
             if not isinstance(values, dict) or not isinstance(values.get(field), str):
                 raise error(f"a line of the {kind} has no {field}", where=f"{path}:{number}", found=line[:80], fix=fix)
+            if not is_unicode(values[field]):
+                raise error(
+                    f"a line of the {kind} is not valid Unicode",
+                    where=f"{path}:{number}",
+                    found=f"half of a surrogate pair in `{field}`: {_around_surrogate(values[field])}",
+                    fix="write both halves of the pair or the character itself, or remove it",
+                )
         found.append({field: values[field] for field in fields})
     return found
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogates, which UTF-8 cannot hold."""
+    return _LONE_SURROGATE.search(text) is None
+
+
+def _around_surrogate(text: str) -> str:
+    found = _LONE_SURROGATE.search(text)
+    assert found is not None, "asked of text that has one"
+    return ascii(text[max(found.start() - 20, 0) : found.end() + 20])
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -16,9 +16,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from quantlab.checkpoint.tokenizer import load_tokenizer
-from quantlab.errors import CalibrationError, CheckpointError
-from quantlab.files import read_json, read_json_lines
+from quantlab.checkpoint.tokenizer import load_tokenizer, text_tokens
+from quantlab.errors import CalibrationError
+from quantlab.files import read_json_lines
 
 
 def sample_tokens(corpus: Path, tokenizer_dir: Path, *, samples: int, length: int, seed: int) -> Tensor:
@@ -36,7 +36,7 @@ def sample_tokens(corpus: Path, tokenizer_dir: Path, *, samples: int, length: in
 
     Raises:
         CalibrationError: the corpus cannot be read, has a malformed line, or is too short.
-        CheckpointError: there is no tokenizer, or its vocabulary is larger than the model's.
+        CheckpointError: there is no usable tokenizer, its vocabulary is larger than the model's, or it cannot encode a text.
     """
     lines = read_json_lines(corpus, fields=("text",), kind="calibration text", error=CalibrationError)
     texts = [line["text"] for line in lines]
@@ -57,9 +57,7 @@ def sample_tokens(corpus: Path, tokenizer_dir: Path, *, samples: int, length: in
             found=f"{len(texts)} documents, {windows.tokens} tokens: {len(taken)} samples of {length}, not {samples}",
             fix="use fewer `samples`, a smaller `length`, or more text",
         )
-    tokens = torch.tensor(taken, dtype=torch.int64)
-    _check_vocabulary(tokens, tokenizer_dir)
-    return tokens
+    return torch.tensor(taken, dtype=torch.int64)
 
 
 def tokens_sha256(tokens: Tensor) -> str:
@@ -101,7 +99,7 @@ class _Windows:
         """The windows of one document, or one window of several short documents."""
         joined: list[int] = []
         for index in torch.randperm(len(self._texts), generator=self._generator).tolist():
-            ids = self._tokenizer.encode(self._texts[index], add_special_tokens=False).ids
+            ids = text_tokens(self._tokenizer, self._prefix, self._texts[index])
             self.tokens += len(ids)
             if len(ids) >= self._width:
                 yield self._cut(ids)
@@ -118,15 +116,3 @@ class _Windows:
         starts = range(first, len(ids) - self._width + 1, self._width)
         order = torch.randperm(len(starts), generator=self._generator).tolist()
         return [self._prefix + ids[starts[index] : starts[index] + self._width] for index in order]
-
-
-def _check_vocabulary(tokens: Tensor, directory: Path) -> None:
-    vocabulary = read_json(directory / "config.json").get("vocab_size")
-    largest = int(tokens.max())
-    if isinstance(vocabulary, int) and largest >= vocabulary:
-        raise CheckpointError(
-            "the tokenizer produces tokens outside the model's vocabulary",
-            where=str(directory / "tokenizer.json"),
-            found=f"token {largest}, a vocabulary of {vocabulary}",
-            fix="copy the tokenizer's files from the original release",
-        )

@@ -21,8 +21,8 @@ class TextSuite(_Strict):
 
     corpus: str
     """JSON lines with `id`, `domain` and `text`; path relative to the suite."""
-    length: int = Field(default=512, ge=8)
-    """Tokens of one window, including a beginning-of-sequence token."""
+    length: int = Field(default=512, ge=8, le=1 << 18)
+    """Tokens of one window, including a beginning-of-sequence token, at most the model's context."""
     tokens_per_domain: int = Field(gt=0)
     """Maximum number of tokens scored per domain. The first windows of all documents are taken before any second window."""
     predictions_bytes: int = Field(default=4 << 30, gt=0)

@@ -44,10 +44,12 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
 
     Raises:
         CheckpointError: the source is incomplete or not supported.
-        PlanError: a pass matches no tensor, or no engine could serve the result.
+        PlanError: a pass matches no tensor, no engine could serve the result, or a calibration sample is longer than the model's
+            context.
     """
     checkpoint = understood(checkpoint)
     architecture = detect(checkpoint.config)
+    _check_length(recipe.calibration, architecture, checkpoint.config)
     weights = survey(checkpoint, architecture)
     check_tied_head(checkpoint)
     dtype_of(checkpoint)  # the source is measured in it
@@ -90,6 +92,18 @@ def describe(passes: Sequence[AnyPass]) -> str:
         default = ("routed_experts",) if isinstance(step.algorithm, ExpertRemoval) else DEFAULT_TARGETS
         words.append(word if step.targets == default else f"{word} of {'+'.join(step.targets)}")
     return " → ".join(words)
+
+
+def _check_length(calibration: Calibration | None, architecture: Architecture, config: Config) -> None:
+    """Raise an error if a calibration sample is longer than the context that the model was made for."""
+    context = architecture.context_length(config)
+    if calibration is not None and context and calibration.length > context:
+        raise PlanError(
+            "a calibration sample is longer than the model's context",
+            where="calibration.length",
+            found=f"{calibration.length} tokens, max_position_embeddings is {context}",
+            fix=f"use a `length` of at most {context}",
+        )
 
 
 def _plan_variant(

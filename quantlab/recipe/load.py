@@ -48,19 +48,21 @@ class LoadedRecipe:
         """sha256 of the calibration text, empty if no variant is calibrated.
 
         Raises:
-            RecipeError: the file cannot be read.
+            RecipeError: the recipe names a file that cannot be read, even if no variant is calibrated.
         """
-        if self.corpus is None:
+        if self.recipe.calibration is None:
             return ""
+        corpus = self.resolve(self.recipe.calibration.corpus)
         try:
-            return hashlib.sha256(self.corpus.read_bytes()).hexdigest()
+            content = corpus.read_bytes()
         except OSError as error:
             raise RecipeError(
                 "the calibration text cannot be read",
                 where=f"{self.path}, calibration.corpus",
-                found=f"{self.corpus}: {error.strerror}",
+                found=f"{corpus}: {error.strerror}",
                 fix='give JSON lines with a `text` field, for example {"text": "…"}',
             ) from error
+        return hashlib.sha256(content).hexdigest() if self.recipe.calibrated else ""
 
     @property
     def hub_id(self) -> tuple[str, str | None] | None:

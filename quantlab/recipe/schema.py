@@ -198,6 +198,10 @@ def _check_order(passes: tuple[Cast | Quantize | Prune, ...]) -> tuple[Cast | Qu
 Passes = Annotated[tuple[Pass, ...], AfterValidator(_check_order)]
 
 
+LONGEST = 1 << 18
+"""Tokens of the longest calibration sample, for a model whose config.json does not state its context."""
+
+
 class Calibration(Strict):
     """The text whose activations calibrated algorithms use."""
 
@@ -205,8 +209,8 @@ class Calibration(Strict):
     """JSON lines with a `text` field; path relative to the recipe."""
     samples: int = Field(default=128, gt=0, strict=True)
     """Number of samples."""
-    length: int = Field(default=512, gt=0, strict=True)
-    """Tokens per sample."""
+    length: int = Field(default=512, gt=0, le=LONGEST, strict=True)
+    """Tokens per sample, at most the model's context."""
     seed: int = Field(default=0, ge=0, strict=True)
     """Seed of the choice of samples."""
     propagate: Literal["quantized", "original"] = "quantized"

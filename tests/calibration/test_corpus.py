@@ -1,19 +1,25 @@
 """Calibration text: the tokens of samples, and the errors for unusable text."""
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from quantlab.calibration.corpus import sample_tokens, tokens_sha256
+from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import CalibrationError, CheckpointError, QuantlabError
+from quantlab.evaluation.quality.windows import cut, read_corpus
 
 ROOT = Path(__file__).parent.parent.parent
 VOCABULARY = 512
@@ -113,6 +119,43 @@ def test_the_reference_corpus() -> None:
     assert len(tokens[:, 1:].flatten().unique()) > 4000
 
 
+@pytest.mark.parametrize(("template", "prefix"), [("<bos> $A <eos>", [BOS]), ("$A <eos>", [])])
+def test_what_the_tokenizer_puts_after_a_text_is_left_out(
+    checkpoint: Path, tmp_path: Path, template: str, prefix: list[int]
+) -> None:
+    (checkpoint / "tokenizer_config.json").unlink()
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    specials = [(token, number) for token, number in (("<bos>", BOS), ("<eos>", 2)) if token in template]
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=specials)
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    tokens = sample_tokens(write(tmp_path / "c.jsonl", [range(10, 60)]), checkpoint, samples=4, length=10, seed=0)
+    assert tokens[:, : len(prefix)].tolist() == [prefix] * 4
+    assert all(consecutive(sample[len(prefix) :]) for sample in tokens)
+
+
+def test_a_beginning_token_that_the_text_spells_is_not_repeated(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<bos>"])
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    found = []
+    for name, begin in (("plain", ""), ("spelled", "<bos>")):
+        documents = [
+            " ".join(f"w{n}" for n in range(start, start + size)) for start, size in ((10, 50), (70, 4), (80, 9))
+        ]
+        corpus = tmp_path / f"{name}.jsonl"
+        corpus.write_text("".join(json.dumps({"text": begin + text}) + "\n" for text in documents))
+        found.append(sample_tokens(corpus, checkpoint, samples=6, length=10, seed=0))
+    assert torch.equal(*found)
+    assert not ((found[1][:, 1:] == BOS) & (found[1][:, :-1] == BOS)).any()
+
+
+def test_a_byte_order_mark_and_blank_lines_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    corpus = write(tmp_path / "corpus.jsonl", [range(10, 60)])
+    plain = sample_tokens(corpus, checkpoint, samples=2, length=10, seed=0)
+    corpus.write_bytes(b"\xef\xbb\xbf\r\n" + corpus.read_bytes() + b"\n \n")
+    assert torch.equal(sample_tokens(corpus, checkpoint, samples=2, length=10, seed=0), plain)
+
+
 def refusal(kind: type[QuantlabError], corpus: Path, checkpoint: Path, *, samples: int = 2, length: int = 10) -> str:
     with pytest.raises(kind) as problem:
         sample_tokens(corpus, checkpoint, samples=samples, length=length, seed=0)
@@ -135,7 +178,9 @@ def test_text_that_cannot_be_read(checkpoint: Path, tmp_path: Path) -> None:
         ("[" * 100_000, "a line of the calibration text is not JSON"),
         ('{"content": "w3"}', "a line of the calibration text has no text"),
         ('{"text": 3}', "a line of the calibration text has no text"),
+        ('{"text": null}', "a line of the calibration text has no text"),
         ('["w3"]', "a line of the calibration text has no text"),
+        ("\ufeff{}", "a line of the calibration text is not JSON"),
     ],
 )
 def test_malformed_lines(checkpoint: Path, tmp_path: Path, line: str, what: str) -> None:
@@ -145,6 +190,16 @@ def test_malformed_lines(checkpoint: Path, tmp_path: Path, line: str, what: str)
     assert message.startswith(what + "\n")
     assert f"where: {corpus}:3\n" in message
     assert 'fix: write one object per line: {"text": …}' in message
+
+
+@pytest.mark.parametrize("half", ["\\ud800", "\\udc00", "w9 \\udc00\\ud800"])
+def test_half_of_a_surrogate_pair(checkpoint: Path, tmp_path: Path, half: str) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "w2 \\ud83d\\ude00"}\n{"text": "' + half + '"}\n')
+    message = refusal(CalibrationError, corpus, checkpoint)
+    assert message.startswith("a line of the calibration text is not valid Unicode\n")
+    assert f"where: {corpus}:2\n" in message
+    assert message.isascii()
 
 
 def test_too_little_text(checkpoint: Path, tmp_path: Path) -> None:
@@ -172,3 +227,48 @@ def test_tokenizers_that_cannot_be_used(checkpoint: Path, tmp_path: Path) -> Non
     assert refusal(CheckpointError, corpus, checkpoint).startswith("the tokenizer cannot be read\n")
     (checkpoint / "tokenizer.json").unlink()
     assert refusal(CheckpointError, corpus, checkpoint).startswith("the checkpoint has no tokenizer\n")
+
+
+LINES = [
+    b'{"domain": "a", "text": "w2 w3 w4 w5"}', b'{"domain": "b", "text": "<bos>w2 w3"}', b'{"domain": "a", "text": null}',
+    b'{"domain": 1, "text": 2}', b'{"text": "w9"}', b"[]", b"null", b"", b" ", b"\xef\xbb\xbf", b"\xff\xfe", b"\x00", b"\r", b"{",
+    b'{"domain": "a", "text": ""}', b'{"domain": "a", "text": "\\ud800"}', b'{"domain": "a", "text": "\\ud83d\\ude00"}',
+    b'{"domain": "a", "text": "\xe9"}', b"9" * 5000, b"NaN", b'{"domain": "a", "text": "w2\\u2028w3\\u0000"}',
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_no_corpus_ends_in_a_traceback(checkpoint: Path, tmp_path: Path) -> None:
+    """Lines of every kind in any order, with bytes between them: calibration and held-out text are read alike, or refused."""
+    corpus = tmp_path / "corpus.jsonl"
+    tokenizer, prefix = load_tokenizer(checkpoint)
+    good = st.lists(st.sampled_from([LINES[0], LINES[1], b"", b" "]), min_size=1, max_size=16)
+    lines = st.one_of(good, st.lists(st.one_of(st.sampled_from(LINES), st.binary(max_size=8)), max_size=8))
+    counts, complete = Counter[str](), list[bool]()
+
+    def outcome(read: Callable[[], object]) -> str:
+        try:
+            read()
+        except QuantlabError as error:
+            complete.append(bool(error.where and error.found and error.fix))
+            return error.what
+        return "read"
+
+    @settings(
+        max_examples=2000, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(st.one_of(lines.map(b"\n".join), st.binary(max_size=64)))
+    def holds(content: bytes) -> None:
+        corpus.write_bytes(content)
+        calibration = outcome(lambda: sample_tokens(corpus, checkpoint, samples=2, length=4, seed=0))
+        held_out = outcome(lambda: cut(read_corpus(corpus), tokenizer, prefix, length=4, tokens_per_domain=99))
+        unread = "cannot be read", "is empty", "is not JSON", "has no text", "is not valid Unicode"
+        if "has no domain" not in held_out:
+            for problem in unread:
+                assert (problem in calibration) == (problem in held_out), content
+        counts.update((calibration, held_out))
+
+    holds()
+    assert counts["read"] > 100
+    assert len(counts) > 10, counts
+    assert all(complete)

@@ -1,8 +1,10 @@
 """Windows: the scored tokens, their contexts, and their exact number of bytes."""
 
+import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, processors
 
 from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import CheckpointError, EvaluationError
@@ -50,6 +52,29 @@ def test_without_a_first_token_of_its_own_a_window_reads_one_that_is_not_scored(
     assert first == windows
     spelled = [len(tokenizer.decode(window[1:]).encode()) for window in windows]
     assert sum(window.nbytes for window in held_out.windows) == 5 * sum(spelled)
+
+
+def test_a_beginning_token_that_the_text_spells_is_neither_repeated_nor_scored(model: Path) -> None:
+    tokenizer, prefix = load_tokenizer(model)
+    for length in (3, 8, 1000):
+        plain = cut(five(TEXT), tokenizer, prefix, length=length, tokens_per_domain=10**6)
+        spelled = cut(five("<bos>" + TEXT), tokenizer, prefix, length=length, tokens_per_domain=10**6)
+        assert spelled.sha256 == plain.sha256, "the same tokens, scored from the same one, and bytes"
+    alone = cut([*five(TEXT), Document("a", "<bos>")], tokenizer, prefix, length=8, tokens_per_domain=10**6)
+    assert {window.document for window in alone.windows} == set(range(5)), "nothing of it is scored"
+
+
+def test_what_is_put_after_a_text_is_no_part_of_windows(model: Path, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, bos=False)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    after = processors.TemplateProcessing(single="$A <bos>", special_tokens=[("<bos>", 0)])
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.post_processor = after
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found, prefix = load_tokenizer(tmp_path)
+    held_out = cut(five(TEXT), found, prefix, length=8, tokens_per_domain=10**6)
+    assert prefix == ()
+    assert not any((window.tokens == 0).any() for window in held_out.windows)
 
 
 def test_first_windows_of_all_documents_come_before_second_ones(model: Path) -> None:

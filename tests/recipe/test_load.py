@@ -108,6 +108,22 @@ def test_a_missing_corpus(tmp_path: Path) -> None:
         load_recipe(path).corpus_sha256()
 
 
+def test_a_missing_corpus_that_no_variant_reads(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD)
+    assert not load_recipe(path).recipe.calibrated
+    with pytest.raises(RecipeError, match="calibration text cannot be read"):
+        load_recipe(path).corpus_sha256()
+    (tmp_path / "c.jsonl").write_text("")
+    assert load_recipe(path).corpus_sha256() == "", "the text is part of no identity"
+
+
+def test_a_million_tokens_are_no_length_of_a_sample(tmp_path: Path) -> None:
+    error = _load(tmp_path, GOOD.replace("length: 512", "length: 1000000"))
+    assert error.what == "a value out of range"
+    assert "calibration.length" in (error.where or "")
+
+
 def test_empty_variants(tmp_path: Path) -> None:
     error = _load(tmp_path, "model: x\nvariants: {}\n")
     assert (error.what, error.fix) == ("`variants` is empty", "give at least one entry")

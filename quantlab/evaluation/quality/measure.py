@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.manifest import kept_experts, read_manifest
 from quantlab.evaluation.measured import Frozen, Measured, Significance
@@ -27,7 +26,7 @@ from quantlab.evaluation.quality.layers import (
 )
 from quantlab.evaluation.quality.metrics import SUMS, Divergence, Documents, Domain, Quality
 from quantlab.evaluation.quality.predictions import score
-from quantlab.evaluation.quality.windows import HeldOut, cut, read_corpus
+from quantlab.evaluation.quality.windows import HeldOut, held_out_text
 from quantlab.evaluation.statistics import Floats, Resampled, percentile, resample
 from quantlab.evaluation.suite import load_suite
 from quantlab.runtime.cpu_operators import cpu_operators
@@ -46,10 +45,7 @@ def measure_quality(request: QualityRequest, progress: Progress) -> QualityResul
     text = load_suite(request.suite)
     suite = text.suite.text
     progress("loading", 0, 0)
-    tokenizer, prefix = load_tokenizer(request.directory)
-    held_out = cut(
-        read_corpus(text.corpus), tokenizer, prefix, length=suite.length, tokens_per_domain=suite.tokens_per_domain
-    )
+    held_out = held_out_text(text, request.directory)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[suite.dtype]
     model = load(request.directory, dtype=dtype, device=request.device)
     windows = sample(held_out, model, text.suite.layer_error_tokens)

@@ -2,7 +2,8 @@
 
 A document is tokenized once with the artifact's own tokenizer.json and cut into windows that do not overlap. If the tokenizer
 adds a beginning-of-sequence token, every window begins with it and all tokens of the text are scored; otherwise the first token
-of a window is only read.
+of a window is only read. A beginning-of-sequence token that the text itself begins with is that of the first window: it is
+neither repeated nor scored, and its bytes do not count.
 
 **Bytes.** Bits per byte compares models with different tokenizers only if exactly the bytes of the scored tokens are counted. A
 token may be part of a character. So a token's text is defined as the text from its first character up to the first character of
@@ -18,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from quantlab.checkpoint.tokenizer import encode_text, load_tokenizer
 from quantlab.errors import EvaluationError
+from quantlab.evaluation.suite import LoadedSuite
 from quantlab.files import read_json_lines
 
 _FEWEST_DOCUMENTS = 5  # fewer documents are not representative; statistics.py has the minimum for an interval
@@ -99,6 +102,19 @@ def read_corpus(path: Path) -> list[Document]:
     return [Document(line["domain"], line["text"]) for line in lines]
 
 
+def held_out_text(suite: LoadedSuite, directory: Path) -> HeldOut:
+    """The windows of a suite, cut with the tokenizer of a checkpoint.
+
+    Raises:
+        EvaluationError: the text cannot be read, or a domain has too few documents.
+        CheckpointError: there is no usable tokenizer.
+    """
+    text = suite.suite.text
+    tokenizer, prefix = load_tokenizer(directory)
+    documents = read_corpus(suite.corpus)
+    return cut(documents, tokenizer, prefix, length=text.length, tokens_per_domain=text.tokens_per_domain)
+
+
 def cut(
     documents: Sequence[Document], tokenizer: Tokenizer, prefix: tuple[int, ...], *, length: int, tokens_per_domain: int
 ) -> HeldOut:
@@ -114,6 +130,7 @@ def cut(
 
     Raises:
         EvaluationError: a domain has too few documents.
+        CheckpointError: the tokenizer cannot encode a document.
     """
     domains = tuple(sorted({document.domain for document in documents}))
     strata = np.array([domains.index(document.domain) for document in documents])
@@ -154,16 +171,16 @@ def _in_turns(
 
 
 def _windows(document: int, text: str, tokenizer: Tokenizer, prefix: tuple[int, ...], length: int) -> list[Window]:
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    ids = np.array(encoding.ids, dtype=np.int64)
+    encoding, before_it = encode_text(tokenizer, prefix, text)
+    ids = np.array(encoding.ids[before_it:], dtype=np.int64)
     width = length - len(prefix)
     code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     sizes = (
         1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
     )  # UTF-8 bytes of each character
     before = np.concatenate([[0], np.cumsum(sizes)])
-    starts = np.array([start for start, _ in encoding.offsets] + [len(text)], dtype=np.int64)
-    starts[:1] = 0
+    starts = np.array([start for start, _ in encoding.offsets[before_it:]] + [len(text)], dtype=np.int64)
+    starts[:1] = encoding.offsets[before_it - 1][1] if before_it else 0
     begins = before[starts]
     windows = []
     for start in range(0, len(ids), width):

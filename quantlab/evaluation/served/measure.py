@@ -29,13 +29,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.processes.messages import Progress, ServedRequest
 from quantlab.evaluation.quality.baseline import Baseline
 from quantlab.evaluation.quality.predictions import divergence
-from quantlab.evaluation.quality.windows import HeldOut, cut, read_corpus
+from quantlab.evaluation.quality.windows import HeldOut, held_out_text
 from quantlab.evaluation.served.metrics import Served
 from quantlab.evaluation.statistics import Floats, resample
 from quantlab.evaluation.suite import ServedSuite, load_suite
@@ -95,10 +94,7 @@ def measure_served(request: ServedRequest, progress: Progress) -> Served:
     """
     loaded = load_suite(request.suite)
     suite, text = loaded.suite.served, loaded.suite.text
-    tokenizer, prefix = load_tokenizer(request.directory)
-    held_out = cut(
-        read_corpus(loaded.corpus), tokenizer, prefix, length=text.length, tokens_per_domain=text.tokens_per_domain
-    )
+    held_out = held_out_text(loaded, request.directory)
     excerpts = choose(held_out, suite)
     progress("loading", 0, 0)
     model = load(request.directory, device=request.device)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quantlab.checkpoint.tokenizer import text_tokens
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.quality.predictions import BATCH_TOKENS, score_states
 
@@ -84,8 +85,8 @@ def encode(tokenizer: Tokenizer, prefix: Sequence[int], context: str, continuati
         EvaluationError: no token precedes the continuation, or the continuation is empty.
     """
     stripped = context.rstrip()
-    whole = tokenizer.encode(context + continuation, add_special_tokens=False).ids
-    first = len(tokenizer.encode(stripped, add_special_tokens=False).ids) if stripped else 0
+    whole = text_tokens(tokenizer, prefix, context + continuation)
+    first = len(text_tokens(tokenizer, prefix, stripped)) if stripped else 0
     tokens, first = (*prefix, *whole), len(prefix) + first
     if first == 0 or first >= len(tokens):
         raise EvaluationError(
@@ -97,6 +98,26 @@ def encode(tokenizer: Tokenizer, prefix: Sequence[int], context: str, continuati
             fix="give the item a context and a continuation",
         )
     return Text(tokens, first)
+
+
+def check_length(items: Sequence[Sequence[Text]], longest: int | None) -> None:
+    """Check that a model can read every sequence; the last token of a sequence is only predicted.
+
+    Args:
+        items: the sequences of each item.
+        longest: the model's context in tokens; None if its config.json does not say.
+
+    Raises:
+        EvaluationError: a sequence is longer than the context.
+    """
+    for sequence in (one for item in items for one in item):
+        if longest is not None and len(sequence.tokens) - 1 > longest:
+            raise EvaluationError(
+                "an item is longer than the model's context",
+                where="max_position_embeddings",
+                found=f"{len(sequence.tokens) - 1} tokens, the context has {longest}",
+                fix="leave the item's group or the task out of the suite for this model",
+            )
 
 
 @torch.inference_mode()
@@ -118,15 +139,7 @@ def likelihoods(
     Raises:
         EvaluationError: a sequence is longer than the model's context, or the model's predictions are not finite.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
-    for sequence in (one for item in items for one in item):
-        if longest is not None and len(sequence.tokens) - 1 > longest:
-            raise EvaluationError(
-                "an item is longer than the model's context",
-                where="max_position_embeddings",
-                found=f"{len(sequence.tokens) - 1} tokens, the context has {longest}",
-                fix="leave the item's group or the task out of the suite for this model",
-            )
+    check_length(items, getattr(model.config, "max_position_embeddings", None))
     trees = sorted((_tree(index, item) for index, item in enumerate(items)), key=lambda tree: -len(tree.tokens))
     answers: list[tuple[Likelihood, ...]] = [()] * len(items)
     done = 0

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quantlab.checkpoint.tokenizer import text_tokens
 from quantlab.documents import nearest
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.quality.predictions import BATCH_TOKENS
@@ -80,7 +81,7 @@ class Answerer:
         return [sum(next(found)[0].logprob for _ in text) for text in windows]
 
     def _windows(self, text: str) -> Iterator[Text]:
-        tokens = (*self.before, *self.tokenizer.encode(text, add_special_tokens=False).ids)
+        tokens = (*self.before, *text_tokens(self.tokenizer, self.prefix, text))
         start = len(self.before)
         for first in range(start, len(tokens), self.longest):
             stop = min(first + self.longest, len(tokens))
@@ -107,7 +108,7 @@ class Answerer:
     def _prompt(self, context: str) -> list[int]:
         return [
             *(self.prefix if context else self.before),
-            *self.tokenizer.encode(context, add_special_tokens=False).ids,
+            *text_tokens(self.tokenizer, self.prefix, context),
         ]
 
     def _write(self, prompts: Sequence[Sequence[int]], options: Mapping[str, Any], new: int) -> list[str]:

@@ -4,6 +4,7 @@ A task consists of a YAML file that describes it and its scoring, and a JSON lin
 hash of both files. A change that alters scores increments the version.
 """
 
+import codecs
 import hashlib
 import json
 from dataclasses import dataclass
@@ -126,13 +127,14 @@ def load_task(path: Path) -> LoadedTask:
 
 
 def _items(data: bytes, file: Path, task: Task) -> tuple[Item, ...]:
-    lines = [line for line in data.split(b"\n") if line.strip()]
+    numbered = enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1)
+    lines = [(number, line) for number, line in numbered if line.strip()]
     if not lines:
         raise EvaluationError(
             "the task is empty", where=str(file), found="no items", fix="write one JSON object per line"
         )
     items = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines:
         try:
             item = Item.model_validate_json(line)
         except ValidationError as error:
@@ -144,7 +146,7 @@ def _items(data: bytes, file: Path, task: Task) -> tuple[Item, ...]:
             raise _malformed(file, number, f"{len(item.choices)} choices, answer {item.answer}")
         items.append(item)
     if len({item.id for item in items}) < len(items):
-        raise _malformed(file, len(items), "an id that another item has")
+        raise _malformed(file, lines[-1][0], "an id that another item has")
     return tuple(items)
 
 

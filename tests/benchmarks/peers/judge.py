@@ -17,12 +17,11 @@ from dense import compare, dequantize, write_checkpoint
 from measured import THREADS
 from table import write_table
 
-from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.evaluation import hardware
 from quantlab.evaluation.quality.baseline import Baseline, BaselineWriter
 from quantlab.evaluation.quality.measure import document_sums, summarise
 from quantlab.evaluation.quality.predictions import score
-from quantlab.evaluation.quality.windows import HeldOut, cut, read_corpus
+from quantlab.evaluation.quality.windows import HeldOut, held_out_text
 from quantlab.evaluation.suite import load_suite
 from quantlab.runtime.load import load
 
@@ -53,11 +52,7 @@ class Judge:
         self._source, self._work = source, work / "judge"
         self._work.mkdir(exist_ok=True)
         loaded = load_suite(HERE / "heldout.yaml")
-        tokenizer, prefix = load_tokenizer(source)
-        text = loaded.suite.text
-        self._held_out: HeldOut = cut(
-            read_corpus(loaded.corpus), tokenizer, prefix, length=text.length, tokens_per_domain=text.tokens_per_domain
-        )
+        self._held_out: HeldOut = held_out_text(loaded, source)
         self.strata = self._held_out.strata
         self._suite = f"{loaded.title}, {loaded.sha256[:12]}"
         self._reference, _ = dequantize(work / "bf16")
