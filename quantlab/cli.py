@@ -166,9 +166,8 @@ def run(
     from quantlab.preflight import check_before_running  # imports torch, which `plan` and `--help` do without
     from quantlab.run.loop import Settings
     from quantlab.runtime.device import find_device
-    from quantlab.stages import Measuring, check_text, make, measure
+    from quantlab.stages import Measuring, make, measure
 
-    check_text(loaded, compiled)
     directory = _directory(loaded, out)
     found = find_device(device)
     check_before_running(loaded, compiled)
@@ -213,10 +212,11 @@ def evaluate_artifacts(
             found="no `evaluate`",
             fix="add `evaluate: {suite: eval/suites/quick.yaml}`",
         )
-    from quantlab.runtime.device import find_device  # imports torch
-    from quantlab.stages import Measuring, check_text, measure
+    from quantlab.preflight import check_before_running  # imports torch
+    from quantlab.runtime.device import find_device
+    from quantlab.stages import Measuring, measure
 
-    check_text(loaded, compiled)
+    check_before_running(loaded, compiled)
     directory = _directory(loaded, out)
     how = Measuring(device=find_device(device), time_limit=time_limit, reuse=not again, quiet=quiet or as_json)
     with _interruptible():

@@ -4,9 +4,10 @@ The plan has checked the recipe, the headers and the config. Here the model is b
 place for is known now; tokenizer, generation settings and held-out text are read as evaluation will read them.
 """
 
-from quantlab.checkpoint.tokenizer import load_tokenizer
-from quantlab.evaluation.quality.windows import cut, read_corpus
+from quantlab.calibration.corpus import sample_tokens
+from quantlab.checkpoint.tokenizer import check_token_settings
 from quantlab.evaluation.suite import load_suite
+from quantlab.evaluation.text import check_suite_text
 from quantlab.plan.model import Plan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.runtime.load import read_generation_config
@@ -17,17 +18,25 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
     """Check that the checkpoint can be computed with and evaluated, as far as the recipe asks for it.
 
     Raises:
-        QuantlabError: calibration or evaluation would fail.
+        ArtifactError: the runtime does not know the model.
+        CheckpointError: a tensor is missing, left over or of the wrong shape; tokenizer or settings cannot be used.
+        CalibrationError: the calibration text cannot be used, or is too short.
+        EvaluationError: the held-out text or an item of a task cannot be used, or is longer than the model's context.
     """
-    calibrates = any(variant.calibration for variant in plan.variants)
-    wanted = recipe.recipe.evaluate
-    if calibrates or wanted is not None:
+    source, calibration, wanted = plan.checkpoint, recipe.recipe.calibration, recipe.recipe.evaluate
+    if wanted is not None or any(variant.calibration for variant in plan.variants):
         shapes = {step.tensor.name: tuple(step.source.shape) for step in plan.variants[0].steps}
-        check_tensors(plan.checkpoint.config, shapes, where=str(plan.checkpoint.directory))
-    if wanted is None:
-        return
-    read_generation_config(plan.checkpoint.directory)
-    suite = load_suite(recipe.resolve(wanted.suite))
-    tokenizer, prefix = load_tokenizer(plan.checkpoint.directory)
-    text = suite.suite.text
-    cut(read_corpus(suite.corpus), tokenizer, prefix, length=text.length, tokens_per_domain=text.tokens_per_domain)
+        check_tensors(source.config, shapes, where=str(source.directory))
+    check_token_settings(source.directory, source.config)
+    if recipe.corpus is not None and calibration is not None:
+        sample_tokens(
+            recipe.corpus,
+            source.directory,
+            samples=calibration.samples,
+            length=calibration.length,
+            seed=calibration.seed,
+        )
+    if wanted is not None:
+        read_generation_config(source.directory)
+        suite = load_suite(recipe.resolve(wanted.suite))
+        check_suite_text(suite, source.directory, plan.architecture.context_length(source.config))

@@ -12,15 +12,11 @@ import torch
 from rich.console import Console
 
 from quantlab import console as show
-from quantlab.calibration.corpus import sample_tokens
-from quantlab.checkpoint.tokenizer import check_token_settings
 from quantlab.evaluation.evaluate import evaluate
 from quantlab.evaluation.machine.capacity import cells_at_once
 from quantlab.evaluation.manifest import weights_sha256
 from quantlab.evaluation.record import Pass
 from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
-from quantlab.evaluation.suite import load_suite
-from quantlab.evaluation.text import check_suite_text
 from quantlab.plan.model import Plan, VariantPlan
 from quantlab.recipe.algorithms import Reap
 from quantlab.recipe.load import LoadedRecipe
@@ -35,29 +31,6 @@ from quantlab.runtime.device import name_of
 
 SOURCE_HASHES = ".source.json"
 """File with the hashes of the source's shards, in the run's directory; records are valid while the hashes match."""
-
-
-def check_text(recipe: LoadedRecipe, plan: Plan) -> None:
-    """Try all text that the recipe needs with the tokenizer of its checkpoint: calibration, held-out text, offline tasks.
-
-    Raises:
-        CalibrationError: the calibration text cannot be used, or is too short.
-        EvaluationError: the held-out text or an item cannot be used, or is longer than the model's context.
-        CheckpointError: the checkpoint's tokenizer, its settings or an end token cannot be used.
-    """
-    source, calibration = plan.checkpoint, recipe.recipe.calibration
-    check_token_settings(source.directory, source.config)
-    if recipe.corpus is not None and calibration is not None:
-        sample_tokens(
-            recipe.corpus,
-            source.directory,
-            samples=calibration.samples,
-            length=calibration.length,
-            seed=calibration.seed,
-        )
-    if recipe.recipe.evaluate is not None:
-        suite = load_suite(recipe.resolve(recipe.recipe.evaluate.suite))
-        check_suite_text(suite, source.directory, plan.architecture.context_length(source.config))
 
 
 def make(

@@ -22,6 +22,7 @@ from quantlab.evaluation.verify import verify
 from quantlab.passes.fold import divided_rows, scaled_columns
 from quantlab.plan.compile import compile_plan
 from quantlab.plan.folds import folds_of
+from quantlab.preflight import check_before_running
 from quantlab.recipe.load import load_recipe
 from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import make_artifacts
@@ -74,6 +75,7 @@ def run(recipe: Path, out: Path) -> RunDirectory:
     loaded = load_recipe(recipe)
     source = open_checkpoint(loaded.resolve(loaded.recipe.model))
     plan = compile_plan(loaded.recipe, source, corpus_sha256=loaded.corpus_sha256())
+    check_before_running(loaded, plan)
     directory = RunDirectory(out)
     make_artifacts(plan, loaded, directory, lambda _: lambda _: None)
     return directory
