@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from quantlab.architectures.detect import ARCHITECTURES, of_model_type
 from quantlab.architectures.layer import GATED_MLP, LatentAttention
-from quantlab.errors import ArtifactError
+from quantlab.errors import ArtifactError, CheckpointError
 from quantlab.numerics.number_format import INT4, NumberFormat, group
 from quantlab.runtime.banks.choice import Matrices, QuantizedMatrices, quantized_matrices
 from quantlab.runtime.banks.dense import DenseMatrices
@@ -96,7 +96,7 @@ def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
     plain = {key: copy.deepcopy(value) for key, value in fields.items() if key != "quantization_config"}
     try:
         return CONFIG_MAPPING[architecture.name].from_dict(dict(architecture.for_transformers(plain)))
-    except _CONFIG_ERRORS as error:
+    except (CheckpointError, *_CONFIG_ERRORS) as error:
         raise _invalid_config(error, where=where) from error
 
 
