@@ -200,7 +200,12 @@ class Architecture:
         """
         assert self.mixture is not None, f"{self.name} has no routed experts"
         counted = self.mixture.count_field
-        return {**config, counted: experts, **self._spelled(config, counted, experts), **self._spelled(config, _MTP_LAYERS, 0)}
+        return {
+            **config,
+            counted: experts,
+            **self._spelled(config, counted, experts),
+            **self._spelled(config, _MTP_LAYERS, 0),
+        }
 
     def _spelled(self, config: Config, name: str, value: int) -> dict[str, int]:
         """The value of a field under those of its names that a config.json has."""

@@ -7,7 +7,6 @@ that all readers, transformers included, take the same value where config.json h
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
