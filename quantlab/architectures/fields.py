@@ -15,7 +15,7 @@ from quantlab.architectures.config import Config, unusable
 from quantlab.errors import CheckpointError
 
 _LARGEST_SIZE: Final = 10_000_000
-_LARGEST_NUMBER: Final = 1e30
+_LARGEST_NUMBER: Final = 1e12
 
 
 class _Meaning:
@@ -106,16 +106,18 @@ class Size(Field):
 
 @dataclass(frozen=True, kw_only=True)
 class Number(Field):
-    """A finite number, at least zero; `positive`: greater than zero."""
+    """A number from `least` to `most`; `positive`: zero is excluded."""
 
+    least: float = 0.0
+    most: float = _LARGEST_NUMBER
     positive: bool = True
     KIND: ClassVar = "a finite number in a plausible range"
 
     def accepts(self, value: object) -> bool:
         """See `Field`."""
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _LARGEST_NUMBER:
+        if not isinstance(value, int | float) or isinstance(value, bool):
             return False
-        return float(value) > 0 or not self.positive
+        return self.least <= value <= self.most and (value > 0 or not self.positive)
 
     def of(self, config: Config) -> Any:  # noqa: ANN401
         """A float, since transformers refuses whole numbers; see `Field`."""
@@ -169,13 +171,14 @@ class Section(Field):
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens(Field):
-    """The number of a token of the vocabulary, or a list of such numbers; -1 for none."""
+    """The number of a token of the vocabulary, -1 for none; `several`: or a list of such numbers."""
 
-    KIND: ClassVar = "the number of a token, or a list of such numbers"
+    several: bool = False
+    KIND: ClassVar = "the number of a token"
 
     def accepts(self, value: object) -> bool:
         """See `Field`."""
-        tokens = value if isinstance(value, list) else [value]
+        tokens = value if isinstance(value, list) and self.several else [value]
         return all(
             isinstance(token, int) and not isinstance(token, bool) and -1 <= token <= _LARGEST_SIZE for token in tokens
         )

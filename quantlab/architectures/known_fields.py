@@ -33,6 +33,8 @@ ACTIVATIONS: Final = (
     "sqrtsoftplus", "tanh",
 )  # fmt: skip
 """transformers' activation functions of one tensor without parameters."""
+ROTARY_TYPES: Final = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+"""transformers' kinds of rotary embeddings; all but the first and longrope stretch positions by a `factor`."""
 LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 EXPERT_COUNTS: Final = ("num_experts", "num_local_experts")
 """Other names of the number of routed experts; each family of transformers knows one of them."""
@@ -63,17 +65,17 @@ _COMMON: Final[tuple[Field, ...]] = (
     Size(name="num_hidden_layers", most=_MOST_LAYERS),
     Size(name="num_attention_heads"),
     Word(name="hidden_act", default="silu", computed=ACTIVATIONS),
-    Number(name="rms_norm_eps", default=1e-6),
+    Number(name="rms_norm_eps", default=1e-6, most=1.0),
     Switch(name="tie_word_embeddings", default=False),
     Size(name="max_position_embeddings", default=LEFT_OUT, most=_LONGEST_CONTEXT),
-    Number(name="rope_theta", default=LEFT_OUT),
+    Number(name="rope_theta", default=LEFT_OUT, least=1.0),
     Section(name="rope_scaling", default=LEFT_OUT, null=LEFT_OUT),
     Section(name="rope_parameters", default=LEFT_OUT, null=LEFT_OUT),
-    Number(name="initializer_range", default=LEFT_OUT, positive=False),
-    Number(name="attention_dropout", default=LEFT_OUT, null=LEFT_OUT, positive=False),
+    Number(name="initializer_range", default=LEFT_OUT, most=1.0, positive=False),
+    Number(name="attention_dropout", default=LEFT_OUT, null=LEFT_OUT, most=1.0, positive=False),
     Switch(name="use_cache", default=LEFT_OUT),
     Tokens(name="bos_token_id", default=LEFT_OUT, null=None),
-    Tokens(name="eos_token_id", default=LEFT_OUT, null=None),
+    Tokens(name="eos_token_id", default=LEFT_OUT, null=None, several=True),
     Tokens(name="pad_token_id", default=LEFT_OUT, null=None),
 )
 ATTENTION_BIAS: Final = Switch(name="attention_bias", default=False)
@@ -119,7 +121,7 @@ def grouped_fields(*fields: Field, whole_heads: bool) -> ConfigFields:
         fields: those that families declare differently.
         whole_heads: whether transformers refuses heads that do not divide the hidden width.
     """
-    relations = [_key_heads_divide, _pairs_in_a_head, _tokens_in_the_vocabulary, _a_layer_type_for_every_layer]
+    relations = [_key_heads_divide, _pairs_in_a_head, _rotary_type, _tokens_in_the_vocabulary, _a_layer_type_for_every_layer]
     return ConfigFields((*_COMMON, *fields), (*([_heads_divide_the_width] if whole_heads else []), *relations))
 
 
@@ -131,7 +133,7 @@ def latent_fields(*fields: Field, routing: Callable[[Config], Routing], whole_he
         routing: reads the routing from a config.json.
         whole_heads: whether transformers refuses heads that do not divide the hidden width.
     """
-    relations = [_key_heads_divide, _pairs_in_the_rotary_part, _tokens_in_the_vocabulary, _groups_of_experts]
+    relations = [_key_heads_divide, _pairs_in_the_rotary_part, _rotary_type, _tokens_in_the_vocabulary, _groups_of_experts]
     return ConfigFields(
         (*_COMMON, *_LATENT, *fields),
         (
@@ -190,6 +192,21 @@ def _pairs_in_the_rotary_part(config: Config) -> None:
     if config["qk_rope_head_dim"] % 2:
         names = ("qk_rope_head_dim",)
         raise contradiction("the rotary width is odd", _some(config, *names), fix="rotary embeddings rotate pairs")
+
+
+def _rotary_type(config: Config) -> None:
+    for name in ("rope_parameters", "rope_scaling"):
+        section = config.get(name) or {}
+        kind = section.get("rope_type", section.get("type", ROTARY_TYPES[0]))
+        if kind not in ROTARY_TYPES:
+            fix = "supported: " + ", ".join(ROTARY_TYPES)
+            raise contradiction("the rotary embedding is of an unknown type", {f"{name}.rope_type": kind}, fix=fix)
+        if kind in {"default", "longrope"}:
+            continue
+        factor = section.get("factor")
+        if not Number(name="factor", least=1.0).accepts(factor):
+            fields = {f"{name}.rope_type": kind, f"{name}.factor": factor}
+            raise contradiction("the rotary embedding has no usable factor", fields, fix="write a number from 1 on")
 
 
 def _tokens_in_the_vocabulary(config: Config) -> None:
