@@ -7,7 +7,7 @@ core schema of YAML 1.2). The error for an unknown key or word suggests the near
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,9 +113,23 @@ def load_document(path: Path, model: type[Model], *, kind: str) -> tuple[Model, 
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """`did you mean X?` if a known word is similar, else the list of known words."""
+    """`did you mean X?` if a known word is similar, else the list of known words, the most similar first."""
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean `{matches[0]}`?" if matches else "use one of: " + ", ".join(known)
+    return f"did you mean `{matches[0]}`?" if matches else "use one of: " + ", ".join(_by_spelling(word, known))
+
+
+def _nearest_key(word: str, known: Mapping[str, str]) -> str:
+    """As `nearest`, for keys with the sentences that describe them: a key whose description has the word comes first."""
+    described = [key for key, text in known.items() if re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE)]
+    if difflib.get_close_matches(word, known, n=1, cutoff=0.6) or not described:
+        return nearest(word, list(known))
+    others = _by_spelling(word, [key for key in known if key not in described])
+    return "use one of: " + ", ".join([*described, *others])
+
+
+def _by_spelling(word: str, known: Sequence[str]) -> list[str]:
+    """The known words without repetitions, the most similar to `word` first."""
+    return sorted(dict.fromkeys(known), key=lambda one: -difflib.SequenceMatcher(None, one, word).ratio())
 
 
 def _refuse_aliases(text: str, path: Path) -> None:
@@ -191,8 +205,8 @@ def _explain(
     found, last = _shortened(repr(first["input"])), str(location[-1]) if location else kind
     match first["type"]:
         case "extra_forbidden":
-            known = _keys_at(model, location[:-1])
-            return RecipeError("unknown key", where=where, found=f"`{last}`", fix=nearest(last, known))
+            fix = _nearest_key(last, _keys_at(model, location[:-1]))
+            return RecipeError("unknown key", where=where, found=f"`{last}`", fix=fix)
         case "missing":
             return RecipeError(f"`{last}` is missing", where=where, found="no such key", fix=f"add `{last}: …`")
         case "literal_error":
@@ -225,8 +239,8 @@ def _shortened(text: str, *, longest: int = 120) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys allowed in the mapping at `location`, found by walking the model's JSON schema."""
+def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> dict[str, str]:
+    """The keys allowed in the mapping at `location`, with their descriptions, found by walking the model's JSON schema."""
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
     candidates = [schema]
@@ -241,10 +255,19 @@ def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[st
                 following.extend(candidate["patternProperties"].values())
             elif isinstance(candidate.get("additionalProperties"), dict):
                 following.append(candidate["additionalProperties"])
-            elif candidate.get("title") == part:
+            elif _is_tagged(candidate, part):
                 following.append(candidate)
         candidates = following or candidates
-    return [key for candidate in _resolved(candidates, definitions) for key in candidate.get("properties", {})]
+    return {
+        key: described.get("description", "")
+        for candidate in _resolved(candidates, definitions)
+        for key, described in candidate.get("properties", {}).items()
+    }
+
+
+def _is_tagged(schema: dict, tag: str) -> bool:  # type: ignore[type-arg]
+    """Whether a member of a union is the one that pydantic calls `tag`: its title, or the one value of its key `name`."""
+    return tag in {schema.get("title"), schema.get("properties", {}).get("name", {}).get("const")}
 
 
 def _resolved(schemas: list[dict], definitions: dict) -> list[dict]:  # type: ignore[type-arg]

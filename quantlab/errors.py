@@ -3,6 +3,10 @@
 The command line prints them without a traceback. Any other exception that reaches the user is a bug in quantlab.
 """
 
+from typing import TypeVar
+
+Text = TypeVar("Text", str, str | None)
+
 
 class QuantlabError(Exception):
     """A problem the user can act on.
@@ -17,9 +21,15 @@ class QuantlabError(Exception):
     def __init__(
         self, what: str, *, where: str | None = None, found: str | None = None, fix: str | None = None
     ) -> None:
+        what, where, found, fix = _printable(what), _printable(where), _printable(found), _printable(fix)
         self.what, self.where, self.found, self.fix = what, where, found, fix
         details = (("where", where), ("found", found), ("fix", fix))
         super().__init__("\n".join([what, *(f"  {label}: {text}" for label, text in details if text)]))
+
+
+def _printable(text: Text) -> Text:
+    """The text with lone surrogates, which JSON and YAML may contain and no terminal can print, as escapes."""
+    return text if text is None else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class RecipeError(QuantlabError):

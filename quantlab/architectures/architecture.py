@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 from quantlab.architectures.config import Config, size_of
+from quantlab.architectures.fields import ConfigFields, ReadConfig
 from quantlab.architectures.layer import ATTENTION, GATED_MLP, MLP, Attention, MixtureOfExperts, Sublayer
 
 Role = Literal[
@@ -151,24 +152,50 @@ class Architecture:
     Attributes:
         name: the `model_type` of config.json.
         class_name: the entry of `architectures` in config.json.
+        fields: the fields of its config.json.
         rules: rules for its tensors; the first matching rule applies.
-        dimensions: reads the named sizes from a config.json; a size of 0 means that the model lacks the part.
+        sizes: named sizes from a config.json with all fields; a size of 0 means that the model lacks the part.
         attention: kind of attention of every layer.
         halves: the two sublayers that every layer consists of, attention and mlp.
         mixture: the layers with routed experts, None in a dense family.
         mtp: whether layers past `num_hidden_layers` are multi-token-prediction layers.
-        for_transformers: rewrites a config.json so that transformers computes the same as serving engines.
+        adapted: rewrites a config.json so that transformers computes the same as serving engines.
     """
 
     name: str
     class_name: str
+    fields: ConfigFields
     rules: tuple[TensorRule, ...]
-    dimensions: Callable[[Config], Dimensions]
+    sizes: Callable[[ReadConfig], Dimensions]
     attention: Attention
     halves: tuple[Sublayer, Sublayer] = (ATTENTION, MLP)
     mixture: MixtureOfExperts | None = None
     mtp: bool = False
-    for_transformers: Callable[[Config], Config] = as_it_stands
+    adapted: Callable[[Config], Config] = as_it_stands
+
+    def read(self, config: Config) -> ReadConfig:
+        """A config.json with the values of all fields of the family, see `ConfigFields.read`.
+
+        Raises:
+            CheckpointError: it cannot be right, or the family's modules do not compute what it says.
+        """
+        return self.fields.read(config)
+
+    def dimensions(self, config: Config) -> Dimensions:
+        """The named sizes of a model.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        return self.sizes(self.read(config))
+
+    def for_transformers(self, config: Config) -> Config:
+        """The config.json from which transformers makes a model that computes as the plan and serving engines do.
+
+        Raises:
+            CheckpointError: as `read`, or a parameter of the rotary embedding is not a number.
+        """
+        return self.adapted(self.read(config))
 
     def model_fields(self, config: Config) -> dict[str, Any]:
         """The fields of a config.json for transformers' config class, without those that say how weights are stored."""
@@ -176,10 +203,23 @@ class Architecture:
         return dict(self.for_transformers(plain))
 
     def with_experts(self, config: Config, experts: int) -> dict[str, Any]:
-        """The config.json of the same model with fewer routed experts in every layer and no multi-token-prediction layer."""
+        """The config.json of the same model with fewer routed experts in every layer and no multi-token-prediction layer.
+
+        The number stands under every name that config.json has for it.
+        """
         assert self.mixture is not None, f"{self.name} has no routed experts"
-        fewer = {**config, self.mixture.count_field: experts}
-        return fewer | {_MTP_LAYERS: 0} if _MTP_LAYERS in config else fewer
+        counted = self.mixture.count_field
+        return {
+            **config,
+            counted: experts,
+            **self._spelled(config, counted, experts),
+            **self._spelled(config, _MTP_LAYERS, 0),
+        }
+
+    def _spelled(self, config: Config, name: str, value: int) -> dict[str, int]:
+        """The value of a field under those of its names that a config.json has."""
+        field = self.fields.field(name)
+        return {name: value for name in (field.name, *field.aliases) if name in config}
 
     def dense_and_moe(self, config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Numbers of the layers with one MLP, and of those with routed experts."""
@@ -196,7 +236,7 @@ class Architecture:
         """
         changed = {"num_hidden_layers": dense + moe, "vocab_size": vocabulary}
         if self.mixture is not None:
-            changed |= {"first_k_dense_replace": dense, "moe_layer_freq": 1, _MTP_LAYERS: 0}
+            changed |= {"first_k_dense_replace": dense, _MTP_LAYERS: 0} | self._spelled(config, _MTP_LAYERS, 0)
         tokens = {"bos_token_id", "eos_token_id", "pad_token_id"}  # may lie outside the smaller vocabulary
         return {name: value for name, value in config.items() if name not in tokens} | changed
 
@@ -237,7 +277,7 @@ class Architecture:
         assert tensor.rule is not None
         if tensor.rule.feeds != "o":
             return range(channels)
-        return self.attention.output_rows(config, channels=channels)
+        return self.attention.output_rows(self.read(config), channels=channels)
 
     def classify(self, name: str, *, hidden_layers: int) -> ModelTensor:
         """Classify a tensor by its name; a name without a matching rule gets the role "other"."""
@@ -259,7 +299,7 @@ class Architecture:
             with_mtp: whether to include the multi-token-prediction layers; releases exist with and without them.
 
         Raises:
-            CheckpointError: the config lacks a field.
+            CheckpointError: as `read`.
         """
         sizes = self.dimensions(config)
         for rule in self.rules:
@@ -289,5 +329,5 @@ class Architecture:
 
 
 def _dense_and_moe(sizes: Dimensions) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    moe = tuple(layer for layer in range(sizes["first_moe"], sizes["layers"]) if layer % sizes["moe_every"] == 0)
-    return tuple(sorted(set(range(sizes["layers"])) - set(moe))), moe
+    first = min(sizes["first_moe"], sizes["layers"])
+    return tuple(range(first)), tuple(range(first, sizes["layers"]))

@@ -21,12 +21,7 @@ def size_of(config: Config, field: str, *, default: int | None = None, least: in
     if value is None and default is not None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST_SIZE:
-        raise CheckpointError(
-            f"config.json has no usable {field}",
-            where="config.json",
-            found=repr(value),
-            fix="use the config.json of the original release",
-        )
+        raise unusable(field, repr(value), write="a whole number in a plausible range")
     return value
 
 
@@ -40,10 +35,21 @@ def number_of(config: Config, field: str, *, default: float) -> float:
     if value is None:
         return default
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise CheckpointError(
-            f"config.json has no usable {field}",
-            where="config.json",
-            found=repr(value),
-            fix="use the config.json of the original release",
-        )
+        raise unusable(field, repr(value), write="a number")
     return float(value)
+
+
+def unusable(field: str, found: str, *, write: str) -> CheckpointError:
+    """The error for a field of config.json that is missing or has no usable value.
+
+    Args:
+        field: its name.
+        found: what stands there.
+        write: what should stand there.
+    """
+    return CheckpointError(
+        f"config.json has no usable {field}",
+        where=f"config.json, {field}",
+        found=found,
+        fix=f"write {write}, or use the config.json of the original release",
+    )

@@ -149,7 +149,7 @@ class Routing:
         top_k: k.
         groups: number of equal, consecutive groups of experts; 1 without groups.
         top_groups: number of groups selected per token.
-        group_score: number of best scores of a group that are summed to its score; 0 without groups.
+        group_score: number of best scores of a group that are summed to its score; 0 if no scores of groups are computed.
         scoring: function that maps the logits to scores.
         corrected: whether a bias is added to the scores for the selection; the weights are scores without the bias.
         normalised: whether the k weights are divided by their sum.

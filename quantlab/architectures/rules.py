@@ -7,6 +7,7 @@ from typing import Literal
 
 from quantlab.architectures.architecture import Dimensions, Role, TensorRule
 from quantlab.architectures.config import Config, size_of
+from quantlab.architectures.fields import ReadConfig
 from quantlab.architectures.layer import HeadNorms
 
 _LAYER = "model.layers.{layer}."
@@ -68,9 +69,12 @@ def _mlp(prefix: str, role: Role, width: str, layers: Layers, *, needs: str = ""
     )
 
 
-def _mlp_bias(name: str, size: str) -> TensorRule:
-    pattern, feeds = f"{_LAYER}mlp.{name}.bias", "down" if name == "up_proj" else None
-    return TensorRule(pattern, "dense_mlp", (size,), layers="dense", needs="mlp_bias", feeds=feeds)
+def _mlp_biases(prefix: str, role: Role, width: str, layers: Layers) -> tuple[TensorRule, ...]:
+    def rule(name: str, size: str) -> TensorRule:
+        pattern, feeds = f"{_LAYER}mlp.{prefix}{name}.bias", "down" if name == "up_proj" else None
+        return TensorRule(pattern, role, (size,), layers=layers, needs="mlp_bias", feeds=feeds)
+
+    return rule("gate_proj", width), rule("up_proj", width), rule("down_proj", "hidden")
 
 
 _OUTSIDE_THE_LAYERS = (
@@ -95,9 +99,7 @@ GROUPED = (
     _bias("v_proj", "keys", needs="qkv_bias"),
     _bias("o_proj", "hidden", needs="o_bias"),
     *_mlp("", "dense_mlp", "intermediate", "dense"),
-    _mlp_bias("gate_proj", "intermediate"),
-    _mlp_bias("up_proj", "intermediate"),
-    _mlp_bias("down_proj", "hidden"),
+    *_mlp_biases("", "dense_mlp", "intermediate", "dense"),
 )
 """A dense layer with grouped attention; the sizes `qkv_bias`, `o_bias` and `mlp_bias` determine its biases."""
 
@@ -110,9 +112,9 @@ LATENT = (
     _attention("q_b_proj", ("queries", "q_lora"), "q_latent", needs="q_lora"),
     _attention("kv_b_proj", ("kv_b", "kv_lora"), "kv_latent", role="kv_b"),
     _attention("o_proj", ("hidden", "values"), "o"),
-    _bias("q_a_proj", "q_lora", needs="qkv_bias"),
-    _bias("kv_a_proj_with_mqa", "kv_a", needs="qkv_bias"),
-    _bias("o_proj", "hidden", needs="qkv_bias"),
+    _bias("q_a_proj", "q_lora", needs="q_a_bias"),
+    _bias("kv_a_proj_with_mqa", "kv_a", needs="kv_a_bias"),
+    _bias("o_proj", "hidden", needs="o_bias"),
     _norm(_ATTENTION + "q_a_layernorm", "q_lora", "q_latent", needs="q_lora"),
     _norm(_ATTENTION + "kv_a_layernorm", "kv_lora", "kv_latent"),
     TensorRule(_LAYER + "mlp.gate.weight", "router", ("experts", "hidden"), layers="moe", site="mlp"),
@@ -127,6 +129,8 @@ LATENT = (
     *_mlp("experts.{expert}.", "routed_experts", "moe_intermediate", "moe"),
     *_mlp("shared_experts.", "shared_experts", "shared_intermediate", "moe", needs="shared_intermediate"),
     *_mlp("", "dense_mlp", "intermediate", "dense"),
+    *_mlp_biases("shared_experts.", "shared_experts", "shared_intermediate", "moe"),
+    *_mlp_biases("", "dense_mlp", "intermediate", "dense"),
 )
 """Layers with latent attention, the first ones dense and the rest with experts."""
 
@@ -151,86 +155,68 @@ def head_norms(names: HeadNorms) -> tuple[TensorRule, ...]:
     return tuple(_norm(_ATTENTION + name, "head", None) for name in (names.query, names.key))
 
 
-def grouped_dimensions(
-    config: Config, *, qkv_bias: bool, mlp_bias: bool = False, head: int | None = None
-) -> Dimensions:
+def grouped_dimensions(config: ReadConfig, *, qkv_bias: bool, o_bias: bool, mlp_bias: bool = False) -> Dimensions:
     """Sizes of a dense model with grouped attention.
 
     Args:
-        config: config.json.
+        config: config.json with all fields.
         qkv_bias: whether the projections of queries, keys and values have biases.
+        o_bias: whether the output projection has one.
         mlp_bias: whether the linears of the mlp have biases.
-        head: default width of a head; None for the hidden width divided by the number of heads.
-
-    Raises:
-        CheckpointError: the config lacks a field.
     """
-    hidden, heads, layers = (
-        size_of(config, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    )
-    head = size_of(config, "head_dim", default=hidden // max(heads, 1) if head is None else head)
+    layers, head = config["num_hidden_layers"], config["head_dim"]
     return {
-        "vocabulary": size_of(config, "vocab_size"),
-        "hidden": hidden,
+        "vocabulary": config["vocab_size"],
+        "hidden": config["hidden_size"],
         "layers": layers,
         "first_moe": layers,
-        "moe_every": 1,
         "experts": 0,
         "head": head,
-        "queries": heads * head,
-        "keys": size_of(config, "num_key_value_heads", default=heads) * head,
-        "intermediate": size_of(config, "intermediate_size"),
-        "tied": int(bool(config.get("tie_word_embeddings"))),
+        "queries": config["num_attention_heads"] * head,
+        "keys": config["num_key_value_heads"] * head,
+        "intermediate": config["intermediate_size"],
+        "tied": int(config["tie_word_embeddings"]),
         "qkv_bias": int(qkv_bias),
-        "o_bias": int(bool(config.get("attention_bias"))),
+        "o_bias": int(o_bias),
         "mlp_bias": int(mlp_bias),
     }
 
 
-def latent_dimensions(config: Config, *, bias_corrected: bool) -> Dimensions:
+def latent_dimensions(config: ReadConfig, *, bias_corrected: bool, mlp_bias: bool = False) -> Dimensions:
     """Sizes of a model with latent attention and experts.
 
     Args:
-        config: config.json.
+        config: config.json with all fields.
         bias_corrected: whether the routers have a bias.
-
-    Raises:
-        CheckpointError: the config lacks a field.
+        mlp_bias: whether the linears of shared experts and dense layers have biases.
     """
-    hidden, heads, layers = (
-        size_of(config, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    )
-    nope, rope, value, kv_lora = (
-        size_of(config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
-    )
-    experts, moe = (size_of(config, name, default=0) for name in ("n_routed_experts", "moe_intermediate_size"))
+    hidden, heads, moe = config["hidden_size"], config["num_attention_heads"], config["moe_intermediate_size"]
+    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    q_lora, bias = config["q_lora_rank"] or 0, config["attention_bias"]
     return {
-        "vocabulary": size_of(config, "vocab_size"),
+        "vocabulary": config["vocab_size"],
         "hidden": hidden,
         "two_hidden": 2 * hidden,
-        "layers": layers,
-        "mtp_layers": size_of(config, "num_nextn_predict_layers", default=0),
-        "first_moe": size_of(config, "first_k_dense_replace", default=0) if experts else layers,
-        "moe_every": size_of(config, "moe_layer_freq", default=1, least=1),
-        "experts": experts,
+        "layers": config["num_hidden_layers"],
+        "mtp_layers": config["num_nextn_predict_layers"],
+        "first_moe": config["first_k_dense_replace"],
+        "experts": config["n_routed_experts"],
         "queries": heads * (nope + rope),
-        "q_lora": size_of(config, "q_lora_rank", default=0),
-        "kv_lora": kv_lora,
-        "kv_a": kv_lora + rope,
+        "q_lora": q_lora,
+        "kv_lora": config["kv_lora_rank"],
+        "kv_a": config["kv_lora_rank"] + rope,
         "kv_b": heads * (nope + value),
         "values": heads * value,
-        "intermediate": size_of(config, "intermediate_size"),
+        "intermediate": config["intermediate_size"],
         "moe_intermediate": moe,
-        "shared_intermediate": moe * size_of(config, "n_shared_experts", default=0),
-        "tied": int(bool(config.get("tie_word_embeddings"))),
-        "qkv_bias": int(bool(config.get("attention_bias"))),
+        "shared_intermediate": moe * config["n_shared_experts"],
+        "tied": int(config["tie_word_embeddings"]),
+        "q_a_bias": int(bias and q_lora > 0),
+        "kv_a_bias": int(bias),
+        "o_bias": int(bias),
         "bias_corrected": int(bias_corrected),
+        "mlp_bias": int(mlp_bias),
     }
-
-
-def with_number_of_shared_experts(config: Config) -> Config:
-    """The config with a number of shared experts: DeepSeek's code reads null, or no field, as none; transformers does not."""
-    return {**config, "n_shared_experts": size_of(config, "n_shared_experts", default=0)}
 
 
 def qwen_window(config: Config) -> int | None:

@@ -149,14 +149,22 @@ def parse_config(described: Mapping[str, Any], where: str) -> Fp8Blocks:
     """Read a `quantization_config` of method fp8.
 
     Raises:
-        CheckpointError: it does not say how large the blocks are.
+        CheckpointError: it does not say how large the blocks are, or names modules otherwise than in a list.
     """
     size = described.get("weight_block_size")
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(one, int) and one > 0 for one in size)):
+    if not (isinstance(size, list) and len(size) == 2 and all(type(one) is int and one > 0 for one in size)):
         raise _no_block_size(f"{where}, quantization_config.weight_block_size", repr(size))
+    unconverted = described.get("modules_to_not_convert") or []
+    if not (isinstance(unconverted, list) and all(isinstance(name, str) for name in unconverted)):
+        raise CheckpointError(
+            "the modules that are not FP8 are no list of names",
+            where=f"{where}, quantization_config.modules_to_not_convert",
+            found=repr(unconverted)[:120],
+            fix="use the config.json of the original release",
+        )
     number = NumberFormat(E4M3, block(*size), scale="F32", activations=Activations(E4M3, size[1]))
-    unconverted = tuple(described.get("modules_to_not_convert") or ())
-    return Fp8Blocks(number, unconverted, bytes_are_exponents=str(described.get("scale_fmt")).lower() == "ue8m0")
+    exponents = str(described.get("scale_fmt")).lower() == "ue8m0"
+    return Fp8Blocks(number, tuple(unconverted), bytes_are_exponents=exponents)
 
 
 def describe(linears: Sequence[Linear]) -> Fp8Blocks:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 
 from quantlab.architectures.architecture import DEFAULT_TARGETS, Architecture
-from quantlab.architectures.config import Config, size_of
+from quantlab.architectures.config import Config
 from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.checkpoint.tied import check_tied_head
@@ -43,13 +43,14 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
         corpus_sha256: hash of the calibration text; part of the key of every variant that uses it.
 
     Raises:
-        CheckpointError: the source is incomplete or not supported.
+        CheckpointError: the source is incomplete or not supported, or its config.json cannot be right.
         PlanError: a pass matches no tensor, no engine could serve the result, or a calibration sample is longer than the model's
             context.
     """
     checkpoint = understood(checkpoint)
     architecture = detect(checkpoint.config)
-    _check_length(recipe.calibration, architecture, checkpoint.config)
+    config = architecture.read(checkpoint.config)
+    _check_length(recipe.calibration, architecture, config)
     weights = survey(checkpoint, architecture)
     check_tied_head(checkpoint)
     dtype_of(checkpoint)  # the source is measured in it
@@ -69,7 +70,7 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
                 calibration=calibration,
                 seed=seed,
                 architecture=architecture,
-                config=checkpoint.config,
+                config=config,
             )
         )
     return Plan(checkpoint, architecture, tuple(variants))
@@ -142,7 +143,7 @@ def _plan_variant(
         algorithms=_algorithms(changes),
         recipe_key=hashlib.sha256(f"{LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),
         peak_memory_bytes=calibrated_peak_memory(steps, calibration) if calibration else peak_memory(steps),
-        tensor_parallel=tensor_parallel_sizes(stored, heads=size_of(config, "num_attention_heads")),
+        tensor_parallel=tensor_parallel_sizes(stored, heads=config["num_attention_heads"]),
         notes=(*serving_notes(stored), *fold_notes(steps), *removal_notes(steps, kept=kept)),
     )
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from quantlab.architectures.architecture import Architecture
 from quantlab.architectures.config import Config
+from quantlab.architectures.layer import Routing
 from quantlab.errors import PlanError
 from quantlab.plan.model import Outcome, Step
 from quantlab.recipe.algorithms import ExpertRemoval
@@ -16,10 +17,10 @@ from quantlab.recipe.schema import Prune
 
 
 def kept_experts(removal: Prune, architecture: Architecture, config: Config, *, variant: str) -> int:
-    """How many experts of a layer stay: the same number in every routing group, at least what the router picks.
+    """How many experts of a layer stay: the same number in every routing group, at least what the router needs.
 
     Raises:
-        PlanError: nothing would be removed, or the router would pick more experts than there are.
+        PlanError: nothing would be removed, fewer would stay than the router needs, or none can be removed at all.
     """
     assert architecture.mixture is not None, "the pass targets routed experts"
     routing = architecture.mixture.routing(config)
@@ -27,21 +28,44 @@ def kept_experts(removal: Prune, architecture: Architecture, config: Config, *, 
     needed = max(-(-routing.top_k // routing.top_groups), routing.group_score, 1)
     removed = round(removal.ratio * each)
     where = f"variant {variant}, prune {removal.ratio:.3g} ({removal.algorithm.name})"
+    if each <= needed:
+        raise PlanError(
+            "no share of the experts can be removed",
+            where=where,
+            found=f"{_count(each, groups)}, and {_why_needed(routing)}",
+            fix=f"leave {removal.algorithm.name} out: quantize the experts instead",
+        )
     if not removed:
         raise PlanError(
             "no expert would be removed",
             where=where,
-            found=f"{removal.ratio:.3g} of {each} experts in each of {groups} routing groups",
+            found=f"{removal.ratio:.3g} of {_count(each, groups)}",
             fix=f"prune at least {1 / each:.3g}",
         )
     if each - removed < needed:
         raise PlanError(
             "the router would pick more experts than stay",
             where=where,
-            found=f"{each - removed} of {each} experts in each routing group, {needed} needed",
+            found=f"{each - removed} of {_count(each, groups)} would stay, and {_why_needed(routing)}",
             fix=f"prune at most {(each - needed) / each:.3g}",
         )
     return (each - removed) * groups
+
+
+def _count(each: int, groups: int) -> str:
+    return f"{each} experts" + (f" in each of {groups} routing groups" if groups > 1 else "")
+
+
+def _why_needed(routing: Routing) -> str:
+    """What the router needs in each of its groups, or of all experts without groups."""
+    picks = -(-routing.top_k // routing.top_groups)
+    if routing.groups == 1:
+        return f"the router picks {routing.top_k} for a token" + (
+            f" and scores {routing.group_score}" if routing.group_score > picks else ""
+        )
+    if routing.group_score > picks:
+        return f"the score of a group is computed from its {routing.group_score} best"
+    return f"the router picks {routing.top_k} for a token from {routing.top_groups} groups, so each needs {picks}"
 
 
 def without_experts(steps: Sequence[Step], removal: ExpertRemoval, *, kept: int) -> list[Step]:

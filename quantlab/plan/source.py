@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from quantlab.architectures.architecture import Architecture, Dimensions, ModelTensor
-from quantlab.architectures.config import size_of
+from quantlab.architectures.config import Config
+from quantlab.architectures.fields import contradiction
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.errors import CheckpointError
@@ -31,10 +32,11 @@ def survey(checkpoint: Checkpoint, architecture: Architecture) -> tuple[SourceWe
     """Classify every tensor, in the order of blocks and of the bytes within a block.
 
     Raises:
-        CheckpointError: the checkpoint is already quantized, a tensor is missing or has the wrong shape, an FP8 weight
+        CheckpointError: config.json cannot be right, the checkpoint is already quantized, a tensor is missing or has the wrong shape, an FP8 weight
             has no scale, or a scale has no weight.
     """
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    config = architecture.read(checkpoint.config)
+    method = (config.get("quantization_config") or {}).get("quant_method")
     if method not in {None, *(known.word for known in METHODS if known.is_source)}:
         raise CheckpointError(
             "the source is already quantized",
@@ -48,13 +50,15 @@ def survey(checkpoint: Checkpoint, architecture: Architecture) -> tuple[SourceWe
     )
     scales = scales_of(checkpoint.tensors, description)
     paired = {scale.name for scale in scales.values()}
-    layers = size_of(checkpoint.config, "num_hidden_layers")
+    layers = config["num_hidden_layers"]
     classified = {
         name: architecture.classify(name, hidden_layers=layers) for name in checkpoint.tensors if name not in paired
     }
     _check_complete(checkpoint, architecture, has_mtp=any(tensor.role == "mtp" for tensor in classified.values()))
+    _check_groups_of_experts(architecture, config)
+    sizes = architecture.dimensions(config)
     for name, tensor in classified.items():
-        _check_layer_and_dtype(checkpoint.tensors[name], tensor, architecture.dimensions(checkpoint.config))
+        _check_layer_and_dtype(checkpoint.tensors[name], tensor, sizes)
     weights = [SourceWeight(tensor, checkpoint.tensors[name], scales.get(name)) for name, tensor in classified.items()]
     weights.sort(key=lambda weight: (_block_order(weight.tensor), weight.entry.file.name, weight.entry.offset))
     return tuple(weights)
@@ -87,6 +91,23 @@ def _check_complete(checkpoint: Checkpoint, architecture: Architecture, *, has_m
                 found=f"{list(entry.shape)}, config.json says {list(shape)}",
                 fix="use the config.json and the weights of one release",
             )
+
+
+def _check_groups_of_experts(architecture: Architecture, config: Config) -> None:
+    """Refuse routing groups with fewer experts than their score is computed from.
+
+    The shapes are compared before: they say which of the two numbers is wrong.
+    """
+    if architecture.mixture is None:
+        return
+    routing = architecture.mixture.routing(config)
+    if routing.experts // routing.groups < routing.group_score:
+        counted = architecture.mixture.count_field
+        raise contradiction(
+            "a routing group has too few experts",
+            {counted: routing.experts, "n_group": routing.groups},
+            fix=f"the score of a group is computed from its {routing.group_score} best experts",
+        )
 
 
 def _check_layer_and_dtype(entry: TensorEntry, tensor: ModelTensor, sizes: Dimensions) -> None:

@@ -159,8 +159,9 @@ class _ArtifactWeights:
         self._stored = stored
         self._progress = progress
         self._where = str(stored.reader.checkpoint.directory)
-        architecture, fields = of_model_type(config.model_type), config.to_dict()
+        architecture = of_model_type(config.model_type)
         assert architecture is not None, "a config of `config_of`"
+        fields = architecture.read(config.to_dict())
         self._left = dict.fromkeys(
             name
             for name in stored.names()

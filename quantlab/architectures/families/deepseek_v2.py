@@ -1,13 +1,19 @@
 """DeepSeek-V2 and V2-Lite: softmax routers, with groups of experts in the larger model (arXiv 2405.04434)."""
 
+from typing import Final
+
 from quantlab.architectures.architecture import Architecture, Dimensions
-from quantlab.architectures.config import Config, number_of, size_of
+from quantlab.architectures.config import Config
+from quantlab.architectures.fields import DEFAULT, Number, ReadConfig, Size, Switch, Word
+from quantlab.architectures.known_fields import MLP_BIAS, dense_layers, latent_fields, shared_experts, with_key_heads
 from quantlab.architectures.layer import LatentAttention, MixtureOfExperts, RotaryLayout, Routing
-from quantlab.architectures.rules import LATENT, latent_dimensions, with_number_of_shared_experts
+from quantlab.architectures.rules import LATENT, latent_dimensions
+
+_LIMITED: Final = "group_limited_greedy"
 
 
-def _dimensions(config: Config) -> Dimensions:
-    return latent_dimensions(config, bias_corrected=False)
+def _dimensions(config: ReadConfig) -> Dimensions:
+    return latent_dimensions(config, bias_corrected=False, mlp_bias=config["mlp_bias"])
 
 
 def _rotary(config: Config) -> RotaryLayout:
@@ -15,25 +21,41 @@ def _rotary(config: Config) -> RotaryLayout:
 
 
 def _routing(config: Config) -> Routing:
-    """A group's score is that of its best expert. transformers ignores `norm_topk_prob`, false in the releases."""
-    limited = config.get("topk_method") == "group_limited_greedy"
-    groups = (size_of(config, "n_group", default=1) or 1) if limited else 1
+    """A group's score is that of its best expert."""
+    read = FIELDS.field
+    groups = read("n_group").of(config) if read("topk_method").of(config) == _LIMITED else 1
     return Routing(
-        experts=size_of(config, "n_routed_experts", default=0),
-        top_k=size_of(config, "num_experts_per_tok", default=1),
+        experts=read("n_routed_experts").of(config),
+        top_k=read("num_experts_per_tok").of(config),
         groups=groups,
-        top_groups=(size_of(config, "topk_group", default=1) or 1) if groups > 1 else 1,
+        top_groups=read("topk_group").of(config) if groups > 1 else 1,
         group_score=1 if groups > 1 else 0,
-        scaling=number_of(config, "routed_scaling_factor", default=1.0),
+        scaling=read("routed_scaling_factor").of(config),
     )
 
 
+FIELDS: Final = latent_fields(
+    shared_experts(2),
+    dense_layers(0),
+    MLP_BIAS,
+    Switch(name="rope_interleave", default=True, computed=(True,)),
+    Word(name="topk_method", default="greedy", computed=("greedy", _LIMITED)),
+    Word(name="scoring_func", default="softmax", computed=("softmax",)),
+    Switch(name="norm_topk_prob", default=False, computed=(False,)),
+    Size(name="num_experts_per_tok", default=6),  # in every release; transformers has no default
+    Size(name="n_group", default=1, null=DEFAULT),
+    Size(name="topk_group", default=1, null=DEFAULT),
+    Number(name="routed_scaling_factor", default=1.0),
+    routing=_routing,
+    whole_heads=True,
+)
 DEEPSEEK_V2 = Architecture(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",
+    FIELDS,
     LATENT,
     _dimensions,
     LatentAttention(_rotary),
     mixture=MixtureOfExperts(_routing),
-    for_transformers=with_number_of_shared_experts,
+    adapted=with_key_heads,
 )

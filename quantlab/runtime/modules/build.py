@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from quantlab.architectures.detect import ARCHITECTURES, of_model_type
 from quantlab.architectures.layer import GATED_MLP, LatentAttention
-from quantlab.errors import ArtifactError
+from quantlab.errors import ArtifactError, CheckpointError
 from quantlab.numerics.number_format import INT4, NumberFormat, group
 from quantlab.runtime.banks.choice import Matrices, QuantizedMatrices, quantized_matrices
 from quantlab.runtime.banks.dense import DenseMatrices
@@ -95,7 +95,7 @@ def config_of(fields: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
         )
     try:
         return CONFIG_MAPPING[architecture.name].from_dict(architecture.model_fields(fields))
-    except CONFIG_ERRORS as error:
+    except (CheckpointError, *CONFIG_ERRORS) as error:
         raise invalid_config(error, where=where) from error
 
 
