@@ -121,6 +121,13 @@ def _indexed_tensors(directory: Path) -> dict[str, TensorEntry]:
                     found=name,
                     fix="download the index and the shards of one release",
                 )
+            if weight_map[name] != file:
+                raise CheckpointError(
+                    "two shards hold the same tensor",
+                    where=str(directory / file),
+                    found=f"{name}, which the index takes from {weight_map[name]}",
+                    fix="download the index and the shards of one release",
+                )
     return tensors
 
 

@@ -133,7 +133,6 @@ def _shard_twice(directory: Path) -> None:
 
 
 def _tensor_twice(directory: Path) -> None:
-    (directory / INDEX).unlink()
     first, second = sorted(directory.glob("*.safetensors"))[:2]
     name, tensor = next(iter(load_file(first).items()))
     save_file(load_file(second) | {name: tensor}, second)
@@ -166,7 +165,8 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "no index, a shard missing": (_shard_of(2), "shards are missing, and there is no index", "download the missing shards"),
     "no index, the last shard missing": (_shard_of(3), "shards are missing, and there is no index", "download the missing shards"),
     "no index, a shard twice": (_shard_twice, "shards are missing, and there is no index", "download"),
-    "no index, a tensor twice": (_tensor_twice, "two shards hold the same tensor", "download the index"),
+    "a tensor twice": (_tensor_twice, "two shards hold the same tensor", "one release"),
+    "no index, a tensor twice": (lambda d: (_tensor_twice(d), (d / INDEX).unlink()), "two shards hold the same tensor, and there is no index", "download the index"),
     "link of a shard to nothing": (_dangling("model-00002-of-000004.safetensors"), "a link to a file that does not exist", "download the checkpoint again"),
     "link of the index to nothing": (_dangling(INDEX), "a link to a file that does not exist", "download the checkpoint again"),
     "link of the config to nothing": (_dangling("config.json"), "a link to a file that does not exist", "download the checkpoint again"),

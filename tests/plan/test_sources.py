@@ -78,25 +78,28 @@ def assert_verified(directory: RunDirectory, names: list[str]) -> None:
         assert [check for check in checks if check.verdict == "failed"] == [], name
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "int8: [{quantize: int8}]",
+        pytest.param("gptq: [{quantize: int4_g128, algorithm: {name: gptq}}]", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", MOE)
 def test_artifacts_of_fused_experts_are_those_of_single_ones(
-    family: str, checkpoints: dict[str, Path], tmp_path: Path
+    family: str, variant: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     tensors = tensors_of(checkpoints[family])
     single = changed(checkpoints[family], tmp_path / "single", tensors)
     together = changed(checkpoints[family], tmp_path / "fused", fused(tensors))
     assert not any(".experts.0." in name for name in open_checkpoint(together).tensors)
-    variants = "  int8: [{quantize: int8}]\n  gptq: [{quantize: int4_g128, algorithm: {name: gptq}}]\n"
-    made = {
-        source.name: run(write_recipe(tmp_path, source, variants), tmp_path / f"out-{source.name}")
+    expected, found = (
+        tensors_of(run(write_recipe(tmp_path, source, f"  {variant}\n"), tmp_path / source.name / "out").artifact(name))
+        for name in [variant.partition(":")[0]]
         for source in (single, together)
-    }
-    for variant in ("int8", "gptq"):
-        expected = tensors_of(made["single"].artifact(variant))
-        found = tensors_of(made["fused"].artifact(variant))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert_verified(made["fused"], ["gptq"])
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_fused_experts_that_cannot_be_divided_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -161,10 +164,17 @@ def test_models_without_shared_experts(
     else:
         with torch.inference_mode():
             assert load(source)(ids).logits.isfinite().all()
+    artifact = run(write_recipe(tmp_path, source, "  int8: [{quantize: int8}]\n"), tmp_path / "out").artifact("int8")
+    stored = {name: t for name, t in tensors_of(artifact).items() if ".shared_experts." in name}
+    assert set(stored) == set(outcomes)
+    assert not any(t.numel() for t in stored.values())
+    with torch.inference_mode():
+        assert load(artifact)(ids).logits.isfinite().all()
     with pytest.raises(PlanError, match="a target matches nothing"):
         plan(source, tmp_path, "  v: [{quantize: int8, targets: [shared_experts]}]\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("empty", [False, True])
 def test_every_algorithm_without_shared_experts(empty: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     tensors = without_shared(tensors_of(checkpoints["deepseek_v2"]), empty=empty)
