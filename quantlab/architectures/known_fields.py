@@ -121,7 +121,13 @@ def grouped_fields(*fields: Field, whole_heads: bool) -> ConfigFields:
         fields: those that families declare differently.
         whole_heads: whether transformers refuses heads that do not divide the hidden width.
     """
-    relations = [_key_heads_divide, _pairs_in_a_head, _rotary_type, _tokens_in_the_vocabulary, _a_layer_type_for_every_layer]
+    relations = [
+        _key_heads_divide,
+        _pairs_in_a_head,
+        _rotary_type,
+        _tokens_in_the_vocabulary,
+        _a_layer_type_for_every_layer,
+    ]
     return ConfigFields((*_COMMON, *fields), (*([_heads_divide_the_width] if whole_heads else []), *relations))
 
 
@@ -133,7 +139,13 @@ def latent_fields(*fields: Field, routing: Callable[[Config], Routing], whole_he
         routing: reads the routing from a config.json.
         whole_heads: whether transformers refuses heads that do not divide the hidden width.
     """
-    relations = [_key_heads_divide, _pairs_in_the_rotary_part, _rotary_type, _tokens_in_the_vocabulary, _groups_of_experts]
+    relations = [
+        _key_heads_divide,
+        _pairs_in_the_rotary_part,
+        _rotary_type,
+        _tokens_in_the_vocabulary,
+        _groups_of_experts,
+    ]
     return ConfigFields(
         (*_COMMON, *_LATENT, *fields),
         (

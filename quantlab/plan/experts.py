@@ -60,7 +60,9 @@ def _why_needed(routing: Routing) -> str:
     """What the router needs in each of its groups, or of all experts without groups."""
     picks = -(-routing.top_k // routing.top_groups)
     if routing.groups == 1:
-        return f"the router picks {routing.top_k} for a token" + (f" and scores {routing.group_score}" if routing.group_score > picks else "")
+        return f"the router picks {routing.top_k} for a token" + (
+            f" and scores {routing.group_score}" if routing.group_score > picks else ""
+        )
     if routing.group_score > picks:
         return f"the score of a group is computed from its {routing.group_score} best"
     return f"the router picks {routing.top_k} for a token from {routing.top_groups} groups, so each needs {picks}"

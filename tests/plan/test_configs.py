@@ -126,7 +126,12 @@ def test_values_without_a_meaning_are_refused(
 
 @pytest.mark.parametrize(
     ("family", "field"),
-    [("deepseek_v2", "n_group"), ("deepseek_v2", "topk_group"), ("deepseek_v3", "num_mtp_layers"), ("llama", "head_dim")],
+    [
+        ("deepseek_v2", "n_group"),
+        ("deepseek_v2", "topk_group"),
+        ("deepseek_v3", "num_mtp_layers"),
+        ("llama", "head_dim"),
+    ],
 )
 def test_null_is_the_default_where_it_means_that(
     family: str, field: str, checkpoints: dict[str, Path], tmp_path: Path
@@ -135,11 +140,20 @@ def test_null_is_the_default_where_it_means_that(
     compile_plan(CAST, open_checkpoint(directory))
     ids = torch.tensor([[5, 6, 7]])
     with torch.inference_mode():
-        found, expected = (load(one, dtype=torch.float32)(input_ids=ids).logits for one in (directory, checkpoints[family]))
+        found, expected = (
+            load(one, dtype=torch.float32)(input_ids=ids).logits for one in (directory, checkpoints[family])
+        )
     assert torch.equal(found, expected)
 
 
-RELEASED = {"routed_scaling_factor": 16.0, "n_group": 8, "topk_group": 3, "num_experts_per_tok": 6, "norm_topk_prob": False, "scoring_func": "softmax"}
+RELEASED = {
+    "routed_scaling_factor": 16.0,
+    "n_group": 8,
+    "topk_group": 3,
+    "num_experts_per_tok": 6,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+}
 LITE = RELEASED | {"routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
 V3_ROUTING = {
     "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "norm_topk_prob": True,
@@ -151,7 +165,19 @@ V3_ROUTING = {
 
 @pytest.mark.parametrize(
     "config",
-    [V3, V3 | V3_ROUTING, V2, V2 | RELEASED, V2_LITE, V2_LITE | LITE, LLM_7B, CODER_7B, DISTILL_7B, DISTILL_8B, QWEN3_8B],
+    [
+        V3,
+        V3 | V3_ROUTING,
+        V2,
+        V2 | RELEASED,
+        V2_LITE,
+        V2_LITE | LITE,
+        LLM_7B,
+        CODER_7B,
+        DISTILL_7B,
+        DISTILL_8B,
+        QWEN3_8B,
+    ],
     ids=range(11),
 )
 def test_released_configs_are_read(config: dict[str, Any]) -> None:
@@ -212,17 +238,26 @@ def test_qwen2_has_no_bias_of_the_output_projection(checkpoints: dict[str, Path]
     assert load(directory, dtype=torch.float32)(input_ids=torch.tensor([[1, 2]])).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("aliases", [{"num_local_experts": 8}, {"num_experts": 8}, {"num_experts": 8, "num_local_experts": 8}])
+@pytest.mark.parametrize(
+    "aliases", [{"num_local_experts": 8}, {"num_experts": 8}, {"num_experts": 8, "num_local_experts": 8}]
+)
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
 @pytest.mark.parametrize("named", [True, False])
 def test_fewer_experts_under_every_name(
-    family: str, aliases: dict[str, int], named: bool, checkpoints: dict[str, Path], tmp_path: Path, write_recipe: WriteRecipe
+    family: str,
+    aliases: dict[str, int],
+    named: bool,
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    write_recipe: WriteRecipe,
 ) -> None:
     """V3 in one group, so that a share of its experts can be removed."""
     own = {} if named else {"n_routed_experts": REMOVED}
     one_group = {"n_group": 1, "topk_group": 1, "num_mtp_layers": 1 if family == "deepseek_v3" else 0}
     directory = with_config(checkpoints[family], tmp_path / "c", **aliases, **own, **one_group)
-    recipe = write_recipe(directory, "  half: [{prune: 0.5, algorithm: {name: reap}}]\ncalibration: {corpus: c.jsonl}\n")
+    recipe = write_recipe(
+        directory, "  half: [{prune: 0.5, algorithm: {name: reap}}]\ncalibration: {corpus: c.jsonl}\n"
+    )
     plan = compile_plan(load_recipe(recipe).recipe, open_checkpoint(directory))
     written = patched_config(plan, plan.variants[0])
     assert {written[name] for name in ("n_routed_experts", *aliases)} == {4}
@@ -242,7 +277,10 @@ def test_no_share_can_be_removed_of_two_experts_in_a_group(
     recipe = load_recipe(write_recipe(checkpoints["deepseek_v3"], variants)).recipe
     with pytest.raises(PlanError, match="no share of the experts can be removed") as caught:
         compile_plan(recipe, open_checkpoint(checkpoints["deepseek_v3"]))
-    assert caught.value.found == "2 experts in each of 4 routing groups, and the score of a group is computed from its 2 best"
+    assert (
+        caught.value.found
+        == "2 experts in each of 4 routing groups, and the score of a group is computed from its 2 best"
+    )
     assert "prune at" not in (caught.value.fix or "")
 
 
