@@ -66,7 +66,7 @@ def load_document(path: Path, model: type[Model], *, kind: str) -> tuple[Model, 
         The validated model and the bytes of the file.
 
     Raises:
-        RecipeError: the file is missing, is not YAML, repeats a key, or does not match the model.
+        RecipeError: the file is missing, is not YAML or no Unicode, repeats a key, or does not match the model.
     """
     try:
         data = path.read_bytes()
@@ -82,6 +82,7 @@ def load_document(path: Path, model: type[Model], *, kind: str) -> tuple[Model, 
     try:
         _refuse_aliases(text, path)
         root = yaml.compose(text, Loader=_CoreLoader)
+        _refuse_lone_surrogates(root, path)
         _refuse_repeated_keys(root, path)
         content = yaml.load(text, Loader=_CoreLoader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -142,6 +143,20 @@ def _refuse_aliases(text: str, path: Path) -> None:
                 found=f"*{event.anchor}",
                 fix="write the value out",
             )
+
+
+def _refuse_lone_surrogates(node: yaml.Node | None, path: Path) -> None:
+    """Refuse text with an escape such as "\\ud800", which stands for no character."""
+    keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    for child in (*keys, *_children(node)):
+        _refuse_lone_surrogates(child, path)
+    if isinstance(node, yaml.ScalarNode) and any("\ud800" <= character <= "\udfff" for character in node.value):
+        raise RecipeError(
+            "text is not Unicode",
+            where=f"{path}:{node.start_mark.line + 1}",
+            found=f"half of a surrogate pair in {_shortened(repr(node.value))}",
+            fix="write the character itself",
+        )
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:

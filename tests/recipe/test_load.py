@@ -24,6 +24,7 @@ MISTAKES = [
     ("cast: float16", "cast: float16, prune: 0.1", "a pass has exactly one verb", ":4, variants.fp16[0]", "write one of {cast"),
     ("samples: 128", "sample: 128", "unknown key", ":2, calibration.sample", "did you mean `samples`?"),
     ("clip: mse", "clp: mse", "unknown key", ":7, variants.pruned-8-w4a16[1].algorithm.clp", "did you mean `clip`?"),
+    ("{name: rtn, clip: mse}", "{name: gptq, rounds: 3}", "unknown key", "[1].algorithm.rounds", "use one of: refine, "),
     ("clip: mse", "clip: on", "unknown word", "algorithm.clip", "did you mean `none`?"),
     ("name: rtn", "name: rtm", "unknown word", "algorithm.name", "rtn"),
     ("[routed_experts]", "[routed_expert]", "unknown role `routed_expert`", ":6, variants.w4a16-experts[0].targets", "did you mean `routed_experts`?"),
@@ -89,6 +90,28 @@ def test_a_mistake_is_explained(tmp_path: Path, old: str, new: str, what: str, w
     assert where in (error.where or "")
     assert fix in (error.fix or "")
     assert error.found
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "keys"),
+    [
+        ("rtn", ["clip", "grid", "name"]),
+        ("gptq", ["clip", "correction", "damping", "grid", "name", "order", "refine", "shrinkage"]),
+        ("awq", ["clip", "grid", "name", "steps"]),
+        ("smoothquant", ["alpha", "grid", "name"]),
+    ],
+)
+def test_a_wrong_key_names_the_keys_of_its_algorithm_once(tmp_path: Path, algorithm: str, keys: list[str]) -> None:
+    error = _load(tmp_path, GOOD.replace("{name: rtn, clip: mse}", f"{{name: {algorithm}, zzz: 3}}"))
+    assert sorted((error.fix or "").removeprefix("use one of: ").split(", ")) == keys
+
+
+@pytest.mark.parametrize("old", ["[routed_experts]", "../model", "quick.yaml", "clip"])
+def test_lone_surrogates_are_refused(tmp_path: Path, old: str) -> None:
+    error = _load(tmp_path, GOOD.replace(old, '"\\ud800"', 1))
+    assert error.what == "text is not Unicode"
+    assert "\\ud800" in (error.found or "")
+    assert str(error).encode()
 
 
 def test_calibration_is_asked_for_where_an_algorithm_needs_it(tmp_path: Path) -> None:

@@ -22,7 +22,12 @@ AWQ = "  v: [{quantize: int8_weight, algorithm: {name: awq, steps: 4}}]\n"
 @pytest.fixture
 def biased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A llama whose linears all have biases, as large as their outputs."""
-    monkeypatch.setitem(CONFIGS, "biased", {**CONFIGS["llama"], "mlp_bias": True, "attention_bias": True})
+    return biased_checkpoint(tmp_path, monkeypatch, "llama")
+
+
+def biased_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> Path:
+    """A checkpoint whose linears all have biases as large as their outputs, as far as the family has them."""
+    monkeypatch.setitem(CONFIGS, "biased", {**CONFIGS[family], "mlp_bias": True, "attention_bias": True})
     directory = with_tokenizer(make_checkpoint(tmp_path / "biased", "biased"))
     path = directory / "model.safetensors"
     tensors = load_file(path)
@@ -48,6 +53,19 @@ def test_biases_are_folded_with_their_weights(variant: str, biased: Path, tmp_pa
     ids = torch.randint(2, 384, (4, 32), generator=torch.Generator().manual_seed(0))
     source, found = logits(biased, ids), logits(artifact, ids)
     assert (found - source).norm() / source.norm() < 0.02  # 8 bits; 0.3 with the biases of up_proj left as they are
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [SMOOTH, AWQ], ids=["smoothquant", "awq"])
+def test_biases_of_shared_experts_are_folded(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = biased_checkpoint(tmp_path, monkeypatch, "deepseek_v2")
+    artifact = run(write_recipe(tmp_path, directory, variant), tmp_path / "out").artifact("v")
+    for name in ("model.layers.0.mlp.up_proj.bias", "model.layers.1.mlp.shared_experts.up_proj.bias"):
+        before, after = (load_all(one)[name] for one in (directory, artifact))
+        assert not torch.equal(before, after)
+    ids = torch.randint(2, 384, (4, 32), generator=torch.Generator().manual_seed(0))
+    source, found = logits(directory, ids), logits(artifact, ids)
+    assert (found - source).norm() / source.norm() < 0.05
 
 
 @pytest.mark.slow
