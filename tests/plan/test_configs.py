@@ -256,7 +256,7 @@ def test_fewer_experts_under_every_name(
     one_group = {"n_group": 1, "topk_group": 1, "num_mtp_layers": 1 if family == "deepseek_v3" else 0}
     directory = with_config(checkpoints[family], tmp_path / "c", **aliases, **own, **one_group)
     recipe = write_recipe(
-        directory, "  half: [{prune: 0.5, algorithm: {name: reap}}]\ncalibration: {corpus: c.jsonl}\n"
+        directory, "  half: [{prune: 0.5, algorithm: {name: reap}}]\ncalibration: {corpus: c.jsonl, length: 64}\n"
     )
     plan = compile_plan(load_recipe(recipe).recipe, open_checkpoint(directory))
     written = patched_config(plan, plan.variants[0])
@@ -273,7 +273,7 @@ def test_fewer_experts_under_every_name(
 def test_no_share_can_be_removed_of_two_experts_in_a_group(
     share: float, checkpoints: dict[str, Path], write_recipe: WriteRecipe
 ) -> None:
-    variants = f"  v: [{{prune: {share}, algorithm: {{name: reap}}}}]\ncalibration: {{corpus: c.jsonl}}\n"
+    variants = f"  v: [{{prune: {share}, algorithm: {{name: reap}}}}]\ncalibration: {{corpus: c.jsonl, length: 64}}\n"
     recipe = load_recipe(write_recipe(checkpoints["deepseek_v3"], variants)).recipe
     with pytest.raises(PlanError, match="no share of the experts can be removed") as caught:
         compile_plan(recipe, open_checkpoint(checkpoints["deepseek_v3"]))
@@ -289,7 +289,7 @@ def test_a_share_that_works_is_named(
     share: float, fix: str, checkpoints: dict[str, Path], write_recipe: WriteRecipe
 ) -> None:
     def planned(share: float) -> int | None:
-        variants = f"  v: [{{prune: {share}, algorithm: {{name: reap}}}}]\ncalibration: {{corpus: c.jsonl}}\n"
+        variants = f"  v: [{{prune: {share}, algorithm: {{name: reap}}}}]\ncalibration: {{corpus: c.jsonl, length: 64}}\n"
         recipe = load_recipe(write_recipe(checkpoints["deepseek_v2"], variants)).recipe
         return compile_plan(recipe, open_checkpoint(checkpoints["deepseek_v2"])).variants[0].experts
 
