@@ -6,6 +6,7 @@ encoded, as the cells will do.
 
 from pathlib import Path
 
+from quantlab.architectures.config import size_of
 from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.quality.windows import held_out_text
@@ -22,12 +23,11 @@ def check_suite_text(suite: LoadedSuite, directory: Path, context: int) -> None:
         context: the model's context in tokens, 0 if its config.json does not state it.
 
     Raises:
-        EvaluationError: the text cannot be read, a domain has too few documents, or a window, a continuation or an item is longer
-            than the context.
+        EvaluationError: the text cannot be read, a domain has too few documents, or a window, a continuation, a timed decode
+            or an item is longer than the context.
         CheckpointError: there is no usable tokenizer, or it cannot encode the text.
     """
-    if context:
-        _check_windows(suite, context)
+    _check_lengths(suite, context)
     held_out_text(suite, directory)
     tokenizer, prefix = load_tokenizer(directory)
     for run in suite.runs:
@@ -37,19 +37,21 @@ def check_suite_text(suite: LoadedSuite, directory: Path, context: int) -> None:
             check_length(texts, context or None)
 
 
-def _check_windows(suite: LoadedSuite, context: int) -> None:
-    text, greedy = suite.suite.text.length, suite.suite.served.greedy_tokens
-    if text > context:
-        raise EvaluationError(
-            "a window of held-out text is longer than the model's context",
-            where=f"{suite.path}, text.length",
-            found=f"{text} tokens, max_position_embeddings is {context}",
-            fix=f"use a suite with a `length` of at most {context}",
-        )
-    if greedy >= context:
-        raise EvaluationError(
-            "a greedy continuation is longer than the model's context",
-            where=f"{suite.path}, served.greedy_tokens",
-            found=f"{greedy} tokens after a prompt, max_position_embeddings is {context}",
-            fix=f"use a suite with at most {context - 1} `greedy_tokens`",
-        )
+def _check_lengths(suite: LoadedSuite, context: int) -> None:
+    """Raise an error if a measurement reads more tokens than its model's context."""
+    served, speed = suite.suite.served, suite.suite.speed
+    lengths = [
+        ("a window of held-out text", "text.length", suite.suite.text.length, context),
+        ("a prompt with its greedy continuation", "served.greedy_tokens", 1 + served.greedy_tokens, context),
+    ]
+    if speed is not None:
+        timed = size_of(speed.shape, "max_position_embeddings", default=0) if speed.shape else context
+        lengths.append(("a timed decode", "speed.prompt + speed.steps", speed.prompt + speed.steps, timed))
+    for what, field, tokens, longest in lengths:
+        if longest and tokens > longest:
+            raise EvaluationError(
+                f"{what} is longer than the model's context",
+                where=f"{suite.path}, {field}",
+                found=f"{tokens} tokens, max_position_embeddings is {longest}",
+                fix=f"use a suite with at most {longest} tokens there",
+            )

@@ -8,7 +8,6 @@ import pytest
 from quantlab.errors import CheckpointError, EvaluationError, QuantlabError
 from quantlab.evaluation.suite import load_suite
 from quantlab.evaluation.text import check_suite_text
-from tests.evaluation.conftest import write_corpus
 
 TASK = """
 name: few
@@ -20,6 +19,7 @@ random_baseline: 0.5
 description: made up
 """
 CONTEXT = 256
+ROOT = Path(__file__).parent.parent.parent
 
 
 def check(suite: Path, directory: Path, context: int = CONTEXT) -> None:
@@ -51,7 +51,18 @@ def test_a_million_tokens_are_refused_whatever_the_model(suite: Path, model: Pat
 def test_a_greedy_continuation_needs_room_for_a_prompt(suite: Path, model: Path) -> None:
     suite.write_text(suite.read_text() + "served: {greedy_tokens: 99}\n")
     check(suite, model, context=100)
-    assert "a greedy continuation is longer" in refusal(suite, model, context=99)
+    assert "a prompt with its greedy continuation is longer" in refusal(suite, model, context=99)
+
+
+def test_a_timed_decode_fits_into_the_context_of_the_model_that_is_timed(suite: Path, model: Path) -> None:
+    suite.write_text(suite.read_text().replace("prompt: 4", "prompt: 254"))
+    check(suite, model, context=100)  # the shape of the suite has 256
+    suite.write_text(suite.read_text().replace("prompt: 254", "prompt: 255"))
+    assert "a timed decode is longer" in refusal(suite, model, context=300)
+    before, _ = suite.read_text().split("speed:")
+    suite.write_text(before + "speed: {prompt: 99, steps: 1}\n")
+    check(suite, model, context=100)
+    assert "a timed decode is longer" in refusal(suite, model, context=99)
 
 
 def test_held_out_text_that_cannot_be_scored(suite: Path, model: Path) -> None:
@@ -107,6 +118,7 @@ def test_items_are_encoded(suite: Path, model: Path, item: dict[str, object], wh
     assert str(raised.value.where).endswith("few.jsonl:3")
 
 
-def test_the_corpus_of_the_tests_fits(suite: Path, model: Path) -> None:
-    write_corpus(suite.parent / "heldout.jsonl", documents=5)
-    check(suite, model)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quick", "guide", "core", "long_context", "reasoning"])
+def test_every_suite_fits_the_reference_checkpoint(name: str) -> None:
+    check(ROOT / "eval" / "suites" / f"{name}.yaml", ROOT / "eval" / "reference" / "deepseek-v3-mini", context=2048)
