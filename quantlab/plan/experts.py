@@ -28,26 +28,20 @@ def kept_experts(removal: Prune, architecture: Architecture, config: Config, *, 
     needed = max(-(-routing.top_k // routing.top_groups), routing.group_score, 1)
     removed = round(removal.ratio * each)
     where = f"variant {variant}, prune {removal.ratio:.3g} ({removal.algorithm.name})"
-    if each <= needed:
-        raise PlanError(
-            "no share of the experts can be removed",
-            where=where,
-            found=f"{_count(each, groups)}, and {_why_needed(routing)}",
-            fix=f"leave {removal.algorithm.name} out: quantize the experts instead",
-        )
+    none = f"no share of the experts can be removed: leave {removal.algorithm.name} out" if each <= needed else None
     if not removed:
         raise PlanError(
             "no expert would be removed",
             where=where,
-            found=f"{removal.ratio:.3g} of {_count(each, groups)}",
-            fix=f"prune at least {1 / each:.3g}",
+            found=f"{removal.ratio:.3g} of {_count(each, groups)}" + (f", and {_why_needed(routing)}" if none else ""),
+            fix=none or f"prune at least {1 / each:.3g}",
         )
     if each - removed < needed:
         raise PlanError(
             "the router would pick more experts than stay",
             where=where,
             found=f"{each - removed} of {_count(each, groups)} would stay, and {_why_needed(routing)}",
-            fix=f"prune at most {(each - needed) / each:.3g}",
+            fix=none or f"prune at most {(each - needed) / each:.3g}",
         )
     return (each - removed) * groups
 

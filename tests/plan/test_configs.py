@@ -277,10 +277,9 @@ def test_no_share_can_be_removed_of_two_experts_in_a_group(
     recipe = load_recipe(write_recipe(checkpoints["deepseek_v3"], variants)).recipe
     with pytest.raises(PlanError, match="no share of the experts can be removed") as caught:
         compile_plan(recipe, open_checkpoint(checkpoints["deepseek_v3"]))
-    assert (
-        caught.value.found
-        == "2 experts in each of 4 routing groups, and the score of a group is computed from its 2 best"
-    )
+    found = caught.value.found or ""
+    assert "2 experts in each of 4 routing groups" in found
+    assert found.endswith("and the score of a group is computed from its 2 best")
     assert "prune at" not in (caught.value.fix or "")
 
 
