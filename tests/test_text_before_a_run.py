@@ -98,7 +98,7 @@ MISTAKES = [
     (written("model/tokenizer.json", '{"version": "1.0", "trunc'), "the tokenizer cannot be read"),
     (written("model/tokenizer_config.json", "{"), "tokenizer_config.json is not JSON"),
     (written("model/generation_config.json", ""), "generation_config.json is not JSON"),
-    (config(eos_token_id=384), "an end token is not in the model's vocabulary"),
+    (config(eos_token_id=384), "a token is outside the vocabulary"),
     (written("model/generation_config.json", '{"eos_token_id": [1, 384]}'), "an end token is not in the model's"),
 ]
 
