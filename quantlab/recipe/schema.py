@@ -18,6 +18,7 @@ from quantlab.architectures.architecture import DEFAULT_TARGETS, QUANTIZABLE_ROL
 from quantlab.documents import nearest
 from quantlab.recipe.algorithms import (
     EXPERT_REMOVALS,
+    Clip,
     ExpertRemoval,
     Magnitude,
     PruneAlgorithm,
@@ -102,10 +103,17 @@ class Quantize(_Targeted):
         """Whether its algorithm needs activations."""
         return self.algorithm.calibrated
 
+    @property
+    def clip(self) -> Clip:
+        """The search for the scales: the recipe's, by default the algorithm's or that of the scheme."""
+        if isinstance(self.algorithm, SmoothQuant):
+            return "none"
+        return self.algorithm.clip or SCHEMES[self.quantize].clip
+
     @model_validator(mode="after")
     def _check_algorithm(self) -> "Quantize":
         number = SCHEMES[self.quantize].format
-        if not number.is_integer and self.algorithm != Rtn(name="rtn"):
+        if not number.is_integer and self.algorithm not in (Rtn(name="rtn"), Rtn(name="rtn", clip="none")):
             raise ValueError(
                 f"{self.algorithm.name} chooses integers, and {self.quantize} has none; use {{name: rtn}} without options"
             )
