@@ -24,7 +24,7 @@ VARIANTS = {
     "float16": "[{cast: float16}]",
     "int8": "[{quantize: int8}]",
     "int4_g128": "[{quantize: int4_g128}]",
-    "int4_g128, mse clip": "[{quantize: int4_g128, algorithm: {name: rtn, clip: mse}}]",
+    "int4_g128, no search": "[{quantize: int4_g128, algorithm: {name: rtn, clip: none}}]",
     "prune 0.08": "[{prune: 0.08}]",
 }
 HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 4096, 11008, 32, 32000
