@@ -6,17 +6,13 @@ search minimises the output error under the assumption of uncorrelated inputs.
 Source: as the baseline of GPTQ (arXiv 2210.17323, section 2) and of LLM.int8() (arXiv 2208.07339, section 2).
 """
 
-from typing import Final
-
 import torch
 from torch import Tensor
 
 from quantlab.algorithms.scales import Grid as Grid
 from quantlab.algorithms.scales import GridOptions, searched_points
+from quantlab.numerics.bands import bands
 from quantlab.numerics.integer import QuantizedMatrix, quantize_to_grid
-
-_BAND_WEIGHTS: Final = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Weights per band of rows: on a CPU the float32 copies of a band fit into its cache."""
 
 
 def rtn(
@@ -64,9 +60,7 @@ def round_batch(W: Tensor, options: GridOptions, *, importance: Tensor | None = 
     scale = torch.empty(len(flat), groups, dtype=options.scale_dtype, device=W.device)
     zero = torch.empty(len(flat), groups, dtype=torch.int8, device=W.device) if options.grid == "minmax" else None
     m = None if importance is None else importance.to(torch.float32).view(batch, groups, -1)
-    height = max(1, _BAND_WEIGHTS.get(W.device.type, 1 << 20) // columns)
-    for start in range(0, len(flat), height):
-        band = slice(start, min(start + height, len(flat)))
+    for band in bands(flat):
         grouped = flat[band].to(torch.float32).view(-1, groups, columns // groups)
         points = searched_points(grouped, options, _of_rows(m, band, rows=rows))
         scale[band] = points.scale

@@ -120,32 +120,34 @@ def searched_points(grouped: Tensor, options: GridOptions, importance: Tensor | 
     best = shrunk(1.0)
     if options.clip_steps == 0 and options.refits == 0:
         return best
-    best_error = _squared_error(grouped, best, importance, bits=bits)
+    steps = torch.empty_like(grouped)  # one for all candidates: new memory costs more than the arithmetic in it
+
+    def error_of(points: Points) -> Tensor:
+        return _squared_error(grouped, points, importance, bits=bits, out=steps)
+
+    least = error_of(best)
     for step in range(1, options.clip_steps + 1):
         candidate = shrunk(1 - (1 - options.clip_floor) * step / options.clip_steps)
-        best, best_error = _better(grouped, candidate, importance, (best, best_error), bits=bits)
+        best, least = _better((candidate, error_of(candidate)), (best, least))
     for _ in range(options.refits):
         candidate = Points(usable_scale(_least_squares(grouped, best, importance, bits=bits), dtype), best.zero)
-        best, best_error = _better(grouped, candidate, importance, (best, best_error), bits=bits)
+        best, least = _better((candidate, error_of(candidate)), (best, least))
     return best
 
 
-def _better(
-    grouped: Tensor, candidate: Points, importance: Tensor | None, best: tuple[Points, Tensor], *, bits: int
-) -> tuple[Points, Tensor]:
+def _better(candidate: tuple[Points, Tensor], best: tuple[Points, Tensor]) -> tuple[Points, Tensor]:
     """Grid and error of each group: the candidate's if its error is smaller, else those of `best`."""
-    error = _squared_error(grouped, candidate, importance, bits=bits)
-    points, least = best
+    (points, error), (kept, least) = candidate, best
     better = error < least
-    zero = points.zero
-    if zero is not None and candidate.zero is not None:
-        zero = torch.where(better, candidate.zero, zero)
-    return Points(torch.where(better, candidate.scale, points.scale), zero), torch.where(better, error, least)
+    zero = kept.zero
+    if zero is not None and points.zero is not None:
+        zero = torch.where(better, points.zero, zero)
+    return Points(torch.where(better, points.scale, kept.scale), zero), torch.where(better, error, least)
 
 
-def _squared_error(grouped: Tensor, points: Points, importance: Tensor | None, *, bits: int) -> Tensor:
-    """``Σ m ((q - z) s - w)²`` per group [N, G] on a grid."""
-    steps = quantize_to_grid(grouped, points.scale, bits=bits, zero=points.zero)
+def _squared_error(grouped: Tensor, points: Points, importance: Tensor | None, *, bits: int, out: Tensor) -> Tensor:
+    """``Σ m ((q - z) s - w)²`` per group [N, G] on a grid; `out` [N, G, g] is overwritten."""
+    steps = quantize_to_grid(grouped, points.scale, bits=bits, zero=points.zero, out=out)
     squares = steps.mul_(points.scale.to(torch.float32)[:, :, None]).sub_(grouped).square_()
     return (squares if importance is None else squares.mul_(importance)).sum(dim=2)
 

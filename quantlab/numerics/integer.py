@@ -90,7 +90,9 @@ def usable_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
 
-def quantize_to_grid(grouped: Tensor, scale: Tensor, *, bits: int, zero: Tensor | None = None) -> Tensor:
+def quantize_to_grid(
+    grouped: Tensor, scale: Tensor, *, bits: int, zero: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Round to nearest (ties to even) on a given grid.
 
     Args:
@@ -98,11 +100,12 @@ def quantize_to_grid(grouped: Tensor, scale: Tensor, *, bits: int, zero: Tensor 
         scale: [N, G] in its stored dtype.
         bits: width of the integers.
         zero: [N, G] int8 zero points, or None.
+        out: [N, G, g] float32 to write the result to; None for a new tensor.
 
     Returns:
         [N, G, g] float32 holding the steps ``q - z`` from the zero point.
     """
-    steps = (grouped / scale.to(torch.float32)[:, :, None]).round_()
+    steps = torch.div(grouped, scale.to(torch.float32)[:, :, None], out=out).round_()
     low, high = integer_range(bits)
     if zero is None:
         return steps.clamp_(low, high)

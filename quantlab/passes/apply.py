@@ -14,6 +14,7 @@ from quantlab.algorithms.rtn import round_to_nearest
 from quantlab.algorithms.scales import GridOptions
 from quantlab.algorithms.sparsegpt import SparseGptResult, sparsegpt_batch
 from quantlab.algorithms.wanda import wanda_mask
+from quantlab.numerics.change import change_of
 from quantlab.numerics.fp8 import quantize_blocks
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import Granularity
@@ -330,16 +331,14 @@ class _Work:
 
     def _report(self, W: Tensor, result: Tensor | QuantizedMatrix, index: int) -> WeightReport:
         """The report; numbers are rounded to four digits, so that they do not depend on the order of summation."""
-        before = W.to(torch.float32)
-        after = result.dequantize(torch.float32) if isinstance(result, QuantizedMatrix) else result.to(torch.float32)
-        delta = after - before
+        change = change_of(W, result)
         output_error = None
         if self._inputs is not None and self._inputs.own.hessian is not None:
             H = self._inputs.own.hessian
-            output_error = _four_digits(_ratio(_energy(delta, H), _energy(before, H)))
+            output_error = _four_digits(_ratio(_energy(change.delta, H), _energy(change.before, H)))
         return WeightReport(
-            relative_error=_four_digits(_ratio(delta.norm().item(), before.norm().item())),
-            sparsity=_four_digits(1 - after.count_nonzero().item() / after.numel()),
+            relative_error=_four_digits(_ratio(change.delta.norm().item(), change.before.norm().item())),
+            sparsity=_four_digits(1 - change.nonzero / W.numel()),
             output_error=output_error,
             rtn_output_error=None if self._rtn_errors is None else _four_digits(self._rtn_errors[index]),
             tokens=None if self._inputs is None else self._inputs.own.count,
@@ -368,15 +367,14 @@ def grid_of(step: Quantize, dtype: torch.dtype) -> GridOptions:
     scheme = SCHEMES[step.quantize]
     grid = step.algorithm.grid or scheme.grid
     assert grid is not None, "the recipe allows integer formats only to algorithms that choose integers"
-    clip = "none" if isinstance(step.algorithm, SmoothQuant) else step.algorithm.clip
     return GridOptions(
         bits=scheme.format.bits,
         group_size=scheme.format.group_size,
         scale_dtype=dtype,
         grid=grid,
-        clip_steps=0 if clip == "none" else _CLIP_STEPS,
-        clip_floor=_CLIP_FLOORS.get(clip, 1.0),
-        refits=_REFITS.get(clip, 0),
+        clip_steps=0 if step.clip == "none" else _CLIP_STEPS,
+        clip_floor=_CLIP_FLOORS.get(step.clip, 1.0),
+        refits=_REFITS.get(step.clip, 0),
     )
 
 

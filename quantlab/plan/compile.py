@@ -85,7 +85,7 @@ def describe(passes: Sequence[AnyPass]) -> str:
                 words.append(dtype)
                 continue
             case Quantize(quantize=scheme, algorithm=algorithm):
-                clip = f", {algorithm.clip} clip" if isinstance(algorithm, Rtn) and algorithm.clip != "none" else ""
+                clip = f", {step.clip} clip" if isinstance(algorithm, Rtn) and step.clip != "none" else ""
                 word = f"{scheme} ({algorithm.name}{clip})"
             case Prune(prune=sparsity, algorithm=algorithm):
                 share = str(sparsity) if isinstance(sparsity, NOfM) else f"{sparsity:.3g}"

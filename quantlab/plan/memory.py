@@ -9,7 +9,7 @@ Hessians in use. Measured against estimated: 1.12 and 1.23 GB for GPTQ of the 37
 A run without calibration holds one weight at a time: its bytes as read, the matrix in 16 bits, the result, and float32
 copies for the report; the search for scales works in bands of rows and needs no more. The constants are upper fits to
 the largest resident size of runs over a 2 GB checkpoint of 4096 x 11008 matrices on Linux with torch 2.13. Measured
-against estimated: 1.18 and 1.24 GB for int4, 1.16 and 1.21 for pruning, 0.99 and 1.26 for int8, 0.78 and 1.19 for a
+against estimated: 0.98 and 1.24 GB for int4, 1.16 and 1.21 for pruning, 0.99 and 1.26 for int8, 0.78 and 1.19 for a
 cast.
 """
 

@@ -25,8 +25,8 @@ class Rtn(Strict):
     grid: Grid | None = None
     """Convention for the scale of a group; by default `signed` for int4 and `absmax` for int8. Formats with zero points
     have a convention of their own."""
-    clip: Clip = "none"
-    """`mse`: search the scale of each group for the least squared error; `activations`: the same with each error
+    clip: Clip | None = None
+    """By default `mse` for int4 and `none` for int8. `mse`: search the scale of each group for the least squared error; `activations`: the same with each error
     weighted by the mean square of its input, which needs calibration."""
 
     @property

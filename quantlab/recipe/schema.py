@@ -10,6 +10,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -18,6 +19,7 @@ from quantlab.architectures.architecture import DEFAULT_TARGETS, QUANTIZABLE_ROL
 from quantlab.documents import nearest
 from quantlab.recipe.algorithms import (
     EXPERT_REMOVALS,
+    Clip,
     ExpertRemoval,
     Magnitude,
     PruneAlgorithm,
@@ -94,18 +96,32 @@ class Quantize(_Targeted):
 
     quantize: SchemeName
     """The scheme, for example `int4_g128`."""
-    algorithm: QuantizeAlgorithm = Rtn(name="rtn")
+    algorithm: QuantizeAlgorithm = Field(default=Rtn(name="rtn"), validate_default=True)
     """How the numbers are chosen."""
+
+    @field_validator("algorithm")
+    @classmethod
+    def _clip_of_scheme(cls, algorithm: QuantizeAlgorithm, known: ValidationInfo) -> QuantizeAlgorithm:
+        """Replace a missing `clip` by the scheme's, so that the recipe's key and the artifact have the search that was used."""
+        scheme = known.data.get("quantize")
+        if isinstance(algorithm, Rtn) and algorithm.clip is None and scheme is not None:
+            return algorithm.model_copy(update={"clip": SCHEMES[scheme].clip})
+        return algorithm
 
     @property
     def calibrated(self) -> bool:
         """Whether its algorithm needs activations."""
         return self.algorithm.calibrated
 
+    @property
+    def clip(self) -> Clip:
+        """The search for the scales."""
+        return "none" if isinstance(self.algorithm, SmoothQuant) else self.algorithm.clip or "none"
+
     @model_validator(mode="after")
     def _check_algorithm(self) -> "Quantize":
         number = SCHEMES[self.quantize].format
-        if not number.is_integer and self.algorithm != Rtn(name="rtn"):
+        if not number.is_integer and self.algorithm != Rtn(name="rtn", clip="none"):
             raise ValueError(
                 f"{self.algorithm.name} chooses integers, and {self.quantize} has none; use {{name: rtn}} without options"
             )

@@ -13,6 +13,7 @@ SchemeName = Literal["int8", "int8_weight", "int4_g128", "int4_g64", "int4_g32",
 LayoutName = Literal["dense", "pack-quantized", "int-quantized", "float-quantized", "gptq", "gptq_v2", "fp8-blocks"]
 """Layouts of a weight on disk; `quantlab.formats.layouts` has an object for each."""
 DefaultGrid = Literal["absmax", "signed", "minmax"]
+DefaultClip = Literal["none", "mse"]
 
 DTYPE_WORDS: dict[FloatDtype, str] = {"float16": "F16", "bfloat16": "BF16"}
 
@@ -25,11 +26,13 @@ class Scheme:
         format: number format of a quantized linear.
         layout: its layout on disk.
         grid: default convention of the scales (see `quantlab.algorithms.scales`); None for floating-point formats.
+        clip: default search for the scales by `rtn`: `mse` for integers of few steps, whose outliers cost the others most.
     """
 
     format: NumberFormat
     layout: LayoutName
     grid: DefaultGrid | None
+    clip: DefaultClip = "none"
 
     @property
     def name(self) -> str:
@@ -45,10 +48,10 @@ class Scheme:
 SCHEMES: Final[dict[SchemeName, Scheme]] = {
     "int8": Scheme(NumberFormat(INT8, ROW, activations=Activations(INT8)), "int-quantized", "absmax"),
     "int8_weight": Scheme(NumberFormat(INT8, ROW), "pack-quantized", "absmax"),
-    "int4_g128": Scheme(NumberFormat(INT4, group(128)), "pack-quantized", "signed"),
-    "int4_g64": Scheme(NumberFormat(INT4, group(64)), "pack-quantized", "signed"),
-    "int4_g32": Scheme(NumberFormat(INT4, group(32)), "pack-quantized", "signed"),
-    "int4_g128_asym": Scheme(NumberFormat(INT4, group(128), symmetric=False), "pack-quantized", "minmax"),
+    "int4_g128": Scheme(NumberFormat(INT4, group(128)), "pack-quantized", "signed", clip="mse"),
+    "int4_g64": Scheme(NumberFormat(INT4, group(64)), "pack-quantized", "signed", clip="mse"),
+    "int4_g32": Scheme(NumberFormat(INT4, group(32)), "pack-quantized", "signed", clip="mse"),
+    "int4_g128_asym": Scheme(NumberFormat(INT4, group(128), symmetric=False), "pack-quantized", "minmax", clip="mse"),
     "fp8_block": Scheme(
         NumberFormat(E4M3, block(128, 128), scale="F32", activations=Activations(E4M3, 128)), "fp8-blocks", None
     ),

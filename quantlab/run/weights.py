@@ -167,11 +167,14 @@ def lost_groups(weight: Tensor, matrix: QuantizedMatrix) -> int:
     """Number of groups that became zero because their scale is too small for its dtype; pruned groups do not count."""
     if matrix.block is not None:
         return 0  # float32 scales do not underflow
+    ones = matrix.scale == 1  # among them every scale that became zero, see `usable_scale`
+    if not ones.any():
+        return 0
     rows, groups = matrix.scale.shape
     finfo = torch.finfo(matrix.scale.dtype)
-    largest = weight.view(rows, groups, -1).abs().amax(dim=2).to(torch.float32)
+    largest = weight.view(rows, groups, -1)[ones].abs().amax(dim=1).to(torch.float32)
     too_small = (largest > 0) & (largest <= finfo.smallest_normal * finfo.eps * (1 << matrix.bits))
-    steps = matrix.q.view(rows, groups, -1)
+    steps = matrix.q.view(rows, groups, -1)[ones]
     if matrix.zero is not None:
-        steps = steps - matrix.zero[:, :, None]
-    return int((too_small & ~steps.any(dim=2)).sum())
+        steps = steps - matrix.zero[ones][:, None]
+    return int((too_small & ~steps.any(dim=1)).sum())

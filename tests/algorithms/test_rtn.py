@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantlab.algorithms import rtn as rtn_module
 from quantlab.algorithms.rtn import round_batch, round_to_nearest, rtn
 from quantlab.algorithms.scales import GridOptions
+from quantlab.numerics import bands
 
 CASES = [(4, 128), (4, 32), (4, None), (8, None), (8, 64)]
 
@@ -86,7 +86,7 @@ def test_the_weight_is_not_changed() -> None:
 @pytest.mark.parametrize("grid", ["signed", "minmax"])
 def test_matrices_of_a_batch_are_rounded_as_if_each_were_alone(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of rows cross from one matrix into the next, and every row keeps the importance of its own matrix."""
-    monkeypatch.setattr(rtn_module, "_BAND_WEIGHTS", {"cpu": 3 * 64})
+    monkeypatch.setattr(bands, "_WEIGHTS", {"cpu": 3 * 64})
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(4, 5, 64, generator=generator)
     importance = torch.rand(4, 64, generator=generator)

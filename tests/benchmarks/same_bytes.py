@@ -29,7 +29,7 @@ VARIANTS = """\
   fp16: [{cast: float16}]
   int8: [{quantize: int8}]
   int8-weight: [{quantize: int8_weight}]
-  rtn: [{quantize: int4_g64}]
+  rtn: [{quantize: int4_g64, algorithm: {name: rtn, clip: none}}]
   mse: [{quantize: int4_g128, targets: [dense_mlp], algorithm: {name: rtn, clip: mse}}]
   gptq: [{quantize: int4_g128, algorithm: {name: gptq}}]
   plain-gptq: [{quantize: int4_g32, algorithm: {name: gptq, correction: 0, refine: 0, order: columns}}]

@@ -6,6 +6,8 @@ import pytest
 
 from quantlab.errors import RecipeError
 from quantlab.recipe.load import load_recipe
+from quantlab.recipe.schema import Quantize
+from quantlab.recipe.schemes import SCHEMES
 
 GOOD = """\
 model: ../model
@@ -210,3 +212,12 @@ def test_odd_documents_are_refused_with_a_message(case: str, tmp_path: Path) -> 
     error = _load(tmp_path, ODD[case])
     assert error.what
     assert error.fix
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rtn_searches_the_scales_of_int4_unless_told_otherwise(scheme: str) -> None:
+    searched = scheme.startswith("int4")
+    for default in (Quantize(quantize=scheme), Quantize(quantize=scheme, algorithm={"name": "rtn"})):
+        assert default.clip == default.algorithm.clip == ("mse" if searched else "none")
+        assert default == Quantize(quantize=scheme, algorithm={"name": "rtn", "clip": default.clip})
+    assert Quantize(quantize=scheme, algorithm={"name": "rtn", "clip": "none"}).clip == "none"

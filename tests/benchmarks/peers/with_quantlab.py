@@ -17,8 +17,8 @@ from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import make_artifacts
 
 ALGORITHMS = {
-    "rtn-absmax": "{name: rtn, grid: absmax}",
-    "rtn": "{name: rtn}",
+    "rtn-absmax": "{name: rtn, grid: absmax, clip: none}",
+    "rtn": "{name: rtn, clip: none}",
     "rtn-activations": "{name: rtn, clip: activations}",
     "gptq": "{name: gptq}",
     "awq": "{name: awq}",
