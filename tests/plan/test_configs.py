@@ -288,7 +288,9 @@ def test_a_share_that_works_is_named(
     share: float, fix: str, checkpoints: dict[str, Path], write_recipe: WriteRecipe
 ) -> None:
     def planned(share: float) -> int | None:
-        variants = f"  v: [{{prune: {share}, algorithm: {{name: reap}}}}]\ncalibration: {{corpus: c.jsonl, length: 64}}\n"
+        variants = (
+            f"  v: [{{prune: {share}, algorithm: {{name: reap}}}}]\ncalibration: {{corpus: c.jsonl, length: 64}}\n"
+        )
         recipe = load_recipe(write_recipe(checkpoints["deepseek_v2"], variants)).recipe
         return compile_plan(recipe, open_checkpoint(checkpoints["deepseek_v2"])).variants[0].experts
 
