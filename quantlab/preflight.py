@@ -7,11 +7,8 @@ place for is known now; tokenizer, generation settings and held-out text are rea
 from quantlab.calibration.corpus import sample_tokens
 from quantlab.checkpoint.tokenizer import check_token_settings
 from quantlab.evaluation.suite import load_suite
-from quantlab.evaluation.text import check_suite_text
 from quantlab.plan.model import Plan
 from quantlab.recipe.load import LoadedRecipe
-from quantlab.runtime.load import read_generation_config
-from quantlab.runtime.skeleton import check_tensors
 
 
 def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
@@ -25,6 +22,8 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
     """
     source, calibration, wanted = plan.checkpoint, recipe.recipe.calibration, recipe.recipe.evaluate
     if wanted is not None or any(variant.calibration for variant in plan.variants):
+        from quantlab.runtime.skeleton import check_tensors  # imports transformers, which other recipes do without
+
         shapes = {step.tensor.name: tuple(step.source.shape) for step in plan.variants[0].steps}
         check_tensors(source.config, shapes, where=str(source.directory))
     check_token_settings(source.directory, source.config)
@@ -37,6 +36,9 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
             seed=calibration.seed,
         )
     if wanted is not None:
+        from quantlab.evaluation.text import check_suite_text
+        from quantlab.runtime.load import read_generation_config
+
         read_generation_config(source.directory)
         suite = load_suite(recipe.resolve(wanted.suite))
         check_suite_text(suite, source.directory, plan.architecture.context_length(source.config))

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from quantlab import console as show
 from quantlab.evaluation.evaluate import evaluate
-from quantlab.evaluation.machine.capacity import cells_at_once
 from quantlab.evaluation.manifest import weights_sha256
 from quantlab.evaluation.record import Pass
 from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
@@ -102,6 +101,10 @@ def _measure(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
 
 
 def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Measuring) -> EvaluationRequest:
+    from quantlab.evaluation.machine.capacity import (
+        cells_at_once,
+    )  # imports transformers, which making artifacts may do without
+
     wanted = recipe.recipe.evaluate
     assert wanted is not None, "asked only of recipes that evaluate"
     source = plan.checkpoint

@@ -18,11 +18,11 @@ def pack_int32(q: Tensor, *, bits: int) -> Tensor:
     assert columns % per_word == 0, f"{columns} columns do not fill words of {per_word} values"
     words = torch.empty(rows, columns // per_word, dtype=torch.int32, device=q.device)
     for band in bands(q):
-        unsigned = q[band].contiguous() + (1 << (bits - 1))  # modulo 256
+        unsigned = (q[band] + (1 << (bits - 1))).reshape(-1)  # modulo 256
         if bits == 4:  # two neighbours in one byte
             pairs = unsigned.view(torch.int16)
             unsigned = (pairs | pairs >> 4).to(torch.uint8)
-        words[band] = unsigned.view(torch.int32)
+        words[band] = unsigned.view(torch.int32).view(-1, columns // per_word)
     return words
 
 
