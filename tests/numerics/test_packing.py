@@ -22,3 +22,11 @@ def test_same_words_as_compressed_tensors(bits: int, shape: tuple[int, int]) -> 
 def test_padding_of_foreign_words_is_dropped() -> None:
     q = torch.tensor([[-8, 7, 0]], dtype=torch.int8)
     assert torch.equal(unpack_int32(pack_to_int32(q, 4), bits=4, columns=3), q)
+
+
+def test_strides_do_not_matter() -> None:
+    """A matrix of one row or one column counts as contiguous with any strides."""
+    q = torch.randint(-8, 8, (8, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    for view in (q[:, :8].T, q.T[:1, :8], q[:1, ::2].contiguous(), q[::2, 8:], q[:, 0].view(1, 8)):
+        plain = torch.tensor(view.tolist(), dtype=torch.int8)
+        assert torch.equal(pack_int32(view, bits=4), pack_int32(plain, bits=4))
