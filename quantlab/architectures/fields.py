@@ -7,6 +7,7 @@ that all readers, transformers included, take the same value where config.json h
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -37,7 +38,7 @@ class ReadConfig(dict[str, Any]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Field:
+class Field(ABC):
     """A field of config.json.
 
     Attributes:
@@ -56,9 +57,9 @@ class Field:
 
     KIND: ClassVar[str]
 
+    @abstractmethod
     def accepts(self, value: object) -> bool:
         """Whether a value has the type and range of the field."""
-        raise NotImplementedError
 
     def of(self, config: Config) -> Any:  # noqa: ANN401 - the type depends on the field
         """The value in a config.json.
