@@ -293,9 +293,8 @@ def _measure_group(
         found[variant] = measure_memory_of(context, variant, artifact.directory, found[variant], turn=turn)
 
     context.workers.side_by_side([*(partial(measure, artifact) for artifact in group), *beside])
-    context.workers.side_by_side(
-        [partial(measure_memory, artifact) for artifact in group]
-    )  # it times loading: afterwards
+    # loading is timed, so nothing else may run beside it
+    context.workers.side_by_side([partial(measure_memory, artifact) for artifact in group])
     for artifact in group:
         if evaluation.is_baseline(artifact) and found[artifact.variant].attention is None:
             attention = measure_contexts(

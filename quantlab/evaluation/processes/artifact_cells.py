@@ -166,9 +166,9 @@ class SpeedProcesses:
         """
         if self._suite is None or self._context.workers.count == 1:
             return []
-        return [partial(self._prepare, self._suite, variant) for variant in self._artifacts]
+        return [partial(self._prepare, variant) for variant in self._artifacts]
 
-    def _prepare(self, suite: SpeedSuite, variant: str) -> None:
+    def _prepare(self, variant: str) -> None:
         request = self._request.model_copy(update={"only_prepare": variant})
         with contextlib.suppress(CellError):  # timing meets the same error and records it
             self._context.workers.run(f"speed-{variant}", request, SpeedResult, progress=_silent)
