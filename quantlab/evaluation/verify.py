@@ -1,12 +1,11 @@
 """Verification of an artifact: file hashes, ledger, finite values, and equal logits in transformers and in our runtime.
 
-The reference is the artifact's own weights dequantized to 16 bits, written as a plain checkpoint and loaded by transformers,
+The reference is the artifact's own weights dequantized to 16 bits, written as a plain checkpoint (the export `dense`) and loaded by transformers,
 without any code of the packed path. Two loads are compared with it: the artifact through transformers' compressed-tensors
 loader, and the artifact through our runtime, which keeps the weights packed.
 """
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from quantlab.checkpoint.index import INDEX_NAME, Checkpoint, open_checkpoint
-from quantlab.checkpoint.reader import DTYPE_NAMES, Reader
-from quantlab.checkpoint.writer import ShardWriter
+from quantlab.checkpoint.index import Checkpoint, open_checkpoint
+from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError
-from quantlab.files import read_json, write_atomically
+from quantlab.exports.contents import contents_of
+from quantlab.exports.writers.dense import write as write_dense
+from quantlab.files import read_json
 from quantlab.formats.layouts import LAYOUTS
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
@@ -82,7 +82,7 @@ def verify(artifact: Path) -> Iterator[Check]:
     yield _check_finite(stored)
     with tempfile.TemporaryDirectory(prefix="quantlab-verify-") as directory:
         reference = Path(directory)
-        _write_dequantized(stored, reference)
+        write_dense(stored, contents_of(stored), reference, lambda _: None)
         expected = _logits_of_transformers(reference, checkpoint, dtype=_dtype_of(stored))
         yield _check_transformers(stored, checkpoint, expected)
         yield _check_runtime(artifact, reference, checkpoint, stored)
@@ -135,22 +135,6 @@ def _check_finite(stored: StoredWeights) -> Check:
     if broken:
         return Check("every value is finite", "failed", f"NaN or infinity in {', '.join(broken[:3])}")
     return Check("every value is finite", "ok", f"{count} weights")
-
-
-def _write_dequantized(stored: StoredWeights, directory: Path) -> None:
-    """Write the artifact as a plain 16-bit checkpoint."""
-    config = dict(stored.reader.checkpoint.config)
-    config.pop("quantization_config", None)
-    weight_map = {}
-    for number, name in enumerate(stored.names()):
-        weight = stored.read(name)
-        tensor = weight.dequantize(weight.scale.dtype) if isinstance(weight, QuantizedMatrix) else weight
-        file = f"model-{number:06d}.safetensors"
-        with ShardWriter(directory / file, [(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))]) as writer:
-            writer.write(name, tensor)
-        weight_map[name] = file
-    write_atomically(directory / "config.json", json.dumps(config).encode())
-    write_atomically(directory / INDEX_NAME, json.dumps({"metadata": {}, "weight_map": weight_map}).encode())
 
 
 def _tokens(checkpoint: Checkpoint) -> Tensor:

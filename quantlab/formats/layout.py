@@ -5,17 +5,23 @@ formats it can express, and its part of config.json; the plan uses it. The codec
 matrices to those tensors and back. `quantlab.formats.layouts` and `quantlab.formats.codecs.table` list all layouts.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from quantlab.architectures.architecture import Role
-from quantlab.checkpoint.header import TensorEntry
+from quantlab.checkpoint.header import DTYPE_BITS, TensorEntry
 from quantlab.numerics.number_format import NumberFormat
 from quantlab.recipe.schemes import LayoutName
 
 StoredTensor = tuple[str, str, tuple[int, ...]]
 """Name, dtype word and shape of a tensor on disk."""
+
+
+def stored_bytes(tensor: StoredTensor) -> int:
+    """Bytes of a tensor on disk."""
+    return math.prod(tensor[2]) * DTYPE_BITS[tensor[1]] // 8
 
 
 class Layout(Protocol):

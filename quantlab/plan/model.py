@@ -5,22 +5,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from quantlab.architectures.architecture import Architecture, ModelTensor
-from quantlab.checkpoint.header import DTYPE_BITS, TensorEntry
+from quantlab.checkpoint.header import TensorEntry
 from quantlab.checkpoint.index import Checkpoint
-from quantlab.formats.layout import StoredTensor
+from quantlab.formats.layout import StoredTensor, stored_bytes
 from quantlab.recipe.algorithms import ExpertRemoval, Gptq
 from quantlab.recipe.schema import Calibration, Prune, Quantize
 from quantlab.recipe.schemes import SCHEMES, LayoutName, Scheme
 
 Outcome = Literal["cast", "quantized", "pruned", "folded", "kept", "dropped"]
-
-
-def stored_bytes(tensor: StoredTensor) -> int:
-    """Bytes of a tensor on disk."""
-    elements = 1
-    for size in tensor[2]:
-        elements *= size
-    return elements * DTYPE_BITS[tensor[1]] // 8
 
 
 @dataclass(frozen=True)

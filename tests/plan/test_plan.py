@@ -10,9 +10,10 @@ import pytest
 
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.errors import PlanError
+from quantlab.formats.layout import stored_bytes
 from quantlab.plan import compile as compiler
 from quantlab.plan.compile import compile_plan
-from quantlab.plan.model import Plan, stored_bytes
+from quantlab.plan.model import Plan
 from quantlab.recipe.load import load_recipe
 
 WriteRecipe = Callable[..., Path]

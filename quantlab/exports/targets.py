@@ -1,0 +1,11 @@
+"""All formats that an artifact can be written in, without torch. `quantlab.exports.writers.table` lists the other part."""
+
+from collections.abc import Mapping
+from typing import Final, get_args
+
+from quantlab.exports import dense
+from quantlab.exports.target import Target
+from quantlab.recipe.schemes import FormatName
+
+TARGETS: Final[Mapping[FormatName, Target]] = {target.name: target for target in (dense.TARGET,)}
+assert set(TARGETS) == set(get_args(FormatName)), "every word has its format"

@@ -1,0 +1,1 @@
+"""One module per format that an artifact is written in."""
