@@ -19,6 +19,7 @@ from quantlab.architectures.detect import detect
 from quantlab.checkpoint.hub import download
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.documents import nearest
+from quantlab.engine_commands import JsonOption, QuietOption, engines, verify
 from quantlab.errors import QuantlabError, RecipeError
 from quantlab.evaluation.manifest import check_unchanged
 from quantlab.evaluation.suite import load_suite
@@ -45,6 +46,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+app.command()(verify)
+app.add_typer(engines, name="engines")
+
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 OutOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Output directory.", show_default="runs/NAME-OF-THE-RECIPE")
@@ -59,8 +63,6 @@ TimeLimitOption = Annotated[
     float,
     typer.Option(min=1, help="Abort a single measurement or task after this many seconds.", metavar="SECONDS"),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
 
 _out = Console()
 _err = Console(stderr=True)
@@ -281,25 +283,6 @@ def leaderboard(
     elif not quiet:
         print_leaderboard(board, _out)
         _err.print(f"{out}/leaderboard.html, .md, .csv, .json", style="dim", highlight=False, markup=False)
-
-
-@app.command()
-def verify(
-    artifact: Annotated[Path, typer.Argument(help="A directory under runs/NAME/artifacts.", show_default=False)],
-    as_json: JsonOption = False,
-) -> None:
-    """Check an artifact: hashes, ledger, finite values, and equal logits in transformers and quantlab's runtime."""
-    from quantlab.evaluation.verify import verify as checks
-
-    results = []
-    for check in checks(artifact):
-        results.append(check)
-        if not as_json:
-            show.print_check(_out, check.name, check.verdict, check.detail)
-    if as_json:
-        typer.echo(json.dumps([asdict(check) for check in results], indent=1))
-    if any(check.verdict == "failed" for check in results):
-        raise typer.Exit(1)
 
 
 def _inspect_quantized(checkpoint: Checkpoint, architecture: Architecture, *, as_json: bool) -> None:

@@ -6,7 +6,6 @@ loader, and the artifact through our runtime, which keeps the weights packed.
 """
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from quantlab.checkpoint.index import INDEX_NAME, Checkpoint, open_checkpoint
-from quantlab.checkpoint.reader import DTYPE_NAMES, Reader
-from quantlab.checkpoint.writer import ShardWriter
+from quantlab.checkpoint.index import Checkpoint, open_checkpoint
+from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError
-from quantlab.files import read_json, write_atomically
+from quantlab.evaluation.dequantized import write_dequantized
+from quantlab.evaluation.engines.judged import EXPORT_NAME
+from quantlab.evaluation.engines.verdict import VERDICTS_NAME
+from quantlab.files import read_json
 from quantlab.formats.layouts import LAYOUTS
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
@@ -50,12 +51,15 @@ class Check:
 
 
 def verify(artifact: Path) -> Iterator[Check]:
-    """Check an artifact; yields the results one by one, cheap checks first.
+    """Check an artifact; yields the results one by one, cheap checks first. Of an export only the hashes: its engine judges it.
 
     Raises:
         ArtifactError: the directory is not a quantlab artifact, or its manifest is damaged.
         CheckpointError: its files cannot be read at all.
     """
+    if (artifact / EXPORT_NAME).is_file():
+        yield _check_hashes(artifact, read_json(artifact / EXPORT_NAME), EXPORT_NAME)
+        return
     manifest_path = artifact / "manifest.json"
     if not manifest_path.is_file():
         raise ArtifactError(
@@ -82,13 +86,13 @@ def verify(artifact: Path) -> Iterator[Check]:
     yield _check_finite(stored)
     with tempfile.TemporaryDirectory(prefix="quantlab-verify-") as directory:
         reference = Path(directory)
-        _write_dequantized(stored, reference)
+        write_dequantized(stored, reference)
         expected = _logits_of_transformers(reference, checkpoint, dtype=_dtype_of(stored))
         yield _check_transformers(stored, checkpoint, expected)
         yield _check_runtime(artifact, reference, checkpoint, stored)
 
 
-def _check_hashes(artifact: Path, manifest: dict[str, Any]) -> Check:
+def _check_hashes(artifact: Path, manifest: dict[str, Any], manifest_name: str = "manifest.json") -> Check:
     problems, total = [], 0
     for name, record in manifest["files"].items():
         path = artifact / name
@@ -100,10 +104,12 @@ def _check_hashes(artifact: Path, manifest: dict[str, Any]) -> Check:
         if digest != record["sha256"]:
             problems.append(f"{name} was changed")
         total += record["bytes"]
-    known = {*manifest["files"], "manifest.json", "README.md"}  # every report rewrites the model card
+    known = {*manifest["files"], manifest_name, VERDICTS_NAME, "README.md"}  # every report rewrites the model card
     stored = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if not path.is_dir()}
     extra = sorted(stored - known)
-    problems += [f"{name} is not in the manifest" for name in extra]
+    problems += [
+        f"{name} is not in {'the manifest' if manifest_name == 'manifest.json' else manifest_name}" for name in extra
+    ]
     if problems:
         return Check("sha256 of every file", "failed", "; ".join(problems[:5]))
     return Check("sha256 of every file", "ok", f"{len(manifest['files'])} files, {total:,} bytes")
@@ -135,22 +141,6 @@ def _check_finite(stored: StoredWeights) -> Check:
     if broken:
         return Check("every value is finite", "failed", f"NaN or infinity in {', '.join(broken[:3])}")
     return Check("every value is finite", "ok", f"{count} weights")
-
-
-def _write_dequantized(stored: StoredWeights, directory: Path) -> None:
-    """Write the artifact as a plain 16-bit checkpoint."""
-    config = dict(stored.reader.checkpoint.config)
-    config.pop("quantization_config", None)
-    weight_map = {}
-    for number, name in enumerate(stored.names()):
-        weight = stored.read(name)
-        tensor = weight.dequantize(weight.scale.dtype) if isinstance(weight, QuantizedMatrix) else weight
-        file = f"model-{number:06d}.safetensors"
-        with ShardWriter(directory / file, [(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))]) as writer:
-            writer.write(name, tensor)
-        weight_map[name] = file
-    write_atomically(directory / "config.json", json.dumps(config).encode())
-    write_atomically(directory / INDEX_NAME, json.dumps({"metadata": {}, "weight_map": weight_map}).encode())
 
 
 def _tokens(checkpoint: Checkpoint) -> Tensor:
