@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -190,7 +190,7 @@ def run(
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
     if not (quiet or as_json):
         _err.print(f"{time.monotonic() - started:.0f} s in all", style="dim")
-    _exit_if_not_measured(matrix, shown=not (quiet or as_json))
+    _exit_if_not_measured(matrix, loaded.recipe.evaluate.verify, shown=not (quiet or as_json))
 
 
 @app.command("eval")
@@ -224,7 +224,7 @@ def evaluate_artifacts(
     with _interruptible():
         matrix = measure(loaded, compiled, directory, how, console=_err)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
-    _exit_if_not_measured(matrix, shown=not (quiet or as_json))
+    _exit_if_not_measured(matrix, loaded.recipe.evaluate.verify, shown=not (quiet or as_json))
 
 
 @app.command()
@@ -348,10 +348,18 @@ def _show_matrix(matrix: Matrix, directory: Path, *, quiet: bool, as_json: bool)
         _err.print(f"{directory}/matrix.html, .md, .csv, .json", style="dim", highlight=False, markup=False)
 
 
-def _exit_if_not_measured(matrix: Matrix, *, shown: bool) -> None:
-    """Exit with code 1 if a variant has no quality; print failed cells on standard error unless the matrix was shown."""
-    for row in matrix.rows:
-        for failure in () if shown else row.failures:
-            _err.print(f"{row.variant}: {failure.cell}: {failure.reason}", style="red", highlight=False, markup=False)
-    if any(row.quality is None for row in matrix.rows):
+def _exit_if_not_measured(matrix: Matrix, engines: Sequence[str], *, shown: bool) -> None:
+    """Exit with code 1 if a variant has no quality, or one of the recipe's engines refuses it or computes something else.
+
+    What failed is printed on standard error unless the matrix was shown.
+    """
+    verdicts = [
+        (row.variant, one) for row in matrix.rows for one in row.record.engines if one.engine in engines and one.fails
+    ]
+    if not shown:
+        failed = [f"{row.variant}: {failure.cell}: {failure.reason}" for row in matrix.rows for failure in row.failures]
+        failed += [f"{variant}: {one.engine} {one.verdict}: {one.reason}" for variant, one in verdicts]
+        for text in failed:
+            _err.print(text, style="red", highlight=False, markup=False)
+    if verdicts or any(row.quality is None for row in matrix.rows):
         raise typer.Exit(1)

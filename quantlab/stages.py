@@ -126,7 +126,9 @@ def _judged(
         judging = Judging(source=plan.checkpoint.directory, corpus=suite.corpus, reuse=how.reuse, tell=tell)
         found = judge_run(artifacts, wanted.verify, judging)
     by_variant = {artifact.name: verdicts for artifact, verdicts in found.items()}
-    judged = [record.model_copy(update={"engines": by_variant.get(record.variant, ())}) for record in records]
+    judged = [
+        record.model_copy(update={"engines": by_variant.get(record.variant, record.engines)}) for record in records
+    ]
     for record in judged:
         write_record(directory.path / RECORDS / f"{record.variant}.json", record)
     return judged

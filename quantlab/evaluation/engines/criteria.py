@@ -1,8 +1,9 @@
 """When an engine agrees with quantlab's runtime: the criteria, by dtype and scheme.
 
 - **Weights alone are quantized.** Both programs compute the same function, so only the order of float32 sums may differ: root mean
-  square (rms) of the differences at most 1e-4 nats. In 16 bits an engine differs from float32 by its rounding alone, which the source
-  model in the same engine and dtype measures: at most 1.5 times that.
+  square (rms) of the differences at most 1e-4 nats. Integers times scales may be rounded to the 16 bits of the scales, as quantlab's
+  runtime does, or kept in float32: the nearer one is the reference, and the verdict says which. In 16 bits an engine differs from
+  float32 by its rounding alone, which the source model in the same engine and dtype measures: at most 1.5 times that.
 - **Activations are rounded** (int8). No two programs agree token by token: a value that rounds the other way is a whole step, and
   all later layers see it. So the means must be equal within their interval, the rms at most 1.5 times what rounding activations itself
   changes, and single linears must be equal to float rounding from the same inputs (`layers.py`), which finds what means hide.
@@ -62,6 +63,11 @@ class Ground:
     rounding_of: str = ""
     activation_rms: float | None = None
     layers_wanted: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether only the order of float32 sums may differ."""
+        return self.rounding_rms is None and self.activation_rms is None
 
 
 def differences(result: EngineResult, nll: Floats, top: NDArray[np.int64], text: JudgedText) -> Differences:

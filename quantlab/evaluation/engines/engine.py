@@ -63,6 +63,7 @@ class Engine:
         environment: variables of its process.
         building: variables while its environment is installed.
         options: `options` of its requests.
+        folder: where `scripts` and `requirements` are.
     """
 
     name: EngineName
@@ -80,6 +81,7 @@ class Engine:
     environment: Mapping[str, str] = field(default_factory=dict)
     building: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, bool] = field(default_factory=dict)
+    folder: Path = _HERE
 
     @property
     def variable(self) -> str:
@@ -88,11 +90,11 @@ class Engine:
 
     @property
     def script(self) -> Path:
-        return _HERE / "scripts" / f"{self.stem}.py"
+        return self.folder / "scripts" / f"{self.stem}.py"
 
     @property
     def requirements(self) -> Path:
-        return _HERE / "requirements" / f"{self.stem}.txt"
+        return self.folder / "requirements" / f"{self.stem}.txt"
 
     def no_build(self, platform: Platform) -> str | None:
         """Why the engine cannot be installed on a platform; None if it can."""

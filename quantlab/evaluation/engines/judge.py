@@ -34,7 +34,7 @@ from quantlab.evaluation.engines.engine import BY_RULES, ENGINES, Engine, model_
 from quantlab.evaluation.engines.environments import Environment, find_environment, version_in
 from quantlab.evaluation.engines.judged import Judged
 from quantlab.evaluation.engines.layers import compare_layers, probe_inputs, stored_weights
-from quantlab.evaluation.engines.own import Computed, compute, without_rounded_activations
+from quantlab.evaluation.engines.own import Computed, compute, multiplied_in_float32, without_rounded_activations
 from quantlab.evaluation.engines.process import EngineFailure, EngineResult, Wanted, run_engine
 from quantlab.evaluation.engines.text import TOKENS, JudgedText, judged_text
 from quantlab.evaluation.engines.verdict import EngineVerdict, manifest_sha256, read_verdicts
@@ -227,11 +227,16 @@ class Judge:
         self, engine: Engine, result: EngineResult, about: dict[str, Any], source: SourceFound
     ) -> EngineVerdict:
         """The verdict on finite results."""
-        found = differences(result, self._own.nll, self._own.top, self._text)
+        ground = self._ground(engine, result.report.dtype, source)
+        own, weights = self._own, ""
+        found = differences(result, own.nll, own.top, self._text)
+        if found.rms > FLOAT32_RMS and self._formats and ground.is_exact:
+            exact = differences(result, self._exact.nll, self._exact.top, self._text)
+            if exact.rms < found.rms:
+                own, found, weights = self._exact, exact, "multiplied out in float32, quantlab's in 16 bits"
         greedy = None
-        if result.greedy is not None and self._own.greedy is not None:
-            greedy = greedy_agreement(result.greedy, self._own.greedy)
-        ground = self._ground(engine, result.report.dtype, source, with_layers=bool(about["layers"]) or engine.probes)
+        if result.greedy is not None and own.greedy is not None:
+            greedy = greedy_agreement(result.greedy, own.greedy)
         decided, reason = outcome(ground, found, about["layers"])
         if decided == "differs" and self._rounds_to_float:
             decided = "not here"
@@ -247,6 +252,7 @@ class Judge:
             verdict=decided,
             reason=reason,
             criterion=criterion(ground)[1],
+            weights=weights,
             nll_difference=found.mean,
             nll_rms=found.rms,
             top1_agreement=found.top1,
@@ -254,7 +260,7 @@ class Judge:
             activation_rms=ground.activation_rms,
         )
 
-    def _ground(self, engine: Engine, dtype: str, source: SourceFound, *, with_layers: bool) -> Ground:
+    def _ground(self, engine: Engine, dtype: str, source: SourceFound) -> Ground:
         """What the criterion rests on."""
         rounding, rounding_of = None, ""
         if dtype != "float32":
@@ -263,7 +269,7 @@ class Judge:
                 own = compute(self._artifact, self._text, dtype=_DTYPES[dtype])
                 rounding, rounding_of = rms(own.nll - self._own.nll), "quantlab's runtime on the same artifact"
         activation = self._activation_rms(engine)
-        wanted = activation is not None and with_layers and bool(probe_inputs(self._artifact))
+        wanted = activation is not None and engine.probes and bool(probe_inputs(self._artifact))
         return Ground(dtype, rounding, rounding_of, activation, wanted)
 
     def _source(self, engine: Engine, environment: Environment) -> SourceFound:
@@ -313,6 +319,12 @@ class Judge:
         """Results of quantlab's runtime on the artifact in float32."""
         self._how.tell(f"quantlab's runtime: {self._artifact.name}")
         return compute(self._artifact, self._text, prompts=self._prompts, greedy_tokens=self._how.greedy_tokens)
+
+    @cached_property
+    def _exact(self) -> Computed:
+        """The same with integers and scales multiplied in float32."""
+        with multiplied_in_float32(self._artifact) as same:
+            return compute(same, self._text, prompts=self._prompts, greedy_tokens=self._how.greedy_tokens)
 
     def _activation_rms(self, engine: Engine) -> float | None:
         """What rounding activations changes, nats; None if nothing rounds them."""

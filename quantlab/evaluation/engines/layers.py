@@ -18,6 +18,7 @@ from torch import Tensor
 from quantlab.architectures.config import size_of
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
+from quantlab.evaluation.dequantized import dequantized
 from quantlab.evaluation.engines.own import rounded
 from quantlab.evaluation.engines.verdict import SingleLayer
 from quantlab.formats.stored import StoredWeights
@@ -85,7 +86,7 @@ def compare_layers(
         rules = _outputs_by_rule(stored, name, torch.from_numpy(given))
         output = torch.from_numpy(outputs[name])
         own = ABSMAX_127 if rounds else NOT_ROUNDED
-        differences = {rule: _difference(output, expected) for rule, expected in rules.items()}
+        differences = {rule: min(_difference(output, one) for one in expected) for rule, expected in rules.items()}
         nearest = min(differences, key=lambda rule: differences[rule])
         rule = own if differences[own] <= bound(dtype) else nearest if differences[nearest] <= bound(dtype) else ""
         found.append(SingleLayer(module=name, difference=min(differences[own], 1e9), rule=rule))
@@ -97,12 +98,18 @@ def bound(dtype: str) -> float:
     return _ROUNDING.get(dtype, _ROUNDING["bfloat16"])
 
 
-def _outputs_by_rule(stored: StoredWeights, name: str, x: Tensor) -> dict[str, Tensor]:
-    """The outputs of a linear by plain torch in float64, for each rule of rounding its inputs [T, N]."""
-    weight = stored.read_dense(f"{name}.weight", torch.float32).double()
+def _outputs_by_rule(stored: StoredWeights, name: str, x: Tensor) -> dict[str, list[Tensor]]:
+    """The outputs of a linear by plain torch in float64, for each rule of rounding its inputs [T, N].
+
+    Each rule has two: with weights multiplied out in the dtype of their scales, and in float32.
+    """
+    weights = [dequantized(stored, f"{name}.weight", exact=exact).double() for exact in (False, True)]
     bias = stored.read_dense(f"{name}.bias", torch.float32).double() if f"{name}.bias" in set(stored.names()) else None
     rules = {NOT_ROUNDED: x, ABSMAX_127: rounded(x, 127.0), ABSMAX_127_5: rounded(x, 127.5)}
-    return {rule: torch.nn.functional.linear(one.double(), weight, bias) for rule, one in rules.items()}
+    return {
+        rule: [torch.nn.functional.linear(one.double(), weight, bias) for weight in weights]
+        for rule, one in rules.items()
+    }
 
 
 def _difference(output: Tensor, expected: Tensor) -> float:

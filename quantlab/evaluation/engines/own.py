@@ -15,9 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quantlab.checkpoint.index import open_checkpoint
+from quantlab.checkpoint.reader import Reader
+from quantlab.evaluation.dequantized import write_dequantized
 from quantlab.evaluation.engines.text import JudgedText
 from quantlab.evaluation.statistics import Floats
 from quantlab.files import read_json
+from quantlab.formats.stored import StoredWeights
 from quantlab.runtime.banks.choice import QuantizedMatrices
 from quantlab.runtime.banks.groups import RowGroups
 from quantlab.runtime.load import load
@@ -100,6 +104,18 @@ def without_rounded_activations(artifact: Path) -> Iterator[Path]:
                 (directory / path.name).symlink_to(path.absolute())
         (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
         yield directory
+
+
+@contextmanager
+def multiplied_in_float32(artifact: Path) -> Iterator[Path]:
+    """The same weights with integers and scales multiplied in float32, as a plain checkpoint in a temporary directory.
+
+    quantlab's runtime multiplies them in the dtype of the scales, as engines do that serve in 16 bits. An engine that computes in
+    float32 may multiply there, which keeps digits that 16 bits round away.
+    """
+    with tempfile.TemporaryDirectory(prefix="quantlab-engine-") as temporary:
+        write_dequantized(StoredWeights(Reader(open_checkpoint(artifact))), Path(temporary), exact=True)
+        yield Path(temporary)
 
 
 def _round_inputs(model: PreTrainedModel, group: int) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ class EngineReport(BaseModel):
     version: str
     """Version of the engine."""
     versions: dict[str, str] = {}
-    dtype: str
+    dtype: Literal["float32", "bfloat16", "float16"]
     """The dtype it computed in."""
     load_seconds: float | None = None
     modules: tuple[EngineModules, ...] = ()

@@ -63,6 +63,8 @@ class EngineVerdict(_Finite):
     """The criterion of `agrees` in words, with its numbers; empty if nothing was computed."""
     dtype: str = ""
     """Dtype that the engine computed in."""
+    weights: str = ""
+    """How the engine multiplies integers and scales, where that shows: "multiplied out in float32"."""
     text: str = ""
     """The tokens: "24 documents of held-out text"."""
     tokens: int = 0

@@ -107,6 +107,7 @@ def _details(found: EngineVerdict) -> list[str]:
         ("criterion", found.criterion),
         ("text", about),
         ("source", found.source_note),
+        ("weights", found.weights),
         ("modules", modules),
         ("single linears", layers),
         ("left unquantized against the plan", _names(found.left_unquantized or ())),
@@ -131,7 +132,7 @@ def _names(names: tuple[str, ...]) -> str:
 
 
 def _small(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}".replace("-", "−")
+    return "–" if value is None else f"{value:.2g}".replace("e-0", "e-").replace("-", "−")
 
 
 def _or_dash(value: float | None, unit: Unit) -> str:

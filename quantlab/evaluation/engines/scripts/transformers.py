@@ -29,8 +29,8 @@ def main() -> None:
     seconds = time.monotonic() - started
     with torch.inference_mode():
         modules, unquantized = schemes(model)  # before a forward pass, which expands packed weights
-        tensors = probe(model, request.get("probes"))
-        tensors |= score(model, request["documents"])
+        tensors = score(model, request["documents"])
+        tensors |= probe(model, request.get("probes"))
         if request.get("greedy"):
             tensors["greedy"] = greedy(model, request["greedy"]["prompts"], request["greedy"]["tokens"])
         prefill, decode = speed(model, request["documents"], request.get("speed"))
