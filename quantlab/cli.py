@@ -3,9 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from quantlab import console as show
 from quantlab.checkpoint.hub import download
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.documents import nearest
+from quantlab.engine_commands import JsonOption, QuietOption, engines, verify
 from quantlab.errors import ArtifactError, QuantlabError, RecipeError
 from quantlab.evaluation.manifest import check_unchanged
 from quantlab.evaluation.suite import load_suite
@@ -43,6 +43,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+app.command()(verify)
+app.add_typer(engines, name="engines")
+
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 OutOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Output directory.", show_default="runs/NAME-OF-THE-RECIPE")
@@ -57,8 +60,6 @@ TimeLimitOption = Annotated[
     float,
     typer.Option(min=1, help="Abort a single measurement or task after this many seconds.", metavar="SECONDS"),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
 
 _out = Console()
 _err = Console(stderr=True)
@@ -169,7 +170,7 @@ def run(
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
     if not (quiet or as_json):
         _err.print(f"{time.monotonic() - started:.0f} s in all", style="dim")
-    _exit_if_not_measured(matrix, shown=not (quiet or as_json))
+    _exit_if_not_measured(matrix, loaded.recipe.evaluate.verify, shown=not (quiet or as_json))
 
 
 @app.command("eval")
@@ -203,7 +204,7 @@ def evaluate_artifacts(
     with _interruptible():
         matrix = measure(loaded, compiled, directory, how, console=_err)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
-    _exit_if_not_measured(matrix, shown=not (quiet or as_json))
+    _exit_if_not_measured(matrix, loaded.recipe.evaluate.verify, shown=not (quiet or as_json))
 
 
 @app.command()
@@ -262,25 +263,6 @@ def leaderboard(
     elif not quiet:
         print_leaderboard(board, _out)
         _err.print(f"{out}/leaderboard.html, .md, .csv, .json", style="dim", highlight=False, markup=False)
-
-
-@app.command()
-def verify(
-    artifact: Annotated[Path, typer.Argument(help="A directory under runs/NAME/artifacts.", show_default=False)],
-    as_json: JsonOption = False,
-) -> None:
-    """Check an artifact: hashes, ledger, finite values, and equal logits in transformers and quantlab's runtime."""
-    from quantlab.evaluation.verify import verify as checks
-
-    results = []
-    for check in checks(artifact):
-        results.append(check)
-        if not as_json:
-            show.print_check(_out, check.name, check.verdict, check.detail)
-    if as_json:
-        typer.echo(json.dumps([asdict(check) for check in results], indent=1))
-    if any(check.verdict == "failed" for check in results):
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -373,10 +355,18 @@ def _show_matrix(matrix: Matrix, directory: Path, *, quiet: bool, as_json: bool)
         _err.print(f"{directory}/matrix.html, .md, .csv, .json", style="dim", highlight=False, markup=False)
 
 
-def _exit_if_not_measured(matrix: Matrix, *, shown: bool) -> None:
-    """Exit with code 1 if a variant has no quality; print failed cells on standard error unless the matrix was shown."""
-    for row in matrix.rows:
-        for failure in () if shown else row.failures:
-            _err.print(f"{row.variant}: {failure.cell}: {failure.reason}", style="red", highlight=False, markup=False)
-    if any(row.quality is None for row in matrix.rows):
+def _exit_if_not_measured(matrix: Matrix, engines: Sequence[str], *, shown: bool) -> None:
+    """Exit with code 1 if a variant has no quality, or one of the recipe's engines refuses it or computes something else.
+
+    What failed is printed on standard error unless the matrix was shown.
+    """
+    verdicts = [
+        (row.variant, one) for row in matrix.rows for one in row.record.engines if one.engine in engines and one.fails
+    ]
+    if not shown:
+        failed = [f"{row.variant}: {failure.cell}: {failure.reason}" for row in matrix.rows for failure in row.failures]
+        failed += [f"{variant}: {one.engine} {one.verdict}: {one.reason}" for variant, one in verdicts]
+        for text in failed:
+            _err.print(text, style="red", highlight=False, markup=False)
+    if verdicts or any(row.quality is None for row in matrix.rows):
         raise typer.Exit(1)

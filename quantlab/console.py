@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantlab.errors import QuantlabError
+from quantlab.evaluation.engines.verdict import EngineVerdict
 from quantlab.plan.model import Outcome, Plan, VariantPlan
 from quantlab.plan.source import SourceWeight
 
@@ -73,6 +74,34 @@ def print_check(console: Console, name: str, verdict: str, detail: str) -> None:
     """Print the result of one check of `verify`."""
     style = {"ok": "green", "failed": "bold red"}.get(verdict, "yellow")
     console.print(Text.assemble((f"{verdict:<15}", style), name, (f": {detail}", "dim")), soft_wrap=True)
+
+
+def print_verdict(console: Console, verdict: EngineVerdict) -> None:
+    """Print the verdict of one engine, its reason and its numbers."""
+    style = {"agrees": "green", "not here": "yellow"}.get(verdict.verdict, "bold red")
+    name = f"{verdict.engine} {verdict.version}".strip() + f" on {verdict.format}"
+    console.print(
+        Text.assemble((f"{verdict.verdict:<15}", style), name, (verdict.reason and f": {verdict.reason}", "dim")),
+        soft_wrap=True,
+    )
+    numbers = [
+        f"rms {verdict.nll_rms:.2g} nats" if verdict.nll_rms is not None else "",
+        f"source {verdict.source_nll_rms:.2g}" if verdict.source_nll_rms is not None else "",
+        f"top-1 {100 * verdict.top1_agreement:.2f} %" if verdict.top1_agreement is not None else "",
+        f"greedy {100 * verdict.greedy_agreement:.1f} %" if verdict.greedy_agreement is not None else "",
+        f"{verdict.tokens:,} tokens" if verdict.tokens else "",
+    ]
+    for text in (", ".join(filter(None, numbers)), verdict.criterion and f"criterion: {verdict.criterion}"):
+        if text:
+            console.print(Text(" " * 15 + text, style="dim"), soft_wrap=True)
+
+
+def engines_table(rows: Iterable[tuple[str, str, str, str]]) -> Table:
+    """The engines: name, pinned version, where its Python was found, formats."""
+    table = Table("engine", "version pinned", "Python", "reads")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def print_error(console: Console, error: QuantlabError) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,10 +13,11 @@ import torch
 from rich.console import Console
 
 from quantlab import console as show
-from quantlab.evaluation.evaluate import evaluate
+from quantlab.evaluation.evaluate import RECORDS, evaluate
 from quantlab.evaluation.manifest import weights_sha256
-from quantlab.evaluation.record import Pass
+from quantlab.evaluation.record import Pass, Record
 from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
+from quantlab.evaluation.suite import load_suite
 from quantlab.exports.export import export, open_artifact
 from quantlab.plan.model import Plan, VariantPlan
 from quantlab.recipe.algorithms import Reap
@@ -129,8 +131,40 @@ def _measure(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
         torch.cuda.empty_cache()  # free cached memory for the measuring processes
     with show.progress_bars(console, quiet=how.quiet) as bars:
         records = evaluate(request, progress=show.StageBars(bars))
+    records = _judged(recipe, plan, directory, records, how, console=console)
     claims = recipe.recipe.evaluate.claims if recipe.recipe.evaluate else None
     return write_report(records, directory.path, claims=recipe.resolve(claims) if claims else None)
+
+
+def _judged(
+    recipe: LoadedRecipe,
+    plan: Plan,
+    directory: RunDirectory,
+    records: list[Record],
+    how: Measuring,
+    *,
+    console: Console,
+) -> list[Record]:
+    """The records with the verdicts of the recipe's engines, after everything that is timed."""
+    wanted = recipe.recipe.evaluate
+    if wanted is None or not wanted.verify:
+        return records
+    from quantlab.evaluation.engines.judge import Judging  # imports transformers
+    from quantlab.evaluation.engines.record_verdicts import judge_run, write_record
+
+    artifacts = [directory.artifact(variant.name) for variant in plan.variants]
+    suite = load_suite(recipe.resolve(wanted.suite))
+    with console.status("other engines") if not how.quiet else nullcontext() as status:
+        tell = (lambda text: status.update(text)) if status is not None else (lambda _: None)
+        judging = Judging(source=plan.checkpoint.directory, corpus=suite.corpus, reuse=how.reuse, tell=tell)
+        found = judge_run(artifacts, wanted.verify, judging)
+    by_variant = {artifact.name: verdicts for artifact, verdicts in found.items()}
+    judged = [
+        record.model_copy(update={"engines": by_variant.get(record.variant, record.engines)}) for record in records
+    ]
+    for record in judged:
+        write_record(directory.path / RECORDS / f"{record.variant}.json", record)
+    return judged
 
 
 def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Measuring) -> EvaluationRequest:

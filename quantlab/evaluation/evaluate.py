@@ -16,6 +16,7 @@ from pathlib import Path
 
 from quantlab import hardware
 from quantlab.errors import ArtifactError, EvaluationError
+from quantlab.evaluation.engines.verdict import read_verdicts
 from quantlab.evaluation.holm_correction import with_holm_correction
 from quantlab.evaluation.manifest import check_unchanged, made_by, matrix_errors, read_manifest, tokens_per_expert
 from quantlab.evaluation.processes.artifact_cells import (
@@ -46,6 +47,7 @@ _DESCRIPTIVE_FIELDS = {
     "passes",
     "artifact",
     "command",
+    "engines",
 }  # fields that may change without changing a number
 _CELLS = {
     "quality": ("quantlab.evaluation.quality.measure",),
@@ -345,6 +347,7 @@ def _record(evaluation: _Evaluation, artifact: EvaluatedArtifact, found: Artifac
         tasks=tuple(found.tasks[number] for number in sorted(found.tasks)),
         attention=found.attention,
         matrix_errors=matrix_errors(manifest),
+        engines=read_verdicts(artifact.directory),
     )
 
 

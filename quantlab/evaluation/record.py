@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from quantlab.errors import ArtifactError
+from quantlab.evaluation.engines.verdict import EngineVerdict
 from quantlab.evaluation.measured import Frozen, Measured, Significance
 from quantlab.evaluation.memory.metrics import Memory
 from quantlab.evaluation.old_records import with_later_fields
@@ -231,6 +232,8 @@ class Record(Frozen):
     """Results for the suite's contexts; only in the baseline's record, None if the suite has no attention section."""
     matrix_errors: tuple[MatrixErrors, ...] = ()
     """Errors of the changed matrices, by layer and kind; empty if none was changed or the manifest does not state them."""
+    engines: tuple[EngineVerdict, ...] = ()
+    """Verdicts of other engines on the artifact and its exports, from its verdicts.json; empty if none was asked."""
 
 
 def read_record(path: Path) -> Record:

@@ -18,8 +18,9 @@ from torch import Tensor
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError
-from quantlab.exports.contents import contents_of
-from quantlab.exports.writers.dense import write as write_dense
+from quantlab.evaluation.engines.judged import EXPORT_NAME
+from quantlab.evaluation.engines.verdict import VERDICTS_NAME
+from quantlab.exports.writers.dense import write_expanded
 from quantlab.files import read_json
 from quantlab.formats.layouts import LAYOUTS
 from quantlab.formats.stored import StoredWeights
@@ -50,12 +51,15 @@ class Check:
 
 
 def verify(artifact: Path) -> Iterator[Check]:
-    """Check an artifact; yields the results one by one, cheap checks first.
+    """Check an artifact; yields the results one by one, cheap checks first. Of an export only the hashes: its engine judges it.
 
     Raises:
         ArtifactError: the directory is not a quantlab artifact, or its manifest is damaged.
         CheckpointError: its files cannot be read at all.
     """
+    if (artifact / EXPORT_NAME).is_file():
+        yield _check_hashes(artifact, read_json(artifact / EXPORT_NAME), EXPORT_NAME)
+        return
     manifest_path = artifact / "manifest.json"
     if not manifest_path.is_file():
         raise ArtifactError(
@@ -82,13 +86,13 @@ def verify(artifact: Path) -> Iterator[Check]:
     yield _check_finite(stored)
     with tempfile.TemporaryDirectory(prefix="quantlab-verify-") as directory:
         reference = Path(directory)
-        write_dense(stored, contents_of(stored), reference, lambda _: None)
+        write_expanded(stored, reference)
         expected = _logits_of_transformers(reference, checkpoint, dtype=_dtype_of(stored))
         yield _check_transformers(stored, checkpoint, expected)
         yield _check_runtime(artifact, reference, checkpoint, stored)
 
 
-def _check_hashes(artifact: Path, manifest: dict[str, Any]) -> Check:
+def _check_hashes(artifact: Path, manifest: dict[str, Any], manifest_name: str = "manifest.json") -> Check:
     problems, total = [], 0
     for name, record in manifest["files"].items():
         path = artifact / name
@@ -100,10 +104,12 @@ def _check_hashes(artifact: Path, manifest: dict[str, Any]) -> Check:
         if digest != record["sha256"]:
             problems.append(f"{name} was changed")
         total += record["bytes"]
-    known = {*manifest["files"], "manifest.json", "README.md"}  # every report rewrites the model card
+    known = {*manifest["files"], manifest_name, VERDICTS_NAME, "README.md"}  # every report rewrites the model card
     stored = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if not path.is_dir()}
     extra = sorted(stored - known)
-    problems += [f"{name} is not in the manifest" for name in extra]
+    problems += [
+        f"{name} is not in {'the manifest' if manifest_name == 'manifest.json' else manifest_name}" for name in extra
+    ]
     if problems:
         return Check("sha256 of every file", "failed", "; ".join(problems[:5]))
     return Check("sha256 of every file", "ok", f"{len(manifest['files'])} files, {total:,} bytes")

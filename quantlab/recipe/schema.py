@@ -30,6 +30,8 @@ from quantlab.recipe.algorithms import (
 )
 from quantlab.recipe.schemes import SCHEMES, FloatDtype, FormatName, SchemeName
 
+EngineName = Literal["transformers", "vllm", "llama.cpp", "gptqmodel", "onnxruntime", "sglang"]
+"""Programs that load artifacts and can judge them."""
 VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
 
 
@@ -293,6 +295,8 @@ class Evaluate(Strict):
     """Reference of all losses: `source`, the checkpoint at its native precision, or a variant."""
     claims: str | None = None
     """A file of eval/claims to check against the matrix; path relative to the recipe."""
+    verify: tuple[EngineName, ...] = ()
+    """Engines that load each artifact and must compute what quantlab's runtime computes; see `quantlab engines`."""
 
 
 class Recipe(Strict):

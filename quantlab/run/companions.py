@@ -18,6 +18,8 @@ _WRITTEN_ANEW: Final = frozenset({"config.json", INDEX_NAME})
 _REASONS: Final[Mapping[str, str]] = {
     "README.md": "the artifact has a model card of its own",
     "manifest.json": "the artifact has a manifest of its own",
+    "verdicts.json": "engines judged other weights",
+    "export.json": "it describes other files",
     "quantize_config.json": "it describes another quantization",
     "quant_config.json": "it describes another quantization",
     "hf_quant_config.json": "it describes another quantization",

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from quantlab.evaluation.measured import Measured
 from quantlab.evaluation.record import Attention
 from quantlab.report.matrix.columns import columns_of, unlisted_of
+from quantlab.report.matrix.engine_table import HEADING, has_verdicts, verdicts_of
 from quantlab.report.matrix.layer_maps import LAYER_MEASURES, in_order
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.row_verdicts import summary
@@ -50,6 +51,8 @@ def _lines(matrix: Matrix) -> list[Line]:
             "description": row.description,
             "failures": "; ".join(f"{failure.cell}: {failure.reason}" for failure in row.failures),
         }
+        if has_verdicts(matrix):
+            line[HEADING] = verdicts_of(row)
         lines.append(line)
     return lines
 

@@ -7,6 +7,7 @@ from quantlab.report.claims.table import claims_table
 from quantlab.report.matrix.attention_table import attention_table
 from quantlab.report.matrix.columns import Column, columns
 from quantlab.report.matrix.csv_file import to_csv
+from quantlab.report.matrix.engine_table import engine_table
 from quantlab.report.matrix.expert_map import SHARE_MARKS, SHARE_NAMES, heat_maps
 from quantlab.report.matrix.html_tables import HtmlTable, make_html_table
 from quantlab.report.matrix.layer_maps import LETTER_WIDTH, TILE_HEIGHT, TILE_WIDTH, group_maps, layer_maps, matrix_maps
@@ -40,6 +41,7 @@ def to_html(matrix: Matrix) -> str:
             group_maps=group_maps(matrix),
             matrix_maps=matrix_maps(matrix),
             attention=attention_table(matrix),
+            engines=engine_table(matrix),
             claims=claims_table(matrix),
             tile_size=(TILE_WIDTH, TILE_HEIGHT, LETTER_WIDTH),
             notes=(*served_warnings(matrix), *notes(matrix)),

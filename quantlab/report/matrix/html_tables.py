@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from quantlab.report.matrix.columns import Column
+from quantlab.report.matrix.engine_table import HEADING, has_verdicts, verdicts_of
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.row_verdicts import summary, verdicts
 from quantlab.report.matrix.rows import METRICS, Row, link_to, noise_of
@@ -49,6 +50,8 @@ class HtmlRow:
     filters: dict[str, str]
     """Values for the page's filter; only in the main table."""
     cells: tuple[HtmlCell, ...]
+    engines: str = ""
+    """Verdicts of other engines; only in the main table."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class HtmlTable:
     """n of each column."""
     lines: tuple[HtmlRow, ...]
     main: bool
+    engines: str = ""
+    """Head of the column of verdicts of other engines; empty without one."""
 
 
 def make_html_table(
@@ -99,6 +104,7 @@ def make_html_table(
                 lost="loss" in verdicts(row).values(),
                 filters=_filters(matrix, row) if name == "main" else {},
                 cells=tuple(_with_reasons([drawn[index] for drawn in by_column], shown)),
+                engines=verdicts_of(row) if name == "main" else "",
             )
         )
     return HtmlTable(
@@ -109,6 +115,7 @@ def make_html_table(
         tuple(counts(matrix, column) for column in shown),
         tuple(lines),
         main=name == "main",
+        engines=HEADING if name == "main" and has_verdicts(matrix) else "",
     )
 
 

@@ -5,6 +5,7 @@ import re
 from quantlab.report.claims.table import claims_table
 from quantlab.report.matrix.attention_table import attention_table
 from quantlab.report.matrix.columns import GROUPS, Column, columns
+from quantlab.report.matrix.engine_table import HEADING, MEANING, EngineTable, engine_table, has_verdicts, verdicts_of
 from quantlab.report.matrix.layer_maps import layer_maps
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.recommend import RULES, recommend
@@ -32,11 +33,13 @@ def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
             if any(column.group == group for column in rest)
         ),
         *_attention(matrix),
+        *_engines(matrix),
         *_layers(matrix),
         *_claims(matrix),
         "## How to read this",
         "\n".join(f"- {escaped(note)}" for note in (*served_warnings(matrix), *notes(matrix))),
-        "\n".join(f"- **{escaped(column.heading)}:** {escaped(column.meaning)}" for column in every),
+        "\n".join(f"- **{escaped(column.heading)}:** {escaped(column.meaning)}" for column in every)
+        + (f"\n- **{HEADING}:** {escaped(MEANING)}" if has_verdicts(matrix) else ""),
         "\n".join(
             f"- **{goal.capitalize()} is recommended by this rule:** {escaped(rule)}" for goal, rule in RULES.items()
         ),
@@ -48,23 +51,26 @@ def to_markdown(matrix: Matrix, *, with_plot: bool) -> str:
 
 
 def _table(matrix: Matrix, shown: list[Column], *, with_description: bool = False) -> str:
+    engines = [HEADING] if with_description and has_verdicts(matrix) else []
+    texts = [*(["verdict", "passes"] if with_description else []), *engines]
     heads = [
         "variant",
         *(column.heading + (f" ({column.timed})" if column.timed else "") for column in shown),
-        *(["verdict", "passes"] if with_description else []),
+        *texts,
     ]
     lines = [
         table_line([escaped(head) for head in heads]),
-        table_line(["---", *("---:" for _ in shown), *(["---", "---"] if with_description else [])]),
+        table_line(["---", *("---:" for _ in shown), *("---" for _ in texts)]),
     ]
     for row in matrix.rows:
         told: set[str] = set()
         cells = [_text(cell(matrix, row, column), column, told) for column in shown]
         told_of = [escaped(summary(row) or "–"), escaped(row.description)] if with_description else []
+        told_of += [escaped(verdicts_of(row) or "–") for _ in engines]
         lines.append(table_line([_variant(matrix, row), *cells, *told_of]))
     rests_on = [counts(matrix, column) or "–" for column in shown]
     if any(count != "–" for count in rests_on):
-        lines.append(table_line(["*n*", *rests_on, *(["", ""] if with_description else [])]))
+        lines.append(table_line(["*n*", *rests_on, *("" for _ in texts)]))
     return "\n".join(lines)
 
 
@@ -98,6 +104,34 @@ def _attention(matrix: Matrix) -> list[str]:
         cells = (line.reason, *("–" for _ in line.cells[1:])) if line.reason else line.cells
         lines.append(table_line([f"`{line.implementation}`", line.context, *(escaped(text) for text in cells)]))
     return [f"### {table.title}", "\n".join(lines), escaped(table.note)]
+
+
+def _engines(matrix: Matrix) -> list[str]:
+    """The section on other engines; empty if none judged an artifact."""
+    table = engine_table(matrix)
+    if table is None:
+        return []
+    return [f"### {table.title}", engine_lines(table), engine_details(table)]
+
+
+def engine_lines(table: EngineTable) -> str:
+    """The verdicts of engines and their numbers."""
+    lines = [table_line(list(table.heads)), table_line(["---", "---", "---", *("---:" for _ in table.heads[3:])])]
+    for line in table.lines:
+        lines.append(
+            table_line([code(line.variant), escaped(line.engine), f"**{line.verdict}**", *map(escaped, line.numbers)])
+        )
+    return "\n".join(lines)
+
+
+def engine_details(table: EngineTable) -> str:
+    """Reason, criterion and further facts of every verdict, as a list."""
+    return "\n".join(
+        f"- {code(line.variant)}, {escaped(line.engine)}: **{line.verdict}**"
+        + (f", {escaped(line.reason)}" if line.reason else "")
+        + "".join(f"\n  - {escaped(text)}" for text in line.details)
+        for line in table.lines
+    )
 
 
 def _layers(matrix: Matrix) -> list[str]:

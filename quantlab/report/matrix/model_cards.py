@@ -10,6 +10,7 @@ from pathlib import Path
 
 from quantlab.evaluation.speed.metrics import TIMED_WORDS
 from quantlab.report.matrix.columns import columns
+from quantlab.report.matrix.engine_table import NUMBERS, engine_line
 from quantlab.report.matrix.markdown import cell_text, escaped, table_line
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.row_verdicts import summary
@@ -38,6 +39,24 @@ def _hashes_its_card(artifact: Path) -> bool:
     return not manifest.is_file() or "README.md" in json.loads(manifest.read_bytes()).get("files", {})
 
 
+def _engines(row: Row) -> list[str]:
+    """The verdicts of other engines; empty if there are none."""
+    if not row.record.engines:
+        return []
+    lines = [
+        table_line(["engine", "verdict", "rms, nats", "top-1 %", "why"]),
+        table_line(["---", "---", "---:", "---:", "---"]),
+    ]
+    for found in row.record.engines:
+        line = engine_line(row, found)
+        numbers = dict(zip(NUMBERS, line.numbers, strict=True))
+        why = escaped(line.reason or found.criterion)
+        lines.append(
+            table_line([escaped(line.engine), f"**{line.verdict}**", numbers["rms, nats"], numbers["top-1 %"], why])
+        )
+    return ["", *lines]
+
+
 def measured_section(matrix: Matrix, row: Row) -> str:
     """The row of the matrix as Markdown, one number per line."""
     lines = [table_line(["number", "value (95 % interval)", "n"]), table_line(["---", "---:", "---:"])]
@@ -55,5 +74,6 @@ def measured_section(matrix: Matrix, row: Row) -> str:
         + " ".join(escaped(note) for note in notes(matrix)[:1]),
         *([f"Speed: {TIMED_WORDS[row.speed.timed].head}, {escaped(row.speed.twin)}."] if row.speed else []),
         *(f"Not measured: {failure.cell}: {escaped(failure.reason)}" for failure in row.failures),
+        *_engines(row),
     ]
     return "\n".join(about) + "\n"

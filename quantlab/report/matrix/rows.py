@@ -149,6 +149,8 @@ def row_as_json(row: Row, rows: Sequence[Row]) -> dict[str, object]:
     flat["tasks"] = [task.model_dump(exclude={"document_items", "document_scores"}) for task in record.tasks]
     for name in ("tokens_per_expert", "matrix_errors", "failures", "versions"):
         flat[name] = getattr(record, name)
+    if any(other.record.engines for other in rows):
+        flat["engines"] = record.engines
     return flat
 
 

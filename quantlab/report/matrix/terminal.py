@@ -12,6 +12,7 @@ from rich.text import Text
 from quantlab.report.claims.table import ClaimsTable, claims_table
 from quantlab.report.matrix.attention_table import AttentionTable, attention_table
 from quantlab.report.matrix.columns import Column, columns
+from quantlab.report.matrix.engine_table import HEADING, engine_table, has_verdicts, verdicts_of
 from quantlab.report.matrix.layer_maps import layer_maps
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.recommend import recommend
@@ -46,6 +47,12 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
         )
     for sentence in (sentence for found in layer_maps(matrix) for sentence in found.sentences):
         _print_labelled("layers", sentence, console, label_style="bold red")
+    verdicts = engine_table(matrix)
+    for line in verdicts.lines if verdicts else ():
+        if line.mood != "good":
+            text = f"{line.variant}: {line.engine} {line.verdict}: {line.reason}"
+            style = "bold red" if line.mood == "bad" else "bold yellow"
+            _print_labelled("engine", text, console, label_style=style)
     for warning in served_warnings(matrix):
         _print_labelled("served", warning, console, label_style="bold red")
     for failure in failures(matrix):
@@ -95,8 +102,12 @@ def _table(matrix: Matrix, shown: Sequence[Column], console: Console) -> Table:
             no_wrap=True,
             style=None if column.is_headline else "dim",
         )
+    engines = has_verdicts(matrix) and any(column.is_headline for column in shown)
+    if engines:
+        table.add_column(f"\n{HEADING}", overflow="fold")
     for row in matrix.rows:
         cells = [_text(cell(matrix, row, column), column, console) for column in shown]
+        cells += [Text(in_encoding(console, verdicts_of(row) or "–"))] * engines
         table.add_row(Text(row.variant, style="italic" if row.variant == matrix.baseline else ""), *cells)
     return table
 

@@ -1,0 +1,145 @@
+"""When an engine agrees with quantlab's runtime: the criteria, by dtype and scheme.
+
+- **Weights alone are quantized.** Both programs compute the same function, so only the order of float32 sums may differ: root mean
+  square (rms) of the differences at most 1e-4 nats. Integers times scales may be rounded to the 16 bits of the scales, as quantlab's
+  runtime does, or kept in float32: the nearer one is the reference, and the verdict says which. In 16 bits an engine differs from
+  float32 by its rounding alone, which the source model in the same engine and dtype measures: at most 1.5 times that.
+- **Activations are rounded** (int8). No two programs agree token by token: a value that rounds the other way is a whole step, and
+  all later layers see it. So the means must be equal within their interval, the rms at most 1.5 times what rounding activations itself
+  changes, and single linears must be equal to float rounding from the same inputs (`layers.py`), which finds what means hide.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantlab.evaluation.engines.layers import bound
+from quantlab.evaluation.engines.process import EngineResult
+from quantlab.evaluation.engines.text import JudgedText
+from quantlab.evaluation.engines.verdict import Outcome, SingleLayer
+from quantlab.evaluation.measured import Measured
+from quantlab.evaluation.statistics import Floats, resample
+
+FLOAT32_RMS: Final = 1e-4
+"""Nats. Seen between right programs: 1e-5."""
+NOISE_FACTOR: Final = 1.5
+SOURCE_FACTOR: Final = 4.0
+"""An engine computes the source model wrongly above this multiple of the rounding of quantlab's runtime in the same dtype."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How an engine's results differ from the reference.
+
+    Attributes:
+        mean: of the differences of the negative log-likelihoods, nats per token, with its interval over texts.
+        rms: their root mean square.
+        top1: share of tokens with the same most likely token.
+        greedy: share of greedy tokens before the first that differs, mean over prompts; None if none were decoded.
+    """
+
+    mean: Measured
+    rms: float
+    top1: float
+    greedy: float | None
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a criterion rests on.
+
+    Attributes:
+        dtype: the dtype that the engine computed in.
+        rounding_rms: rms that the dtype's rounding explains, nats; None in float32.
+        rounding_of: what `rounding_rms` was measured on.
+        activation_rms: rms that rounding activations explains, nats; None if they are not rounded.
+        layers_wanted: whether single linears must be compared.
+    """
+
+    dtype: str
+    rounding_rms: float | None = None
+    rounding_of: str = ""
+    activation_rms: float | None = None
+    layers_wanted: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether only the order of float32 sums may differ."""
+        return self.rounding_rms is None and self.activation_rms is None
+
+
+def differences(result: EngineResult, nll: Floats, top: NDArray[np.int64], text: JudgedText) -> Differences:
+    """Compare an engine's finite results with the reference.
+
+    Args:
+        result: of the engine.
+        nll: negative log-likelihoods of the reference [N].
+        top: its most likely tokens [N].
+        text: the texts that both computed.
+    """
+    difference = result.nll - nll
+    ends = np.cumsum(text.lengths)[:-1]
+    table = np.array([[part.sum(), len(part)] for part in np.split(difference, ends)])
+    mean = resample(table, text.strata).measure(lambda sums: sums[..., 0] / sums[..., 1], n=len(difference))
+    return Differences(mean, rms(difference), float((result.top == top).mean()), None)
+
+
+def rms(difference: Floats) -> float:
+    """Root mean square."""
+    return float(np.sqrt(np.mean(np.square(difference))))
+
+
+def greedy_agreement(found: NDArray[np.int64], expected: NDArray[np.int64]) -> float:
+    """Share of tokens before the first that differs [P, G], mean over prompts; -1 ends a continuation."""
+    shares = []
+    for mine, theirs in zip(found, expected, strict=True):
+        ended = np.flatnonzero((mine < 0) | (theirs < 0))
+        length = int(ended[0]) if len(ended) else len(mine)
+        unequal = np.flatnonzero(mine[:length] != theirs[:length])
+        shares.append(1.0 if not length else (int(unequal[0]) if len(unequal) else length) / length)
+    return float(np.mean(shares))
+
+
+def criterion(ground: Ground) -> tuple[float, str]:
+    """The bound on the rms in nats, and the criterion in words."""
+    if ground.activation_rms is not None:
+        noise = max(ground.activation_rms, ground.rounding_rms or 0.0)
+        words = (
+            f"activations are rounded: mean difference 0 within its interval, rms at most {NOISE_FACTOR} × {noise:.2g} nats "
+            f"({'what rounding them changes' if noise == ground.activation_rms else ground.rounding_of})"
+        )
+        layers = f", single linears equal from the same inputs (median over tokens at most {bound(ground.dtype):.1g})"
+        return NOISE_FACTOR * noise, words + (layers if ground.layers_wanted else "; no single linear was compared")
+    if ground.rounding_rms is not None:
+        words = f"rms at most {NOISE_FACTOR} × {ground.rounding_rms:.2g} nats ({ground.rounding_of}, {ground.dtype})"
+        return NOISE_FACTOR * ground.rounding_rms, words
+    return FLOAT32_RMS, f"rms at most {FLOAT32_RMS:g} nats ({ground.dtype})"
+
+
+def outcome(ground: Ground, found: Differences, layers: tuple[SingleLayer, ...]) -> tuple[Outcome, str]:
+    """The verdict on finite results, and the reasons where it is not `agrees`."""
+    most, _ = criterion(ground)
+    reasons = []
+    if ground.activation_rms is not None:
+        if not found.mean.low <= 0 <= found.mean.high:
+            mean = found.mean
+            reasons.append(f"mean difference {mean.value:+.4g} nats ({mean.low:.4g} to {mean.high:.4g})")
+        unequal = [layer for layer in layers if layer.difference > bound(ground.dtype)]
+        if unequal:
+            reasons.append(_unequal(unequal, len(layers)))
+    if not found.rms <= most:
+        reasons.append(f"rms {found.rms:.3g} nats, at most {most:.3g} are explained")
+    if reasons:
+        return "differs", "; ".join(reasons)
+    if ground.layers_wanted and not layers:
+        return "not here", "the engine's script returned no single linear, and means alone would hide a wrong rule"
+    return "agrees", ""
+
+
+def _unequal(layers: list[SingleLayer], count: int) -> str:
+    worst = max(layers, key=lambda layer: layer.difference)
+    rules = sorted({layer.rule for layer in layers})
+    how = f"the engine's rule is: {', '.join(rules)}" if all(rules) else "no known rule explains it"
+    return f"{len(layers)} of {count} single linears differ, {worst.module} by {worst.difference:.2g}; {how}"

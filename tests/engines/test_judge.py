@@ -1,0 +1,240 @@
+"""Verdicts: fake engines whose answers are known, and transformers on tiny models of every family and scheme."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantlab.errors import ArtifactError, EvaluationError
+from quantlab.evaluation.engines import engine as engines
+from quantlab.evaluation.engines.engine import ENGINES, Engine
+from quantlab.evaluation.engines.judge import Judge, Judging, Sources
+from quantlab.evaluation.engines.judged import find_source, judged_of
+from quantlab.evaluation.engines.layers import ABSMAX_127_5, stored_weights
+from quantlab.evaluation.engines.own import rounded
+from quantlab.evaluation.engines.record_verdicts import judge_directory
+from quantlab.evaluation.engines.verdict import EngineVerdict, manifest_sha256, read_verdicts, write_verdict
+from quantlab.exports.writers.dense import write_expanded
+from tests.engines.conftest import ANSWER, WRITE
+from tests.evaluation.test_verify import make
+
+SMALL = Judging(tokens=120, greedy_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = make(checkpoints["llama"], "  w4a16: [{quantize: int4_g128}]\n", tmp_path_factory.mktemp("judged"))
+    return directory.artifact("w4a16")
+
+
+@pytest.fixture(scope="module")
+def judge(artifact: Path, checkpoints: dict[str, Path]) -> Judge:
+    """A judge that computes the artifact once for all fake engines."""
+    return Judge(judged_of(artifact), replace(SMALL, pythons={"vllm": Path(sys.executable)}))
+
+
+@pytest.fixture
+def answer(
+    judge: Judge, fake: Callable[[str], Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., EngineVerdict]:
+    """The verdict on a fake vllm that answers what quantlab's runtime computes, changed by some lines of Python."""
+
+    def ask(change: str) -> EngineVerdict:
+        own = judge._own
+        np.savez(tmp_path / "own.npz", nll=own.nll, top=own.top, greedy=own.greedy)
+        right = f"own = np.load({str(tmp_path / 'own.npz')!r})\ntensors = {{'nll': own['nll'].astype(np.float32), 'top': own['top'], 'greedy': own['greedy']}}\n"
+        engine = replace(fake(ANSWER + right + change + WRITE), name="vllm", seconds=300.0)
+        monkeypatch.setitem(engines.ENGINES, "vllm", engine)
+        return judge.verdict("vllm")
+
+    return ask
+
+
+def test_answers_and_their_verdicts(answer: Callable[..., EngineVerdict]) -> None:
+    same = answer("")
+    assert (same.verdict, same.reason) == ("agrees", "")
+    assert same.nll_rms is not None
+    assert same.nll_rms < 1e-6
+    assert (same.top1_agreement, same.greedy_agreement) == (1.0, 1.0)
+    assert "rms at most 0.0001 nats (float32)" in same.criterion
+
+    far = answer("tensors['nll'] += np.float32(0.01)\n")
+    assert far.verdict == "differs"
+    assert far.nll_difference is not None
+    assert far.nll_difference.value == pytest.approx(0.01, rel=1e-3)
+    assert "rms 0.01 nats" in far.reason
+
+    nan = answer("tensors['nll'][3] = np.nan\n")
+    assert (nan.verdict, nan.nll_rms) == ("differs", None)
+    assert nan.reason.startswith("1 of ")
+
+    missing = answer("report['missing'] = ['model.norm.weight', 'lm_head.weight']\n")
+    assert missing.verdict == "differs"
+    assert missing.reason == "2 parameters have no tensor, the first is model.norm.weight"
+
+    greedy = answer("tensors['greedy'][:, 1] += 1\n")
+    assert greedy.greedy_agreement == 0.5
+    ended = answer("tensors['greedy'][:, 1] = -1\n")
+    assert ended.greedy_agreement == 1.0
+
+    left = answer("report['unquantized'] = ['model.layers.0.self_attn.qkv_proj', 'lm_head']\n")
+    assert left.left_unquantized == ("model.layers.0.self_attn.qkv_proj",)
+    replaced = answer("report['replaced'] = ['int4 products']; report['notes'] = ['n']\n")
+    assert replaced.replaced == ("int4 products",)
+
+    refused = answer("raise ValueError('no int4')\n")
+    assert (refused.verdict, refused.reason) == ("refuses", "ValueError: no int4")
+    rounding = answer(
+        "report['dtype'] = 'bfloat16'; tensors['nll'] += np.random.default_rng(0).normal(0, 1e-3, len(tensors['nll'])).astype(np.float32)\n"
+    )
+    assert rounding.verdict == "agrees"
+    assert "bfloat16" in rounding.criterion
+
+
+def test_what_cannot_be_asked_is_not_here(artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    judge = Judge(judged_of(artifact), replace(SMALL, rules=lambda name, _: f"{name} reads it"))
+    for name, reason in (
+        ("vllm", "there is no environment: `quantlab engines install vllm`, --engine-python, or QUANTLAB_VLLM_PYTHON"),
+        ("llama.cpp", "llama.cpp reads gguf, and this is compressed-tensors: write it with `quantlab export --format`"),
+        ("sglang", "by its rules, not run: sglang reads it"),
+    ):
+        found = judge.verdict(name)
+        assert (found.verdict, found.reason) == ("not here", reason)
+    without = replace(ENGINES["vllm"], package="a-package-that-is-not-there")
+    monkeypatch.setitem(engines.ENGINES, "vllm", without)
+    found = Judge(judged_of(artifact), replace(SMALL, pythons={"vllm": Path(sys.executable)})).verdict("vllm")
+    assert "has no a-package-that-is-not-there" in found.reason
+
+
+def test_an_engine_that_computes_the_source_wrongly_gives_no_verdict(
+    artifact: Path, checkpoints: dict[str, Path], fake: Callable[[str], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engines.ENGINES, "vllm", replace(fake(ANSWER + WRITE), name="vllm"))
+    how = replace(SMALL, pythons={"vllm": Path(sys.executable)}, source=checkpoints["llama"])
+    found = Judge(judged_of(artifact), how).verdict("vllm")
+    assert found.verdict == "not here"
+    assert "computes the source model itself wrongly on this machine: mean nll 2.000 instead of" in found.reason
+
+
+def test_verdicts_are_kept_for_one_manifest(artifact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "artifact"
+    shutil.copytree(artifact, copy)
+    first = EngineVerdict(engine="vllm", format="compressed-tensors", verdict="refuses", reason="r")
+    write_verdict(copy, first)
+    write_verdict(copy, first.model_copy(update={"format": "dense"}))
+    assert write_verdict(copy, first.model_copy(update={"verdict": "agrees"})) == read_verdicts(copy)
+    assert [(one.format, one.verdict) for one in read_verdicts(copy)] == [
+        ("compressed-tensors", "agrees"),
+        ("dense", "refuses"),
+    ]
+    (copy / "manifest.json").write_bytes((copy / "manifest.json").read_bytes() + b"\n")
+    assert read_verdicts(copy) == ()
+    (copy / "verdicts.json").write_text('{"verdicts": 1}')
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_verdicts(copy)
+
+
+def test_the_source_is_found_by_its_fingerprint(artifact: Path, checkpoints: dict[str, Path]) -> None:
+    assert find_source(artifact) == checkpoints["llama"].resolve()
+    assert find_source(artifact, checkpoints["llama"]) == checkpoints["llama"]
+    with pytest.raises(EvaluationError, match="made from another model"):
+        find_source(artifact, checkpoints["qwen2"])
+
+
+def test_inputs_are_rounded_by_groups() -> None:
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    expected = torch.empty_like(x)
+    for row in range(3):
+        for start in (0, 32):
+            part = x[row, start : start + 32]
+            scale = part.abs().max() / 127
+            expected[row, start : start + 32] = (part / scale).round() * scale
+    assert torch.equal(rounded(x, 127.0, group=32), expected)
+
+
+def dense_export(artifact: Path, directory: Path) -> Path:
+    """A dense export, as another program would write it."""
+    directory.mkdir()
+    write_expanded(stored_weights(artifact), directory)
+    about = {
+        "format": "dense",
+        "artifact": str(artifact),
+        "artifact_manifest_sha256": manifest_sha256(artifact),
+        "files": {},
+    }
+    (directory / "export.json").write_text(json.dumps(about))
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_an_export_agrees_with_its_artifact_and_a_tampered_one_differs(artifact: Path, tmp_path: Path) -> None:
+    export = dense_export(artifact, tmp_path / "dense")
+    (found,) = judge_directory(export, ("transformers",), SMALL)
+    assert (found.verdict, found.format, found.reason) == ("agrees", "dense", "")
+    assert found.export_sha256
+    assert read_verdicts(artifact) == (found,)
+    shard = next(
+        path for path in export.glob("*.safetensors") if any("layers.1.mlp.up_proj" in name for name in load_file(path))
+    )
+    save_file({name: 1.01 * tensor for name, tensor in load_file(shard).items()}, shard)
+    (found,) = judge_directory(export, ("transformers",), SMALL)
+    assert found.verdict == "differs"
+    index = json.loads((export / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != shard.name}
+    (export / "model.safetensors.index.json").write_text(json.dumps(index))
+    (found,) = judge_directory(export, ("transformers",), SMALL)
+    assert (found.verdict, found.missing) == ("differs", ("model.layers.1.mlp.up_proj.weight",))
+    (artifact / "verdicts.json").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("family", "variants"),
+    [
+        ("llama", {"fp16": "{cast: float16}", "w4a16": "{quantize: int4_g128}", "int8": "{quantize: int8}"}),
+        ("qwen2", {"w4a16": "{quantize: int4_g64}"}),
+        ("qwen3", {"int8_weight": "{quantize: int8_weight}"}),
+        ("deepseek_v2", {"w4a16": "{quantize: int4_g128}"}),
+        (
+            "deepseek_v3",
+            {
+                "int8": "{quantize: int8}",
+                "w4a16-experts": "{quantize: int4_g128, targets: [routed_experts]}",
+            },
+        ),
+    ],
+)
+def test_transformers_judges_every_family_and_scheme(
+    family: str, variants: dict[str, str], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = "".join(f"  {name}: [{step}]\n" for name, step in variants.items())
+    directory, sources = make(checkpoints[family], recipe, tmp_path), Sources()
+    for variant in variants:
+        how = replace(SMALL, source=checkpoints[family])
+        found = Judge(judged_of(directory.artifact(variant)), how, sources).verdict("transformers")
+        assert found.source_nll_rms is not None, found.source_note
+        assert found.source_nll_rms < 1e-4
+        assert not found.missing
+        assert not found.left_unquantized
+        if variant != "int8":
+            assert (found.verdict, found.top1_agreement) == ("agrees", 1.0), found.reason
+            assert bool(found.weights) == (variant != "fp16" and "deepseek" not in family)
+        elif family == "deepseek_v3":
+            assert found.verdict == "refuses", "transformers 5 reads no int8 experts"
+        else:  # its rule for rounding activations is another one, which mean and rms hide
+            assert found.verdict == "differs"
+            assert {layer.rule for layer in found.layers} == {ABSMAX_127_5}
+            assert found.layers[0].module.endswith("o_proj")
+            assert ABSMAX_127_5 in found.reason
+            assert found.activation_rms is not None
