@@ -91,7 +91,7 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the plan of a recipe, from headers alone: sizes, memory, the outcome of every tensor, serving rules."""
+    """Show the plan of a recipe, from headers alone: sizes, memory, the outcome of every tensor, rules of engines."""
     _, compiled = _compile(recipe)
     names = [variant.name for variant in compiled.variants]
     if ledger is not None and ledger not in names:
@@ -104,6 +104,7 @@ def plan(
     _out.print(show.checkpoint_table(survey(compiled.checkpoint, compiled.architecture)))
     _out.print(show.plan_table(compiled))
     _out.print(show.outcome_table(compiled))
+    _out.print(show.rules_table(compiled))
     for variant in compiled.variants:
         for note in variant.notes:
             _out.print(f"{variant.name}: {note}", highlight=False, markup=False)

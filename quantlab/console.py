@@ -12,6 +12,7 @@ from rich.text import Text
 
 from quantlab.errors import QuantlabError
 from quantlab.evaluation.engines.verdict import EngineVerdict
+from quantlab.formats.engine_rules.rule import Verdict
 from quantlab.plan.model import Outcome, Plan, VariantPlan
 from quantlab.plan.source import SourceWeight
 
@@ -176,6 +177,22 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def rules_table(plan: Plan) -> Table:
+    """What the rules of engines say about every variant; engines of which they say the same share a row."""
+    table = Table(title="Engines, by their rules: read in their sources, not run", title_justify="left")
+    table.add_column("variant", style="bold", no_wrap=True)
+    table.add_column("engine")
+    table.add_column("verdict")
+    for variant in plan.variants:
+        engines: dict[str, list[str]] = defaultdict(list)
+        for verdict in variant.engines:
+            engines[verdict.text].append(verdict.engine.label)
+        for index, (text, labels) in enumerate(engines.items()):
+            table.add_row("" if index else variant.name, Text(", ".join(labels)), Text(text))
+        table.add_section()
+    return table
+
+
 def outcome_table(plan: Plan) -> Table:
     """Source tensors by outcome, one row per variant."""
     table = Table(title="Tensors by outcome", title_justify="left")
@@ -220,9 +237,39 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "tensor_parallel": list(variant.tensor_parallel),
                 "ledger": ledger_counts(variant),
                 "shards": sum(len(block.shards) for block in variant.blocks),
+                "engines": [verdict_json(verdict) for verdict in variant.engines],
                 "notes": list(variant.notes),
                 "exports": list(variant.exports),
             }
             for variant in plan.variants
+        ],
+    }
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """What the rules of an engine say, as JSON values."""
+    engine = verdict.engine
+    return {
+        "engine": engine.name,
+        "version": engine.version,
+        "run": False,
+        "reads_method": verdict.reads_method,
+        "prevented": verdict.prevented,
+        "verdict": verdict.text,
+        "objections": [
+            {
+                "rule": one.rule.name,
+                "kind": one.rule.kind,
+                "text": one.rule.text,
+                "where": one.finding.subject,
+                "found": one.finding.found,
+                "seen": one.rule.seen,
+                "source": {
+                    "repository": engine.repository,
+                    "file": one.rule.file,
+                    "version": one.rule.version or engine.version,
+                },
+            }
+            for one in verdict.objections
         ],
     }

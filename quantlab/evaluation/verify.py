@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError
@@ -22,7 +23,8 @@ from quantlab.evaluation.engines.judged import EXPORT_NAME
 from quantlab.evaluation.engines.verdict import VERDICTS_NAME
 from quantlab.exports.writers.dense import write_expanded
 from quantlab.files import read_json
-from quantlab.formats.layouts import LAYOUTS
+from quantlab.formats.engine_rules.rule import PREVENTS, HeldModel, HeldWeight, method_of
+from quantlab.formats.engine_rules.table import verdict_of
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT8
@@ -178,13 +180,12 @@ def _dtype_of(stored: StoredWeights) -> torch.dtype | Literal["auto"]:
 
 def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected: Tensor) -> Check:
     name = "transformers loads it, logits equal to the dequantized reference"
-    held = [one for one in map(stored.stored, stored.names()) if one is not None]
-    for one in held:
-        experts = ".mlp.experts." in one.numbers.name
-        reason = LAYOUTS[one.layout].transformers_refuses(one.number, one.shape, experts=experts)
-        if reason is not None:
-            return Check(name, "not applicable", f"transformers 5 cannot load {reason}")
-    expand = any(one.number.activations or not one.number.symmetric for one in held)
+    judged = verdict_of("transformers", _held(stored, checkpoint))
+    if judged.prevented:
+        reasons = "; ".join(one.rule.text for one in judged.objections if one.rule.kind in PREVENTS)
+        return Check(name, "not applicable", f"transformers {reasons}")
+    formats = stored.description.formats if stored.description is not None else ()
+    expand = any(number.activations or not number.symmetric for number in formats)
     try:
         logits = _logits_of_transformers(
             checkpoint.directory,
@@ -197,6 +198,20 @@ def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected:
     difference = (logits - expected).abs().max().item()
     verdict: Literal["ok", "failed"] = "ok" if difference == 0 else "failed"
     return Check(name, verdict, f"largest logit difference {difference:.3g}")
+
+
+def _held(stored: StoredWeights, checkpoint: Checkpoint) -> HeldModel:
+    """The artifact as engine rules know it."""
+    architecture, layers = detect(checkpoint.config), checkpoint.config["num_hidden_layers"]
+    weights = []
+    for name in stored.names():
+        tensor = architecture.classify(name, hidden_layers=layers)
+        one = stored.stored(name)
+        if one is None:
+            weights.append(HeldWeight(tensor, checkpoint.tensors[name].shape, None, "dense"))
+        else:
+            weights.append(HeldWeight(tensor, one.shape, one.number, one.layout))
+    return HeldModel(architecture.class_name, method_of(weights), tuple(weights))
 
 
 def _with_int8_activations(stored: StoredWeights) -> list[str]:

@@ -23,10 +23,6 @@ class PackQuantized:
             return "zero points are supported for int4 only"
         return _inexpressible(number)
 
-    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
-        """See `Layout`."""
-        return "experts with zero points" if experts and not number.symmetric else None
-
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
     ) -> tuple[StoredTensor, ...]:
@@ -54,10 +50,6 @@ class IntQuantized:
         """Why the layout cannot store a format, None if it can."""
         return _inexpressible(number) if number.symmetric else "zero points are supported for packed integers only"
 
-    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
-        """See `Layout`."""
-        return "int8 experts with quantized activations" if experts and number.activations else None
-
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
     ) -> tuple[StoredTensor, ...]:
@@ -79,10 +71,6 @@ class FloatQuantized:
         if number.element != E4M3:
             return f"{number.element} is not {E4M3}"
         return None if number.symmetric else "floating-point formats have no zero points"
-
-    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
-        """See `Layout`."""
-        return None
 
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str

@@ -40,11 +40,6 @@ class Fp8BlocksLayout:
             return "scales must belong to blocks of several rows and columns"
         return None if number.scale == "F32" else "scales must be float32"
 
-    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
-        """See `Layout`."""
-        sizes = zip(shape, number.shard, strict=True)  # transformers derives the block size from the shapes
-        return "ragged FP8 blocks" if any(size > whole and size % whole for size, whole in sizes) else None
-
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
     ) -> tuple[StoredTensor, ...]:

@@ -53,10 +53,6 @@ class Gptq:
             return f"scales must belong to rows, or to groups of {', '.join(str(size) for size in _GROUP_SIZES if size)} columns"
         return None
 
-    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
-        """See `Layout`."""
-        return "GPTQ without optimum and gptqmodel"
-
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
     ) -> tuple[StoredTensor, ...]:

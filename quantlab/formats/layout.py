@@ -38,9 +38,6 @@ class Layout(Protocol):
     def can_express(self, number: NumberFormat) -> str | None:
         """Why the layout cannot store a format, None if it can."""
 
-    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
-        """Why transformers 5 cannot load a weight [N, K] (`experts`: of routed experts); None if it can."""
-
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str
     ) -> tuple[StoredTensor, ...]:
@@ -151,10 +148,6 @@ class Dense:
     def can_express(self, number: NumberFormat) -> str | None:
         """Why the layout cannot store a format, None if it can."""
         return f"{number.name} has scales, which a plain tensor has no place for"
-
-    def transformers_refuses(self, number: NumberFormat, shape: tuple[int, int], *, experts: bool) -> str | None:
-        """See `Layout`."""
-        return None
 
     def stored_tensors(
         self, name: str, shape: tuple[int, ...], number: NumberFormat | None, dtype: str

@@ -14,6 +14,7 @@ from quantlab.checkpoint.index import Checkpoint
 from quantlab.checkpoint.tied import check_tied_head
 from quantlab.errors import PlanError
 from quantlab.formats.dtype import dtype_of, dtype_of_weights
+from quantlab.formats.engine_rules.table import verdicts
 from quantlab.formats.layouts import LAYOUTS
 from quantlab.formats.understood import understood
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
@@ -21,7 +22,7 @@ from quantlab.plan.exports import check_exports
 from quantlab.plan.folds import check_folds_of_fewer_experts, fold_notes, mark_folds
 from quantlab.plan.memory import calibrated_peak_memory, peak_memory
 from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, VariantPlan
-from quantlab.plan.serving import check_serving_rules, serving_notes, tensor_parallel_sizes
+from quantlab.plan.serving import check_serving_rules, held_model, serving_notes, tensor_parallel_sizes
 from quantlab.plan.source import FLOATING, SourceWeight, survey
 from quantlab.recipe.algorithms import ExpertRemoval, Rtn
 from quantlab.recipe.schema import Calibration, Cast, NOfM, Prune, Quantize, Recipe, Variant
@@ -135,7 +136,8 @@ def _plan_variant(
     if removal is not None and calibration is not None and calibration.propagate == "quantized":
         check_folds_of_fewer_experts(steps, variant=name)
     stored = [step for step in steps if step.outputs]
-    check_serving_rules(stored, variant=name)
+    model = held_model(stored, architecture)
+    check_serving_rules(stored, model, variant=name)
     return VariantPlan(
         name=name,
         description=describe(passes),
@@ -148,6 +150,7 @@ def _plan_variant(
         recipe_key=hashlib.sha256(f"{LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),
         peak_memory_bytes=calibrated_peak_memory(steps, calibration) if calibration else peak_memory(steps),
         tensor_parallel=tensor_parallel_sizes(stored, heads=config["num_attention_heads"]),
+        engines=verdicts(model),
         notes=(*serving_notes(stored), *fold_notes(steps), *removal_notes(steps, kept=kept)),
         exports=wanted.format,
     )

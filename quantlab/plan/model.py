@@ -7,6 +7,7 @@ from typing import Literal
 from quantlab.architectures.architecture import Architecture, ModelTensor
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.checkpoint.index import Checkpoint
+from quantlab.formats.engine_rules.rule import Verdict
 from quantlab.formats.layout import StoredTensor, stored_bytes
 from quantlab.recipe.algorithms import ExpertRemoval, Gptq
 from quantlab.recipe.schema import Calibration, Prune, Quantize
@@ -137,6 +138,7 @@ class VariantPlan:
             rest that the artifact depends on: code, libraries and device.
         peak_memory_bytes: estimate of the largest resident size while it is made.
         tensor_parallel: tensor-parallel sizes at which engines can split every quantized linear.
+        engines: what the rules of every engine say about the artifact.
         notes: remarks for the plan's reader and the model card.
         exports: formats of other programs that the artifact is also written in; no part of its identity.
     """
@@ -152,6 +154,7 @@ class VariantPlan:
     recipe_key: str
     peak_memory_bytes: int
     tensor_parallel: tuple[int, ...]
+    engines: tuple[Verdict, ...]
     notes: tuple[str, ...]
     exports: tuple[FormatName, ...] = ()
 

@@ -1,13 +1,16 @@
 """Requirements of serving engines on a quantized checkpoint, checked on the plan.
 
-vLLM or SGLang enforce each of these rules at load time, which would be hours later.
+vLLM or SGLang enforce each of these rules at load time, which would be hours later. What single engines refuse or misread
+stands in `quantlab.formats.engine_rules`; here is what refuses a recipe, and what all engines share.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from quantlab.architectures.architecture import Architecture
 from quantlab.errors import PlanError
+from quantlab.formats.engine_rules.rule import HeldModel, HeldWeight, method_of
+from quantlab.formats.engine_rules.table import RULES
 from quantlab.formats.layouts import method_of_layout
 from quantlab.plan.model import Step
 from quantlab.recipe.schema import Prune
@@ -16,8 +19,13 @@ from quantlab.recipe.schemes import SCHEMES, Scheme
 _TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 
 
-def check_serving_rules(steps: Sequence[Step], *, variant: str) -> None:
+def check_serving_rules(steps: Sequence[Step], model: HeldModel, *, variant: str) -> None:
     """Check that engines can serve the planned artifact.
+
+    Args:
+        steps: the steps that store something.
+        model: what they store, see `held_model`.
+        variant: its name.
 
     Raises:
         PlanError: a group or an n:m pattern does not divide a matrix, or matrices that engines fuse have different
@@ -37,8 +45,16 @@ def check_serving_rules(steps: Sequence[Step], *, variant: str) -> None:
                     fix=f"leave it alone with `ignore: [{step.tensor.name.removesuffix('.weight')}]`, or prune a share",
                 )
     _check_methods(steps, variant=variant)
-    _check_fused(steps, variant=variant)
-    _check_experts(steps, variant=variant)
+    _check_blocking_rules(model, variant=variant)
+
+
+def held_model(steps: Sequence[Step], architecture: Architecture) -> HeldModel:
+    """The planned artifact as the rules of engines know it."""
+    weights = tuple(
+        HeldWeight(step.tensor, step.source.shape, step.scheme.format if step.scheme else None, step.layout)
+        for step in steps
+    )
+    return HeldModel(architecture.class_name, method_of(weights), weights)
 
 
 def tensor_parallel_sizes(steps: Iterable[Step], *, heads: int) -> tuple[int, ...]:
@@ -55,22 +71,8 @@ def tensor_parallel_sizes(steps: Iterable[Step], *, heads: int) -> tuple[int, ..
 
 
 def serving_notes(steps: Sequence[Step]) -> tuple[str, ...]:
-    """Notes on limits of engines that do not make the plan invalid."""
+    """Notes on limits that all engines share and that do not make the plan invalid."""
     notes = []
-    if any(step.tensor.role == "kv_b" and step.layout == "pack-quantized" for step in steps):
-        notes.append("kv_b is packed: SGLang reads kv_b_proj only unquantized, vLLM loads it")
-    schemes = {
-        role: {step.scheme for step in steps if step.tensor.role == role}
-        for role in ("routed_experts", "shared_experts")
-    }
-    if (
-        schemes["routed_experts"]
-        and schemes["shared_experts"]
-        and schemes["routed_experts"] != schemes["shared_experts"]
-    ):
-        notes.append(
-            "shared and routed experts differ: SGLang needs --disable-shared-experts-fusion for DeepSeek-V3 and R1"
-        )
     patterns = {
         str(change.pattern or "unstructured") for step in steps for change in step.passes if isinstance(change, Prune)
     }
@@ -112,32 +114,14 @@ def _check_methods(steps: Sequence[Step], *, variant: str) -> None:
         )
 
 
-def _check_fused(steps: Sequence[Step], *, variant: str) -> None:
-    groups: dict[str, list[Step]] = defaultdict(list)
-    for step in steps:
-        if (group := step.tensor.fusion_group) is not None:
-            groups[group].append(step)
-    for group, members in groups.items():
-        _check_one_scheme(members, what=f"engines fuse these matrices into one ({group})", variant=variant)
-
-
-def _check_experts(steps: Sequence[Step], *, variant: str) -> None:
-    layers: dict[str, list[Step]] = defaultdict(list)
-    for step in steps:
-        if step.tensor.role == "routed_experts" and step.tensor.expert is not None:
-            layers[step.tensor.block].append(step)
-    for layer, members in layers.items():
-        _check_one_scheme(members, what=f"engines use one kernel for all experts of a layer ({layer})", variant=variant)
-
-
-def _check_one_scheme(members: Sequence[Step], *, what: str, variant: str) -> None:
-    first = members[0]
-    for other in members[1:]:
-        if first.scheme != other.scheme:
-            names = [step.scheme.name if step.scheme else "no scheme" for step in (first, other)]
+def _check_blocking_rules(model: HeldModel, *, variant: str) -> None:
+    """Refuse what the rules of engines rule out in every engine that has kernels for it."""
+    for rule in RULES:
+        finding = rule.finds(model) if rule.blocks else None
+        if finding is not None:
             raise PlanError(
-                f"{what}, but their schemes differ",
+                rule.blocks.format(subject=finding.subject),
                 where=f"variant {variant}",
-                found=f"{first.tensor.name}: {names[0]}; {other.tensor.name}: {names[1]}",
+                found=finding.found,
                 fix="give them one scheme: target or ignore all of them",
             )

@@ -122,9 +122,14 @@ def shared_identity(computing: Computing) -> str:
 
 def _making_code(variant: VariantPlan, calibration: Computing | None) -> str:
     """Fingerprint of the code that makes a variant: the run's code, and the algorithms that the variant uses."""
-    unused = () if calibration is not None else ("quantlab.calibration", "quantlab.run.calibrated")
+    unused: tuple[str, ...] = (
+        "quantlab.algorithms",
+        "quantlab.formats.engine_rules",
+    )  # rules of engines change no byte of the weights
+    if calibration is None:
+        unused += ("quantlab.calibration", "quantlab.run.calibrated")
     algorithms = tuple(f"quantlab.algorithms.{name}" for name in variant.algorithms)
-    way = code_fingerprint(("quantlab.run.execute",), without=("quantlab.algorithms", *unused))
+    way = code_fingerprint(("quantlab.run.execute",), without=unused)
     used = code_fingerprint(algorithms, without=_other_devices(calibration))
     return hashlib.sha256(f"{way} {used}".encode()).hexdigest()
 

@@ -4,7 +4,6 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 
-from quantlab.formats.layouts import LAYOUTS
 from quantlab.passes.apply import WeightReport
 from quantlab.plan.model import Plan, Step, VariantPlan
 from quantlab.recipe.algorithms import Awq, Gptq, PruneAlgorithm, QuantizeAlgorithm, Rtn, SparseGpt, Wanda
@@ -44,7 +43,8 @@ def model_card(
         _roles_table(variant),
         _calibration_section(variant, coverage, calibrated_on),
         _errors_section(reports),
-        _loading_section(variant, plan),
+        _loading_section(variant),
+        _engines_section(variant),
     ]
     limits = [
         "The artifact inherits the licence and the limitations of the source model.",
@@ -194,39 +194,45 @@ def _repairs(reports: Collection[WeightReport]) -> list[str]:
     return lines
 
 
-def _refused_by_transformers(step: Step) -> str | None:
-    assert step.scheme is not None, "a quantized weight has a scheme"
-    rows, columns = step.source.shape
-    experts = step.tensor.role == "routed_experts"
-    return LAYOUTS[step.layout].transformers_refuses(step.scheme.format, (rows, columns), experts=experts)
-
-
-def _loading_section(variant: VariantPlan, plan: Plan) -> str:
+def _loading_section(variant: VariantPlan) -> str:
     quantized = _quantized(variant)
-    refused = [reason for step in quantized if (reason := _refused_by_transformers(step)) is not None]
     packed = any(step.scheme is not None and step.scheme.format.is_integer for step in quantized)
+    verdicts = {verdict.engine.name: verdict for verdict in variant.engines}
     lines = ["## Loading\n"]
-    if refused:
-        lines.append(f"- transformers: cannot load {refused[0]} (5.x); use vLLM, SGLang or quantlab's runtime.")
-    else:
-        expands = ""
-        if packed:
-            expands = " It expands packed weights to 16 bits, so it saves neither memory nor time."
-        elif quantized:
-            expands = (
-                " It computes in FP8 on GPUs of compute capability 8.9 and later, and expands FP8 to 16 bits elsewhere."
-            )
-        lines.append(f"- transformers: `AutoModelForCausalLM.from_pretrained(DIR)`.{expands}")
+    if not verdicts["transformers"].prevented:
+        computes = (
+            " It computes in FP8 on GPUs of compute capability 8.9 and later, and expands FP8 to 16 bits elsewhere."
+        )
+        lines.append(
+            f"- transformers: `AutoModelForCausalLM.from_pretrained(DIR)`.{computes if quantized and not packed else ''}"
+        )
     held = (
         "weights stay packed" if packed or not quantized else "FP8 is expanded to bfloat16, activations are not rounded"
     )
     lines.append(f"- quantlab, {held}: `from quantlab.runtime.load import load; model = load(Path(DIR))`.")
+    if not verdicts["vllm"].prevented:
+        lines.append("- vLLM: `vllm serve DIR`.")
+    if not verdicts["sglang"].prevented:
+        lines.append("- SGLang: `python -m sglang.launch_server --model-path DIR`.")
     sizes = ", ".join(map(str, variant.tensor_parallel))
-    lines.append(
-        f"- vLLM: `vllm serve DIR`; SGLang: `python -m sglang.launch_server --model-path DIR`. Supported tensor-parallel sizes: {sizes}."
-    )
+    lines.append(f"- Tensor-parallel sizes that leave whole groups in every shard: {sizes or 'none'}.")
     if any(step.tensor.role == "mtp" and step.outputs for step in variant.steps):
         lines.append(
             "- The multi-token-prediction layer is kept in 16 bits; engines use it for speculative decoding, transformers ignores it."
         )
+    return "\n".join(lines) + "\n"
+
+
+def _engines_section(variant: VariantPlan) -> str:
+    """What the rules of engines say about the artifact, with the files where they were read."""
+    lines = [
+        "## Engines\n",
+        "What the loaders of engines refuse or misread, by their rules: read in the version named, not run on this artifact. "
+        "No objection is no promise.\n",
+        "| engine | by its rules, not run | read in |",
+        "|---|---|---|",
+    ]
+    for verdict in variant.engines:
+        files = dict.fromkeys(f"`{one.rule.file}`" for one in verdict.objections) if verdict.reads_method else {}
+        lines.append(f"| {verdict.engine.label} | {verdict.text} | {', '.join(files)} |")
     return "\n".join(lines) + "\n"
