@@ -83,3 +83,13 @@ def test_int4_experts_of_v3(plans: dict[str, Plan]) -> None:
     routed, everything = 58 * 256 * 3 * 7168 * 2048, 684.490e9  # with the multi-token-prediction layer
     assert experts.artifact_bytes == pytest.approx(routed * 4.125 / 8 + (everything - routed) * 2, rel=1e-3)
     assert whole.artifact_bytes < mixed.artifact_bytes < experts.artifact_bytes
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2-lite"])
+def test_the_safe_recipe_is_there_and_no_rule_prevents_it(plans: dict[str, Plan], name: str) -> None:
+    """Routed experts int4, all else 16 bits: no engine that reads packed integers refuses or misreads it."""
+    (variant,) = (variant for variant in plans[name].variants if variant.name == "w4a16-experts")
+    quantized = {step.tensor.role: step.scheme for step in variant.steps if step.scheme is not None}
+    assert set(quantized) == {"routed_experts"}
+    prevented = {verdict.engine.name for verdict in variant.engines if verdict.prevented}
+    assert prevented == {"tensorrt-llm", "gptqmodel", "llama.cpp"}

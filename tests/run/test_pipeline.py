@@ -159,9 +159,10 @@ def test_manifest_and_companions(family: str, runs: dict[str, RunDirectory]) -> 
         for needed in (
             "## Measurements",
             "## Loading",
-            "transformers",
-            "vLLM",
-            "SGLang",
+            "## Engines",
+            "| transformers 5",
+            "| vLLM 0",
+            "| SGLang 0",
             "## Limits",
             "## Recipe",
         ):
