@@ -96,7 +96,7 @@ def sides(shape: tuple[int, int], dtype: torch.dtype, held: int) -> dict[str, Si
         held: bytes of weights per format.
     """
     count = max(-(-held // (dtype.itemsize * shape[0] * shape[1])), 2)
-    weights = torch.randn(count, *shape).mul_(0.02).to(dtype)
+    weights = torch.randn(shape).mul_(0.02).to(dtype).repeat(count, 1, 1)
     layers = [dense_linear(weight.clone(), None) for weight in weights]
     nbytes = weights.nbytes // count
     found = {
@@ -115,7 +115,11 @@ def quantized(scheme: SchemeName, shape: tuple[int, int], dtype: torch.dtype, he
     bank = quantized_matrices(number, count, *shape, scale_dtype=torch.bfloat16)
     randomize(bank)
     nbytes = sum(tensor.nbytes for tensor in bank.buffers()) // count
-    found = {f"{scheme}, runtime": Side(lambda x, i: bank.products(x, RowGroups((i,), (len(x),), None)), count, nbytes)}
+
+    def product(x: Tensor, index: int) -> Tensor:
+        return bank.products(x, RowGroups((index,), (len(x),), torch.full((len(x),), index)))
+
+    found = {f"{scheme}, runtime": Side(product, count, nbytes)}
     if isinstance(bank, Int8Matrices):
         found[f"{scheme}, torch"] = Side(lambda x, i: int8_by_torch(x, bank, i), count, nbytes)
         return found
@@ -148,14 +152,14 @@ def int8_by_torch(x: Tensor, bank: Int8Matrices, index: int) -> Tensor:
     return (torch._int_mm(integers, bank.q[index].t()) * token_scale).mul_(bank.scale[index]).to(x.dtype)
 
 
-def read_rate(held: int) -> float:
+def read_rate(held: int, clock: Callable[[], float]) -> float:
     """GB/s of summing a tensor of `held` bytes."""
     tensor = torch.ones(held // 8, dtype=torch.int64)
     rates = []
     for _ in range(9):
-        start = time.perf_counter()
+        start = clock()
         tensor.sum()
-        rates.append(tensor.nbytes / (time.perf_counter() - start) / 1e9)
+        rates.append(tensor.nbytes / (clock() - start) / 1e9)
     return statistics.median(rates)
 
 
@@ -177,9 +181,10 @@ def timed(
         yield name, statistics.median(values[1:] or values)
 
 
-def tables(arguments: argparse.Namespace, title: str, held: int) -> Iterator[tuple[str, list[list[str]]]]:
+def tables(
+    arguments: argparse.Namespace, held: int, clock: Callable[[], float]
+) -> Iterator[tuple[str, list[list[str]]]]:
     """For each dtype and number of rows a heading and the cells: header, then a line for each side."""
-    clock = time.thread_time if arguments.processor_time else time.perf_counter
     for name in arguments.activations:
         dtype = DTYPES[name]
         cells: dict[int, list[dict[str, str]]] = {rows: [] for rows in arguments.rows}
@@ -199,7 +204,7 @@ def tables(arguments: argparse.Namespace, title: str, held: int) -> Iterator[tup
             lines = [["", *(f"{n}x{k}" for n, k in arguments.shapes)]]
             names = dict.fromkeys(side for column in columns for side in column)
             lines += [[side, *(column.get(side, "–") for column in columns)] for side in names]
-            yield f"{name} activations, {rows} row{'s' if rows > 1 else ''}: {title}", lines
+            yield f"{name} activations, {rows} row{'s' if rows > 1 else ''}", lines
 
 
 def size(text: str) -> tuple[int, int]:
@@ -220,19 +225,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.processor_time:
         torch.set_num_threads(1)
+    clock = time.thread_time if arguments.processor_time else time.perf_counter
     held, from_memory = working_set()
     cache = last_level_cache()
     known = "of unknown size" if cache is None else f"of {cache / 1e6:.0f} MB"
     title = (
         f"µs, ratio to {DENSE}, (GB/s of weights); {torch.get_num_threads()} threads, {status()}, "
         f"{held / 1e6:.0f} MB of weights per format{'' if from_memory else ' (cached)'}, last-level cache {known}, "
-        f"memory read at {read_rate(held):.0f} GB/s, {'processor' if arguments.processor_time else 'wall'} time, "
+        f"memory read at {read_rate(held, clock):.0f} GB/s, {'processor' if arguments.processor_time else 'wall'} time, "
         f"median of {arguments.rounds} rounds"
     )
     page = [
-        f"# Linears on the CPU\n\nWritten by `tests/benchmarks/cpu_linears.py`; {processor()}, torch {torch.__version__}."
+        "# Linears on the CPU",
+        f"Written by `tests/benchmarks/cpu_linears.py`; {processor()}, torch {torch.__version__}. Cells are {title}.",
     ]
-    for heading, lines in tables(arguments, title, held):
+    Console(width=150).print(title)
+    for heading, lines in tables(arguments, held, clock):
         table = Table(title=heading)
         for index, column in enumerate(lines[0]):
             table.add_column(column, justify="right" if index else "left")
