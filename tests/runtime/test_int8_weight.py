@@ -7,9 +7,9 @@ from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.recipe.schemes import SCHEMES
 from quantlab.runtime.banks.groups import RowGroups
 from quantlab.runtime.banks.int8 import Int8WeightMatrices
-from quantlab.runtime.native.library import library, status
+from quantlab.runtime.native.library import product_library, status
 
-needed = pytest.mark.skipif(library() is None, reason=status())
+needed = pytest.mark.skipif(product_library() is None, reason=status())
 SHAPES = ((1, 32), (17, 64), (64, 96), (70, 160), (200, 1408), (576, 2048), (300, 4128))
 
 

@@ -10,6 +10,8 @@ import torch
 
 from quantlab.runtime.banks.exact_int8 import chunked_product, integer_product, operator_is_exact
 from quantlab.runtime.cpu_operators import cpu_operators
+from quantlab.runtime.native import kernels
+from quantlab.runtime.native.library import library, product_library, status
 from tests.runtime.test_native import COMPUTE
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +34,12 @@ def check(product, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_are_those_of_64_bit_integers(product, shape: tuple[int, int, int]) -> None:
     check(product, shape)
+
+
+@pytest.mark.skipif(library() is not None or product_library() is None, reason=status())
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 7, 33)])
+def test_sums_of_the_kernel_for_avx2(shape: tuple[int, int, int]) -> None:
+    check(kernels.int8_sums, shape)
 
 
 def test_a_saturating_operator_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:

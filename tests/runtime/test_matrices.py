@@ -31,7 +31,7 @@ from quantlab.runtime.modules.linear import (
     dense_linear,
 )
 from quantlab.runtime.modules.onednn_layout import supports_blocked_bfloat16
-from quantlab.runtime.native.library import library
+from quantlab.runtime.native.library import product_library
 from tests.checkpoints import INTEGERS
 
 ROWS = (1, 2, 7, 16, 64, 257)
@@ -119,7 +119,7 @@ def test_kernels_are_chosen_by_shape_and_scale() -> None:
     if int4_block() is not None:
         assert kind("int4_g128_asym", 576, 2048) is TorchInt4Matrices, "the native kernel has no zero points"
     assert kind("int4_g128_asym", 80, 2048) is ExpandedMatrices, "and torch's layout no ragged blocks of rows"
-    if library() is not None:
+    if product_library() is not None:
         assert kind("int4_g128", 576, 2048) is NativeInt4Matrices
         assert kind("int4_g128", 5, 128) is NativeInt4Matrices
     elif int4_block() is not None:

@@ -15,19 +15,20 @@ from quantlab.runtime.banks.dense import DenseMatrices
 from quantlab.runtime.banks.groups import RowGroups, single_group
 from quantlab.runtime.banks.int4_native import NativeInt4Matrices
 from quantlab.runtime.banks.int4_torch import TorchInt4Matrices
-from quantlab.runtime.banks.int8 import Int8Matrices
+from quantlab.runtime.banks.int8 import Int8Matrices, Int8WeightMatrices
 from quantlab.runtime.cpu_operators import cpu_operators
 from quantlab.runtime.modules import linear
 from quantlab.runtime.modules.linear import Norm, ReorderedLinear, dense_linear
 from quantlab.runtime.modules.onednn_layout import has_pair_layout
 from quantlab.runtime.native import kernels
-from quantlab.runtime.native.library import library, status
+from quantlab.runtime.native.library import library, product_library, status
 from tests.runtime.test_matrices import exact, made
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ((5, 128), (64, 256), (80, 128), (200, 384), (192, 1152), (1045, 128))
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 needed = pytest.mark.skipif(library() is None, reason=status())
+products_needed = pytest.mark.skipif(product_library() is None, reason=status())
 
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -40,7 +41,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
-@needed
+@products_needed
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,7 +61,7 @@ def test_weight_only_products(
         assert error(found, x.double() @ meant.T) <= ROUNDING[dtype]
 
 
-@needed
+@products_needed
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", ["int4_g128", "int4_g32"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -69,12 +70,27 @@ def test_int4_is_expanded_exactly(scheme: SchemeName, shape: tuple[int, int], sc
     bank = quantized_matrices(SCHEMES[scheme].format, 1, *shape, scale_dtype=scale_dtype)
     assert isinstance(bank, NativeInt4Matrices)
     bank.fill(0, matrix)
-    assert torch.equal(bank.dense(0, 0, shape[0]).t().double(), exact(matrix))
-    if shape[0] > 64:
-        assert torch.equal(bank.dense(0, 48, shape[0] - 3).t().double(), exact(matrix)[48:-3])
+    for start, stop in ((0, shape[0]), (48, shape[0] - 3)) if shape[0] > 64 else ((0, shape[0]),):
+        for dtype in (torch.float32, torch.bfloat16):
+            band = torch.full((shape[1], stop - start), torch.nan, dtype=dtype)
+            bank.expand(0, start, band)
+            assert torch.equal(band.t(), exact(matrix)[start:stop].to(scale_dtype).to(dtype))
 
 
-@needed
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 32), (70, 160), (5, 4128)])
+def test_int8_is_expanded_exactly(shape: tuple[int, int], scale_dtype: torch.dtype) -> None:
+    matrix = made("int8_weight", *shape, scale_dtype=scale_dtype)
+    bank = Int8WeightMatrices(SCHEMES["int8_weight"].format, 1, *shape, scale_dtype=scale_dtype)
+    bank.fill(0, matrix)
+    for start in (0, shape[0] // 2):
+        for dtype in (torch.float32, torch.bfloat16):
+            band = torch.full((shape[0] - start, shape[1]), torch.nan, dtype=dtype)
+            bank.expand(0, start, band)
+            assert torch.equal(band, (matrix.q.to(scale_dtype) * matrix.scale)[start:].to(dtype))
+
+
+@products_needed
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_int4_is_as_accurate_as_the_operator_of_torch(group_size: int) -> None:
     scheme: SchemeName = {32: "int4_g32", 64: "int4_g64", 128: "int4_g128"}[group_size]
@@ -157,7 +173,7 @@ def test_bfloat16_linears_are_right_whatever_the_layout(
 SCHEME_NAMES: tuple[SchemeName | None, ...] = (None, "int4_g64", "int8", "int8_weight")
 
 
-@needed
+@products_needed
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 @pytest.mark.parametrize("counts", [(1, 2, 9), (300, 1, 2), (0, 3, 200), (1,)])
@@ -180,9 +196,11 @@ def test_groups_of_few_and_of_many_rows(scheme: SchemeName | None, counts: tuple
     assert error(found, expected) <= 2e-2
 
 
-@needed
+@products_needed
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 def test_one_row_for_all_groups_and_no_row(scheme: SchemeName | None) -> None:
+    if scheme in {None, "int8"} and library() is None:
+        pytest.skip("torch's products take at least one group")
     if scheme is None:
         bank = DenseMatrices(3, 48, 64, torch.float16)
         bank.weight.normal_()
@@ -265,11 +283,18 @@ def test_without_native_kernels_torch_computes_the_same() -> None:
 
 
 @pytest.mark.slow
+@needed
+def test_products_with_avx2_compute_the_same() -> None:
+    """A processor with AVX-512 runs the kernels of older ones."""
+    assert "with AVX2 (QUANTLAB_NATIVE=avx2)" in run(SPEAK + "\n" + COMPUTE, QUANTLAB_NATIVE="avx2")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [("/bin/false", "/bin/false failed: exit status 1"), ("no-such-compiler", "no C compiler found")],
 )
-@needed
+@products_needed
 def test_a_failing_compiler_is_reported_and_torch_is_the_fallback(compiler: str, reason: str, tmp_path: Path) -> None:
     said = run(SPEAK + "\n" + COMPUTE, CC=compiler, XDG_CACHE_HOME=str(tmp_path))
     assert said.startswith("torch's kernels (")

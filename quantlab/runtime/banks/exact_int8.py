@@ -5,6 +5,9 @@ VNNI it adds two neighbouring products in 16 bits with saturation. 2 · 127 · 1
 operand to unsigned numbers, and 2 · 255 · 127 does not fit: the result is silently wrong. Therefore the operator is
 tested once per process on operands of extreme values. If it fails, products are computed in float32 over chunks of
 columns that are short enough for every partial sum to be exact in float32.
+
+Older processors, with AVX2 alone, have no fast operator either: torch's is a scalar loop there. Up to some rows the
+native kernel computes their products, and beyond them chunks in float32 do.
 """
 
 from functools import cache
@@ -13,10 +16,16 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantlab.runtime.native import kernels
+from quantlab.runtime.native.library import library, product_library
+from quantlab.runtime.processor import multiplies_int8
+
 _CHUNK: Final = 1024
 """Columns per chunk: 1024 · 128 · 128 = 2^24, and float32 represents all integers up to 2^24 exactly."""
 _BAND_ELEMENTS: Final = 1 << 19
 """Weights converted to float32 at once: 2 MB."""
+_ROWS_AVX2: Final = 512
+"""Number of rows up to which the native kernel for AVX2 is faster than chunks in float32 (Zen 3, 4096x4096)."""
 
 
 def integer_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -29,8 +38,10 @@ def integer_product(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [T, N] int32.
     """
-    if operator_is_exact():
+    if multiplies_int8() and operator_is_exact():
         return torch._int_mm(x, weight.t())
+    if x.shape[0] <= _ROWS_AVX2 and library() is None and product_library() is not None:
+        return kernels.int8_sums(x, weight)
     return chunked_product(x, weight)
 
 

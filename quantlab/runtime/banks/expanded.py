@@ -1,11 +1,13 @@
 """Fallback bank for integer formats without a kernel."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import NumberFormat
-from quantlab.runtime.banks.dense_product import compute_dtype, in_bands, signed_nibbles
+from quantlab.runtime.banks.dense_product import band_dtype, in_bands, signed_nibbles
 from quantlab.runtime.banks.groups import RowGroups, join_groups, split_groups
 
 
@@ -63,21 +65,19 @@ class ExpandedMatrices(nn.Module):
         """Set the scale of every group of matrix `index`."""
         self.scale[index] = scale
 
-    def dense(self, index: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows start to stop of matrix `index`, expanded: [stop - start, K] of `dtype`."""
-        q = self.q[index, start:stop]
+    def expand(self, index: int, start: int, out: Tensor) -> None:
+        """Write the rows of matrix `index` from row `start` on, dequantized, to out [n, K] of any floating dtype."""
+        some = slice(start, start + out.shape[0])
+        q = self.q[index, some]
         if self.number.bits == 4:
             q = signed_nibbles(torch.stack((q & 15, q >> 4), dim=-1).flatten(1))
-        zero = None if self.zero is None else self.zero[index, start:stop]
-        return QuantizedMatrix(q, self.scale[index, start:stop], self.number.bits, zero).dequantize(dtype)
+        zero = None if self.zero is None else self.zero[index, some]
+        out.copy_(QuantizedMatrix(q, self.scale[index, some], self.number.bits, zero).dequantize(out.dtype))
 
     def products(self, x: Tensor, groups: RowGroups) -> Tensor:
         """[T, K] -> [T, N], each row times the matrix of its group."""
-        compute = compute_dtype(x)
-        rows = split_groups(x.to(compute), groups)
-        return join_groups(
-            [self._product(part, index) for part, index in zip(rows, groups.matrices, strict=True)], x.dtype
-        )
+        parts = zip(split_groups(x.to(band_dtype(x)), groups), groups.matrices, strict=True)
+        return join_groups([self._product(part, index, x.dtype) for part, index in parts], x.dtype)
 
-    def _product(self, x: Tensor, index: int) -> Tensor:
-        return in_bands(x, self.shape[1], lambda start, stop: self.dense(index, start, stop, x.dtype), dtype=x.dtype)
+    def _product(self, x: Tensor, index: int, dtype: torch.dtype) -> Tensor:
+        return in_bands(x, self.shape[1], partial(self.expand, index), dtype)

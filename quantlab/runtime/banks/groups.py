@@ -73,7 +73,8 @@ def dispatch_by_rows(
     out = torch.empty(x.shape[0], rows, dtype=x.dtype)
     starts = [0, *accumulate(groups.counts)]
     small = [i for i, count in enumerate(groups.counts) if count <= limit]
-    few(Slices(*([values[i] for i in small] for values in (groups.matrices, starts, groups.counts))), out)
+    if small:
+        few(Slices(*([values[i] for i in small] for values in (groups.matrices, starts, groups.counts))), out)
     for index, start, count in zip(groups.matrices, starts, groups.counts, strict=False):
         if count > limit:
             out[start : start + count] = many(x[start : start + count], index)

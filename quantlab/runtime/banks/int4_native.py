@@ -1,5 +1,6 @@
 """Bank of int4 matrices in the layout of the native kernel."""
 
+from functools import partial
 from typing import Final
 
 import torch
@@ -8,13 +9,15 @@ from torch.nn import functional
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT4, NumberFormat
-from quantlab.runtime.banks.dense_product import band_rows, compute_dtype
-from quantlab.runtime.banks.groups import RowGroups, dispatch_by_rows, join_groups, split_groups
+from quantlab.runtime.banks.dense_product import band_dtype, in_bands
+from quantlab.runtime.banks.groups import RowGroups, dispatch_by_rows
 from quantlab.runtime.native import kernels
-from quantlab.runtime.native.library import library, status
+from quantlab.runtime.native.library import product_library, status
+from quantlab.runtime.processor import MATRIX_UNIT_ROWS, has_matrix_units
 
 _ROWS: Final = 128
-"""Number of rows up to which the native kernel is faster than expanding the matrix (Zen 4, 2816x2048)."""
+"""Number of rows up to which the native kernel is faster than expanding the matrix (Zen 4, 2816x2048, and with AVX2
+Zen 3, 4096x4096); with matrix units it is fewer."""
 _LANES: Final = 16
 _BLOCK: Final = 64
 
@@ -53,7 +56,7 @@ class NativeInt4Matrices(nn.Module):
             return "the native int4 kernel: groups of 32, 64 or 128 columns only"
         if scale_dtype not in {torch.bfloat16, torch.float16}:
             return "the native int4 kernel: 16-bit scales only"
-        return None if library() is not None else f"the native int4 kernel: {status()}"
+        return None if product_library() is not None else f"the native int4 kernel: {status()}"
 
     def fill(self, index: int, matrix: QuantizedMatrix) -> None:
         """Set matrix `index`."""
@@ -79,31 +82,24 @@ class NativeInt4Matrices(nn.Module):
     def products(self, x: Tensor, groups: RowGroups) -> Tensor:
         """[T, K] -> [T, N], each row times the matrix of its group."""
         _, rows, columns = self.shape
-        if compute_dtype(x) == torch.float32:
-            parts = zip(split_groups(x, groups), groups.matrices, strict=True)
-            return join_groups([self._expanded_product(part, index) for part, index in parts], x.dtype)
         shape = (rows, columns, self.group_size)
         return dispatch_by_rows(
             x,
             rows,
             groups,
-            limit=_ROWS,
+            limit=0 if x.dtype == torch.float32 else MATRIX_UNIT_ROWS if has_matrix_units() else _ROWS,
             few=lambda slices, out: kernels.int4_product(x, self.q, self.scale, shape, slices, out),
-            many=lambda part, index: self._expanded_product(part.to(torch.bfloat16), index),
+            many=self._expanded_product,
         )
 
-    def dense(self, index: int, start: int, stop: int) -> Tensor:
-        """Rows start to stop of matrix `index`, dequantized and transposed: [K, stop - start] in the scales' dtype."""
+    def expand(self, index: int, start: int, out: Tensor) -> None:
+        """Write rows of matrix `index`, dequantized and transposed, to out [K, n] of float32 or bfloat16.
+
+        The first row, `start`, is a multiple of 16.
+        """
         shape = (*self.shape[1:], self.group_size)
-        return kernels.int4_expand(self.q[index], self.scale[index], shape, start, stop)
+        kernels.int4_expand(self.q[index], self.scale[index], shape, start, out)
 
     def _expanded_product(self, x: Tensor, index: int) -> Tensor:
-        _, rows, columns = self.shape
-        step = band_rows(columns)
-        if rows <= step:
-            return x @ self.dense(index, 0, rows).to(x.dtype)
-        result = torch.empty(x.shape[0], rows, dtype=x.dtype)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            result[:, start:stop] = x @ self.dense(index, start, stop).to(x.dtype)
-        return result
+        expand = partial(self.expand, index)
+        return in_bands(x.to(band_dtype(x)), self.shape[1], expand, x.dtype, transposed=True)

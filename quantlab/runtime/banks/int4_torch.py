@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT4, NumberFormat
-from quantlab.runtime.banks.dense_product import BAND_ROWS, band_rows, compute_dtype, signed_nibbles
+from quantlab.runtime.banks.dense_product import BAND_ROWS, band_dtype, band_rows, signed_nibbles
 from quantlab.runtime.banks.groups import RowGroups, join_groups, split_groups
+from quantlab.runtime.processor import multiplies_bfloat16
 
 _PACKED_ROWS: Final = 48
 """Number of rows up to which torch's operator is faster than expanding the matrix (Zen 4, 2816x2048)."""
+_PACKED_ROWS_AVX2: Final = 16
+"""The same without bfloat16 products (Zen 3, 4096x4096)."""
 
 _product: Final[Callable[[Tensor, Tensor, int, Tensor], Tensor]] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _pack: Final[Callable[[Tensor, int], Tensor]] = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
@@ -89,14 +92,14 @@ class TorchInt4Matrices(nn.Module):
 
     def products(self, x: Tensor, groups: RowGroups) -> Tensor:
         """[T, K] -> [T, N], each row times the matrix of its group."""
-        compute = compute_dtype(x)
-        limit = 0 if compute == torch.float32 else _PACKED_ROWS
-        rows = split_groups(x.to(compute), groups)
+        limit = 0 if x.dtype == torch.float32 else _PACKED_ROWS if multiplies_bfloat16() else _PACKED_ROWS_AVX2
         parts = [
-            self._packed_product(part, index) if 0 < count <= limit else self._expanded_product(part, index)
-            for part, index, count in zip(rows, groups.matrices, groups.counts, strict=True)
+            self._packed_product(part.to(torch.bfloat16), index)
+            if 0 < count <= limit
+            else self._expanded_product(part.to(band_dtype(x)), index)
+            for part, index, count in zip(split_groups(x, groups), groups.matrices, groups.counts, strict=True)
         ]
-        return join_groups(parts, x.dtype)
+        return join_groups([part.to(x.dtype) for part in parts], x.dtype)
 
     def _packed_product(self, x: Tensor, index: int) -> Tensor:
         result = _product(x, self._each[index], self.group_size, self._scales[index])

@@ -1,6 +1,7 @@
 """Banks of int8 matrices with a scale per row, for floating-point activations (W8A16) and int8 activations (W8A8)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import torch
@@ -8,15 +9,18 @@ from torch import Tensor, nn
 
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT8, ROW, Activations, NumberFormat
-from quantlab.runtime.banks.dense_product import compute_dtype, in_bands
+from quantlab.runtime.banks.dense_product import band_dtype, in_bands
 from quantlab.runtime.banks.exact_int8 import integer_product
 from quantlab.runtime.banks.groups import RowGroups, dispatch_by_rows, join_groups, split_groups
 from quantlab.runtime.native import kernels
-from quantlab.runtime.native.library import library
+from quantlab.runtime.native.library import library, product_library
+from quantlab.runtime.processor import MATRIX_UNIT_ROWS, has_matrix_units
 
 _PACKED_ROWS: Final = 24
 """Number of rows up to which torch's weight-only operator is faster than expanding the matrix (Zen 4, 2816x2048)."""
 
+_ROWS_AVX2: Final = 128
+"""Number of rows up to which the native W8A16 kernel for AVX2 is faster than expanding the matrix (Zen 3, 4096x4096)."""
 _NATIVE_ROWS: Final = 128
 """Number of rows up to which the native W8A8 kernel is faster than torch's operator (Zen 4, 2816x2048)."""
 _CHUNK_ROWS: Final = 256
@@ -59,11 +63,14 @@ class Int8WeightMatrices(nn.Module):
         self._each[index].copy_(matrix.q)
         self._scales[index].copy_(matrix.scale[:, 0])
 
-    def dense(self, index: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows start to stop of matrix `index`, expanded: [stop - start, K] of `dtype`."""
-        return QuantizedMatrix(self._each[index][start:stop], self._scales[index][start:stop, None], 8).dequantize(
-            dtype
-        )
+    def expand(self, index: int, start: int, out: Tensor) -> None:
+        """Write the rows of matrix `index` from row `start` on, dequantized, to out [n, K] of float32 or bfloat16."""
+        q, scale = self._each[index], self._scales[index]
+        if product_library() is not None:
+            kernels.int8_expand(q, scale, start, out)
+            return
+        some = slice(start, start + out.shape[0])
+        out.copy_(QuantizedMatrix(q[some], scale[some, None], 8).dequantize(out.dtype))
 
     def integers(self, index: int) -> Tensor:
         """The stored integers of matrix `index`; every bit pattern is valid."""
@@ -75,36 +82,40 @@ class Int8WeightMatrices(nn.Module):
 
     def products(self, x: Tensor, groups: RowGroups) -> Tensor:
         """[T, K] -> [T, N], each row times the matrix of its group."""
-        compute = compute_dtype(x)
-        if compute == torch.bfloat16 and library() is not None:
+        if product_library() is None:
+            return self._torch_products(x, groups)
+        if x.dtype != torch.float32 and library() is not None and not has_matrix_units():
             out = torch.empty(x.shape[0], self.shape[1], dtype=x.dtype)
             kernels.int8_weight_product(x, self.q, self.scale, groups.chunked(_CHUNK_ROWS), out)
             return out
-        limit = 0 if compute == torch.float32 else _PACKED_ROWS
-        rows = split_groups(x.to(compute), groups)
+        few = _ROWS_AVX2 if library() is None else MATRIX_UNIT_ROWS
+        return dispatch_by_rows(
+            x,
+            self.shape[1],
+            groups,
+            limit=0 if x.dtype == torch.float32 else few,
+            few=lambda slices, out: kernels.int8_weight_product(x, self.q, self.scale, slices, out),
+            many=self._expanded_product,
+        )
+
+    def _torch_products(self, x: Tensor, groups: RowGroups) -> Tensor:
+        limit = 0 if x.dtype == torch.float32 else _PACKED_ROWS
         parts = [
             self._packed_product(part, index) if 0 < count <= limit else self._expanded_product(part, index)
-            for part, index, count in zip(rows, groups.matrices, groups.counts, strict=True)
+            for part, index, count in zip(split_groups(x, groups), groups.matrices, groups.counts, strict=True)
         ]
         return join_groups(parts, x.dtype)
 
     def _packed_product(self, x: Tensor, index: int) -> Tensor:
-        scale = self._scales[index]
+        scale, rounded = self._scales[index], x.to(torch.bfloat16)
         if scale.dtype == torch.bfloat16:
-            return _weight_only_product(x, self._each[index], scale)
-        ones = torch.ones(
-            scale.shape, dtype=torch.bfloat16
-        )  # the operator rounds scales to bfloat16: apply them afterwards
-        return _weight_only_product(x, self._each[index], ones) * scale.to(torch.float32)
+            return _weight_only_product(rounded, self._each[index], scale).to(x.dtype)
+        # the operator rounds scales to bfloat16: apply them afterwards
+        ones = torch.ones(scale.shape, dtype=torch.bfloat16)
+        return (_weight_only_product(rounded, self._each[index], ones) * scale.to(torch.float32)).to(x.dtype)
 
     def _expanded_product(self, x: Tensor, index: int) -> Tensor:
-        rows = self.shape[1]
-        if x.dtype == torch.float32:
-            return in_bands(x, rows, lambda start, stop: self.dense(index, start, stop, x.dtype), dtype=x.dtype)
-        # bfloat16 represents int8 exactly, and row scales can be applied to the sums: one pass over the weights less
-        q = self._each[index]
-        sums = in_bands(x, rows, lambda start, stop: q[start:stop].to(x.dtype), dtype=x.dtype)
-        return sums * self._scales[index].to(torch.float32)
+        return in_bands(x.to(band_dtype(x)), self.shape[1], partial(self.expand, index), x.dtype)
 
 
 class Int8Matrices(nn.Module):
@@ -154,7 +165,7 @@ class Int8Matrices(nn.Module):
                 x,
                 self.shape[1],
                 groups,
-                limit=_NATIVE_ROWS,
+                limit=MATRIX_UNIT_ROWS if has_matrix_units() else _NATIVE_ROWS,
                 few=lambda slices, out: kernels.int8_product(x, self.q, self.scale, slices, out),
                 many=lambda part, index: self._torch_product(part, index),
             )

@@ -2,19 +2,17 @@
    against prototypes; a test checks the prototypes against the ctypes signatures in kernels.py. A mismatch would
    corrupt memory.
 
-   dtype codes are those of simd.h: 0 float32, 1 float16, 2 bfloat16. Sizes and strides count elements. */
+   dtype codes are those of work.h: 0 float32, 1 float16, 2 bfloat16. Sizes and strides count elements. */
 
 #ifndef QUANTLAB_KERNELS_H
 #define QUANTLAB_KERNELS_H
 
 #include <stdint.h>
 
-/* Products with int4 matrices, and their dequantization; int4.c describes the layout and the arguments. */
+/* Products with int4 matrices; int4.c describes the layout and the arguments. */
 void quantlab_int4_product(const uint8_t *q, const uint16_t *scale, int64_t rows, int64_t columns, int64_t group, int scale_dtype,
     const void *x, int64_t stride, int64_t tokens, int dtype, const int64_t *which, const int64_t *start, const int64_t *count,
     int64_t number, void *out);
-void quantlab_int4_expand(const uint8_t *q, const uint16_t *scale, int64_t rows, int64_t columns, int64_t group, int scale_dtype,
-    int64_t from, int64_t to, uint16_t *out);
 
 /* Products with int8 matrices: activations rounded to int8 per row, or to bfloat16. */
 void quantlab_int8_product(const int8_t *q, const void *scale, int64_t rows, int64_t columns, int scale_dtype, const void *x,
@@ -23,6 +21,15 @@ void quantlab_int8_product(const int8_t *q, const void *scale, int64_t rows, int
 void quantlab_int8_weight_product(const int8_t *q, const void *scale, int64_t rows, int64_t columns, int scale_dtype, const void
     *x, int64_t stride, int64_t tokens, int dtype, const int64_t *which, const int64_t *start, const int64_t *count, int64_t
     number, void *out);
+
+/* Exact sums of int8 products; only with AVX2 (products256.c). */
+void quantlab_int8_sums(const int8_t *q, int64_t rows, int64_t columns, const int8_t *x, int64_t tokens, int32_t *out);
+
+/* Bands of int4 and int8 matrices, dequantized. */
+void quantlab_int4_expand(const uint8_t *q, const uint16_t *scale, int64_t rows, int64_t columns, int64_t group, int scale_dtype,
+    int64_t from, int64_t to, int dtype, void *out);
+void quantlab_int8_expand(const int8_t *q, const void *scale, int64_t columns, int scale_dtype, int64_t from, int64_t to, int
+    dtype, void *out);
 
 /* Products with 16-bit matrices. */
 void quantlab_dense_product(const uint16_t *weight, int64_t rows, int64_t columns, const void *x, int64_t stride, int64_t tokens,

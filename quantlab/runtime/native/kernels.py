@@ -1,7 +1,9 @@
 """Python bindings of the native kernels: functions that take tensors.
 
 One call multiplies rows of activations by the matrices of a bank, group by group. Activations may have any floating
-dtype; the kernel rounds them as it needs and returns their dtype. Scales may have any floating dtype.
+dtype; the kernel rounds them as it needs and returns their dtype. Scales may have any floating dtype. `int4_product`,
+`int8_weight_product` and the functions `…_expand` need `product_library`, `int8_sums` that of AVX2, all others
+`library`.
 
 Legend: as in `quantlab.runtime.banks`.
 """
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from quantlab.architectures.layer import Routing
 from quantlab.runtime.decoding.kernel_interface import CachePosition
-from quantlab.runtime.native.library import library
+from quantlab.runtime.native.library import product_library
 
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _Pointer: Final = ctypes.c_void_p
@@ -29,7 +31,9 @@ _Code: Final = ctypes.c_int
 _ACTIVATIONS: Final = (_Pointer, _Long, _Long, _Code, _Pointer, _Pointer, _Pointer, _Long, _Pointer)
 _ARGUMENTS: Final[Mapping[str, Sequence[Any]]] = {
     "quantlab_int4_product": (_Pointer, _Pointer, _Long, _Long, _Long, _Code, *_ACTIVATIONS),
-    "quantlab_int4_expand": (_Pointer, _Pointer, _Long, _Long, _Long, _Code, _Long, _Long, _Pointer),
+    "quantlab_int4_expand": (_Pointer, _Pointer, _Long, _Long, _Long, _Code, _Long, _Long, _Code, _Pointer),
+    "quantlab_int8_expand": (_Pointer, _Pointer, _Long, _Code, _Long, _Long, _Code, _Pointer),
+    "quantlab_int8_sums": (_Pointer, _Long, _Long, _Pointer, _Long, _Pointer),
     "quantlab_int8_product": (_Pointer, _Pointer, _Long, _Long, _Code, *_ACTIVATIONS),
     "quantlab_int8_weight_product": (_Pointer, _Pointer, _Long, _Long, _Code, *_ACTIVATIONS),
     "quantlab_dense_product": (_Pointer, _Long, _Long, *_ACTIVATIONS),
@@ -78,7 +82,7 @@ def int4_product(x: Tensor, q: Tensor, scale: Tensor, shape: tuple[int, int, int
     """Multiply the rows of x [T, K] in the groups by their int4 matrices, into the same rows of `out` [T, N].
 
     Args:
-        x: activations, of any floating dtype; rounded to bfloat16.
+        x: activations, of any floating dtype; rounded to bfloat16, or with AVX2 not at all.
         q: in the layout of `int4.c`.
         scale: [E, N / 16, G, 16] float16 or bfloat16.
         shape: N, K and the group size.
@@ -89,14 +93,38 @@ def int4_product(x: Tensor, q: Tensor, scale: Tensor, shape: tuple[int, int, int
     _call("quantlab_int4_product", weights, x, groups, out)
 
 
-def int4_expand(q: Tensor, scale: Tensor, shape: tuple[int, int, int], start: int, stop: int) -> Tensor:
-    """Dequantize rows `start` (a multiple of 16) to `stop` of one matrix.
+def int4_expand(q: Tensor, scale: Tensor, shape: tuple[int, int, int], start: int, out: Tensor) -> None:
+    """Dequantize some rows of one matrix.
 
-    Returns the rows transposed, [K, stop - start], in the dtype of the scales.
+    Args:
+        q: [N', K / 2], in the layout of `int4.c`.
+        scale: [N' / 16, G, 16] float16 or bfloat16.
+        shape: N, K and the group size.
+        start: the first row, a multiple of 16.
+        out: [K, n] float32 or bfloat16, contiguous; receives rows start to start + n, transposed.
     """
-    out = torch.empty(shape[1], stop - start, dtype=scale.dtype)
     weights = (q.data_ptr(), scale.data_ptr(), *shape, _DTYPES[scale.dtype])
-    _run("quantlab_int4_expand", *weights, start, stop, out.data_ptr())
+    _run("quantlab_int4_expand", *weights, start, start + out.shape[1], _DTYPES[out.dtype], out.data_ptr())
+
+
+def int8_expand(q: Tensor, scale: Tensor, start: int, out: Tensor) -> None:
+    """Dequantize some rows of one matrix.
+
+    Args:
+        q: [N, K] int8, contiguous; K is a multiple of 8.
+        scale: [N] of any floating dtype.
+        start: the first row.
+        out: [n, K] float32 or bfloat16, contiguous; receives rows start to start + n.
+    """
+    weights = (q.data_ptr(), scale.data_ptr(), q.shape[1], _DTYPES[scale.dtype])
+    _run("quantlab_int8_expand", *weights, start, start + out.shape[0], _DTYPES[out.dtype], out.data_ptr())
+
+
+def int8_sums(x: Tensor, q: Tensor) -> Tensor:
+    """``x @ q^T`` [T, N] int32 in exact integer arithmetic; x [T, K] and q [N, K] are int8, q is contiguous."""
+    x = x.contiguous()
+    out = torch.empty(x.shape[0], q.shape[0], dtype=torch.int32)
+    _run("quantlab_int8_sums", q.data_ptr(), *q.shape, x.data_ptr(), x.shape[0], out.data_ptr())
     return out
 
 
@@ -107,7 +135,7 @@ def int8_product(x: Tensor, q: Tensor, scale: Tensor, groups: Slices, out: Tenso
 
 
 def int8_weight_product(x: Tensor, q: Tensor, scale: Tensor, groups: Slices, out: Tensor) -> None:
-    """W8A16: like `int8_product`, with the activations rounded to bfloat16."""
+    """W8A16: like `int8_product`, with the activations rounded to bfloat16, or with AVX2 not at all."""
     weights = (q.data_ptr(), scale.data_ptr(), *q.shape[1:], _DTYPES[scale.dtype])
     _call("quantlab_int8_weight_product", weights, x, groups, out)
 
@@ -387,7 +415,7 @@ def _run(name: str, *arguments: object) -> None:
 
 @cache
 def _function(name: str) -> Callable[..., None]:
-    loaded = library()
+    loaded = product_library()
     assert loaded is not None, "asked for only where there are native kernels"
     function = loaded[name]
     function.argtypes = _ARGUMENTS[name]
