@@ -31,7 +31,7 @@ def case(bits: int, group: int, symmetric: bool) -> dict[str, torch.Tensor]:
     module = TorchLinear(
         bits=bits, group_size=group, sym=symmetric, desc_act=False, in_features=COLUMNS, out_features=ROWS, bias=False
     )
-    module.pack_block(linear, scale, zero, torch.arange(COLUMNS, dtype=torch.int32) // group)
+    module.pack_original(linear, scale, zero, torch.arange(COLUMNS, dtype=torch.int32) // group)
     if symmetric:
         convert_gptq_v2_to_v1_format_module(module, QuantizeConfig(bits=bits, group_size=group))
     packed = {name: getattr(module, name) for name in ("qweight", "scales", "qzeros", "g_idx")}
