@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from quantlab.architectures.architecture import MODULE_PATTERNS
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.errors import ArtifactError
 from quantlab.formats.compressed_tensors import describe as describe_by_patterns
@@ -156,7 +157,10 @@ def describe(linears: Sequence[Linear]) -> GptqConfig:
     counts = Counter(linear.number for linear in linears if linear.number is not None)
     most = counts.most_common(1)[0][0]
     by_pattern = describe_by_patterns(linears)
-    dynamic: dict[str, dict[str, Any]] = {f"-:{_regex(pattern)}": {} for pattern in by_pattern.ignore}
+    ignored = [
+        pattern for pattern in by_pattern.ignore if pattern != MODULE_PATTERNS["lm_head"]
+    ]  # it has a key of its own
+    dynamic: dict[str, dict[str, Any]] = {f"-:{_regex(pattern)}": {} for pattern in ignored}
     for one in by_pattern.groups:
         if one.number != most:
             dynamic |= {f"+:{_regex(target)}": _number_json(one.number) for target in one.targets}

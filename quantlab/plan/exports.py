@@ -4,7 +4,7 @@ from quantlab.errors import PlanError
 from quantlab.exports.target import Contents, Weight
 from quantlab.exports.targets import TARGETS
 from quantlab.plan.config import artifact_config
-from quantlab.plan.model import Plan, VariantPlan
+from quantlab.plan.model import Plan, Step, VariantPlan
 
 
 def check_exports(plan: Plan) -> None:
@@ -31,15 +31,13 @@ def check_exports(plan: Plan) -> None:
 
 def planned_contents(plan: Plan, variant: VariantPlan) -> Contents:
     """What the artifact of a variant will contain."""
-    weights = tuple(
-        Weight(
-            step.tensor.name,
-            step.tensor.role,
-            step.scheme.format if step.scheme else None,
-            step.dtype,
-            step.source.shape,
-        )
-        for step in variant.steps
-        if step.outputs
-    )
+    weights = tuple(_weight(step) for step in variant.steps if step.outputs)
     return Contents(plan.architecture, artifact_config(plan, variant), weights, plan.checkpoint.directory)
+
+
+def _weight(step: Step) -> Weight:
+    if step.scheme is None:
+        ((_, dtype, shape),) = step.outputs
+        return Weight(step.tensor.name, step.tensor.role, None, dtype, shape)
+    number = step.scheme.format
+    return Weight(step.tensor.name, step.tensor.role, number, number.scale or step.dtype, step.source.shape)
