@@ -135,6 +135,8 @@ def run_engine(
         # a copy under another name: beside a file `vllm.py`, `import vllm` would find that file
         script = work / "engine_script.py"
         shutil.copyfile(engine.script, script)
+        for part in engine.parts:
+            shutil.copyfile(part, work / part.name)
         results = work / "results"
         results.mkdir()
         (work / "request.json").write_text(json.dumps(_request(engine, wanted, work)), encoding="utf-8")
