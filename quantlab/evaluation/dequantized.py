@@ -11,6 +11,7 @@ from quantlab.checkpoint.index import INDEX_NAME
 from quantlab.checkpoint.reader import DTYPE_NAMES
 from quantlab.checkpoint.writer import ShardWriter
 from quantlab.files import write_atomically
+from quantlab.formats.codecs.table import CODECS
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 
@@ -38,6 +39,10 @@ def write_dequantized(stored: StoredWeights, directory: Path, *, exact: bool = F
 
 def dequantized(stored: StoredWeights, name: str, *, exact: bool) -> Tensor:
     """One weight in floating point; see `write_dequantized`. Weights that are not quantized keep their dtype."""
+    held = stored.stored(name)
+    if exact and held is not None and not held.number.is_integer:  # `read` rounds it to bfloat16
+        parts = {part.name: stored.reader.read(part.name) for part in held.parts}
+        return CODECS[held.layout].decode(name, parts, held.number).dequantize(torch.float32)
     weight = stored.read(name)
     if not isinstance(weight, QuantizedMatrix):
         return weight

@@ -212,7 +212,7 @@ def test_an_export_agrees_with_its_artifact_and_a_tampered_one_differs(artifact:
     ("family", "variants"),
     [
         ("llama", {"fp16": "{cast: float16}", "w4a16": "{quantize: int4_g128}", "int8": "{quantize: int8}"}),
-        ("qwen2", {"w4a16": "{quantize: int4_g64}"}),
+        ("qwen2", {"w4a16": "{quantize: int4_g64}", "fp8": "{quantize: fp8_block}"}),
         ("qwen3", {"int8_weight": "{quantize: int8_weight}"}),
         ("deepseek_v2", {"w4a16": "{quantize: int4_g128}"}),
         (
