@@ -67,6 +67,9 @@ def verify(  # noqa: PLR0913 - options of a command
         found = [asdict(check) for check in results]
         told = {"checks": found, "engines": [one.model_dump(mode="json") for one in verdicts]} if names else found
         typer.echo(json.dumps(told, indent=1))
+    elif verdicts:
+        text = "verdicts.json beside the manifest has the verdicts; `quantlab report` brings them into matrix and model card"
+        _err.print(text, style="dim", highlight=False, markup=False)
     if any(check.verdict == "failed" for check in results) or any(verdict.fails for verdict in verdicts):
         raise typer.Exit(1)
 

@@ -95,6 +95,14 @@ def _runs(number: int) -> bool:
     return state != "Z"
 
 
+def test_a_script_finds_the_files_beside_it_that_have_its_name(fake: Callable[[str], Engine]) -> None:
+    engine = fake(ANSWER + "import fake_products; report['version'] = fake_products.VERSION" + WRITE)
+    (engine.script.parent / "fake_products.py").write_text("VERSION = '7'")
+    found = run_engine(engine, HERE, WANTED, seconds=60)
+    assert isinstance(found, EngineResult)
+    assert found.report.version == "7"
+
+
 def test_a_script_is_not_found_in_place_of_the_engine_it_is_named_after(fake: Callable[[str], Engine]) -> None:
     engine = fake(ANSWER + "import fake" + WRITE)
     found = run_engine(engine, HERE, WANTED, seconds=60)

@@ -93,6 +93,11 @@ class Engine:
         return self.folder / "scripts" / f"{self.stem}.py"
 
     @property
+    def parts(self) -> tuple[Path, ...]:
+        """Files that its script reads from its own folder: `STEM_*.py`."""
+        return tuple(sorted(self.script.parent.glob(f"{self.stem}_*.py")))
+
+    @property
     def requirements(self) -> Path:
         return self.folder / "requirements" / f"{self.stem}.txt"
 

@@ -30,7 +30,6 @@ from quantlab.files import write_atomically
 MARK: Final = "quantlab-engine.json"
 """File that is written last into an environment."""
 _VERSION_SECONDS: Final = 120
-_IMPORT_SECONDS: Final = 600
 _NOT_PASSED_ON: Final = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSTARTUP")
 
 Origin = Literal["--engine-python", "variable", "installed", "this Python"]
@@ -185,11 +184,11 @@ def _fill(engine: Engine, directory: Path, tell: Callable[[str], None]) -> Path:
             file.write_text(lines, encoding="utf-8")
             _call([*installer, *options, "-r", str(file)], engine, tell)
     tell(f"{engine.name}: importing")
-    _call([str(python), "-c", f"import {engine.module}"], engine, tell, seconds=_IMPORT_SECONDS)
+    _call([str(python), "-c", f"import {engine.module}"], engine, tell)
     return python
 
 
-def _call(command: Sequence[str], engine: Engine, tell: Callable[[str], None], *, seconds: float | None = None) -> None:
+def _call(command: Sequence[str], engine: Engine, tell: Callable[[str], None]) -> None:
     """Run one command of an installation and pass its lines on.
 
     Raises:
@@ -210,7 +209,7 @@ def _call(command: Sequence[str], engine: Engine, tell: Callable[[str], None], *
             if line.strip():
                 last.append(line.strip()[:300])
                 tell(last[-1])
-        status = process.wait(timeout=seconds)
+        status = process.wait()
     if status != 0:
         raise EvaluationError(
             "the engine's environment cannot be installed",

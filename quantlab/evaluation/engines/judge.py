@@ -174,7 +174,7 @@ class Judge:
             manifest_sha256(self._artifact),
             self._judged.export_sha256,
             version,
-            engine.script.read_text(encoding="utf-8"),
+            *(path.read_text(encoding="utf-8") for path in (engine.script, *engine.parts)),
             code_fingerprint(("quantlab.evaluation.engines.judge",)),
             self._text.sha256,
             f"{self._how.dtype} {self._how.greedy_tokens}",

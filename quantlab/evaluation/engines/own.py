@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
@@ -24,6 +24,7 @@ from quantlab.files import read_json
 from quantlab.formats.stored import StoredWeights
 from quantlab.runtime.banks.choice import QuantizedMatrices
 from quantlab.runtime.banks.groups import RowGroups
+from quantlab.runtime.cache_arguments import cache_arguments
 from quantlab.runtime.load import load
 
 
@@ -83,10 +84,9 @@ def compute(
 
 def _continued(model: PreTrainedModel, prompt: tuple[int, ...], count: int) -> list[int]:
     """The greedy continuation of one prompt, not ended by an end token."""
-    ids, cache, found = torch.tensor([prompt]), None, []
+    ids, cache, found = torch.tensor([prompt]), DynamicCache(config=model.config), []
     for _ in range(count):
-        result = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache, ids = result.past_key_values, result.logits[:, -1].argmax(-1, keepdim=True)
+        ids = model(input_ids=ids, **cache_arguments(cache)).logits[:, -1].argmax(-1, keepdim=True)
         found.append(int(ids))
     return found
 

@@ -135,6 +135,8 @@ def run_engine(
         # a copy under another name: beside a file `vllm.py`, `import vllm` would find that file
         script = work / "engine_script.py"
         shutil.copyfile(engine.script, script)
+        for part in engine.parts:
+            shutil.copyfile(part, work / part.name)
         results = work / "results"
         results.mkdir()
         (work / "request.json").write_text(json.dumps(_request(engine, wanted, work)), encoding="utf-8")
@@ -188,29 +190,22 @@ def _run(command: Sequence[str], environment: Mapping[str, str], work: Path, *, 
     )
     assert process.stdout is not None, "started with a pipe"
     assert process.stderr is not None, "started with a pipe"
-    with _whole_group(process), _tail_of(process.stdout) as output, _tail_of(process.stderr) as errors:
-        status: int | None
-        try:
+    with _tail_of(process.stdout) as output, _tail_of(process.stderr) as errors:
+        status: int | None = None
+        with suppress(subprocess.TimeoutExpired), _ending_its_group(process):
             status = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-        _end_group(process)
     return _Ended(status, bytes(output).decode(errors="replace"), bytes(errors).decode(errors="replace"))
 
 
 @contextmanager
-def _whole_group(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _ending_its_group(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """End a process and its children when the block is left, also by Ctrl-C."""
     try:
         yield
     finally:
-        _end_group(process)
+        with suppress(ProcessLookupError):  # it ended, and left no children
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):  # it ended, and left no children
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager

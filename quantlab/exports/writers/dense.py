@@ -12,6 +12,7 @@ from quantlab.exports.contents import contents_of
 from quantlab.exports.target import Contents, Progress, Weight
 from quantlab.exports.writers.checkpoint import Planned, carry_companions, write_json, write_shards
 from quantlab.exports.writers.writer import Written
+from quantlab.formats.codecs.table import CODECS
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 
@@ -39,6 +40,10 @@ def write_expanded(stored: StoredWeights, directory: Path, *, exact: bool = Fals
 
 def expanded(stored: StoredWeights, name: str, *, exact: bool) -> Tensor:
     """One weight in floating point; see `write_expanded`. Weights that are not quantized keep their dtype."""
+    held = stored.stored(name)
+    if exact and held is not None and not held.number.is_integer:  # `read` rounds it to bfloat16
+        parts = {part.name: stored.reader.read(part.name) for part in held.parts}
+        return CODECS[held.layout].decode(name, parts, held.number).dequantize(torch.float32)
     weight = stored.read(name)
     if not isinstance(weight, QuantizedMatrix):
         return weight
@@ -61,10 +66,10 @@ def _write_weights(
 def _planned(weight: Weight, *, exact: bool) -> Planned:
     dtype = weight.dtype
     if weight.number is not None:
-        if not weight.number.is_integer:
-            dtype = DTYPE_NAMES[torch.bfloat16]  # FP8 is read as bfloat16
-        elif exact:
+        if exact:
             dtype = DTYPE_NAMES[torch.float32]
+        elif not weight.number.is_integer:
+            dtype = DTYPE_NAMES[torch.bfloat16]  # FP8 is read as bfloat16
     return weight, ((weight.name, dtype, weight.shape),)
 
 

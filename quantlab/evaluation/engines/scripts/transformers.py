@@ -5,6 +5,7 @@ a tensor, so they are reported. Imports nothing of quantlab.
 """
 
 import importlib.metadata
+import inspect
 import json
 import resource
 import sys
@@ -144,11 +145,13 @@ def greedy(model: Any, prompts: list[list[int]], count: int) -> Any:  # noqa: AN
 def continued(model: Any, prompt: list[int], count: int) -> list[int]:  # noqa: ANN401
     """The greedy continuation of one prompt."""
     import torch
+    from transformers import DynamicCache
 
-    ids, cache, found = torch.tensor([prompt]), None, []
+    # renamed in transformers 5.24
+    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    ids, cache, found = torch.tensor([prompt]), {name: DynamicCache(config=model.config), "use_cache": True}, []
     for _ in range(count):
-        result = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache, ids = result.past_key_values, result.logits[:, -1].argmax(-1, keepdim=True)
+        ids = model(input_ids=ids, **cache).logits[:, -1].argmax(-1, keepdim=True)
         found.append(int(ids))
     return found
 
