@@ -57,15 +57,6 @@ def as_int8(x: Any) -> Any:
     return (x / scale).round() * scale
 
 
-def as_float8(x: Any) -> Any:
-    """Values rounded to E4M3 with a scale for every 128 of a row, the largest number being 448."""
-    import torch
-
-    parts = x.unflatten(-1, (-1, 128))
-    scale = (parts.abs().amax(dim=-1, keepdim=True) / 448).clamp_min(1e-10)
-    return ((parts / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
-
-
 def packed_linear(replaced: set[str]) -> type:
     """Weight-only integers: weights are expanded once."""
     import torch
@@ -95,10 +86,12 @@ def packed_linear(replaced: set[str]) -> type:
 
 
 def block_linear(replaced: set[str]) -> type:
-    """FP8 in blocks of 128 x 128: vLLM rounds the inputs, as for its other kernels."""
+    """FP8 in blocks of 128 x 128; inputs are not rounded, as in vLLM's kernels for CPUs with AMX."""
     from vllm.model_executor.kernels.linear import Fp8BlockScaledMMLinearKernel
 
     class TorchBlockLinear(Fp8BlockScaledMMLinearKernel):
+        apply_input_quant = False
+
         @classmethod
         def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
             return True, None
@@ -107,8 +100,7 @@ def block_linear(replaced: set[str]) -> type:
             replaced.add("linear with FP8 blocks")
 
         def apply_block_scaled_mm(self, A: Any, B: Any, As: Any, Bs: Any) -> Any:  # noqa: N803 - vLLM's names
-            inputs = (A.float().unflatten(-1, (As.shape[-1], -1)) * As[..., None]).flatten(-2)
-            return inputs @ expanded(B, Bs).t()
+            return A.float() @ expanded(B, Bs).t()
 
     return TorchBlockLinear
 
@@ -224,6 +216,6 @@ def replace_block_experts(replaced: set[str]) -> None:
                 return
             replaced.add("experts with FP8 blocks")
             pairs = ((layer.w13_weight, layer.w13_weight_scale_inv), (layer.w2_weight, layer.w2_weight_scale_inv))
-            use_plain_experts(self, layer, [expanded(weight.data, scale.data) for weight, scale in pairs], as_float8)
+            use_plain_experts(self, layer, [expanded(weight.data, scale.data) for weight, scale in pairs], lambda x: x)
 
     module.Fp8MoEMethod = BlockExperts
