@@ -1,8 +1,8 @@
 """Small random models that serving engines can run, and artifacts of them.
 
 Engines have kernels for the head sizes of released models alone: MLA for a latent of 512 and 64 rotary dimensions. These models have
-DeepSeek's true sizes there, few layers, few heads and small matrices elsewhere. They are stored in bfloat16, because an engine
-without FP8 must compute the source too: it is the reference for what the engine does to artifacts.
+DeepSeek's true sizes and scaled rotary frequencies there, few layers, few heads and small matrices elsewhere. They are stored in
+bfloat16, because an engine without FP8 must compute the source too: it is the reference for what the engine does to artifacts.
 """
 
 from pathlib import Path
@@ -27,6 +27,15 @@ _MLA: dict[str, object] = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
     "moe_intermediate_size": 256,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
 }
 _OWN: dict[str, dict[str, object]] = {
     "llama": {},

@@ -88,7 +88,7 @@ def run(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     replaced: set[str] = set()
     if options.get("replace"):
         products = runpy.run_path(str(Path(__file__).with_name("vllm_products.py")))
-        products["allow_plain_products"](replaced)
+        products["allow_plain_products"](replaced, config.get("dtype") or config.get("torch_dtype"))
     loading = Loading(layers=config["num_hidden_layers"])
     watch_loading(loading)
     started = time.perf_counter()
@@ -322,7 +322,7 @@ def watch_loading(loading: Loading) -> None:
         return named(read(self, *arguments), given, taken)
 
     def load_weights(self: Any, model: Any, config: Any) -> None:
-        parameters = dict(model.named_parameters())
+        parameters = dict(pair for pair in model.named_parameters() if ".attn." not in pair[0])  # not scales of a cache
         for parameter in parameters.values():
             poison(parameter.data)
         fill(self, model, config)

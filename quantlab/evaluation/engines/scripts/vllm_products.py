@@ -9,22 +9,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def allow_plain_products(replaced: set[str]) -> None:
+def allow_plain_products(replaced: set[str], dtype: str) -> None:
     """Offer plain torch to vLLM behind its own kernels: it is chosen where vLLM finds none.
 
     Args:
         replaced: receives the products that plain torch computes.
+        dtype: of config.json; packed integers are expanded to it, as in an engine that computes in it.
     """
     import torch
     from vllm import _custom_ops  # noqa: F401 - loads the operators
     from vllm.model_executor.kernels import linear
     from vllm.platforms import PlatformEnum
 
-    linear.register_linear_kernel(packed_linear(replaced), PlatformEnum.CPU, "mp")
+    linear.register_linear_kernel(packed_linear(replaced, dtype), PlatformEnum.CPU, "mp")
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(block_linear(replaced))
     if not hasattr(torch.ops._C, "cpu_gemm_wna16"):  # the kernel is there, and the operator that it calls is not
         os.environ["VLLM_DISABLED_KERNELS"] = "CPUWNA16LinearKernel"
-    replace_packed_experts(replaced)
+    replace_packed_experts(replaced, dtype)
     replace_int8_experts(replaced)
     replace_block_experts(replaced)
 
@@ -57,7 +58,7 @@ def as_int8(x: Any) -> Any:
     return (x / scale).round() * scale
 
 
-def packed_linear(replaced: set[str]) -> type:
+def packed_linear(replaced: set[str], dtype: str) -> type:
     """Weight-only integers: weights are expanded once."""
     import torch
     from vllm.model_executor.kernels.linear import MPLinearKernel
@@ -77,7 +78,8 @@ def packed_linear(replaced: set[str]) -> type:
             replaced.add(f"linear with {kind} weights")
             numbers = unpacked(words.data, kind.size_bits, words.packed_dim)
             zero = unpacked(zeros.data, kind.size_bits, 0) if self.config.zero_points else kind.bias
-            layer.plain_weight = dequantized(numbers, scale.data, zero).to(self.config.act_type)
+            weight = dequantized(numbers, scale.data, zero).to(getattr(torch, dtype))
+            layer.plain_weight = weight.to(self.config.act_type)
 
         def apply_weights(self, layer: Any, x: Any, bias: Any = None) -> Any:
             return torch.nn.functional.linear(x, layer.plain_weight, bias)
@@ -153,7 +155,8 @@ def use_plain_experts(method: Any, layer: Any, weights: Sequence[Any], round_inp
     )
 
 
-def replace_packed_experts(replaced: set[str]) -> None:
+def replace_packed_experts(replaced: set[str], dtype: str) -> None:
+    import torch
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_wna16 as module,
     )
@@ -177,7 +180,7 @@ def replace_packed_experts(replaced: set[str]) -> None:
             numbers = unpacked(getattr(layer, f"{part}_weight_packed").data, self.num_bits, -1)
             zeros = getattr(layer, f"{part}_weight_zero_point", None)
             zero = self.quant_type.bias if zeros is None else unpacked(zeros.data, self.num_bits, -2)
-            return dequantized(numbers, getattr(layer, f"{part}_weight_scale").data, zero)
+            return dequantized(numbers, getattr(layer, f"{part}_weight_scale").data, zero).to(getattr(torch, dtype))
 
     module.CompressedTensorsWNA16MoEMethod = PackedExperts
 
