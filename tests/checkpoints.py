@@ -5,6 +5,7 @@ multi-token-prediction layer, several shards, and a weight whose scale is in ano
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -92,13 +93,23 @@ def all_linears(scheme: Scheme, ignore: tuple[str, ...] = ()) -> QuantizationCon
     return QuantizationConfig((Group(("Linear",), scheme.format, scheme.layout),), ignore)
 
 
-def make_checkpoint(directory: Path, family: str, *, seed: int = 0) -> Path:
-    """Write a random checkpoint of a family and return its directory."""
+def make_checkpoint(
+    directory: Path, family: str, *, seed: int = 0, sizes: Mapping[str, object] | None = None, fp8: bool = True
+) -> Path:
+    """Write a random checkpoint of a family and return its directory.
+
+    Args:
+        directory: created here.
+        family: one of `CONFIGS`.
+        seed: of the weights.
+        sizes: fields of config.json that replace those of `CONFIGS`.
+        fp8: store DeepSeek-V3 in FP8 blocks as released; otherwise bfloat16.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     directory.mkdir(parents=True)
-    config = CONFIGS[family]
+    config = {**CONFIGS[family], **(sizes or {})}
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.bfloat16)
     with torch.no_grad():
@@ -118,8 +129,9 @@ def make_checkpoint(directory: Path, family: str, *, seed: int = 0) -> Path:
     if family == "deepseek_v3":
         tensors = {name: t.float() if name.endswith("e_score_correction_bias") else t for name, t in tensors.items()}
         tensors = _with_mtp(tensors)
-        tensors = _to_fp8(tensors)
-        (directory / "config.json").write_text(json.dumps({**config, "quantization_config": FP8}, indent=2))
+        if fp8:
+            tensors = _to_fp8(tensors)
+            (directory / "config.json").write_text(json.dumps({**config, "quantization_config": FP8}, indent=2))
         write_shards(directory, tensors, count=4)
     else:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
