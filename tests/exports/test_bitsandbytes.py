@@ -167,6 +167,7 @@ def _peer(*arguments: object) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_checkpoint_is_what_bitsandbytes_saves(
     format: FormatName, checkpoints: dict[str, Path], tmp_path: Path
@@ -184,6 +185,7 @@ def test_a_checkpoint_is_what_bitsandbytes_saves(
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("family", "passes", "format"),
     [
