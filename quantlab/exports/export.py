@@ -173,7 +173,7 @@ def is_current(artifact_dir: Path, format: FormatName, out: Path) -> bool:
 
 def _code(format: FormatName) -> str:
     """Fingerprint of the code that writes a format."""
-    return code_fingerprint((f"quantlab.exports.writers.{format}",))
+    return code_fingerprint((WRITERS[format].__module__,))
 
 
 def _manifest(directory: Path) -> dict[str, Any]:

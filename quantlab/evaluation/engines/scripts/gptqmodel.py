@@ -83,7 +83,7 @@ def load(path: Path, dtype: str) -> tuple[Any, list[str]]:
     return model, [f"weights are expanded in {str(narrow).removeprefix('torch.')}, products are float32"]
 
 
-def widen(model: Any) -> None:  # noqa: ANN401 - the model of transformers
+def widen(model: Any) -> None:
     """Make every parameter and buffer float32 but those of quantized linears."""
     import torch
 
@@ -98,7 +98,7 @@ def widen(model: Any) -> None:  # noqa: ANN401 - the model of transformers
     model.config.dtype = torch.float32
 
 
-def compared(model: Any, path: Path) -> tuple[list[str], list[str]]:  # noqa: ANN401
+def compared(model: Any, path: Path) -> tuple[list[str], list[str]]:
     """Names of the model's parameters and buffers that the checkpoint lacks, and of its tensors that the model lacks.
 
     The loader of GPTQModel reports neither.
@@ -122,7 +122,7 @@ def stored_names(path: Path) -> set[str]:
     return names
 
 
-def kernels(model: Any) -> tuple[list[dict[str, Any]], list[str]]:  # noqa: ANN401
+def kernels(model: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """Linears by class and number format, and the names of those that are not quantized."""
     import torch
 
@@ -141,7 +141,7 @@ def kernels(model: Any) -> tuple[list[dict[str, Any]], list[str]]:  # noqa: ANN4
     return found, sorted(name for (_, scheme), names in groups.items() if scheme is None for name in names)
 
 
-def probe(model: Any, path: str | None) -> dict[str, Any]:  # noqa: ANN401
+def probe(model: Any, path: str | None) -> dict[str, Any]:
     """The outputs of single linears for given inputs, float32."""
     if path is None:
         return {}
@@ -154,7 +154,7 @@ def probe(model: Any, path: str | None) -> dict[str, Any]:  # noqa: ANN401
     }
 
 
-def score(model: Any, documents: list[list[int]]) -> dict[str, Any]:  # noqa: ANN401
+def score(model: Any, documents: list[list[int]]) -> dict[str, Any]:
     """Negative log-likelihood of every given token, and the most likely one in its place."""
     import torch
 
@@ -167,14 +167,14 @@ def score(model: Any, documents: list[list[int]]) -> dict[str, Any]:  # noqa: AN
     return {"nll": torch.cat(nll), "top": torch.cat(top)}
 
 
-def greedy(model: Any, prompts: list[list[int]], count: int) -> Any:  # noqa: ANN401
+def greedy(model: Any, prompts: list[list[int]], count: int) -> Any:
     """Greedy continuations [prompts, count], not ended by an end token."""
     import torch
 
     return torch.tensor([continued(model, prompt, count) for prompt in prompts])
 
 
-def continued(model: Any, prompt: list[int], count: int) -> list[int]:  # noqa: ANN401
+def continued(model: Any, prompt: list[int], count: int) -> list[int]:
     """The greedy continuation of one prompt."""
     import torch
 
@@ -187,7 +187,7 @@ def continued(model: Any, prompt: list[int], count: int) -> list[int]:  # noqa: 
 
 
 def speed(
-    model: Any,  # noqa: ANN401
+    model: Any,
     documents: list[list[int]],
     wanted: dict[str, int] | None,
 ) -> tuple[float | None, float | None]:

@@ -56,7 +56,7 @@ def main() -> None:
     (directory / "result.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-def load(model: str, dtype: Any) -> tuple[Any, list[str], list[str]]:  # noqa: ANN401 - torch's dtype and the model
+def load(model: str, dtype: Any) -> tuple[Any, list[str], list[str]]:
     """The model, the names of its parameters without a tensor, and of tensors that it does not use."""
     from transformers import AutoModelForCausalLM
 
@@ -71,7 +71,7 @@ def load(model: str, dtype: Any) -> tuple[Any, list[str], list[str]]:  # noqa: A
     return loaded, missing, sorted(info["unexpected_keys"])
 
 
-def schemes(model: Any) -> tuple[list[dict[str, Any]], list[str] | None]:  # noqa: ANN401
+def schemes(model: Any) -> tuple[list[dict[str, Any]], list[str] | None]:
     """Linears and experts by class and scheme; and the linears without one, None if the method does not say."""
     import torch
 
@@ -94,7 +94,7 @@ def schemes(model: Any) -> tuple[list[dict[str, Any]], list[str] | None]:  # noq
     )
 
 
-def scheme_of(module: Any) -> str | None:  # noqa: ANN401
+def scheme_of(module: Any) -> str | None:
     """The scheme of a linear of compressed-tensors in words: "weights int4 in groups of 128"."""
     scheme = getattr(module, "quantization_scheme", None)
     if scheme is None:
@@ -109,7 +109,7 @@ def scheme_of(module: Any) -> str | None:  # noqa: ANN401
     return ", ".join(words)
 
 
-def probe(model: Any, path: str | None) -> dict[str, Any]:  # noqa: ANN401
+def probe(model: Any, path: str | None) -> dict[str, Any]:
     """The outputs of single linears for given inputs, float32."""
     if path is None:
         return {}
@@ -122,7 +122,7 @@ def probe(model: Any, path: str | None) -> dict[str, Any]:  # noqa: ANN401
     return found
 
 
-def score(model: Any, documents: list[list[int]]) -> dict[str, Any]:  # noqa: ANN401
+def score(model: Any, documents: list[list[int]]) -> dict[str, Any]:
     """Negative log-likelihood of every given token, and the most likely one in its place."""
     import torch
 
@@ -135,14 +135,14 @@ def score(model: Any, documents: list[list[int]]) -> dict[str, Any]:  # noqa: AN
     return {"nll": torch.cat(nll), "top": torch.cat(top)}
 
 
-def greedy(model: Any, prompts: list[list[int]], count: int) -> Any:  # noqa: ANN401
+def greedy(model: Any, prompts: list[list[int]], count: int) -> Any:
     """Greedy continuations [prompts, count], not ended by an end token."""
     import torch
 
     return torch.tensor([continued(model, prompt, count) for prompt in prompts])
 
 
-def continued(model: Any, prompt: list[int], count: int) -> list[int]:  # noqa: ANN401
+def continued(model: Any, prompt: list[int], count: int) -> list[int]:
     """The greedy continuation of one prompt."""
     import torch
     from transformers import DynamicCache
@@ -157,7 +157,7 @@ def continued(model: Any, prompt: list[int], count: int) -> list[int]:  # noqa: 
 
 
 def speed(
-    model: Any,  # noqa: ANN401
+    model: Any,
     documents: list[list[int]],
     wanted: dict[str, int] | None,
 ) -> tuple[float | None, float | None]:

@@ -1,0 +1,45 @@
+"""The format `onnx`: a float32 graph of a dense model whose quantized products hold the artifact's integers. Does not import torch."""
+
+from dataclasses import dataclass
+
+from quantlab.exports.target import Contents, Weight
+from quantlab.recipe.schemes import FormatName
+
+LARGEST_BLOCK = 128
+"""Columns that share a scale in the graph where a matrix has one scale per row: it is repeated."""
+_SMALLEST_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Onnx:
+    """See the module's docstring."""
+
+    name: FormatName = "onnx"
+    description: str = "an ONNX graph whose products hold the same integers (MatMulNBits), for onnxruntime"
+
+    def refuses(self, contents: Contents) -> str | None:
+        """See `Target`."""
+        if contents.architecture.mixture is not None:
+            return "routed experts: the exporter records the experts that its example tokens chose, for all tokens"
+        reasons = (reason for weight in contents.quantized if (reason := _refuses(weight)) is not None)
+        return next(reasons, None)
+
+
+def block_of(weight: Weight) -> int:
+    """Columns that share a scale in the graph."""
+    assert weight.number is not None, "it is quantized"
+    return weight.number.group_size or min(weight.shape[1], LARGEST_BLOCK)
+
+
+def _refuses(weight: Weight) -> str | None:
+    number = weight.number
+    assert number is not None, "it is quantized"
+    if not (number.is_integer and number.bits in {4, 8} and number.by_row):
+        return f"{number.name}: MatMulNBits holds integers of 4 and 8 bits with scales by row ({weight.name})"
+    block = block_of(weight)
+    if block < _SMALLEST_BLOCK or block & (block - 1) or weight.shape[1] % block:
+        return f"blocks of {block} in {weight.shape[1]} columns: MatMulNBits takes whole blocks of a power of two ({weight.name})"
+    return None
+
+
+TARGET = Onnx()
