@@ -12,7 +12,7 @@ FloatDtype = Literal["float16", "bfloat16"]
 SchemeName = Literal["int8", "int8_weight", "int4_g128", "int4_g64", "int4_g32", "int4_g128_asym", "fp8_block"]
 LayoutName = Literal["dense", "pack-quantized", "int-quantized", "float-quantized", "gptq", "gptq_v2", "fp8-blocks"]
 """Layouts of a weight on disk; `quantlab.formats.layouts` has an object for each."""
-FormatName = Literal["dense"]
+FormatName = Literal["dense", "gguf"]
 """Formats of other programs that an artifact can be written in; `quantlab.exports.targets` has an object for each."""
 DefaultGrid = Literal["absmax", "signed", "minmax"]
 DefaultClip = Literal["none", "mse"]
