@@ -13,21 +13,19 @@ import typer
 from rich.console import Console
 
 from quantlab import console as show
-from quantlab.architectures.architecture import Architecture
-from quantlab.architectures.config import size_of
-from quantlab.architectures.detect import detect
 from quantlab.checkpoint.hub import download
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.documents import nearest
-from quantlab.errors import QuantlabError, RecipeError
+from quantlab.errors import ArtifactError, QuantlabError, RecipeError
 from quantlab.evaluation.manifest import check_unchanged
 from quantlab.evaluation.suite import load_suite
-from quantlab.formats.layouts import description_of, method_of
-from quantlab.formats.understood import understood
+from quantlab.exports.targets import TARGETS
+from quantlab.inspection import inspect_checkpoint
 from quantlab.plan.compile import compile_plan
 from quantlab.plan.model import Plan
 from quantlab.plan.source import survey
 from quantlab.recipe.load import LoadedRecipe, load_recipe
+from quantlab.recipe.schemes import FormatName
 from quantlab.report.claims.check import load_claims
 from quantlab.report.comparison.compare import GRAMMAR
 from quantlab.report.comparison.compare import compare as compare_records
@@ -108,6 +106,10 @@ def plan(
     for variant in compiled.variants:
         for note in variant.notes:
             _out.print(f"{variant.name}: {note}", highlight=False, markup=False)
+        for name in variant.exports:
+            _out.print(
+                f"{variant.name}: also written as {name}: {TARGETS[name].description}", highlight=False, markup=False
+            )
         if ledger == variant.name:
             _out.print(show.ledger_table(variant))
 
@@ -118,30 +120,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show the contents of a checkpoint: family, roles, dtypes or schemes, parameters, bytes."""
-    opened = understood(open_checkpoint(checkpoint))
-    architecture = detect(opened.config)
-    method = method_of(opened)
-    if method is not None and not method.is_source:
-        _inspect_quantized(opened, architecture, as_json=as_json)
-        return
-    weights = survey(opened, architecture)
-    if as_json:
-        tensors = [
-            {
-                "tensor": weight.entry.name,
-                "role": weight.tensor.role,
-                "dtype": weight.entry.dtype,
-                "shape": weight.entry.shape,
-                "file": weight.entry.file.name,
-            }
-            for weight in weights
-        ]
-        typer.echo(json.dumps({"architecture": architecture.class_name, "tensors": tensors}, indent=1))
-        return
-    numbers = description_of(opened)
-    quantized = f", {numbers}" if numbers else ""
-    _out.print(f"{architecture.class_name} in {len(opened.files)} files{quantized}", highlight=False, markup=False)
-    _out.print(show.checkpoint_table(weights))
+    inspect_checkpoint(checkpoint, _out, as_json=as_json)
 
 
 @app.command()
@@ -166,7 +145,7 @@ def run(
     from quantlab.preflight import check_before_running  # imports torch, which `plan` and `--help` do without
     from quantlab.run.loop import Settings
     from quantlab.runtime.device import find_device
-    from quantlab.stages import Measuring, make, measure
+    from quantlab.stages import Measuring, export_artifacts, make, measure
 
     directory = _directory(loaded, out)
     found = find_device(device)
@@ -174,13 +153,15 @@ def run(
     settings = Settings(device=found, overwrite=overwrite)
     with _interruptible():
         made = make(loaded, compiled, directory, settings, console=_err, quiet=quiet or as_json)
+        exports = export_artifacts(compiled, directory, console=_err, quiet=quiet or as_json)
     if not (quiet or as_json):
         show.print_artifacts(_err, made=made.made, outdated=made.outdated, kept=made.kept, directory=directory)
+        for one in exports:
+            show.print_export(_err, one.directory, one.notes, made=one.made)
     if loaded.recipe.evaluate is None:
         if as_json:
-            typer.echo(
-                json.dumps({"artifacts": [str(directory / "artifacts" / name) for name in loaded.recipe.variants]})
-            )
+            artifacts = [str(directory / "artifacts" / name) for name in loaded.recipe.variants]
+            typer.echo(json.dumps({"artifacts": artifacts, "exports": [str(one.directory) for one in exports]}))
         return
     with _interruptible():
         how = Measuring(device=found, time_limit=time_limit, reuse=True, quiet=quiet or as_json)
@@ -302,23 +283,50 @@ def verify(
         raise typer.Exit(1)
 
 
-def _inspect_quantized(checkpoint: Checkpoint, architecture: Architecture, *, as_json: bool) -> None:
-    """Print the contents of a quantized checkpoint, made by quantlab or by another tool."""
-    from quantlab.checkpoint.reader import Reader
-    from quantlab.formats.stored import StoredWeights
+@app.command()
+def export(
+    artifact: Annotated[Path, typer.Argument(help="A directory under runs/NAME/artifacts.", show_default=False)],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            help="; ".join(f"`{name}`: {one.description}" for name, one in TARGETS.items()) + ".",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Directory to make.", show_default="runs/NAME/exports/ARTIFACT.FORMAT"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a finished artifact in the format of another program, from the same integers.
 
-    stored = StoredWeights(Reader(checkpoint))
-    layers = size_of(checkpoint.config, "num_hidden_layers")
-    weights = [(architecture.classify(held.name, hidden_layers=layers).role, held) for held in stored.contents()]
+    Nothing is rounded again: `quantlab export runs/quickstart/artifacts/w4a16 --format gptq` writes
+    runs/quickstart/exports/w4a16.gptq. A recipe does the same with `{passes: […], format: gptq}`.
+    """
+    name = _format(format)
+    from quantlab.exports.export import default_out  # imports torch
+    from quantlab.stages import export_artifact
+
+    where = out or default_out(artifact, name)
+    with _interruptible():
+        notes = export_artifact(artifact, name, where, overwrite=overwrite, console=_err, quiet=quiet or as_json)
     if as_json:
-        tensors = [{"role": role} | asdict(held) for role, held in weights]
-        content = {"architecture": architecture.class_name, "quantization": stored.method, "tensors": tensors}
-        typer.echo(json.dumps(content, indent=1))
-        return
-    schemes = "; ".join(dict.fromkeys(held.description for _, held in weights if held.description))
-    text = f"{architecture.class_name} in {len(checkpoint.files)} files, {stored.method}: {schemes}"
-    _out.print(text, highlight=False, markup=False)
-    _out.print(show.contents_table((role, held.numbers, held.parameters, held.nbytes) for role, held in weights))
+        typer.echo(json.dumps({"export": str(where), "notes": notes}))
+    elif not quiet:
+        show.print_export(_err, where, notes, made=True)
+
+
+def _format(word: str) -> FormatName:
+    """A word of the command line as a format."""
+    found = next((name for name in TARGETS if name == word), None)
+    if found is None:
+        raise ArtifactError("unknown format", where="--format", found=repr(word), fix=nearest(word, list(TARGETS)))
+    return found
 
 
 def main() -> None:

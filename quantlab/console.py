@@ -62,6 +62,13 @@ def print_artifacts(
         console.print(text, style="dim", highlight=False, markup=False)
 
 
+def print_export(console: Console, directory: Path, notes: Sequence[str], *, made: bool) -> None:
+    """Print the path of an export, and what its writer noted."""
+    console.print(f"{directory} {'written' if made else 'kept'}", style="dim", highlight=False, markup=False)
+    for note in notes:
+        console.print(f"  {note}", style="dim", highlight=False, markup=False)
+
+
 def print_check(console: Console, name: str, verdict: str, detail: str) -> None:
     """Print the result of one check of `verify`."""
     style = {"ok": "green", "failed": "bold red"}.get(verdict, "yellow")
@@ -185,6 +192,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "ledger": ledger_counts(variant),
                 "shards": sum(len(block.shards) for block in variant.blocks),
                 "notes": list(variant.notes),
+                "exports": list(variant.exports),
             }
             for variant in plan.variants
         ],

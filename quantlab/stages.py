@@ -16,15 +16,18 @@ from quantlab.evaluation.evaluate import evaluate
 from quantlab.evaluation.manifest import weights_sha256
 from quantlab.evaluation.record import Pass
 from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
+from quantlab.exports.export import export, open_artifact
 from quantlab.plan.model import Plan, VariantPlan
 from quantlab.recipe.algorithms import Reap
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schema import Cast, Prune, Quantize
+from quantlab.recipe.schemes import FormatName
 from quantlab.report.files import write_report
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.run.artifact import MANIFEST_NAME
 from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import MadeArtifacts, make_artifacts
+from quantlab.run.exports import Export, write_exports
 from quantlab.run.loop import Settings
 from quantlab.runtime.device import name_of
 
@@ -48,6 +51,36 @@ def make(
             return lambda nbytes: bars.advance(task, nbytes)
 
         return make_artifacts(plan, recipe, directory, announce, settings)
+
+
+def export_artifacts(plan: Plan, out: Path, *, console: Console, quiet: bool) -> list[Export]:
+    """Write the missing exports of finished artifacts, each with a progress bar.
+
+    Raises:
+        ArtifactError, CheckpointError: see `write_exports`.
+    """
+    with show.progress_bars(console, quiet=quiet) as bars:
+
+        def announce(variant: VariantPlan, format: FormatName) -> Callable[[int], None]:
+            elements = sum(step.source.elements for step in variant.steps if step.outputs)
+            task = bars.add_task(f"{variant.name}.{format}", total=elements, detail="export")
+            return lambda count: bars.advance(task, count)
+
+        return write_exports(plan, RunDirectory(out), announce)
+
+
+def export_artifact(
+    artifact: Path, format: FormatName, out: Path, *, overwrite: bool, console: Console, quiet: bool
+) -> tuple[str, ...]:
+    """Write one finished artifact in a format, with a progress bar; returns the notes of the writer.
+
+    Raises:
+        ArtifactError, CheckpointError: see `export`.
+    """
+    elements = open_artifact(artifact).contents.elements
+    with show.progress_bars(console, quiet=quiet) as bars:
+        task = bars.add_task(out.name, total=elements, detail="export")
+        return export(artifact, format, out, lambda count: bars.advance(task, count), overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -112,7 +145,7 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
     for variant in plan.variants:
         artifact = directory.artifact(variant.name)
         digest = hashlib.sha256((artifact / MANIFEST_NAME).read_bytes()).hexdigest()
-        passes = tuple(_as_recorded(step) for step in recipe.recipe.variants[variant.name])
+        passes = tuple(_as_recorded(step) for step in recipe.recipe.variants[variant.name].passes)
         artifacts.append(
             EvaluatedArtifact(variant.name, variant.description, artifact, f"artifacts/{variant.name}", digest, passes)
         )

@@ -140,6 +140,23 @@ def check_expressible(artifact: OpenArtifact, format: FormatName) -> None:
         )
 
 
+def default_out(artifact_dir: Path, format: FormatName) -> Path:
+    """The directory of an export if none is given: runs/NAME/exports/VARIANT.FORMAT.
+
+    Raises:
+        ArtifactError: the artifact is not in a directory called artifacts.
+    """
+    path = artifact_dir if artifact_dir.parent.name == "artifacts" else artifact_dir.resolve()
+    if path.parent.name != "artifacts":
+        raise ArtifactError(
+            "the artifact is outside the directory of a run",
+            where=str(artifact_dir),
+            found=f"its folder is called {path.parent.name!r}",
+            fix="say where the export goes: --out DIR",
+        )
+    return path.parent.parent / "exports" / f"{path.name}.{format}"
+
+
 def is_current(artifact_dir: Path, format: FormatName, out: Path) -> bool:
     """Whether `out` is a whole export of an artifact, made from it by the current code.
 

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Final, get_args
 
-from quantlab.exports import dense
+from quantlab.exports import dense, gptq
 from quantlab.exports.gguf import target as gguf
 from quantlab.exports.target import Target
 from quantlab.recipe.schemes import FormatName
 
-TARGETS: Final[Mapping[FormatName, Target]] = {target.name: target for target in (dense.TARGET, gguf.TARGET)}
+TARGETS: Final[Mapping[FormatName, Target]] = {
+    target.name: target for target in (dense.TARGET, gptq.TARGET, gguf.TARGET)
+}
 assert set(TARGETS) == set(get_args(FormatName)), "every word has its format"

@@ -2,24 +2,32 @@
 
 A linear [N, K] of b bits in G groups of columns is four tensors: `qweight` [K b / 32, N] int32, consecutive inputs in one
 word, lowest bits first, as unsigned numbers; `scales` [G, N]; `qzeros` [G, N b / 32] int32, consecutive outputs in one word;
-`g_idx` [K] int32, the group of every input. The first layout ("gptq") stores zero points less one, the second ("gptq_v2") as
-they are. Only symmetric integers are read: every zero point is 2^(b - 1), and the weight is ``(unsigned - 2^(b - 1)) * scale``.
+`g_idx` [K] int32, the group of every input. The weight is ``(unsigned - zero) * scale``; in symmetric formats every zero point is
+2^(b - 1). The first layout ("gptq") stores zero points less one, which a zero point of 0 does not survive in every reader: it is
+read and written for symmetric integers. The second ("gptq_v2") stores them as they are, of int4 also asymmetric ones.
+
+The description has one number format; linears that differ are listed in `dynamic`, GPTQModel's extension, by regular expressions:
+"-:…" for those that are not quantized, "+:…" for those of another format. The first that matches the name of a module applies.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
+from quantlab.architectures.architecture import MODULE_PATTERNS
 from quantlab.checkpoint.header import TensorEntry
 from quantlab.errors import ArtifactError
-from quantlab.formats.layout import Method, Stored, StoredTensor, present
+from quantlab.formats.compressed_tensors import describe as describe_by_patterns
+from quantlab.formats.layout import Linear, Method, Stored, StoredTensor, present
 from quantlab.formats.misfit import check_scale_dtype, misfit, unreadable
-from quantlab.numerics.number_format import ROW, Element, NumberFormat, group
+from quantlab.numerics.number_format import INT4, ROW, Element, NumberFormat, group
 from quantlab.recipe.schemes import LayoutName
 
 _BITS: Final = (4, 8)
 _GROUP_SIZES: Final = (None, 32, 64, 128)
-_READABLE: Final = "as GPTQ: symmetric int4 and int8, one scale per row or per group of 32, 64 or 128"
+_READABLE: Final = "as GPTQ: symmetric int4 and int8, and with checkpoint_format gptq_v2 asymmetric int4; one scale per row or per group of 32, 64 or 128"
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,8 @@ class Gptq:
         """Why the layout cannot store a format, None if it can."""
         if not number.is_integer or number.bits not in _BITS:
             return f"{number.element} is not a 4- or 8-bit integer"
-        if not number.symmetric:
-            return "zero points are not supported"
+        if not number.symmetric and (self.name != "gptq_v2" or number.element != INT4):
+            return "zero points are stored as gptq_v2, of int4 only"
         if number.activations is not None:
             return "quantized activations are not supported"
         if not number.by_row or number.group_size not in _GROUP_SIZES:
@@ -77,14 +85,14 @@ class GptqConfig:
     Attributes:
         number: the format of its linears.
         layout: their layout.
-        overridden: whether some linears have a format of their own (GPTQModel's `dynamic`).
         where: file and key of the description.
+        dynamic: linears that differ, see the module's docstring; whoever reads a checkpoint takes bits and groups from its tensors then.
     """
 
     number: NumberFormat
     layout: Gptq
-    overridden: bool
     where: str
+    dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def formats(self) -> tuple[NumberFormat, ...]:
@@ -110,29 +118,62 @@ class GptqConfig:
         bits = 32 * integers.shape[0] // order.elements if order is not None and given else self.number.bits
         columns, groups = 32 * integers.shape[0] // max(bits, 1), scales.shape[0]
         expected = columns // (self.number.group_size or columns or 1)
-        if not self.overridden and (bits, groups) != (self.number.bits, expected):
+        if not self.dynamic and (bits, groups) != (self.number.bits, expected):
             found = f"{bits} bits in {groups} groups"
             raise misfit(name, f"{found}, {self.where} says {self.number.bits} bits in {expected}")
         per_row = groups == 1 and (bits == 8 or columns not in {32, 64, 128})
-        number = _number(bits, None if per_row else columns // max(groups, 1))
+        number = _number(bits, None if per_row else columns // max(groups, 1), symmetric=self.number.symmetric)
         if self.layout.can_express(number) is not None:
             raise unreadable(name, f"{bits} bits in groups of {columns // max(groups, 1)}", _READABLE)
         return Stored(number, self.layout.name, integers, scales, parts, (integers.shape[1], columns))
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
-        return {
+        described = {
             "quant_method": METHOD.word,
-            "bits": self.number.bits,
-            "group_size": self.number.group_size or -1,
-            "sym": True,
+            **_number_json(self.number),
             "desc_act": False,
+            "lm_head": False,
             "checkpoint_format": self.layout.name,
         }
+        return described | ({"dynamic": dict(self.dynamic)} if self.dynamic else {})
 
 
-def _number(bits: int, group_size: int | None) -> NumberFormat:
-    return NumberFormat(Element("int", bits), ROW if group_size is None else group(group_size))
+def _number(bits: int, group_size: int | None, *, symmetric: bool) -> NumberFormat:
+    return NumberFormat(Element("int", bits), ROW if group_size is None else group(group_size), symmetric)
+
+
+def _number_json(number: NumberFormat) -> dict[str, Any]:
+    return {"bits": number.bits, "group_size": number.group_size or -1, "sym": number.symmetric}
+
+
+def layout_for(number: NumberFormat) -> Gptq:
+    """The layout that is written for a format: the first, which more programs read, unless there are zero points."""
+    return FIRST if number.symmetric else SECOND
+
+
+def describe(linears: Sequence[Linear]) -> GptqConfig:
+    """The description of an artifact, for engines: the format of most of its linears, and those that differ.
+
+    The format is that of the whole checkpoint if it is the only one; linears that are not quantized are then listed by "-:…",
+    like the ignored ones of compressed-tensors.
+    """
+    counts = Counter(linear.number for linear in linears if linear.number is not None)
+    most = counts.most_common(1)[0][0]
+    by_pattern = describe_by_patterns(linears)
+    ignored = [
+        pattern for pattern in by_pattern.ignore if pattern != MODULE_PATTERNS["lm_head"]
+    ]  # it has a key of its own
+    dynamic: dict[str, dict[str, Any]] = {f"-:{_regex(pattern)}": {} for pattern in ignored}
+    for one in by_pattern.groups:
+        if one.number != most:
+            dynamic |= {f"+:{_regex(target)}": _number_json(one.number) for target in one.targets}
+    return GptqConfig(most, layout_for(most), "config.json", dynamic)
+
+
+def _regex(pattern: str) -> str:
+    """A name or "re:…" pattern as a regular expression."""
+    return pattern[3:] if pattern.startswith("re:") else f"^{re.escape(pattern)}$"
 
 
 def parse_config(described: Mapping[str, Any], where: str) -> GptqConfig:
@@ -153,10 +194,11 @@ def parse_config(described: Mapping[str, Any], where: str) -> GptqConfig:
         )
     if not isinstance(bits, int) or not isinstance(group_size, int | None) or group_size == 0:
         raise unreadable(where, f"bits {bits!r}, group_size {group_size!r}", _READABLE)
-    number = _number(bits, None if group_size is None or group_size < 0 else group_size)
+    symmetric = described.get("sym") is not False or layout is FIRST  # the codec refuses zero points off the middle
+    number = _number(bits, None if group_size is None or group_size < 0 else group_size, symmetric=symmetric)
     if layout.can_express(number) is not None:
         raise unreadable(where, f"{bits} bits in groups of {group_size}", _READABLE)
-    return GptqConfig(number, layout, bool(described.get("dynamic")), where)
+    return GptqConfig(number, layout, where, described.get("dynamic") or {})
 
 
-METHOD: Final = Method("gptq", (FIRST, SECOND), parse_config, file="quantize_config.json")
+METHOD: Final = Method("gptq", (FIRST, SECOND), parse_config, describe, file="quantize_config.json")

@@ -17,13 +17,14 @@ from quantlab.formats.dtype import dtype_of, dtype_of_weights
 from quantlab.formats.layouts import LAYOUTS
 from quantlab.formats.understood import understood
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
+from quantlab.plan.exports import check_exports
 from quantlab.plan.folds import check_folds_of_fewer_experts, fold_notes, mark_folds
 from quantlab.plan.memory import calibrated_peak_memory, peak_memory
 from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, VariantPlan
 from quantlab.plan.serving import check_serving_rules, serving_notes, tensor_parallel_sizes
 from quantlab.plan.source import FLOATING, SourceWeight, survey
 from quantlab.recipe.algorithms import ExpertRemoval, Rtn
-from quantlab.recipe.schema import Calibration, Cast, NOfM, Prune, Quantize, Recipe
+from quantlab.recipe.schema import Calibration, Cast, NOfM, Prune, Quantize, Recipe, Variant
 from quantlab.recipe.schemes import DTYPE_WORDS, SCHEMES, FloatDtype
 
 LARGEST_SHARD = 5_000_000_000
@@ -44,7 +45,7 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
 
     Raises:
         CheckpointError: the source is incomplete or not supported, or its config.json cannot be right.
-        PlanError: a pass matches no tensor, no engine could serve the result, or a calibration sample is longer than the model's
+        PlanError: a pass matches no tensor, no engine could serve the result, a format cannot express it, or a calibration sample is longer than the model's
             context.
     """
     checkpoint = understood(checkpoint)
@@ -56,8 +57,8 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
     dtype_of(checkpoint)  # the source is measured in it
     fingerprint = checkpoint.fingerprint()
     variants = []
-    for name, passes in recipe.variants.items():
-        calibrated = any(step.calibrated for step in passes)
+    for name, wanted in recipe.variants.items():
+        calibrated = any(step.calibrated for step in wanted.passes)
         calibration = recipe.calibration if calibrated else None
         seed = fingerprint
         if calibration is not None:
@@ -65,7 +66,7 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
         variants.append(
             _plan_variant(
                 name,
-                passes,
+                wanted,
                 weights,
                 calibration=calibration,
                 seed=seed,
@@ -73,7 +74,9 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
                 config=config,
             )
         )
-    return Plan(checkpoint, architecture, tuple(variants))
+    plan = Plan(checkpoint, architecture, tuple(variants))
+    check_exports(plan)
+    return plan
 
 
 def describe(passes: Sequence[AnyPass]) -> str:
@@ -109,7 +112,7 @@ def _check_length(calibration: Calibration | None, architecture: Architecture, c
 
 def _plan_variant(
     name: str,
-    passes: Sequence[AnyPass],
+    wanted: Variant,
     weights: Sequence[SourceWeight],
     *,
     calibration: Calibration | None,
@@ -117,6 +120,7 @@ def _plan_variant(
     architecture: Architecture,
     config: Config,
 ) -> VariantPlan:
+    passes = wanted.passes
     cast = next((step.cast for step in passes if isinstance(step, Cast)), None)
     changes = [step for step in passes if not isinstance(step, Cast)]
     steps = [_plan_step(weight, _applied(changes, weight, variant=name), cast) for weight in weights]
@@ -145,6 +149,7 @@ def _plan_variant(
         peak_memory_bytes=calibrated_peak_memory(steps, calibration) if calibration else peak_memory(steps),
         tensor_parallel=tensor_parallel_sizes(stored, heads=config["num_attention_heads"]),
         notes=(*serving_notes(stored), *fold_notes(steps), *removal_notes(steps, kept=kept)),
+        exports=wanted.format,
     )
 
 

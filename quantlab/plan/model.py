@@ -10,7 +10,7 @@ from quantlab.checkpoint.index import Checkpoint
 from quantlab.formats.layout import StoredTensor, stored_bytes
 from quantlab.recipe.algorithms import ExpertRemoval, Gptq
 from quantlab.recipe.schema import Calibration, Prune, Quantize
-from quantlab.recipe.schemes import SCHEMES, LayoutName, Scheme
+from quantlab.recipe.schemes import SCHEMES, FormatName, LayoutName, Scheme
 
 Outcome = Literal["cast", "quantized", "pruned", "folded", "kept", "dropped"]
 
@@ -138,6 +138,7 @@ class VariantPlan:
         peak_memory_bytes: estimate of the largest resident size while it is made.
         tensor_parallel: tensor-parallel sizes at which engines can split every quantized linear.
         notes: remarks for the plan's reader and the model card.
+        exports: formats of other programs that the artifact is also written in; no part of its identity.
     """
 
     name: str
@@ -152,6 +153,7 @@ class VariantPlan:
     peak_memory_bytes: int
     tensor_parallel: tuple[int, ...]
     notes: tuple[str, ...]
+    exports: tuple[FormatName, ...] = ()
 
     @property
     def steps(self) -> Iterator[Step]:

@@ -28,7 +28,7 @@ from quantlab.recipe.algorithms import (
     SmoothQuant,
     Strict,
 )
-from quantlab.recipe.schemes import SCHEMES, FloatDtype, SchemeName
+from quantlab.recipe.schemes import SCHEMES, FloatDtype, FormatName, SchemeName
 
 VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
 
@@ -213,6 +213,46 @@ def _check_order(passes: tuple[Cast | Quantize | Prune, ...]) -> tuple[Cast | Qu
 
 Passes = Annotated[tuple[Pass, ...], AfterValidator(_check_order)]
 
+OWN_FORMAT = "compressed-tensors"
+"""The word for the artifact itself, which is always written."""
+
+
+def _formats(value: object) -> object:
+    """Parse one word or a list of words; the word for the artifact itself adds nothing."""
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list | tuple):
+        return value
+    known = (OWN_FORMAT, *get_args(FormatName))
+    for word in words:
+        if word not in known:
+            raise ValueError(f"unknown format `{word}`; {nearest(str(word), known)}")
+        if words.count(word) > 1:
+            raise ValueError(f"`{word}` is listed twice; name every format once")
+    return tuple(word for word in words if word != OWN_FORMAT)
+
+
+class Variant(Strict):
+    """What is done with the model, and the formats of other programs that the artifact is also written in."""
+
+    passes: Passes
+    """In order of application."""
+    format: tuple[FormatName, ...] = ()
+    """One word or a list: exports beside the artifact, from the same integers. `compressed-tensors` is the artifact itself,
+    which is always written."""
+
+    check_formats = field_validator("format", mode="before")(_formats)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_passes(cls, value: object) -> object:
+        if isinstance(value, list | tuple):
+            return {"passes": value}
+        if not isinstance(value, dict | BaseModel) or _pass_kind(value) in {"Cast", "Quantize", "Prune"}:
+            raise ValueError(
+                "a variant is neither a list of passes nor a mapping; write [{cast: float16}] or {passes: [{cast: float16}], format: gguf}"
+            )
+        return value
+
 
 LONGEST = 1 << 18
 """Tokens of the longest calibration sample, for a model whose config.json does not state its context."""
@@ -262,8 +302,8 @@ class Recipe(Strict):
     """A directory with config.json and safetensors, relative to the recipe, or a Hugging Face id with @revision."""
     calibration: Calibration | None = None
     """Required by calibrated algorithms only."""
-    variants: dict[VariantName, Passes] = Field(min_length=1)
-    """Name -> passes, in order of application."""
+    variants: dict[VariantName, Variant] = Field(min_length=1)
+    """Name -> passes in order of application, or `{passes: […], format: …}`."""
     evaluate: Evaluate | None = None
     """Without it, `run` makes the artifacts and measures nothing."""
 
@@ -279,13 +319,13 @@ class Recipe(Strict):
     @property
     def calibrated(self) -> bool:
         """Whether an algorithm of some variant needs activations."""
-        return any(step.calibrated for passes in self.variants.values() for step in passes)
+        return any(step.calibrated for variant in self.variants.values() for step in variant.passes)
 
     @model_validator(mode="after")
     def _check_calibration(self) -> "Recipe":
         if self.calibration is None:
-            for name, passes in self.variants.items():
-                for step in passes:
+            for name, variant in self.variants.items():
+                for step in variant.passes:
                     if step.calibrated:
                         raise ValueError(
                             f"variant {name} needs calibration, but the recipe has no calibration text; add `calibration: {{corpus: FILE.jsonl}}`"

@@ -9,10 +9,12 @@ from typing import Final, Literal, get_args
 from quantlab.numerics.number_format import E4M3, INT4, INT8, ROW, Activations, NumberFormat, block, group
 
 FloatDtype = Literal["float16", "bfloat16"]
-SchemeName = Literal["int8", "int8_weight", "int4_g128", "int4_g64", "int4_g32", "int4_g128_asym", "fp8_block"]
+SchemeName = Literal[
+    "int8", "int8_weight", "int4_g128", "int4_g64", "int4_g32", "int4_g128_asym", "int4_g64_asym", "int4_g32_asym", "fp8_block"
+]  # fmt: skip
 LayoutName = Literal["dense", "pack-quantized", "int-quantized", "float-quantized", "gptq", "gptq_v2", "fp8-blocks"]
 """Layouts of a weight on disk; `quantlab.formats.layouts` has an object for each."""
-FormatName = Literal["dense", "gguf"]
+FormatName = Literal["dense", "gptq", "gguf"]
 """Formats of other programs that an artifact can be written in; `quantlab.exports.targets` has an object for each."""
 DefaultGrid = Literal["absmax", "signed", "minmax"]
 DefaultClip = Literal["none", "mse"]
@@ -54,6 +56,8 @@ SCHEMES: Final[dict[SchemeName, Scheme]] = {
     "int4_g64": Scheme(NumberFormat(INT4, group(64)), "pack-quantized", "signed", clip="mse"),
     "int4_g32": Scheme(NumberFormat(INT4, group(32)), "pack-quantized", "signed", clip="mse"),
     "int4_g128_asym": Scheme(NumberFormat(INT4, group(128), symmetric=False), "pack-quantized", "minmax", clip="mse"),
+    "int4_g64_asym": Scheme(NumberFormat(INT4, group(64), symmetric=False), "pack-quantized", "minmax", clip="mse"),
+    "int4_g32_asym": Scheme(NumberFormat(INT4, group(32), symmetric=False), "pack-quantized", "minmax", clip="mse"),
     "fp8_block": Scheme(
         NumberFormat(E4M3, block(128, 128), scale="F32", activations=Activations(E4M3, 128)), "fp8-blocks", None
     ),

@@ -15,6 +15,7 @@ from quantlab.files import read_json, write_atomically
 from quantlab.formats.layout import Description, Linear
 from quantlab.formats.layouts import method_of_layout
 from quantlab.hardware import processor, version_of
+from quantlab.plan.config import artifact_config
 from quantlab.plan.model import LedgerEntry, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.run.companions import companions
@@ -109,16 +110,8 @@ def manifest_is_whole(artifact: Path) -> bool:
 
 
 def patched_config(plan: Plan, variant: VariantPlan) -> dict[str, Any]:
-    """The source's config.json with a new dtype and quantization_config, and the number of experts if some are removed.
-
-    Serialising it through a config class would lose fields unknown to the class: `topk_method`, `scoring_func`.
-    """
-    config = dict(plan.checkpoint.config)
-    config.pop("quantization_config", None)
-    for field in [field for field in ("torch_dtype", "dtype") if field in config] or ["torch_dtype"]:
-        config[field] = variant.dtype
-    if variant.experts is not None:
-        config = plan.architecture.with_experts(config, variant.experts)
+    """The config.json of an artifact, with the description of its quantized weights."""
+    config = artifact_config(plan, variant)
     quantization = quantization_config(variant)
     if quantization is not None:
         config["quantization_config"] = quantization.to_json()

@@ -11,6 +11,7 @@ from typing import IO, Literal
 
 from quantlab.errors import ArtifactError, PlanError
 from quantlab.plan.model import Plan, VariantPlan
+from quantlab.recipe.schemes import FormatName
 from quantlab.run.artifact import manifest_identity, manifest_is_whole
 from quantlab.run.identity import Identity, is_current
 
@@ -21,7 +22,7 @@ _COMPANIONS_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The output directory of a recipe: artifacts/, records/, the matrix, and .work/ while something is unfinished.
+    """The output directory of a recipe: artifacts/, exports/, records/, the matrix, and .work/ while something is unfinished.
 
     All unfinished work is in .work/, with one directory per variant: `shards` becomes the artifact by one rename,
     `journal.jsonl` lists its finished blocks, `replaced` is an older artifact about to be deleted. Variants share the
@@ -32,6 +33,9 @@ class RunDirectory:
 
     def artifact(self, variant: str) -> Path:
         return self.path / "artifacts" / variant
+
+    def export(self, variant: str, format: FormatName) -> Path:
+        return self.path / "exports" / f"{variant}.{format}"
 
     def work(self, variant: str) -> Path:
         return self.path / ".work" / "variants" / variant

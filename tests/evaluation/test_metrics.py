@@ -89,9 +89,9 @@ def test_the_kept_records_are_made_again_by_their_declarations() -> None:
 def test_passes_of_old_records_are_those_that_new_records_hold() -> None:
     read = 0
     for path in sorted((ROOT / "recipes").rglob("*.yaml")):
-        for passes in load_recipe(path).recipe.variants.values():
-            recorded = [_as_recorded(step).model_dump() for step in passes]
-            assert passes_of(describe(passes)) == recorded, path
+        for variant in load_recipe(path).recipe.variants.values():
+            recorded = [_as_recorded(step).model_dump() for step in variant.passes]
+            assert passes_of(describe(variant.passes)) == recorded, path
             read += 1
     assert read >= 20
 

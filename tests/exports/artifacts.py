@@ -1,6 +1,12 @@
 """Finished artifacts of tiny checkpoints, for the tests of exports."""
 
+import json
+import shutil
 from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.plan.compile import compile_plan
@@ -19,3 +25,14 @@ def make_artifact(checkpoint: Path, passes: str, root: Path, *, name: str = "var
     plan = compile_plan(loaded.recipe, open_checkpoint(checkpoint))
     make_artifacts(plan, loaded, directory, lambda _: lambda _: None)
     return directory.artifact(name)
+
+
+def with_tokenizer(checkpoint: Path, target: Path) -> Path:
+    """A copy of a tiny checkpoint with a tokenizer of the words w1 … w383, for programs that load no model without one."""
+    shutil.copytree(checkpoint, target)
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0} | {f"w{n}": n for n in range(1, 384)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(target / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "w1"}
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))
+    return target

@@ -53,16 +53,17 @@ def test_their_decompressor_reads_what_we_write(name: str, grid: str, rows: int)
 
 
 @pytest.mark.parametrize("rows", [64, 45])
-def test_zero_points_are_the_words_their_compressor_writes(rows: int) -> None:
+@pytest.mark.parametrize("group", [128, 64, 32])
+def test_zero_points_are_the_words_their_compressor_writes(group: int, rows: int) -> None:
     torch.manual_seed(0)
-    scheme = SCHEMES["int4_g128_asym"]
+    (scheme,) = (one for name, one in SCHEMES.items() if name == f"int4_g{group}_asym")
     W = torch.randn(rows, 256) * 0.02 + 0.02 * torch.randn(rows, 1)
-    matrix = rtn(W, bits=4, group_size=128, scale_dtype=torch.bfloat16, grid="minmax")
+    matrix = rtn(W, bits=4, group_size=group, scale_dtype=torch.bfloat16, grid="minmax")
     assert matrix.zero is not None
     assert len(matrix.zero.unique()) > 4
     compressor = BaseCompressor.get_value_from_registry(scheme.layout)
     parts = {"weight": W, "weight_scale": matrix.scale, "weight_zero_point": matrix.zero}
-    theirs = compressor.compress(parts, _theirs("int4_g128_asym"))
+    theirs = compressor.compress(parts, _theirs(f"int4_g{group}_asym"))
     ours = {key.removeprefix("m."): tensor for key, tensor in encode(scheme.layout, "m.weight", matrix).items()}
     assert torch.equal(ours["weight_zero_point"], theirs["weight_zero_point"])
     assert set(ours) == set(theirs)

@@ -1,9 +1,11 @@
 """The GPTQ layouts against an independent decoder, and the checkpoints that are refused."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from quantlab.algorithms.rtn import rtn
@@ -11,8 +13,11 @@ from quantlab.checkpoint.header import TensorEntry
 from quantlab.checkpoint.reader import DTYPE_NAMES
 from quantlab.errors import ArtifactError
 from quantlab.formats.codecs.table import CODECS
-from quantlab.formats.gptq import GptqConfig, parse_config
+from quantlab.formats.gptq import FIRST, SECOND, GptqConfig, parse_config
 from quantlab.numerics.integer import QuantizedMatrix
+from quantlab.numerics.number_format import INT4, NumberFormat
+from quantlab.numerics.number_format import group as group_of
+from quantlab.recipe.schemes import LayoutName
 from tests.benchmarks.peers.dense import GPTQ_PARTS, decode_gptq
 
 NUMBERS = [(bits, group) for bits in (4, 8) for group in (None, 32, 64, 128)]
@@ -93,6 +98,64 @@ def test_columns_out_of_order_are_refused_and_missing_indices_are_not(tmp_path: 
         decoded(stored, config, tmp_path)
     del stored["m.g_idx"]
     assert torch.equal(decoded(stored, config, tmp_path).q, matrix(4, 128).q)
+
+
+def asymmetric_matrix() -> QuantizedMatrix:
+    torch.manual_seed(7)
+    W = torch.randn(64, 256) * 0.02 + 0.02 * torch.randn(64, 1)
+    found = rtn(W, bits=4, group_size=32, scale_dtype=torch.float16, grid="minmax")
+    assert found.zero is not None
+    assert len(found.zero.unique()) > 4
+    return found
+
+
+def test_zero_points_survive_in_the_second_layout(tmp_path: Any) -> None:
+    wanted, codec = asymmetric_matrix(), CODECS["gptq_v2"]
+    assert codec.encode is not None
+    stored = codec.encode("m.weight", wanted)
+    config = parse_config(described(group_size=32, sym=False, checkpoint_format="gptq_v2"), where="here")
+    found = decoded(stored, config, tmp_path)
+    assert found.zero is not None
+    assert torch.equal(found.q, wanted.q)
+    assert torch.equal(found.zero, wanted.zero)
+    assert torch.equal(found.scale, wanted.scale)
+    del stored["m.qzeros"]
+    with pytest.raises(ArtifactError, match=r"contradict[^$]*no m.qzeros"):
+        decoded(stored, config, tmp_path)
+    asymmetric = NumberFormat(INT4, group_of(32), symmetric=False)
+    assert "gptq_v2" in (FIRST.can_express(asymmetric) or "")
+    assert SECOND.can_express(asymmetric) is None
+
+
+GOLDEN = Path(__file__).parent / "golden" / "gptqmodel.safetensors"
+
+
+@pytest.mark.parametrize(("case", "layout"), [("int4_g32", "gptq"), ("int8_row", "gptq"), ("int4_g32_asym", "gptq_v2")])
+def test_what_gptqmodel_packed_is_read_and_written_bit_for_bit(case: str, layout: str, tmp_path: Any) -> None:
+    """The file was made by golden/with_gptqmodel.py."""
+    golden = {name.removeprefix(f"{case}."): t for name, t in load_file(GOLDEN).items() if name.startswith(f"{case}.")}
+    packed = {f"m.{part}": golden[part] for part in GPTQ_PARTS}
+    bits, size = (8, -1) if case == "int8_row" else (4, 32)
+    config = parse_config(
+        described(bits=bits, group_size=size, sym=layout == "gptq", checkpoint_format=layout), where="here"
+    )
+    found = decoded(packed, config, tmp_path)
+    middle = 1 << (bits - 1)
+    assert torch.equal(found.q.int() + middle, golden["q"].int())
+    assert torch.equal(found.scale.float(), golden["scale"])
+    zero = torch.zeros_like(golden["zero"], dtype=torch.int32) if found.zero is None else found.zero.int()
+    assert torch.equal(zero + middle, golden["zero"].int())
+    codec = CODECS[found_layout(layout)]
+    assert codec.encode is not None
+    again = codec.encode("m.weight", found)
+    assert set(again) == set(packed)
+    for name, tensor in packed.items():
+        assert again[name].dtype == tensor.dtype
+        assert torch.equal(again[name], tensor), name
+
+
+def found_layout(word: str) -> LayoutName:
+    return "gptq" if word == "gptq" else "gptq_v2"
 
 
 @pytest.mark.parametrize(

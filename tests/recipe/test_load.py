@@ -49,7 +49,14 @@ MISTAKES = [
     ("length: 512", "length: abc", "wrong type", ":2, calibration.length", "`length` takes a whole number"),
     ("suite:", "suit:", "unknown key", ":8, evaluate.suit", "did you mean `suite`?"),
     ("[{cast: float16}]", "[]", "a variant has no passes", ":4, variants.fp16", "at least one"),
-    ("[{cast: float16}]", "{cast: float16}", "wrong type", ":4, variants.fp16", "takes a list"),
+    ("[{cast: float16}]", "{cast: float16}", "a variant is neither a list of passes nor a mapping", ":4, variants.fp16", "write [{cast: float16}]"),
+    ("[{cast: float16}]", "float16", "a variant is neither a list of passes nor a mapping", ":4, variants.fp16", "write [{cast: float16}]"),
+    ("[{cast: float16}]", "{passes: {cast: float16}}", "wrong type", ":4, variants.fp16.passes", "takes a list"),
+    ("[{cast: float16}]", "{passes: [{cast: float61}]}", "unknown word", ":4, variants.fp16.passes[0].cast", "did you mean `float16`?"),
+    ("[{cast: float16}]", "{passes: [{cast: float16}], formats: dense}", "unknown key", ":4, variants.fp16.formats", "did you mean `format`?"),
+    ("[{cast: float16}]", "{passes: [{cast: float16}], format: [dnse]}", "unknown format `dnse`", ":4, variants.fp16.format", "did you mean `dense`?"),
+    ("[{cast: float16}]", "{passes: [{cast: float16}], format: [dense, dense]}", "`dense` is listed twice", ":4, variants.fp16.format", "once"),
+    ("[{cast: float16}]", "{format: dense}", "`passes` is missing", ":4, variants.fp16", "add `passes: …`"),
     ("[{quantize: int8}]", "[{quantize: int8}, {prune: 0.1}]", "a variant prunes after quantizing", "variants.int8", "put prune before quantize"),
     ("[{quantize: int8}]", "[{quantize: int8}, {cast: float16}]", "a cast is not the first pass", "variants.int8", "put one cast first"),
     ("  int8:", "  source:", "a variant cannot be called `source`", "variants", "choose another name"),
@@ -76,7 +83,7 @@ def test_a_good_recipe(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     loaded = load_recipe(path)
     assert list(loaded.recipe.variants) == ["fp16", "int8", "w4a16-experts", "pruned-8-w4a16"]
-    assert loaded.recipe.variants["pruned-8-w4a16"][0].prune == 0.08
+    assert loaded.recipe.variants["pruned-8-w4a16"].passes[0].prune == 0.08
     assert loaded.resolve(loaded.recipe.model) == (tmp_path / "model").resolve()
     assert loaded.hub_id is None
     assert loaded.content == GOOD.encode()

@@ -37,6 +37,8 @@ ALGORITHMS = """\
   wanda: [{cast: float16}, {prune: 0.3, algorithm: {name: wanda}}]
   sparse: [{prune: 2:4, algorithm: {name: sparsegpt}}]
   joint: [{prune: 0.5, algorithm: {name: sparsegpt}}, {quantize: int4_g128, algorithm: {name: gptq}}]
+  asym: [{quantize: int4_g32_asym, algorithm: {name: gptq}}]
+  asym-awq: [{quantize: int4_g32_asym, algorithm: {name: awq, steps: 4}}]
 """
 FAMILIES = list(CONFIGS)
 

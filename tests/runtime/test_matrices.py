@@ -36,7 +36,9 @@ from tests.checkpoints import INTEGERS
 
 ROWS = (1, 2, 7, 16, 64, 257)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-WEIGHT_ONLY: tuple[SchemeName, ...] = ("int4_g128", "int4_g64", "int4_g32", "int8_weight", "int4_g128_asym")
+WEIGHT_ONLY: tuple[SchemeName, ...] = (
+    "int4_g128", "int4_g64", "int4_g32", "int8_weight", "int4_g128_asym", "int4_g64_asym", "int4_g32_asym"
+)  # fmt: skip
 
 
 def random_matrix(
@@ -95,7 +97,7 @@ def test_weight_only_products_equal_the_dequantized_product(
     within(result, x.double() @ exact(matrix).T, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("scheme", ["int4_g64", "int8_weight", "int4_g32", "int4_g128_asym"])
+@pytest.mark.parametrize("scheme", ["int4_g64", "int8_weight", "int4_g32", "int4_g128_asym", "int4_g32_asym"])
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("count", [1, 64])
 def test_scales_finer_than_bfloat16_are_not_rounded(scheme: SchemeName, scale_dtype: torch.dtype, count: int) -> None:

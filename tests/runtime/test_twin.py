@@ -32,6 +32,8 @@ LIMITS: dict[SchemeName, float] = {
     "int4_g64": 28.2,
     "int4_g32": 31.3,
     "int4_g128_asym": 29.5,
+    "int4_g64_asym": 31,
+    "int4_g32_asym": 34,
 }
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Final
 
-from quantlab.exports.writers import dense, gguf
+from quantlab.exports.writers import dense, gguf, gptq
 from quantlab.exports.writers.writer import Write
 from quantlab.recipe.schemes import FormatName
 
-WRITERS: Final[Mapping[FormatName, Write]] = {"dense": dense.write, "gguf": gguf.write}
+WRITERS: Final[Mapping[FormatName, Write]] = {"dense": dense.write, "gptq": gptq.write, "gguf": gguf.write}

@@ -17,12 +17,14 @@ def encode(name: str, matrix: QuantizedMatrix, *, zero_offset: int) -> dict[str,
 
     Args:
         name: ending in ".weight".
-        matrix: symmetric integers.
+        matrix: symmetric integers; with an offset of 0 also asymmetric ones.
         zero_offset: the layout's subtrahend for stored zero points: 1 for "gptq", 0 for "gptq_v2".
     """
     (rows, columns), groups = matrix.q.shape, matrix.scale.shape[1]
     prefix = name.removesuffix("weight")
-    zeros = torch.full((groups, rows), -zero_offset, dtype=torch.int8)  # 0 is the middle of the grid
+    assert matrix.zero is None or not zero_offset, "the first layout has symmetric integers"
+    middle = torch.full((groups, rows), -zero_offset, dtype=torch.int8)  # 0 is the middle of the grid
+    zeros = middle if matrix.zero is None else matrix.zero.t().contiguous()
     return {
         prefix + "qweight": pack_int32(matrix.q, bits=matrix.bits).t().contiguous(),
         prefix + "scales": matrix.scale.t().contiguous(),
@@ -36,12 +38,12 @@ def decode(name: str, stored: Mapping[str, Tensor], number: NumberFormat, *, zer
 
     Args:
         name: the weight's name, ending in ".weight".
-        stored: its parts by name; `qzeros` and `g_idx` may be missing.
+        stored: its parts by name; `g_idx` may be missing, and in symmetric formats `qzeros`.
         number: its format.
         zero_offset: as for `encode`.
 
     Raises:
-        ArtifactError: zero points off the middle, columns out of order, or parts that do not fit.
+        ArtifactError: zero points of a symmetric format off the middle, columns out of order, or parts that do not fit.
         CheckpointError: a scale is zero or not finite.
     """
     prefix, bits = name.removesuffix("weight"), number.bits
@@ -54,10 +56,22 @@ def decode(name: str, stored: Mapping[str, Tensor], number: NumberFormat, *, zer
         raise misfit(name, f"qweight {list(words.shape)} with scales {list(scales.shape)}")
     if (order := stored.get(prefix + "g_idx")) is not None:
         check_order(name, order, columns=columns, groups=groups)
-    if (zeros := stored.get(prefix + "qzeros")) is not None:
-        if tuple(zeros.shape) != (groups, -(-rows * bits // 32)):
-            raise misfit(name, f"qzeros {list(zeros.shape)} with scales {list(scales.shape)}")
-        if not bool((unpack_int32(zeros, bits=bits, columns=rows) == -zero_offset).all()):
-            raise asymmetric(name)
     q = unpack_int32(words.t().contiguous(), bits=bits, columns=columns)
+    zeros = _unpacked_zeros(name, stored.get(prefix + "qzeros"), (groups, rows), bits)
+    if not number.symmetric:
+        if zeros is None:
+            raise misfit(name, f"no {prefix}qzeros, and the integers are asymmetric")
+        return QuantizedMatrix(q, scales.t().contiguous(), bits, zeros.t().contiguous())
+    if zeros is not None and not bool((zeros == -zero_offset).all()):
+        raise asymmetric(name)
     return QuantizedMatrix(q, scales.t().contiguous(), bits)
+
+
+def _unpacked_zeros(name: str, words: Tensor | None, shape: tuple[int, int], bits: int) -> Tensor | None:
+    """[G, N] int8 of the words [G, ceil(N b / 32)] int32, None without words."""
+    groups, rows = shape
+    if words is None:
+        return None
+    if words.dtype != torch.int32 or tuple(words.shape) != (groups, -(-rows * bits // 32)):
+        raise misfit(name, f"qzeros {list(words.shape)} of {words.dtype} with scales {list(shape)}")
+    return unpack_int32(words, bits=bits, columns=rows)
