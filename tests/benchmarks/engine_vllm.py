@@ -66,16 +66,16 @@ def documents() -> list[list[int]]:
     return torch.randint(5, 500, (6, 64), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def artifacts_of(family: str, work: Path) -> dict[str, Path]:
-    """The source and the artifacts of a family, made if they are not there."""
+def artifacts_of(family: str, work: Path, *, make: bool) -> dict[str, Path]:
+    """The source and the artifacts of a family; those that are not there are made, or left out."""
     model, out = work / "models" / family, work / "models" / f"{family}-run"
-    if not model.is_dir():
-        make_model(model, family)
     names = variants_of(family)
-    places = {name: out / "run" / "artifacts" / name for name in names}
-    if not all((place / "config.json").is_file() for place in places.values()):
-        places = make_variants(model, out, names)
-    return {"source": model, **places}
+    if make and not model.is_dir():
+        make_model(model, family)
+    if make and not out.is_dir():
+        make_variants(model, out, names)
+    places = {"source": model} | {name: out / "run" / "artifacts" / name for name in names}
+    return {name: place for name, place in places.items() if (place / "config.json").is_file()}
 
 
 def ours(artifact: Path, kept: Path) -> dict[str, Tensor]:
@@ -99,9 +99,11 @@ def ours(artifact: Path, kept: Path) -> dict[str, Tensor]:
     return load_file(kept)
 
 
-def run(python: str, model: Path, directory: Path, *, replace: bool) -> int:
-    """Run the script, unless its exit code is kept; returns the code."""
+def run(python: str | None, model: Path, directory: Path, *, replace: bool) -> int | None:
+    """Run the script, unless its exit code is kept; returns the code, None if there is neither."""
     code = directory.with_name(directory.name + ".done")
+    if python is None and not code.is_file():
+        return None
     if not code.is_file():
         directory.mkdir(parents=True, exist_ok=True)
         greedy = {"prompts": [ids[:PROMPT] for ids in documents()[:2]], "tokens": NEW}
@@ -124,23 +126,21 @@ def said(directory: Path, code: int) -> str:
 
 def judged(family: str, variant: str, work: Path, python: str | None, artifact: Path) -> Row:
     """Run one artifact, with plain torch if vLLM lacks a kernel."""
-    plain, own = work / "out" / f"{family}.{variant}.replace", work / "out" / f"{family}.{variant}"
-    alone, directory = None, own
-    if python is None and not own.with_name(own.name + ".done").is_file():
-        code = None
-    else:
-        code = run(python or "", artifact, own, replace=False)
-        alone = said(own, code) if code else None
-    if code or (code is None and plain.with_name(plain.name + ".done").is_file()):
-        if python is None and not plain.with_name(plain.name + ".done").is_file():
-            return Row(family, variant, "not here" if code == script.NOT_HERE else "refuses", alone=alone)
-        code, directory = run(python or "", artifact, plain, replace=True), plain
-        if code:
-            return Row(family, variant, "not here" if code == script.NOT_HERE else "refuses", alone=said(plain, code))
+    directory = work / "out" / f"{family}.{variant}"
+    code = run(python, artifact, directory, replace=False)
+    alone = said(directory, code) if code else None
+    if code != 0:
+        plain = work / "out" / f"{family}.{variant}.replace"
+        again = run(python, artifact, plain, replace=True)
+        if again is not None:
+            code, directory = again, plain
     if code is None:
         return Row(family, variant, None)
-    noise = None
+    if code:
+        verdict = "not here" if code == script.NOT_HERE else "refuses"
+        return Row(family, variant, verdict, alone=said(directory, code))
     expected = ours(artifact, work / "ours" / f"{family}.{variant}.safetensors")
+    noise = None
     if variant == "int8":  # the same integers without rounded inputs
         weight_only = ours(artifact.with_name("int8_weight"), work / "ours" / f"{family}.int8_weight.safetensors")
         noise = rms_of(expected["nll"] - weight_only["nll"])
@@ -239,7 +239,7 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[Row] = []
     for family in FAMILIES:
-        for variant, artifact in artifacts_of(family, options.work).items():
+        for variant, artifact in artifacts_of(family, options.work, make=options.python is not None).items():
             rows.append(judged(family, variant, options.work, options.python, artifact))
             if variant == "source" and rows[-1].verdict not in {"agrees", None}:
                 break  # whatever is wrong with the source says nothing about artifacts
