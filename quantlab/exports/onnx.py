@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from quantlab.exports.target import Contents, Weight
-from quantlab.recipe.schemes import FormatName
 
 LARGEST_BLOCK = 128
 """Columns that share a scale in the graph where a matrix has one scale per row: it is repeated."""
@@ -14,7 +13,7 @@ _SMALLEST_BLOCK = 16
 class Onnx:
     """See the module's docstring."""
 
-    name: FormatName = "onnx"
+    name: str = "onnx"
     description: str = "an ONNX graph whose products hold the same integers (MatMulNBits), for onnxruntime"
 
     def refuses(self, contents: Contents) -> str | None:
