@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from quantlab.exports.target import Contents
-from quantlab.recipe.schemes import FormatName, Weight
+from quantlab.exports.target import Contents, Weight
+from quantlab.recipe.schemes import FormatName
 
 LARGEST_BLOCK = 128
 """Columns that share a scale in the graph where a matrix has one scale per row: it is repeated."""
