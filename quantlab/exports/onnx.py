@@ -1,12 +1,17 @@
-"""The format `onnx`: a float32 graph of a dense model whose quantized products hold the artifact's integers. Does not import torch."""
+"""The format `onnx`: a float32 graph of a dense model whose quantized products hold the artifact's integers. Does not import torch.
 
+Products are onnxruntime's operator MatMulNBits: its specification has blocks of a power of two of at least 16 columns, and unsigned
+integers with a zero point per block.
+"""
+
+import math
 from dataclasses import dataclass
 
 from quantlab.exports.target import Contents, Weight
 from quantlab.recipe.schemes import FormatName
 
 LARGEST_BLOCK = 128
-"""Columns that share a scale in the graph where a matrix has one scale per row: it is repeated."""
+"""Columns that share a scale in the graph, at most, where a matrix has one scale per row: it is repeated."""
 _SMALLEST_BLOCK = 16
 
 
@@ -28,7 +33,7 @@ class Onnx:
 def block_of(weight: Weight) -> int:
     """Columns that share a scale in the graph."""
     assert weight.number is not None, "it is quantized"
-    return weight.number.group_size or min(weight.shape[1], LARGEST_BLOCK)
+    return weight.number.group_size or math.gcd(weight.shape[1], LARGEST_BLOCK)
 
 
 def _refuses(weight: Weight) -> str | None:

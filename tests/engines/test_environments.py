@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from quantlab.engine_pythons import MARK, Environment, engines_directory
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.engines import environments
 from quantlab.evaluation.engines.engine import ENGINES, Engine, Platform
 from quantlab.evaluation.engines.environments import (
-    MARK,
-    engines_directory,
     find_environment,
     install,
     pinned_version,
@@ -23,7 +21,7 @@ from quantlab.evaluation.engines.environments import (
 from quantlab.evaluation.engines.options import described_engines, engine_names, pythons_of
 
 LINUX = Platform("Linux", "x86_64", (3, 11))
-WRITTEN = {"transformers"}
+WRITTEN = {"transformers", "onnxruntime"}
 """Engines whose script and requirements are in this tree; all that run, once their writers are merged."""
 
 
@@ -65,12 +63,12 @@ def test_the_order_of_places(tmp_path: Path, cache: Path, monkeypatch: pytest.Mo
     installed = _python(cache / "vllm" / "bin" / "python")
     assert find_environment(vllm) is None, "without its mark it is not complete"
     (cache / "vllm" / MARK).write_text("{}")
-    assert find_environment(vllm) == environments.Environment(installed, "installed")
+    assert find_environment(vllm) == Environment(installed, "installed")
     named = _python(tmp_path / "variable" / "python")
     monkeypatch.setenv("QUANTLAB_VLLM_PYTHON", str(named))
-    assert find_environment(vllm) == environments.Environment(named, "variable")
+    assert find_environment(vllm) == Environment(named, "variable")
     given = _python(tmp_path / "given" / "python")
-    assert find_environment(vllm, {"vllm": given}) == environments.Environment(given, "--engine-python")
+    assert find_environment(vllm, {"vllm": given}) == Environment(given, "--engine-python")
     with pytest.raises(EvaluationError, match="no such file"):
         find_environment(vllm, {"vllm": tmp_path / "nothing"})
     monkeypatch.setenv("QUANTLAB_VLLM_PYTHON", str(tmp_path))
@@ -79,7 +77,7 @@ def test_the_order_of_places(tmp_path: Path, cache: Path, monkeypatch: pytest.Mo
 
 
 def test_the_version_of_a_package_that_is_there_and_of_one_that_is_not(fake: Callable[[str], Engine]) -> None:
-    here = environments.Environment(Path(sys.executable), "this Python")
+    here = Environment(Path(sys.executable), "this Python")
     assert version_in(here, fake("")) is not None
     assert version_in(here, replace(ENGINES["vllm"], package="a-package-that-is-not-there")) is None
 
