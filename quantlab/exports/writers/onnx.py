@@ -125,7 +125,7 @@ def _write_integers(artifact: StoredWeights, contents: Contents, path: Path, pro
             layouts[weight.module] = f"{part.bits} {part.block} {weight.shape[1]} {weight.shape[0]}"
         progress(weight.elements)
     try:
-        save_file(tensors, path, metadata=layouts)
+        save_file(tensors, path, metadata=layouts or None)  # an empty mapping makes a file that cannot be read
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
             "a file of the export cannot be written", where=str(path), found=str(error), fix="free space on the disk"
