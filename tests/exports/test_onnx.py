@@ -134,6 +134,23 @@ def test_one_scale_per_row_is_repeated_over_blocks_of_a_power_of_two(
         assert block_of(weight) == block
 
 
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, True),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, True),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, False),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": None}, False),
+    ],
+)
+def test_rotary_frequencies_that_depend_on_the_length_are_refused(
+    config: dict, refused: bool, checkpoints: dict[str, Path]
+) -> None:
+    contents = contents_of(StoredWeights(Reader(open_checkpoint(checkpoints["llama"]))))
+    contents = dataclasses.replace(contents, config={**contents.config, **config})
+    assert ("depend on the length of the text" in (TARGET.refuses(contents) or "")) == refused
+
+
 def test_without_an_environment_nothing_is_done(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     artifact = make_artifact(checkpoints["llama"], "[{quantize: int4_g128}]", tmp_path)
     done: list[int] = []

@@ -11,7 +11,7 @@ from quantlab.evaluation.engines.judge import Judge, Judging
 from quantlab.evaluation.engines.judged import judged_of
 from quantlab.exports.export import export
 from tests.checkpoints import make_checkpoint
-from tests.exports.artifacts import make_artifact, with_tokenizer
+from tests.exports.artifacts import make_artifact
 
 pytestmark = [
     pytest.mark.engine,
@@ -50,7 +50,7 @@ def test_onnxruntime_computes_what_the_artifact_computes(case: str, tmp_path: Pa
     source = make_checkpoint(tmp_path / "source", family, sizes=sizes)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    artifact = make_artifact(with_tokenizer(source, tmp_path / "model"), passes, tmp_path)
+    artifact = make_artifact(source, passes, tmp_path)  # without tokenizer: judged with random tokens
     export(artifact, "onnx", tmp_path / "onnx", lambda _: None)
     verdict = Judge(judged_of(tmp_path / "onnx"), Judging(tokens=400, greedy_tokens=8)).verdict("onnxruntime")
     assert verdict.verdict == "agrees", verdict.reason
