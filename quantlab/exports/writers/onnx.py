@@ -102,7 +102,9 @@ def _python() -> Path:
     raise ArtifactError(
         "the format onnx is written in an environment of its own, which is not there",
         where=variable_of(ENGINE),
-        found="not set" if found is None else f"{found.python} is not an executable file",
+        found=f"not set, and {ENGINE} is not installed"
+        if found is None
+        else f"{found.python} is not an executable file",
         fix=f"`quantlab engines install {ENGINE}`, or set the variable to a Python with optimum-onnx and onnxruntime",
     )
 
