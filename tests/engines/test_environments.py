@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from quantlab.engine_pythons import MARK, Environment, engines_directory
 from quantlab.errors import EvaluationError
-from quantlab.evaluation.engines import environments
 from quantlab.evaluation.engines.engine import ENGINES, Engine, Platform
 from quantlab.evaluation.engines.environments import (
-    MARK,
-    engines_directory,
     find_environment,
     install,
     pinned_version,
@@ -63,12 +61,12 @@ def test_the_order_of_places(tmp_path: Path, cache: Path, monkeypatch: pytest.Mo
     installed = _python(cache / "vllm" / "bin" / "python")
     assert find_environment(vllm) is None, "without its mark it is not complete"
     (cache / "vllm" / MARK).write_text("{}")
-    assert find_environment(vllm) == environments.Environment(installed, "installed")
+    assert find_environment(vllm) == Environment(installed, "installed")
     named = _python(tmp_path / "variable" / "python")
     monkeypatch.setenv("QUANTLAB_VLLM_PYTHON", str(named))
-    assert find_environment(vllm) == environments.Environment(named, "variable")
+    assert find_environment(vllm) == Environment(named, "variable")
     given = _python(tmp_path / "given" / "python")
-    assert find_environment(vllm, {"vllm": given}) == environments.Environment(given, "--engine-python")
+    assert find_environment(vllm, {"vllm": given}) == Environment(given, "--engine-python")
     with pytest.raises(EvaluationError, match="no such file"):
         find_environment(vllm, {"vllm": tmp_path / "nothing"})
     monkeypatch.setenv("QUANTLAB_VLLM_PYTHON", str(tmp_path))
@@ -77,7 +75,7 @@ def test_the_order_of_places(tmp_path: Path, cache: Path, monkeypatch: pytest.Mo
 
 
 def test_the_version_of_a_package_that_is_there_and_of_one_that_is_not(fake: Callable[[str], Engine]) -> None:
-    here = environments.Environment(Path(sys.executable), "this Python")
+    here = Environment(Path(sys.executable), "this Python")
     assert version_in(here, fake("")) is not None
     assert version_in(here, replace(ENGINES["vllm"], package="a-package-that-is-not-there")) is None
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from quantlab.engine_pythons import Environment
 from quantlab.evaluation.engines.engine import Engine
-from quantlab.evaluation.engines.environments import Environment
 from quantlab.evaluation.engines.process import EngineFailure, EngineResult, Wanted, run_engine
 from tests.engines.conftest import ANSWER, WRITE
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from quantlab.engine_pythons import variable_of
 from quantlab.recipe.schema import EngineName
 
 CANNOT_RUN_HERE: Final = 3
@@ -86,7 +87,7 @@ class Engine:
     @property
     def variable(self) -> str:
         """The environment variable that names its Python."""
-        return f"QUANTLAB_{self.stem.upper()}_PYTHON"
+        return variable_of(self.stem)
 
     @property
     def script(self) -> Path:

@@ -1,4 +1,4 @@
-"""The Python that runs an engine: given, named by a variable, or of an environment that quantlab installed.
+"""The Python that runs an engine, and installing one.
 
 **Installing.** An environment is a venv under the user's cache, filled by uv or pip from the packaged file of requirements. A venv
 cannot be moved, so it is built in its place; its mark is written last, after the engine was imported once, and a folder without
@@ -9,7 +9,6 @@ installer with these options (`--no-deps`). What must not be replaced by later s
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -19,38 +18,24 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
+from quantlab.engine_pythons import (
+    MARK,
+    NOT_PASSED_ON,
+    Environment,
+    clean_environment,
+    engines_directory,
+    find_python,
+    is_complete,
+    python_of,
+)
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.engines.engine import Engine, Platform
 from quantlab.files import write_atomically
 
-MARK: Final = "quantlab-engine.json"
-"""File that is written last into an environment."""
 _VERSION_SECONDS: Final = 120
-_NOT_PASSED_ON: Final = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSTARTUP")
-
-Origin = Literal["--engine-python", "variable", "installed", "this Python"]
-
-
-@dataclass(frozen=True)
-class Environment:
-    """A Python that runs an engine.
-
-    Attributes:
-        python: its executable.
-        origin: how it was found.
-    """
-
-    python: Path
-    origin: Origin
-
-
-def engines_directory() -> Path:
-    """Where environments are installed: `quantlab/engines` in the user's cache (`XDG_CACHE_HOME`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantlab" / "engines"
 
 
 def find_environment(engine: Engine, given: Mapping[str, Path] | None = None) -> Environment | None:
@@ -63,16 +48,15 @@ def find_environment(engine: Engine, given: Mapping[str, Path] | None = None) ->
     Raises:
         EvaluationError: a given path, or that of the variable, is not an executable file.
     """
-    if engine.name in (given or {}):
-        return Environment(_executable((given or {})[engine.name], f"--engine-python {engine.name}"), "--engine-python")
-    if os.environ.get(engine.variable):
-        return Environment(_executable(Path(os.environ[engine.variable]), engine.variable), "variable")
-    directory = engines_directory() / engine.name
-    if _mark_of(directory) is not None:
-        return Environment(_python_of(directory), "installed")
-    if engine.name == "transformers" and importlib.util.find_spec(engine.module) is not None:
-        return Environment(Path(sys.executable), "this Python")
-    return None
+    found = find_python(engine.name, engine.stem, engine.module, (given or {}).get(engine.name))
+    if found is not None and found.origin in {"--engine-python", "variable"} and not found.is_executable:
+        raise EvaluationError(
+            "the Python of an engine cannot be started",
+            where=engine.variable if found.origin == "variable" else f"--engine-python {engine.name}",
+            found=f"{found.python}: {'no such file' if not found.python.exists() else 'not an executable file'}",
+            fix="give the path of a Python executable, for example ENVIRONMENT/bin/python",
+        )
+    return found
 
 
 def version_in(environment: Environment, engine: Engine) -> str | None:
@@ -90,14 +74,6 @@ def version_in(environment: Environment, engine: Engine) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
-
-
-def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables of a process in another environment: those of this process without its own Python's, and without network."""
-    kept = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
-    return (
-        kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONNOUSERSITE": "1"} | dict(extra or {})
-    )
 
 
 def this_platform() -> Platform:
@@ -143,7 +119,7 @@ def install(engine: Engine, tell: Callable[[str], None], *, on: Platform | None 
     mark = _mark_of(directory)
     if mark is not None and mark.get("requirements_sha256") == wanted:
         tell(f"{engine.name} is installed in {directory}")
-        return _python_of(directory)
+        return python_of(directory)
     shutil.rmtree(directory, ignore_errors=True)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +150,7 @@ def _fill(engine: Engine, directory: Path, tell: Callable[[str], None]) -> Path:
     uv = shutil.which("uv")
     make = [uv, "venv", "--python", sys.executable] if uv else [sys.executable, "-m", "venv"]
     _call([*make, str(directory)], engine, tell)
-    python = _python_of(directory)
+    python = python_of(directory)
     installer = [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install"]
     steps = list(steps_of(engine.requirements.read_text(encoding="utf-8")))
     with tempfile.TemporaryDirectory(prefix="quantlab-engine-") as temporary:
@@ -195,7 +171,7 @@ def _call(command: Sequence[str], engine: Engine, tell: Callable[[str], None]) -
         EvaluationError: it failed, with its last lines.
     """
     last: deque[str] = deque(maxlen=5)
-    environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON}
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -219,25 +195,9 @@ def _call(command: Sequence[str], engine: Engine, tell: Callable[[str], None]) -
         )
 
 
-def _executable(path: Path, where: str) -> Path:
-    if not path.is_file() or not os.access(path, os.X_OK):
-        raise EvaluationError(
-            "the Python of an engine cannot be started",
-            where=where,
-            found=f"{path}: {'no such file' if not path.exists() else 'not an executable file'}",
-            fix="give the path of a Python executable, for example ENVIRONMENT/bin/python",
-        )
-    return path.absolute()  # not resolved: a venv's Python is a link
-
-
 def _mark_of(directory: Path) -> dict[str, str] | None:
     """The mark of a complete environment; None if there is none."""
-    path = directory / MARK
-    if not path.is_file() or not _python_of(directory).exists():
+    if not is_complete(directory):
         return None
-    found: dict[str, str] = json.loads(path.read_bytes())
+    found: dict[str, str] = json.loads((directory / MARK).read_bytes())
     return found
-
-
-def _python_of(directory: Path) -> Path:
-    return directory / "bin" / "python"

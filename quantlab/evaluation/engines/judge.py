@@ -18,6 +18,7 @@ import torch
 
 from quantlab import hardware
 from quantlab.checkpoint.index import open_checkpoint
+from quantlab.engine_pythons import Environment
 from quantlab.errors import QuantlabError
 from quantlab.evaluation.engines.criteria import (
     FLOAT32_RMS,
@@ -30,7 +31,7 @@ from quantlab.evaluation.engines.criteria import (
     rms,
 )
 from quantlab.evaluation.engines.engine import BY_RULES, ENGINES, Engine, model_of
-from quantlab.evaluation.engines.environments import Environment, find_environment, version_in
+from quantlab.evaluation.engines.environments import find_environment, version_in
 from quantlab.evaluation.engines.judged import Judged
 from quantlab.evaluation.engines.layers import compare_layers, probe_inputs, stored_weights
 from quantlab.evaluation.engines.own import Computed, compute, multiplied_in_float32, without_rounded_activations

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from quantlab.engine_pythons import Environment, clean_environment
 from quantlab.evaluation.engines.engine import CANNOT_RUN_HERE, Engine
-from quantlab.evaluation.engines.environments import Environment, clean_environment
 from quantlab.evaluation.engines.verdict import EngineModules, Outcome
 
 _KEPT_BYTES: Final = 1 << 16

@@ -3,7 +3,7 @@
 Run in an environment with optimum-onnx. INTEGERS is a safetensors file: for every quantized linear `MODULE.q` U8
 [N, K / block, block · bits / 8], `MODULE.scale` F32 [N · K / block], `MODULE.zero` U8 [N · ceil(K / block · bits / 8)] where there are zero
 points, and metadata `MODULE` -> "bits block K N". Every `MatMul` of such a linear becomes a `MatMulNBits` of onnxruntime.
-The last line printed is the number of replaced products and the versions, as JSON.
+The last line printed is the versions of the packages, as JSON.
 """
 
 import importlib.metadata
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("optimum-onnx", "onnx", "onnxruntime", "transformers", "torch")
+_PACKAGES = ("optimum-onnx", "onnx", "onnxruntime", "transformers")
 
 
 def main() -> None:
@@ -27,12 +27,12 @@ def main() -> None:
     model = onnx.load(str(out / "model.onnx"))
     for file in out.glob("model.onnx*"):
         file.unlink()
-    count = replace(model.graph, integers)
+    replace(model.graph, integers)
     if not any(entry.domain == "com.microsoft" for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, str(out / "model.onnx"), save_as_external_data=True, location="model.onnx_data")
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    print(json.dumps({"replaced": count, "versions": versions}))  # noqa: T201 - the answer to the writer
+    print(json.dumps(versions))  # noqa: T201 - the answer to the writer
 
 
 def restate_rope(path: Path) -> None:
@@ -48,8 +48,8 @@ def restate_rope(path: Path) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
-def replace(graph: Any, integers: Path) -> int:  # noqa: ANN401 - a GraphProto
-    """Put the integers of a file into a graph; returns the number of products replaced.
+def replace(graph: Any, integers: Path) -> None:  # noqa: ANN401 - a GraphProto
+    """Put the integers of a file into a graph, in place of the products with their linears.
 
     Raises:
         ValueError: a linear has no product of its own in the graph, or one of another shape.
@@ -82,7 +82,6 @@ def replace(graph: Any, integers: Path) -> int:  # noqa: ANN401 - a GraphProto
             "MatMulNBits", inputs, list(node.output), node.name, domain="com.microsoft", **attributes
         )
         node.CopyFrom(new)
-    return len(layouts)
 
 
 if __name__ == "__main__":

@@ -5,29 +5,32 @@ forms ``(q - z) * scale`` in float32.
 """
 
 import json
-import os
-import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from quantlab.engine_pythons import clean_environment, find_python, variable_of
 from quantlab.errors import ArtifactError
 from quantlab.exports.onnx import block_of
 from quantlab.exports.scripts import onnx_graph
 from quantlab.exports.target import Contents, Progress
-from quantlab.exports.writers import dense
+from quantlab.exports.writers.checkpoint import carry_companions
+from quantlab.exports.writers.dense import write_expanded
 from quantlab.exports.writers.writer import Written
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 
-VARIABLE: Final = "QUANTLAB_ONNXRUNTIME_PYTHON"
-"""The environment variable that names a Python with optimum-onnx."""
+ENGINE: Final = "onnxruntime"
+"""The engine in whose environment optimum-onnx is."""
+_DATA: Final = "model.onnx_data"
 
 
 @dataclass(frozen=True)
@@ -50,41 +53,21 @@ class NBits:
 
 
 def write(artifact: StoredWeights, contents: Contents, directory: Path, progress: Progress) -> Written:
-    """See `Write`; the tokenizer lies beside the graph.
+    """See `Write`; the tokenizer lies beside the graph. The whole model is in memory in float32: the graph is recorded from it.
 
     Raises:
-        ArtifactError: no environment with optimum-onnx is named, or it could not record the graph.
+        ArtifactError: as `Write`, or there is no environment with optimum-onnx, or it could not record the graph.
     """
-    python = os.environ.get(VARIABLE)
-    if not python:
-        raise ArtifactError(
-            "the format onnx is written in an environment of its own",
-            where=VARIABLE,
-            found="not set",
-            fix="install quantlab/evaluation/engines/requirements/onnxruntime.txt there and set the variable to its Python",
-        )
-    plain, integers = directory / "plain", directory / "integers.safetensors"
-    plain.mkdir()
-    dense.write(artifact, contents, plain, progress)
-    tensors, layouts = _integers(artifact, contents)
-    save_file(tensors, integers, metadata=layouts)
-    done = subprocess.run(
-        [python, onnx_graph.__file__, str(plain), str(integers), str(directory)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise ArtifactError(
-            "optimum-onnx cannot record the graph",
-            where=python,
-            found=(done.stderr.strip().splitlines() or ["no message"])[-1],
-            fix="use the versions of quantlab/evaluation/engines/requirements/onnxruntime.txt",
-        )
-    told = json.loads(done.stdout.strip().splitlines()[-1])
-    shutil.rmtree(plain)
-    integers.unlink()
-    return Written(_notes(contents), {}, told["versions"])
+    python = _python()
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".") as temporary:
+        plain, integers = Path(temporary) / "plain", Path(temporary) / "integers.safetensors"
+        plain.mkdir()
+        write_expanded(artifact, plain)
+        _write_integers(artifact, contents, integers, progress)
+        versions = _record(python, plain, integers, directory)
+    (directory / _DATA).chmod((directory / "model.onnx").stat().st_mode)  # onnx makes it readable by its owner alone
+    carry_companions(contents.directory, directory)
+    return Written(_notes(contents), versions=versions)
 
 
 def n_bits(matrix: QuantizedMatrix, *, block: int) -> NBits:
@@ -107,20 +90,67 @@ def _packed(unsigned: Tensor, *, bits: int) -> Tensor:
     return unsigned if bits == 8 else unsigned[:, ::2] | unsigned[:, 1::2] << 4
 
 
-def _integers(artifact: StoredWeights, contents: Contents) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of the file that `onnx_graph` reads."""
+def _python() -> Path:
+    """The Python with optimum-onnx.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    found = find_python(ENGINE, ENGINE, ENGINE)
+    if found is not None and found.is_executable:
+        return found.python
+    raise ArtifactError(
+        "the format onnx is written in an environment of its own, which is not there",
+        where=variable_of(ENGINE),
+        found=f"not set, and {ENGINE} is not installed"
+        if found is None
+        else f"{found.python} is not an executable file",
+        fix=f"`quantlab engines install {ENGINE}`, or set the variable to a Python with optimum-onnx and onnxruntime",
+    )
+
+
+def _write_integers(artifact: StoredWeights, contents: Contents, path: Path, progress: Progress) -> None:
+    """Write the file of integers that the script reads.
+
+    Raises:
+        ArtifactError, CheckpointError: it cannot be written, or a weight cannot be read.
+    """
     tensors: dict[str, Tensor] = {}
     layouts: dict[str, str] = {}
-    for weight in contents.quantized:
-        matrix = artifact.read(weight.name)
-        assert isinstance(matrix, QuantizedMatrix), "the target takes integers only"
-        part = n_bits(matrix, block=block_of(weight))
-        named = {"q": part.q, "scale": part.scale, "zero": part.zero}
-        tensors |= {
-            f"{weight.module}.{name}": tensor.contiguous() for name, tensor in named.items() if tensor is not None
-        }
-        layouts[weight.module] = f"{part.bits} {part.block} {weight.shape[1]} {weight.shape[0]}"
-    return tensors, layouts
+    for weight in contents.weights:
+        if weight.number is not None:
+            matrix = artifact.read(weight.name)
+            assert isinstance(matrix, QuantizedMatrix), "the target takes integers only"
+            part = n_bits(matrix, block=block_of(weight))
+            named = {"q": part.q, "scale": part.scale, "zero": part.zero}
+            tensors |= {f"{weight.module}.{name}": one.contiguous() for name, one in named.items() if one is not None}
+            layouts[weight.module] = f"{part.bits} {part.block} {weight.shape[1]} {weight.shape[0]}"
+        progress(weight.elements)
+    try:
+        save_file(tensors, path, metadata=layouts or None)  # an empty mapping makes a file that cannot be read
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            "a file of the export cannot be written", where=str(path), found=str(error), fix="free space on the disk"
+        ) from error
+
+
+def _record(python: Path, plain: Path, integers: Path, directory: Path) -> dict[str, str]:
+    """Record the graph of a plain checkpoint with the integers in it; the versions of what did.
+
+    Raises:
+        ArtifactError: it failed.
+    """
+    command = [str(python), onnx_graph.__file__, str(plain), str(integers), str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean_environment())
+    if done.returncode:
+        raise ArtifactError(
+            "optimum-onnx cannot record the graph",
+            where=str(python),
+            found=(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1],
+            fix=f"use the versions that `quantlab engines install {ENGINE}` installs",
+        )
+    versions: dict[str, str] = json.loads(done.stdout.strip().splitlines()[-1])
+    return versions
 
 
 def _notes(contents: Contents) -> tuple[str, ...]:
