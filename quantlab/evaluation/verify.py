@@ -15,15 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.engines.judged import EXPORT_NAME
 from quantlab.evaluation.engines.verdict import VERDICTS_NAME
+from quantlab.evaluation.held_model import held_model
 from quantlab.exports.writers.dense import write_expanded
 from quantlab.files import read_json
-from quantlab.formats.engine_rules.rule import PREVENTS, HeldModel, HeldWeight, method_of
+from quantlab.formats.engine_rules.rule import PREVENTS
 from quantlab.formats.engine_rules.table import verdict_of
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
@@ -180,7 +180,7 @@ def _dtype_of(stored: StoredWeights) -> torch.dtype | Literal["auto"]:
 
 def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected: Tensor) -> Check:
     name = "transformers loads it, logits equal to the dequantized reference"
-    judged = verdict_of("transformers", _held(stored, checkpoint))
+    judged = verdict_of("transformers", held_model(stored))
     if judged.prevented:
         reasons = "; ".join(one.rule.text for one in judged.objections if one.rule.kind in PREVENTS)
         return Check(name, "not applicable", f"transformers {reasons}")
@@ -198,20 +198,6 @@ def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected:
     difference = (logits - expected).abs().max().item()
     verdict: Literal["ok", "failed"] = "ok" if difference == 0 else "failed"
     return Check(name, verdict, f"largest logit difference {difference:.3g}")
-
-
-def _held(stored: StoredWeights, checkpoint: Checkpoint) -> HeldModel:
-    """The artifact as engine rules know it."""
-    architecture, layers = detect(checkpoint.config), checkpoint.config["num_hidden_layers"]
-    weights = []
-    for name in stored.names():
-        tensor = architecture.classify(name, hidden_layers=layers)
-        one = stored.stored(name)
-        if one is None:
-            weights.append(HeldWeight(tensor, checkpoint.tensors[name].shape, None, "dense"))
-        else:
-            weights.append(HeldWeight(tensor, one.shape, one.number, one.layout))
-    return HeldModel(architecture.class_name, method_of(weights), tuple(weights))
 
 
 def _with_int8_activations(stored: StoredWeights) -> list[str]:

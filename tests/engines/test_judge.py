@@ -108,11 +108,11 @@ def test_greedy_texts_agree_up_to_the_first_difference_or_an_end() -> None:
 
 def test_what_cannot_be_asked_is_not_here(artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    judge = Judge(judged_of(artifact), replace(SMALL, rules=lambda name, _: f"{name} reads it"))
+    judge = Judge(judged_of(artifact), SMALL)
     for name, reason in (
         ("vllm", "there is no environment: `quantlab engines install vllm`, --engine-python, or QUANTLAB_VLLM_PYTHON"),
         ("llama.cpp", "llama.cpp reads gguf, and this is compressed-tensors: write it with `quantlab export --format`"),
-        ("sglang", "by its rules, not run: sglang reads it"),
+        ("sglang", "by its rules, not run: SGLang 0.5.23: no rule objects"),
     ):
         found = judge.verdict(name)
         assert (found.verdict, found.reason) == ("not here", reason)

@@ -77,3 +77,15 @@ def test_the_command_line_writes_one_export(directory: RunDirectory) -> None:
         assert isinstance(failed.exception, ArtifactError), failed.output
         assert what in failed.exception.what
         assert failed.exception.fix
+
+
+def test_a_missing_package_is_named_before_the_work(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = RECIPE.format(model=checkpoints["llama"]).replace("[gptq, dense]", "gguf").replace("g128", "g32")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    monkeypatch.setattr("quantlab.preflight.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, ArtifactError)
+    assert result.exception.fix == "pip install 'quantlab[gguf]'"
+    assert not (tmp_path / "out").exists()

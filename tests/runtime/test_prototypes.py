@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from quantlab.runtime.native import kernels
+from quantlab.runtime.native.calls import ARGUMENTS
 
 HEADER = Path(kernels.__file__).with_name("kernels.h")
 SCALARS = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
@@ -24,7 +25,7 @@ def prototypes() -> dict[str, list[object]]:
 
 def test_every_signature_matches_its_prototype() -> None:
     assert len(prototypes()) >= 14
-    assert {name: list(signature) for name, signature in kernels._ARGUMENTS.items()} == prototypes()
+    assert {name: list(signature) for name, signature in ARGUMENTS.items()} == prototypes()
 
 
 def test_every_function_of_the_sources_is_declared() -> None:

@@ -8,7 +8,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -38,8 +38,10 @@ from quantlab.evaluation.engines.own import Computed, compute, multiplied_in_flo
 from quantlab.evaluation.engines.process import EngineFailure, EngineResult, Wanted, run_engine
 from quantlab.evaluation.engines.text import TOKENS, JudgedText, judged_text
 from quantlab.evaluation.engines.verdict import EngineVerdict, manifest_sha256, read_verdicts
+from quantlab.evaluation.held_model import held_model
 from quantlab.exports.writers.dense import write_expanded
 from quantlab.fingerprint import code_fingerprint
+from quantlab.formats.engine_rules.table import verdicts
 from quantlab.numerics.number_format import INT8
 from quantlab.recipe.schema import EngineName
 
@@ -67,7 +69,6 @@ class Judging:
         source: the source model; None if it is not known.
         corpus: the held-out text; None for the repository's.
         reuse: keep verdicts that nothing has changed for.
-        rules: what the rules of an engine that cannot be run say about an artifact, in words; None if nobody knows.
         tell: called with what is being done.
     """
 
@@ -79,7 +80,6 @@ class Judging:
     source: Path | None = None
     corpus: Path | None = None
     reuse: bool = False
-    rules: Callable[[EngineName, Path], str] | None = None
     tell: Callable[[str], None] = lambda _: None
 
 
@@ -143,8 +143,7 @@ class Judge:
             "export_sha256": self._judged.export_sha256,
         }
         if not engine.runs:
-            told = "" if self._how.rules is None else self._how.rules(name, self._artifact)
-            return EngineVerdict(**about, verdict="not here", reason=f"{BY_RULES}: {told}" if told else BY_RULES)
+            return EngineVerdict(**about, verdict="not here", reason=f"{BY_RULES}: {self._by_rules(name)}")
         environment = find_environment(engine, self._how.pythons)
         impossible = self._impossible(engine, environment)
         if impossible is not None or environment is None:
@@ -158,6 +157,14 @@ class Judge:
         if self._how.reuse and kept is not None:
             return kept
         return self._run(engine, environment, about)
+
+    def _by_rules(self, name: EngineName) -> str:
+        """What the rules of an engine say about the files, with the version that was read."""
+        model = held_model(stored_weights(self._artifact))
+        if self._judged.export_sha256:
+            model = replace(model, method=self._judged.format)
+        found = next(one for one in verdicts(model) if one.engine.name == name)
+        return f"{found.engine.label}: {found.text}"
 
     def _impossible(self, engine: Engine, environment: Environment | None) -> str | None:
         """Why an engine cannot be asked; None if it can."""

@@ -34,6 +34,7 @@ def write(artifact: StoredWeights, contents: Contents, directory: Path, progress
     library, plan = _library(), plan_file(contents)
     scales, minima = Rounded(), Rounded()
     writer = _opened(library, plan, directory / FILE)
+    progress(contents.elements - sum(tensor.elements for tensor in plan.tensors))  # left out
     try:
         if plan.divisors:
             writer.write_tensor_data(np.asarray(plan.divisors, np.float32))

@@ -16,3 +16,5 @@ WRITERS: Final[Mapping[FormatName, Write]] = {
     "bnb-nf4": bitsandbytes.write_nf4,
     "bnb-nf4-double": bitsandbytes.write_nf4_double,
 }
+OPTIONAL_PACKAGES: Final[Mapping[FormatName, str]] = {"gguf": "gguf"}
+"""Packages that writing a format needs beyond quantlab's requirements; the extra of quantlab that installs one has its name."""

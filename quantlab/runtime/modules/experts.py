@@ -16,6 +16,7 @@ from quantlab.runtime.banks.groups import RowGroups
 from quantlab.runtime.cuda.experts import routed, takes
 from quantlab.runtime.modules.linear import Activation, gated_mlp, is_silu
 from quantlab.runtime.native import kernels
+from quantlab.runtime.native.calls import IndexTensor
 from quantlab.runtime.native.library import library
 
 _ROWS_AT_ONCE: Final = 8192
@@ -60,7 +61,7 @@ class Experts(nn.Module):
         if tokens == 1:
             index = top_k_index[0]
             native = index.device.type == "cpu" and library() is not None
-            matrices = kernels.IndexTensor(index) if native else index.tolist()
+            matrices = IndexTensor(index) if native else index.tolist()
             groups = RowGroups(matrices, (1,) * top_k, index)
             rows = gated_mlp(hidden_states.expand(top_k, -1), groups, self.gate_up, self.down, self.act_fn)
             if rows.dtype != torch.float32 and rows.device.type == "cpu" and library() is not None:

@@ -9,10 +9,7 @@ Legend: as in `quantlab.runtime.banks`.
 """
 
 import ctypes
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -20,52 +17,9 @@ from torch import Tensor
 
 from quantlab.architectures.layer import Routing
 from quantlab.runtime.decoding.kernel_interface import CachePosition
-from quantlab.runtime.native.library import product_library
+from quantlab.runtime.native.calls import Code, IndexTensor, Long, run
 
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_Pointer: Final = ctypes.c_void_p
-_Long: Final = ctypes.c_int64
-_Code: Final = ctypes.c_int
-
-
-_ACTIVATIONS: Final = (_Pointer, _Long, _Long, _Code, _Pointer, _Pointer, _Pointer, _Long, _Pointer)
-_ARGUMENTS: Final[Mapping[str, Sequence[Any]]] = {
-    "quantlab_int4_product": (_Pointer, _Pointer, _Long, _Long, _Long, _Code, *_ACTIVATIONS),
-    "quantlab_int4_expand": (_Pointer, _Pointer, _Long, _Long, _Long, _Code, _Long, _Long, _Code, _Pointer),
-    "quantlab_int8_expand": (_Pointer, _Pointer, _Long, _Code, _Long, _Long, _Code, _Pointer),
-    "quantlab_int8_sums": (_Pointer, _Long, _Long, _Pointer, _Long, _Pointer),
-    "quantlab_int8_product": (_Pointer, _Pointer, _Long, _Long, _Code, *_ACTIVATIONS),
-    "quantlab_int8_weight_product": (_Pointer, _Pointer, _Long, _Long, _Code, *_ACTIVATIONS),
-    "quantlab_dense_product": (_Pointer, _Long, _Long, *_ACTIVATIONS),
-    "quantlab_paired_product": (_Pointer, _Long, _Long, _Pointer, _Long, _Long, _Pointer, _Pointer),
-    "quantlab_norm": (_Pointer, _Long, _Pointer, _Long, _Long, ctypes.c_float, _Code, _Pointer, _Long, _Pointer),
-    "quantlab_add": (_Pointer, _Pointer, _Long, _Code),
-    "quantlab_turn": (*[_Pointer] * 4, *[_Long] * 3, *[_Pointer] * 4, _Code),
-    "quantlab_choose": (_Pointer, _Long, _Long, _Code, _Pointer, _Code, *[_Pointer] * 4),
-    "quantlab_gate": (_Pointer, _Long, _Long, _Code, _Pointer),
-    "quantlab_weighted_sum": (_Pointer, _Pointer, _Long, _Long, _Code, _Pointer),
-    "quantlab_latent_attention": (*[_Pointer] * 7, *[_Long] * 7, ctypes.c_float, _Code, _Pointer),
-    "quantlab_grouped_attention": (*[_Pointer] * 5, *[_Long] * 5, ctypes.c_float, _Code, _Pointer),
-}
-
-
-class IndexTensor(Sequence[int]):
-    """The elements of a contiguous int64 tensor, as a sequence.
-
-    Kernels read the tensor's memory when they run. Python may not read the elements while calls are recorded
-    (`recording`).
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __len__(self) -> int:
-        return len(self.tensor)
-
-    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - int, or a list for a slice
-        if (error := getattr(_recording, "error", None)) is not None:
-            raise error
-        return self.tensor[index].tolist()
 
 
 class Slices:
@@ -73,7 +27,7 @@ class Slices:
 
     def __init__(self, matrices: Sequence[int], start: Sequence[int], count: Sequence[int]) -> None:
         self.number = len(matrices)
-        array = _Long * self.number
+        array = Long * self.number
         self.matrices: Any = matrices.tensor.data_ptr() if isinstance(matrices, IndexTensor) else array(*matrices)
         self.start, self.count = array(*start), array(*count)
 
@@ -104,7 +58,7 @@ def int4_expand(q: Tensor, scale: Tensor, shape: tuple[int, int, int], start: in
         out: [K, n] float32 or bfloat16, contiguous; receives rows start to start + n, transposed.
     """
     weights = (q.data_ptr(), scale.data_ptr(), *shape, _DTYPES[scale.dtype])
-    _run("quantlab_int4_expand", *weights, start, start + out.shape[1], _DTYPES[out.dtype], out.data_ptr())
+    run("quantlab_int4_expand", *weights, start, start + out.shape[1], _DTYPES[out.dtype], out.data_ptr())
 
 
 def int8_expand(q: Tensor, scale: Tensor, start: int, out: Tensor) -> None:
@@ -117,14 +71,14 @@ def int8_expand(q: Tensor, scale: Tensor, start: int, out: Tensor) -> None:
         out: [n, K] float32 or bfloat16, contiguous; receives rows start to start + n.
     """
     weights = (q.data_ptr(), scale.data_ptr(), q.shape[1], _DTYPES[scale.dtype])
-    _run("quantlab_int8_expand", *weights, start, start + out.shape[0], _DTYPES[out.dtype], out.data_ptr())
+    run("quantlab_int8_expand", *weights, start, start + out.shape[0], _DTYPES[out.dtype], out.data_ptr())
 
 
 def int8_sums(x: Tensor, q: Tensor) -> Tensor:
     """``x @ q^T`` [T, N] int32 in exact integer arithmetic; x [T, K] and q [N, K] are int8, q is contiguous."""
     x = x.contiguous()
     out = torch.empty(x.shape[0], q.shape[0], dtype=torch.int32)
-    _run("quantlab_int8_sums", q.data_ptr(), *q.shape, x.data_ptr(), x.shape[0], out.data_ptr())
+    run("quantlab_int8_sums", q.data_ptr(), *q.shape, x.data_ptr(), x.shape[0], out.data_ptr())
     return out
 
 
@@ -158,7 +112,7 @@ def paired_product(x: Tensor, weight: int, rows: int, bias: Tensor | None) -> Te
         x = x.contiguous()
     tokens, columns = x.shape
     out = torch.empty(tokens, rows, dtype=x.dtype)
-    _run(
+    run(
         "quantlab_paired_product",
         weight,
         rows,
@@ -203,7 +157,7 @@ def latent_attention(
     (length, latent), turned, rows = latents.shape[2:], rotary.shape[3], weight.shape[1]
     value = rows - width + turned
     out = torch.empty(batch, 1, heads, value, dtype=query.dtype)
-    _run(
+    run(
         "quantlab_latent_attention",
         *(query.data_ptr(), latents.data_ptr(), rotary.data_ptr(), weight.data_ptr()),
         None if mask is None else mask.data_ptr(),
@@ -238,7 +192,7 @@ def grouped_attention(
     """
     (batch, heads, width), (_, key_heads, length, _) = query.shape, keys.shape
     out = torch.empty_like(query)
-    _run(
+    run(
         "quantlab_grouped_attention",
         *(
             query.data_ptr(),
@@ -286,7 +240,7 @@ def _put(
     position_stride = out.shape[-1] if out.dim() == 4 else 0
     of = _RotaryStrides(x.stride(0), x.stride(1), 0, in_pairs[0])
     to = _RotaryStrides(out.stride(0), out.stride(1), position_stride, in_pairs[1])
-    _run(
+    run(
         "quantlab_turn",
         *(x.data_ptr(), ctypes.byref(of), out.data_ptr(), ctypes.byref(to)),
         *x.shape,
@@ -299,16 +253,16 @@ def _put(
 class _RotaryStrides(ctypes.Structure):
     """`RotaryStrides` of kernels.h."""
 
-    _fields_ = (("token", _Long), ("head", _Long), ("position", _Long), ("in_pairs", _Code))
+    _fields_ = (("token", Long), ("head", Long), ("position", Long), ("in_pairs", Code))
 
 
 class _Choice(ctypes.Structure):
     """`Choice` of kernels.h."""
 
     _fields_ = (
-        *((name, _Long) for name in ("experts", "groups", "top_groups", "top_k")),
+        *((name, Long) for name in ("experts", "groups", "top_groups", "top_k")),
         ("scaling", ctypes.c_float),
-        *((name, _Code) for name in ("sigmoid", "normed")),
+        *((name, Code) for name in ("sigmoid", "normed")),
     )
 
 
@@ -326,7 +280,7 @@ def choose(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> 
     weights = torch.empty(tokens, routing.top_k, dtype=torch.float32)
     sizes = (len(weight), routing.groups, routing.top_groups, routing.top_k)
     asked = _Choice(*sizes, routing.scaling, routing.scoring == "sigmoid", routing.normalised)
-    _run(
+    run(
         "quantlab_choose",
         *(x.data_ptr(), tokens, hidden, _DTYPES[x.dtype]),
         *(weight.data_ptr(), _DTYPES[weight.dtype]),
@@ -352,7 +306,7 @@ def put_norm(x: Tensor, weight: Tensor, epsilon: float, cache_position: CachePos
 def _norm(x: Tensor, weight: Tensor, epsilon: float, out: tuple[int, int, int | None]) -> None:
     columns = x.shape[-1]
     row_stride = x.stride(0) if x.dim() == 2 else columns
-    _run(
+    run(
         "quantlab_norm",
         *(x.data_ptr(), row_stride, weight.data_ptr(), x.numel() // columns, columns, epsilon),
         _DTYPES[x.dtype],
@@ -362,7 +316,7 @@ def _norm(x: Tensor, weight: Tensor, epsilon: float, out: tuple[int, int, int | 
 
 def add(out: Tensor, x: Tensor) -> Tensor:
     """Add x to `out` in place; both are contiguous and have the same shape and dtype."""
-    _run("quantlab_add", out.data_ptr(), x.data_ptr(), out.numel(), _DTYPES[out.dtype])
+    run("quantlab_add", out.data_ptr(), x.data_ptr(), out.numel(), _DTYPES[out.dtype])
     return out
 
 
@@ -370,7 +324,7 @@ def gate(x: Tensor) -> Tensor:
     """``silu(gate) * up`` [T, K], where gate and up are the halves of contiguous rows x [T, 2 K]."""
     rows, columns = x.shape[0], x.shape[1] // 2
     out = torch.empty(rows, columns, dtype=x.dtype)
-    _run("quantlab_gate", x.data_ptr(), rows, columns, _DTYPES[x.dtype], out.data_ptr())
+    run("quantlab_gate", x.data_ptr(), rows, columns, _DTYPES[x.dtype], out.data_ptr())
     return out
 
 
@@ -379,7 +333,7 @@ def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
     rows, columns = x.shape
     out = torch.empty(1, columns, dtype=x.dtype)
     code = _DTYPES[x.dtype]
-    _run("quantlab_weighted_sum", x.data_ptr(), weights.data_ptr(), rows, columns, code, out.data_ptr())
+    run("quantlab_weighted_sum", x.data_ptr(), weights.data_ptr(), rows, columns, code, out.data_ptr())
     return out
 
 
@@ -387,37 +341,4 @@ def _call(name: str, weights: tuple[int, ...], x: Tensor, groups: Slices, out: T
     if x.stride(1) != 1:
         x = x.contiguous()
     rows = (x.data_ptr(), x.stride(0), x.shape[0], _DTYPES[x.dtype])
-    _run(name, *weights, *rows, groups.matrices, groups.start, groups.count, groups.number, out.data_ptr())
-
-
-_recording = threading.local()
-
-
-@contextmanager
-def recording(calls: list[Callable[[], object]], error: type[Exception]) -> Iterator[None]:
-    """Append every kernel call of this thread within the block to `calls`; each can be repeated on the same memory.
-
-    Reading an element of an `IndexTensor` in Python raises `error`, since a repetition may find another element there.
-    """
-    _recording.calls, _recording.error = calls, error
-    try:
-        yield
-    finally:
-        _recording.calls = _recording.error = None
-
-
-def _run(name: str, *arguments: object) -> None:
-    call = partial(_function(name), *arguments)
-    call()
-    if (calls := getattr(_recording, "calls", None)) is not None:
-        calls.append(call)
-
-
-@cache
-def _function(name: str) -> Callable[..., None]:
-    loaded = product_library()
-    assert loaded is not None, "asked for only where there are native kernels"
-    function = loaded[name]
-    function.argtypes = _ARGUMENTS[name]
-    function.restype = None
-    return function
+    run(name, *weights, *rows, groups.matrices, groups.start, groups.count, groups.number, out.data_ptr())

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from quantlab.runtime.native import kernels
+from quantlab.runtime.native import calls
 
 _MAKERS: Final = frozenset(
     {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default}
@@ -43,7 +43,7 @@ class Recorded:
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
         mode = _Operators()
-        with mode, kernels.recording(mode.calls, CannotRepeatError):
+        with mode, calls.recording(mode.calls, CannotRepeatError):
             self.result = function()
         self._calls, self._kept = mode.calls, mode.kept
 
