@@ -10,6 +10,7 @@ from quantlab.calibration.corpus import sample_tokens
 from quantlab.checkpoint.tokenizer import check_token_settings
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.suite import load_suite
+from quantlab.exports.writers.onnx import engine_python
 from quantlab.exports.writers.table import OPTIONAL_PACKAGES
 from quantlab.plan.model import Plan
 from quantlab.recipe.load import LoadedRecipe
@@ -50,9 +51,15 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
 
 
 def _check_packages(plan: Plan) -> None:
-    """Check that the formats that variants are also written in can be written here."""
+    """Check that the formats that variants are also written in can be written here.
+
+    Raises:
+        ArtifactError: a package, or the environment of the format onnx, is not there.
+    """
     for variant in plan.variants:
         for name in variant.exports:
+            if name == "onnx":
+                engine_python()
             package = OPTIONAL_PACKAGES.get(name)
             if package is not None and find_spec(package) is None:
                 raise ArtifactError(

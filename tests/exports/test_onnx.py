@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
+from quantlab.cli import app
 from quantlab.engine_pythons import MARK, engines_directory, variable_of
 from quantlab.errors import ArtifactError, PlanError
 from quantlab.evaluation.engines.engine import ENGINES
@@ -159,6 +161,16 @@ def test_without_an_environment_nothing_is_done(checkpoints: dict[str, Path], tm
     assert "quantlab engines install onnxruntime" in (caught.value.fix or "")
     assert done == []
     assert list((tmp_path / "exports").iterdir()) == []
+
+
+def test_a_run_names_the_missing_environment_before_the_work(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    variant = "{passes: [{quantize: int4_g128}], format: onnx}"
+    recipe.write_text(f"model: {checkpoints['llama']}\nvariants:\n  a: {variant}\n")
+    result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, ArtifactError)
+    assert "in an environment of its own" in result.exception.what
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_named_python_must_be_one(

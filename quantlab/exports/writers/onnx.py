@@ -58,7 +58,7 @@ def write(artifact: StoredWeights, contents: Contents, directory: Path, progress
     Raises:
         ArtifactError: as `Write`, or there is no environment with optimum-onnx, or it could not record the graph.
     """
-    python = _python()
+    python = engine_python()
     with tempfile.TemporaryDirectory(dir=directory, prefix=".") as temporary:
         plain, integers = Path(temporary) / "plain", Path(temporary) / "integers.safetensors"
         plain.mkdir()
@@ -90,7 +90,7 @@ def _packed(unsigned: Tensor, *, bits: int) -> Tensor:
     return unsigned if bits == 8 else unsigned[:, ::2] | unsigned[:, 1::2] << 4
 
 
-def _python() -> Path:
+def engine_python() -> Path:
     """The Python with optimum-onnx.
 
     Raises:
