@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from quantlab.checkpoint.index import open_checkpoint
-from quantlab.evaluation.verify import _logits_of_transformers, _write_dequantized
+from quantlab.evaluation.verify import _logits_of_transformers
+from quantlab.exports.writers.dense import write_expanded
 from quantlab.formats.engine_rules.table import ENGINES, RULES
 from quantlab.formats.stored import StoredWeights
 from quantlab.plan.compile import compile_plan
@@ -67,7 +68,7 @@ def expected(artifact: Path, root: Path) -> torch.Tensor:
 
     plain = root / "plain"
     plain.mkdir()
-    _write_dequantized(StoredWeights(Reader(open_checkpoint(artifact))), plain)
+    write_expanded(StoredWeights(Reader(open_checkpoint(artifact))), plain)
     return logits(plain)
 
 
