@@ -18,9 +18,9 @@ from torch import Tensor
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError
+from quantlab.evaluation.engines.judged import EXPORT_NAME
 from quantlab.evaluation.engines.verdict import VERDICTS_NAME
 from quantlab.evaluation.held_model import held_model
-from quantlab.exports.export import EXPORT_NAME
 from quantlab.exports.writers.dense import write_expanded
 from quantlab.files import read_json
 from quantlab.formats.engine_rules.rule import PREVENTS

@@ -4,14 +4,16 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.errors import ArtifactError, CheckpointError, EvaluationError
 from quantlab.evaluation.engines.verdict import manifest_sha256
 from quantlab.evaluation.manifest import read_manifest
-from quantlab.exports.export import EXPORT_NAME
 from quantlab.files import read_json
 from quantlab.formats.layouts import method_of
+
+EXPORT_NAME: Final = "export.json"
 
 
 @dataclass(frozen=True)
