@@ -1,6 +1,7 @@
 """Checkpoints and artifacts shared by many tests; created once per session and read only."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from tests.checkpoints import CONFIGS, make_checkpoint
 
 FAMILIES = tuple(CONFIGS)
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start
+torch.set_num_threads(1)  # tiny models gain nothing from more, and threads of tests side by side wait for each other
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +32,14 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Compute with two threads, where the tested code divides its work among them."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

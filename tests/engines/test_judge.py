@@ -67,6 +67,7 @@ def answer(
     return ask
 
 
+@pytest.mark.slow
 def test_answers_and_their_verdicts(answer: Callable[..., EngineVerdict]) -> None:
     same = answer("")
     assert (same.verdict, same.reason) == ("agrees", "")

@@ -3,11 +3,9 @@
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from quantlab.checkpoint.tokenizer import load_tokenizer
@@ -103,15 +101,6 @@ def write_tokenizer(directory: Path, *, bos: bool = True) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"add_bos_token": bos, "bos_token": {"content": "<bos>"}}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: small models do not profit from more, and parallel tests slow each other down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

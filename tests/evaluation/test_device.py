@@ -30,6 +30,7 @@ def test_a_device_that_is_not_there_is_told_before_any_work(verb: str, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @no_gpu
 def test_a_cell_computes_where_it_is_asked_to(tmp_path: Path, model: Path, suite: Path) -> None:
     request = MemoryRequest(directory=model, suite=suite, device="cuda:3")

@@ -505,6 +505,7 @@ def test_a_cell_that_takes_too_long_is_stopped(suite: Path, model: Path, tmp_pat
         assert children(os.getpid()) == before
 
 
+@pytest.mark.slow
 def test_an_unexpected_worker_error_is_reported_with_its_message(
     worker: Worker, suite: Path, model: Path, tmp_path: Path
 ) -> None:

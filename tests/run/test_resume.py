@@ -239,6 +239,7 @@ def test_a_full_disk_is_an_error_and_the_run_can_go_on(
     assert hashes(out / "artifacts") == uninterrupted
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(recipe: Path, tmp_path: Path) -> None:
     import fcntl
 
@@ -311,6 +312,7 @@ def test_values_that_the_dtype_cannot_represent(
     assert "cast to bfloat16 instead" in refused.stderr
 
 
+@pytest.mark.slow
 def test_no_writable_directory(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused = start(*command(recipe, tmp_path / "file" / "out"))

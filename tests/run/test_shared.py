@@ -67,6 +67,7 @@ def test_sharing_changes_no_byte(
     assert not (together.path / ".work").exists()
 
 
+@pytest.mark.slow
 def test_the_unchanged_model_runs_once_for_all_that_watch_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +83,7 @@ def test_the_unchanged_model_runs_once_for_all_that_watch_it(
     assert alone["collect_moe"] == 2  # layers with experts
 
 
+@pytest.mark.slow
 def test_the_unchanged_model_beside_the_changed_one_runs_on_from_files(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

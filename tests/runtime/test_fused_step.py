@@ -26,6 +26,8 @@ from quantlab.runtime.modules.experts import Experts
 from quantlab.runtime.native.library import library, status
 from tests.runtime.tiny import FAMILIES, Artifact, quantize, tokens, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 Maker = Callable[[str, SchemeName], Artifact]
 FOREIGN = (
     Scheme(NumberFormat(INT4, ROW), "pack-quantized", "signed"),

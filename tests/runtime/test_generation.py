@@ -127,6 +127,7 @@ def test_sixty_four_greedy_tokens_on_cuda_equal_the_reference(scheme: SchemeName
     assert scheme == "int8" or torch.equal(dynamic, static)
 
 
+@pytest.mark.slow
 def test_generate_with_a_static_cache_of_transformers_and_sampling(plain: Path) -> None:
     model = load(plain, dtype=torch.bfloat16)
     settings = {"max_new_tokens": 12, "min_new_tokens": 12}

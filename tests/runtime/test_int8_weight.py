@@ -9,6 +9,8 @@ from quantlab.runtime.banks.groups import RowGroups
 from quantlab.runtime.banks.int8 import Int8WeightMatrices
 from quantlab.runtime.native.library import product_library, status
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 needed = pytest.mark.skipif(product_library() is None, reason=status())
 SHAPES = ((1, 32), (17, 64), (64, 96), (70, 160), (200, 1408), (576, 2048), (300, 4128))
 

@@ -14,6 +14,8 @@ from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library, product_library, status
 from tests.runtime.test_native import COMPUTE
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ROOT = Path(__file__).parents[2]
 SHAPES = ((1, 1, 1), (1, 64, 100), (3, 17, 2048), (70, 33, 1025), (2, 600, 4096))
 

@@ -13,6 +13,8 @@ from quantlab.runtime.banks.dense_product import band_rows, in_bands
 from quantlab.runtime.modules.linear import PackedLinear
 from tests.runtime.test_matrices import TOLERANCE, bank_of, exact, made, within
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 SCHEME_NAMES: tuple[SchemeName, ...] = ("int4_g128", "int4_g32", "int4_g128_asym", "int8_weight", "int8")
 SHAPE = (1216, 1024)
 """Several bands, the last of fewer rows."""

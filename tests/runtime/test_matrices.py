@@ -34,6 +34,8 @@ from quantlab.runtime.modules.onednn_layout import supports_blocked_bfloat16
 from quantlab.runtime.native.library import product_library
 from tests.checkpoints import INTEGERS
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ROWS = (1, 2, 7, 16, 64, 257)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 WEIGHT_ONLY: tuple[SchemeName, ...] = (

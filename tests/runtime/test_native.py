@@ -24,6 +24,8 @@ from quantlab.runtime.native import kernels
 from quantlab.runtime.native.library import library, product_library, status
 from tests.runtime.test_matrices import exact, made
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ROOT = Path(__file__).parents[2]
 SHAPES = ((5, 128), (64, 256), (80, 128), (200, 384), (192, 1152), (1045, 128))
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

@@ -1,5 +1,7 @@
 """matrix.html and matrix.svg: the matrix as one self-contained page, and its plot as a separate file for README files."""
 
+from functools import cache
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quantlab.evaluation.speed.metrics import timed_words
@@ -76,8 +78,9 @@ def plots(matrix: Matrix) -> tuple[tuple[str, Plot], ...]:
     return tuple((name, plot) for name, plot in sizes if plot)
 
 
+@cache
 def environment() -> Environment:
-    """The environment of the templates; an undefined variable is an error."""
+    """The environment of the templates, with those compiled so far; an undefined variable is an error."""
     return Environment(
         loader=PackageLoader("quantlab.report", "templates"),
         autoescape=True,
