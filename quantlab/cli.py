@@ -144,14 +144,14 @@ def run(
         load_suite(loaded.resolve(loaded.recipe.evaluate.suite))  # report errors in it before the long work
         if loaded.recipe.evaluate.claims is not None:
             load_claims(loaded.resolve(loaded.recipe.evaluate.claims))
-    from quantlab.preflight import check_before_running  # imports torch, which `plan` and `--help` do without
-    from quantlab.run.loop import Settings
+    from quantlab.run.loop import Settings  # imports torch, which `plan` and `--help` do without
     from quantlab.runtime.device import find_device
-    from quantlab.stages import Measuring, export_artifacts, make, measure
+    from quantlab.stages import Measuring, check, export_artifacts, make, measure
 
     directory = _directory(loaded, out)
     found = find_device(device)
-    check_before_running(loaded, compiled)
+    with _interruptible():
+        check(loaded, compiled, time_limit=time_limit, console=_err, quiet=quiet or as_json)
     settings = Settings(device=found, overwrite=overwrite)
     with _interruptible():
         made = make(loaded, compiled, directory, settings, console=_err, quiet=quiet or as_json)
@@ -195,11 +195,11 @@ def evaluate_artifacts(
             found="no `evaluate`",
             fix="add `evaluate: {suite: eval/suites/quick.yaml}`",
         )
-    from quantlab.preflight import check_before_running  # imports torch
     from quantlab.runtime.device import find_device
-    from quantlab.stages import Measuring, measure
+    from quantlab.stages import Measuring, check, measure
 
-    check_before_running(loaded, compiled)
+    with _interruptible():
+        check(loaded, compiled, time_limit=time_limit, console=_err, quiet=quiet or as_json)
     directory = _directory(loaded, out)
     how = Measuring(device=find_device(device), time_limit=time_limit, reuse=not again, quiet=quiet or as_json)
     with _interruptible():

@@ -1,7 +1,8 @@
 """Tries everything a run will need before its first block: seconds, also for 671 B parameters, instead of a failure after hours.
 
 The plan has checked the recipe, the headers and the config. Here the model is built without memory, so that a tensor it has no
-place for is known now; tokenizer, generation settings and held-out text are read as evaluation will read them.
+place for is known now; tokenizer, generation settings and held-out text are read as evaluation will read them, and one item of
+each lm-eval task is answered.
 """
 
 from importlib.util import find_spec
@@ -9,21 +10,30 @@ from importlib.util import find_spec
 from quantlab.calibration.corpus import sample_tokens
 from quantlab.checkpoint.tokenizer import check_token_settings
 from quantlab.errors import ArtifactError
+from quantlab.evaluation.processes.messages import Progress
 from quantlab.evaluation.suite import load_suite
+from quantlab.evaluation.tasks.trial import check_lm_eval_tasks
 from quantlab.exports.writers.onnx import engine_python
 from quantlab.exports.writers.table import OPTIONAL_PACKAGES
 from quantlab.plan.model import Plan
 from quantlab.recipe.load import LoadedRecipe
 
 
-def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
+def check_before_running(recipe: LoadedRecipe, plan: Plan, progress: Progress, *, time_limit: float) -> None:
     """Check that the checkpoint can be computed with and evaluated, as far as the recipe asks for it.
+
+    Args:
+        recipe: the recipe.
+        plan: the compiled recipe.
+        progress: called with the name of each task of lm-eval that is tried.
+        time_limit: limit in seconds for these tasks together.
 
     Raises:
         ArtifactError: the runtime does not know the model, or a package that writes a format is not installed.
         CheckpointError: a tensor is missing, left over or of the wrong shape; tokenizer or settings cannot be used.
         CalibrationError: the calibration text cannot be used, or is too short.
-        EvaluationError: the held-out text or an item of a task cannot be used, or is longer than the model's context.
+        EvaluationError: the held-out text or an item of a task cannot be used, or is longer than the model's context;
+            lm-eval does not know a task, or cannot load its data.
     """
     _check_packages(plan)
     source, calibration, wanted = plan.checkpoint, recipe.recipe.calibration, recipe.recipe.evaluate
@@ -48,6 +58,7 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
         read_generation_config(source.directory)
         suite = load_suite(recipe.resolve(wanted.suite))
         check_suite_text(suite, source.directory, plan.architecture.context_length(source.config))
+        check_lm_eval_tasks(suite, time_limit=time_limit, progress=progress)
 
 
 def _check_packages(plan: Plan) -> None:

@@ -20,6 +20,7 @@ from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
 from quantlab.evaluation.suite import load_suite
 from quantlab.exports.export import export, open_artifact
 from quantlab.plan.model import Plan, VariantPlan
+from quantlab.preflight import check_before_running
 from quantlab.recipe.algorithms import Reap
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schema import Cast, Prune, Quantize
@@ -35,6 +36,16 @@ from quantlab.runtime.device import name_of
 
 SOURCE_HASHES = ".source.json"
 """File with the hashes of the source's shards, in the run's directory; records are valid while the hashes match."""
+
+
+def check(recipe: LoadedRecipe, plan: Plan, *, time_limit: float, console: Console, quiet: bool) -> None:
+    """Try everything that the recipe will need, with a progress bar where it takes longer.
+
+    Raises:
+        ArtifactError, CheckpointError, CalibrationError, EvaluationError: see `check_before_running`.
+    """
+    with show.progress_bars(console, quiet=quiet) as bars:
+        check_before_running(recipe, plan, show.StageBars(bars), time_limit=time_limit)
 
 
 def make(

@@ -222,6 +222,10 @@ class LoadedSuite:
     def corpus(self) -> Path:
         return (self.path.parent / self.suite.text.corpus).resolve()
 
+    def definitions(self, task: SuiteTask) -> Path | None:
+        """Directory of the additional task files of an lm-eval task; None if it names none."""
+        return self.path.parent / task.definitions if task.definitions else None
+
     @property
     def runs(self) -> tuple[TaskRun, ...]:
         """Every task with each of its seeds, in table order."""

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 from quantlab import cli
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
-from quantlab.errors import ArtifactError, CheckpointError, QuantlabError
+from quantlab.errors import ArtifactError, CheckpointError, EvaluationError, QuantlabError
+from quantlab.evaluation.processes.messages import TrialRequest
 from quantlab.evaluation.processes.worker_client import CellError, Worker
+from quantlab.evaluation.tasks.trial import try_tasks
 from quantlab.evaluation.verify import _check_finite
 from quantlab.formats.stored import StoredWeights
 from quantlab.run import loop
@@ -186,3 +188,60 @@ def test_two_evaluations_of_one_directory_exclude_each_other(recipe: Path, tmp_p
     finally:
         done.set()
         thread.join()
+
+
+TASK = """\
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: ITEMS}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: 0
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Callable[[str], Path]:
+    """Write a suite with one task of lm-eval; `colours` is right, and the items of `lost` are missing."""
+    (tmp_path / "tasks").mkdir()
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps({"question": f"{n}?", "choices": ["red", "blue"]}) + "\n" for n in range(3)))
+    (tmp_path / "tasks/colours.yaml").write_text(TASK.replace("ITEMS", str(items)))
+    lost = TASK.replace("ITEMS", str(tmp_path / "none.jsonl")).replace("colours", "lost")
+    (tmp_path / "tasks/lost.yaml").write_text(lost)
+
+    def suite(task: str) -> Path:
+        path = tmp_path / "suite.yaml"
+        path.write_text(SUITE + f"tasks: [{{definitions: tasks, {task}}}]\n")
+        return path
+
+    return suite
+
+
+@pytest.mark.slow
+def test_a_task_of_lm_eval_is_tried(recipe: Path, tasks: Callable[[str], Path]) -> None:
+    def tried(task: str) -> int:
+        return try_tasks(TrialRequest(suite=tasks(task)), lambda *_: None).tried
+
+    assert tried("task: colours, metric: acc, seeds: [0, 1]") == 1
+    for task, named in (("task: colours, metric: acc_nrom", "acc"), ("task: colors", "colors"), ("task: lost", "lost")):
+        with pytest.raises(EvaluationError, match=named) as caught:
+            tried(task)
+        assert caught.value.fix
+
+
+@pytest.mark.slow
+def test_a_task_of_lm_eval_is_known_before_the_first_block(
+    recipe: Path, tasks: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks("task: colors")
+    monkeypatch.setattr(loop, "write_block", None)
+    out = tmp_path / "out"
+    found = CliRunner().invoke(cli.app, ["run", str(recipe), "--device", "cpu", "--out", str(out), "--quiet"])
+    assert isinstance(found.exception, EvaluationError), found.exception
+    assert "colors" in str(found.exception)
+    assert "suite.yaml" in str(found.exception)
+    assert not (out / "artifacts").exists()

@@ -88,3 +88,12 @@ def test_fp8_weights_expanded_at_load_are_counted(
     assert counted.reasons == ("no kernel for FP8 e4m3 on cpu", "activations are not rounded")
     # 3 layers: q_a, q_b, kv_a, kv_b, o; gate_up and down of one MLP, of 2 shared experts and of 2 x 8 routed ones
     assert counted.count == 3 * 5 + 2 * (1 + 2 + 16)
+
+
+@pytest.mark.parametrize("number", [NumberFormat(INT4, group(32), symmetric=False), NumberFormat(INT8, ROW)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_expanded_matrices_compute_on_their_own_device(number: NumberFormat, dtype: torch.dtype) -> None:
+    """On the device without memory, an operator with a tensor of another device is an error."""
+    bank = ExpandedMatrices(number, 2, 3000, 512, scale_dtype=torch.bfloat16).to("meta")
+    found = bank.products(torch.empty(5, 512, dtype=dtype, device="meta"), RowGroups((1, 0), (2, 3), None))
+    assert (found.shape, found.dtype, found.device.type) == ((5, 3000), dtype, "meta")

@@ -109,6 +109,21 @@ class TasksResult(_Strict):
     """Number of tasks."""
 
 
+class TrialRequest(_Strict):
+    """Try the suite's lm-eval tasks without a model, before the work of a run; the answer is a `TrialResult`."""
+
+    kind: Literal["trial"] = "trial"
+    suite: Path
+    """The suite."""
+
+
+class TrialResult(_Strict):
+    """All tasks can be run."""
+
+    tried: int
+    """Number of tasks."""
+
+
 class MemoryRequest(_Strict):
     """Measure the memory of one artifact; the answer is a `Memory`."""
 
@@ -207,7 +222,7 @@ class AttentionResult(_Strict):
 
 
 CellRequest = Annotated[
-    QualityRequest | ServedRequest | TasksRequest | MemoryRequest | SpeedRequest | AttentionRequest,
+    QualityRequest | ServedRequest | TasksRequest | TrialRequest | MemoryRequest | SpeedRequest | AttentionRequest,
     Field(discriminator="kind"),
 ]
 

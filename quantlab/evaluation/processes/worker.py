@@ -34,11 +34,13 @@ from quantlab.evaluation.processes.messages import (
     ServedRequest,
     SpeedRequest,
     TasksRequest,
+    TrialRequest,
 )
 from quantlab.evaluation.quality.measure import measure_quality
 from quantlab.evaluation.served.measure import measure_served
 from quantlab.evaluation.speed.measure import measure_speed
 from quantlab.evaluation.tasks.measure import measure_tasks
+from quantlab.evaluation.tasks.trial import try_tasks
 
 # transformers imports a model's code at first access; accessed here, it is imported before the forks
 _PRELOADED = ("AutoModelForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
@@ -94,6 +96,8 @@ def _measure(job: Job, progress: Progress, send: SendPart) -> BaseModel:
             return measure_served(job.request, progress)
         case TasksRequest():
             return measure_tasks(job.request, progress, send)
+        case TrialRequest():
+            return try_tasks(job.request, progress)
         case MemoryRequest():
             return measure_memory(job.request, progress)
         case SpeedRequest():

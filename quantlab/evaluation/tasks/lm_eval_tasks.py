@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
@@ -32,6 +32,19 @@ _NEW_TOKENS = 256  # lm-eval's own default
 _CONTEXT = 2048  # for a config without max_position_embeddings
 _PROBLEMS = (KeyError, ValueError, OSError, RuntimeError, ImportError, AttributeError)
 """Exceptions that lm-eval and its data libraries raise for a task that is unknown or cannot be downloaded or run."""
+
+
+class Answers(Protocol):
+    """What lm-eval asks of a model: its three kinds of requests, and the seed of sampled answers."""
+
+    @property
+    def seed(self) -> int: ...
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]], /) -> list[tuple[float, bool]]: ...
+
+    def loglikelihood_rolling(self, texts: Sequence[str], /) -> list[float]: ...
+
+    def generate(self, prompts: Sequence[tuple[str, Mapping[str, Any]]], /) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -159,7 +172,7 @@ def _cut(text: str, stops: Sequence[str]) -> str:
     return text
 
 
-def as_lm_eval(answerer: Answerer) -> Any:  # noqa: ANN401 - a class of a package that may be missing
+def as_lm_eval(answerer: Answers) -> Any:  # noqa: ANN401 - a class of a package that may be missing
     """The answerer as lm-eval's `LM`. Its attribute `answering` stays true if the model raised an error."""
     from lm_eval.api.model import LM
 
@@ -184,7 +197,7 @@ def as_lm_eval(answerer: Answerer) -> Any:  # noqa: ANN401 - a class of a packag
     return QuantlabLM()
 
 
-def answer(answerer: Answerer, wanted: SuiteTask, definitions: Path | None) -> ItemScores:
+def answer(answerer: Answers, wanted: SuiteTask, definitions: Path | None) -> ItemScores:
     """Run one task or group of lm-eval's.
 
     Args:

@@ -71,9 +71,8 @@ def answer(answering: Answering, loaded: LoadedSuite, run: TaskRun, progress: Pr
     """The scores of one task."""
     wanted = run.wanted
     if not wanted.ours:
-        definitions = loaded.path.parent / wanted.definitions if wanted.definitions else None
         answerer = lm_eval_tasks.Answerer(answering.model, answering.tokenizer, answering.prefix, run.seed)
-        return lm_eval_tasks.answer(answerer, wanted, definitions)
+        return lm_eval_tasks.answer(answerer, wanted, loaded.definitions(wanted))
     task = loaded.tasks[wanted.task]
 
     def on_progress(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Products with floating-point matrices on the CPU, and with matrices expanded band by band."""
+"""Products with floating-point matrices on the CPU, and with matrices expanded band by band on any device."""
 
 from collections.abc import Callable
 from typing import Final
@@ -84,8 +84,8 @@ def in_bands(
         transposed: whether `expand` writes to [K, n] instead.
     """
     columns, step = x.shape[1], min(band_rows(x.shape[1]), max(rows, 1))
-    memory = torch.empty(step * columns, dtype=x.dtype)
-    result = torch.empty(x.shape[0], rows, dtype=dtype)
+    memory = x.new_empty(step * columns)
+    result = x.new_empty(x.shape[0], rows, dtype=dtype)
     for start in range(0, rows, step):
         count = min(step, rows - start)
         band = memory[: count * columns].view((columns, count) if transposed else (count, columns))
@@ -95,7 +95,12 @@ def in_bands(
 
 
 def band_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of products with bands: bfloat16 for 16-bit activations if the processor multiplies it, else float32."""
+    """The dtype of products with bands: bfloat16 for 16-bit activations if the processor multiplies it, else float32.
+
+    A GPU multiplies every dtype.
+    """
+    if x.device.type != "cpu":
+        return x.dtype
     return torch.bfloat16 if x.dtype != torch.float32 and multiplies_bfloat16() else torch.float32
 
 
