@@ -1,6 +1,7 @@
 """Products of many rows with bands of the weight, as processors with and without 16-bit products compute them."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -55,13 +56,13 @@ def test_threads_share_a_matrix(scheme: SchemeName) -> None:
     linear = PackedLinear(bank_of(scheme, [made(scheme, *SHAPE)]), None)
     calls = [inputs(rows, torch.float32) for rows in (40, 41, 42, 43)]
     expected = [linear(x) for x in calls]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4, initializer=partial(torch.set_num_threads, 2)) as pool:  # sums depend on their number
         for _ in range(3):
             assert all(map(torch.equal, pool.map(linear, calls), expected))
 
 
 def test_a_band_is_all_the_memory_of_a_product() -> None:
-    """Every band is expanded into the same two megabytes."""
+    """Every band is expanded into the same memory."""
     weight, memory = torch.randn(3000, 1024), set()
     starts: list[int] = []
 
@@ -73,4 +74,4 @@ def test_a_band_is_all_the_memory_of_a_product() -> None:
     x = inputs(3, torch.float32)
     torch.testing.assert_close(in_bands(x, 3000, expand, torch.float32), x @ weight.T)
     assert starts == list(range(0, 3000, band_rows(1024)))
-    assert [nbytes for _, nbytes in memory] == [1 << 21]
+    assert [nbytes for _, nbytes in memory] == [4 * 1024 * min(band_rows(1024), 3000)]
