@@ -17,12 +17,13 @@ from quantlab.formats.dtype import dtype_of, dtype_of_weights
 from quantlab.formats.engine_rules.table import verdicts
 from quantlab.formats.layouts import LAYOUTS
 from quantlab.formats.understood import understood
+from quantlab.plan.contents import planned_contents
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
 from quantlab.plan.exports import check_exports
 from quantlab.plan.folds import check_folds_of_fewer_experts, fold_notes, mark_folds
 from quantlab.plan.memory import calibrated_peak_memory, peak_memory
 from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, VariantPlan
-from quantlab.plan.serving import check_serving_rules, held_model, serving_notes, tensor_parallel_sizes
+from quantlab.plan.serving import check_serving_rules, serving_notes, tensor_parallel_sizes
 from quantlab.plan.source import FLOATING, SourceWeight, survey
 from quantlab.recipe.algorithms import ExpertRemoval, Rtn
 from quantlab.recipe.schema import Calibration, Cast, NOfM, Prune, Quantize, Recipe, Variant
@@ -71,13 +72,10 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
                 weights,
                 calibration=calibration,
                 seed=seed,
-                architecture=architecture,
-                config=config,
+                checkpoint=checkpoint,
             )
         )
-    plan = Plan(checkpoint, architecture, tuple(variants))
-    check_exports(plan)
-    return plan
+    return Plan(checkpoint, architecture, tuple(variants))
 
 
 def describe(passes: Sequence[AnyPass]) -> str:
@@ -118,10 +116,11 @@ def _plan_variant(
     *,
     calibration: Calibration | None,
     seed: str,
-    architecture: Architecture,
-    config: Config,
+    checkpoint: Checkpoint,
 ) -> VariantPlan:
     passes = wanted.passes
+    architecture = detect(checkpoint.config)
+    config = architecture.read(checkpoint.config)
     cast = next((step.cast for step in passes if isinstance(step, Cast)), None)
     changes = [step for step in passes if not isinstance(step, Cast)]
     steps = [_plan_step(weight, _applied(changes, weight, variant=name), cast) for weight in weights]
@@ -136,12 +135,14 @@ def _plan_variant(
     if removal is not None and calibration is not None and calibration.propagate == "quantized":
         check_folds_of_fewer_experts(steps, variant=name)
     stored = [step for step in steps if step.outputs]
-    model = held_model(stored, architecture)
-    check_serving_rules(stored, model, variant=name)
+    dtype = cast or dtype_of_weights(weight.entry for weight in weights)
+    contents = planned_contents(stored, checkpoint, architecture, dtype=dtype, experts=kept)
+    check_serving_rules(stored, contents, variant=name)
+    check_exports(wanted.format, contents, variant=name)
     return VariantPlan(
         name=name,
         description=describe(passes),
-        dtype=cast or dtype_of_weights(weight.entry for weight in weights),
+        dtype=dtype,
         blocks=_blocks(steps),
         calibration=calibration,
         removal=removal,
@@ -150,7 +151,7 @@ def _plan_variant(
         recipe_key=hashlib.sha256(f"{LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),
         peak_memory_bytes=calibrated_peak_memory(steps, calibration) if calibration else peak_memory(steps),
         tensor_parallel=tensor_parallel_sizes(stored, heads=config["num_attention_heads"]),
-        engines=verdicts(model),
+        engines=verdicts(contents),
         notes=(*serving_notes(stored), *fold_notes(steps), *removal_notes(steps, kept=kept)),
         exports=wanted.format,
     )

@@ -15,7 +15,7 @@ from quantlab.files import read_json, write_atomically
 from quantlab.formats.layout import Description, Linear
 from quantlab.formats.layouts import method_of_layout
 from quantlab.hardware import processor, version_of
-from quantlab.plan.config import artifact_config
+from quantlab.plan.contents import artifact_config
 from quantlab.plan.model import LedgerEntry, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.run.companions import companions
@@ -111,7 +111,7 @@ def manifest_is_whole(artifact: Path) -> bool:
 
 def patched_config(plan: Plan, variant: VariantPlan) -> dict[str, Any]:
     """The config.json of an artifact, with the description of its quantized weights."""
-    config = artifact_config(plan, variant)
+    config = artifact_config(plan.checkpoint, plan.architecture, dtype=variant.dtype, experts=variant.experts)
     quantization = quantization_config(variant)
     if quantization is not None:
         config["quantization_config"] = quantization.to_json()

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
-from quantlab.exports.contents import contents_of
 from quantlab.exports.writers.gguf import write
+from quantlab.formats.read_contents import contents_of
 from quantlab.formats.stored import StoredWeights
 from quantlab.runtime.load import load
 from tests.checkpoints import CONFIGS

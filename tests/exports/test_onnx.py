@@ -19,11 +19,11 @@ from quantlab.cli import app
 from quantlab.engine_pythons import MARK, engines_directory, variable_of
 from quantlab.errors import ArtifactError, PlanError
 from quantlab.evaluation.engines.engine import ENGINES
-from quantlab.exports.contents import contents_of
 from quantlab.exports.export import export
 from quantlab.exports.onnx import TARGET, block_of
 from quantlab.exports.scripts.onnx_graph import restate_rope
 from quantlab.exports.writers.onnx import ENGINE, n_bits
+from quantlab.formats.read_contents import contents_of
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.plan.compile import compile_plan

@@ -12,7 +12,7 @@ from quantlab.exports.gguf.refusal import RefusalError
 from quantlab.exports.gguf.rotary import Rotary, read_rotary
 from quantlab.exports.gguf.tensors import ARCHITECTURES, BlockType, GgufTensor
 from quantlab.exports.gguf.tokenizer import Vocabulary
-from quantlab.exports.target import Contents
+from quantlab.formats.contents import Contents
 
 Kind = Literal["string", "uint32", "float32", "bool", "strings", "int32s"]
 _FILE_TYPES: Final[Mapping[BlockType, int]] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}

@@ -8,7 +8,7 @@ from quantlab.exports.gguf.metadata import Entry, model_entries, rotary_of, voca
 from quantlab.exports.gguf.refusal import RefusalError
 from quantlab.exports.gguf.tensors import ARCHITECTURES, GgufTensor, plan_tensors
 from quantlab.exports.gguf.tokenizer import Vocabulary, read_vocabulary
-from quantlab.exports.target import Contents
+from quantlab.formats.contents import Contents
 from quantlab.recipe.schemes import FormatName
 
 

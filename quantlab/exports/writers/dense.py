@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from quantlab.checkpoint.reader import DTYPE_NAMES
-from quantlab.exports.contents import contents_of
-from quantlab.exports.target import Contents, Progress, Weight
+from quantlab.exports.target import Progress
 from quantlab.exports.writers.checkpoint import Planned, carry_companions, write_json, write_shards
 from quantlab.exports.writers.writer import Written
 from quantlab.formats.codecs.table import CODECS
+from quantlab.formats.contents import Contents, Weight
+from quantlab.formats.read_contents import contents_of
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 

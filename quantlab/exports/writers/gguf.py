@@ -14,10 +14,11 @@ from quantlab.errors import ArtifactError
 from quantlab.exports.gguf.metadata import Entry
 from quantlab.exports.gguf.target import GgufPlan, plan_file
 from quantlab.exports.gguf.tensors import ROTARY_DIVISORS, GgufTensor, HeadRows
-from quantlab.exports.target import Contents, Progress
+from quantlab.exports.target import Progress
 from quantlab.exports.writers.gguf_blocks import Rounded, block_bytes, float_bytes
 from quantlab.exports.writers.writer import Written
 from quantlab.files import write_error
+from quantlab.formats.contents import Contents
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 
