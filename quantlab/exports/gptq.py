@@ -1,15 +1,10 @@
 """The format `gptq`: the layout of AutoGPTQ and its successor GPTQModel. Does not import torch."""
 
 from dataclasses import dataclass
-from typing import Final
 
-from quantlab.formats.contents import Contents, Weight
+from quantlab.formats.contents import Contents, Weight, described_linears
 from quantlab.formats.gptq import GptqConfig, describe, layout_for
-from quantlab.formats.layout import Linear
-from quantlab.recipe.schemes import FormatName
-
-_UNQUANTIZED_TOO: Final = ("router", "lm_head")
-"""Roles of linears that no rule calls linear, because they are never quantized."""
+from quantlab.recipe.schemes import FormatName, LayoutName
 
 
 @dataclass(frozen=True)
@@ -41,15 +36,9 @@ TARGET = Gptq()
 
 def description(contents: Contents) -> GptqConfig:
     """The description of an artifact in this format, which does not refuse it."""
-    return describe([_linear(weight) for weight in contents.weights if _is_linear(weight)])
+    return describe(described_linears(contents.weights, _layout))
 
 
-def _is_linear(weight: Weight) -> bool:
-    """Whether it is the weight of a linear, quantized or not."""
-    rule = weight.tensor.rule
-    return bool(weight.name.endswith(".weight") and rule and (rule.linear or weight.role in _UNQUANTIZED_TOO))
-
-
-def _linear(weight: Weight) -> Linear:
-    layout = "dense" if weight.number is None else layout_for(weight.number).name
-    return Linear(weight.module, weight.role, weight.tensor.layer or 0, weight.number, layout)
+def _layout(weight: Weight) -> LayoutName:
+    assert weight.number is not None, "it is quantized"
+    return layout_for(weight.number).name

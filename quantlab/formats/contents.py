@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from quantlab.architectures.architecture import Architecture, ModelTensor, Role
+from quantlab.formats.layout import Linear
 from quantlab.formats.layouts import method_of_layout
 from quantlab.numerics.number_format import NumberFormat
 from quantlab.recipe.schemes import LayoutName
@@ -156,3 +157,31 @@ def method_of(weights: Sequence[Weight]) -> str:
     """The `quant_method` of a checkpoint that stores these weights."""
     quantized = (weight for weight in weights if weight.number is not None)
     return next((method_of_layout(weight.layout).word for weight in quantized), DENSE)
+
+
+def described_linears(weights: Sequence[Weight], layout: Callable[[Weight], LayoutName]) -> list[Linear]:
+    """The linears that a `quantization_config` must describe: all of a checkpoint, quantized or not.
+
+    Args:
+        weights: all weights.
+        layout: gives the layout in which a quantized weight is written.
+    """
+    linears = [
+        Linear(
+            weight.module,
+            weight.role,
+            weight.tensor.layer or 0,
+            weight.number,
+            "dense" if weight.number is None else layout(weight),
+        )
+        for weight in weights
+        if weight.name.endswith(".weight")
+        and weight.tensor.rule is not None
+        and (weight.tensor.rule.linear or weight.role == "router")
+    ]
+    routers = {linear.layer for linear in linears if linear.role == "router"}
+    if routers and not any(linear.role == "shared_experts" for linear in linears):
+        # transformers builds linears without elements for zero shared experts, which are not quantized either
+        module = f"model.layers.{min(routers)}.mlp.shared_experts.down_proj"
+        linears.append(Linear(module, "shared_experts", min(routers), None, "dense"))
+    return linears

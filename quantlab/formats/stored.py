@@ -137,9 +137,19 @@ class StoredWeights:
                     fix="use the config.json of the original release",
                 )
             return tensor
-        parts = {part.name: self._read(part.name) for part in stored.parts}
-        matrix = CODECS[stored.layout].decode(name, parts, stored.number)
+        matrix = self.read_quantized(name)
         return matrix if stored.number.is_integer else matrix.dequantize(torch.bfloat16)
+
+    def read_quantized(self, name: str) -> QuantizedMatrix:
+        """The quantized weight `name` as it is stored, FP8 too.
+
+        Raises:
+            ArtifactError, CheckpointError: as `read`.
+        """
+        stored = self.stored(name)
+        assert stored is not None, f"{name} is quantized"
+        parts = {part.name: self._read(part.name) for part in stored.parts}
+        return CODECS[stored.layout].decode(name, parts, stored.number)
 
     def read_dense(self, name: str, dtype: torch.dtype) -> Tensor:
         """The weight `name` in floating point, independent of its layout; the reference for packed computations."""

@@ -19,7 +19,7 @@ from quantlab.formats.layouts import LAYOUTS
 from quantlab.formats.understood import understood
 from quantlab.plan.contents import planned_contents
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
-from quantlab.plan.exports import check_exports
+from quantlab.plan.exports import check_exports, formats_beside
 from quantlab.plan.folds import check_folds_of_fewer_experts, fold_notes, mark_folds
 from quantlab.plan.memory import calibrated_peak_memory, peak_memory
 from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, VariantPlan
@@ -138,7 +138,8 @@ def _plan_variant(
     dtype = cast or dtype_of_weights(weight.entry for weight in weights)
     contents = planned_contents(stored, checkpoint, architecture, dtype=dtype, experts=kept)
     check_serving_rules(stored, contents, variant=name)
-    check_exports(wanted.format, contents, variant=name)
+    exports = formats_beside(wanted.format, contents)
+    check_exports(exports, contents, variant=name)
     return VariantPlan(
         name=name,
         description=describe(passes),
@@ -153,7 +154,7 @@ def _plan_variant(
         tensor_parallel=tensor_parallel_sizes(stored, heads=config["num_attention_heads"]),
         engines=verdicts(contents),
         notes=(*serving_notes(stored), *fold_notes(steps), *removal_notes(steps, kept=kept)),
-        exports=wanted.format,
+        exports=exports,
     )
 
 

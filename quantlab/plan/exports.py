@@ -3,9 +3,16 @@
 from collections.abc import Sequence
 
 from quantlab.errors import PlanError
+from quantlab.exports import compressed_tensors
 from quantlab.exports.targets import TARGETS
-from quantlab.formats.contents import Contents
+from quantlab.formats.contents import DENSE, Contents
 from quantlab.recipe.schemes import FormatName
+
+
+def formats_beside(wanted: Sequence[FormatName], contents: Contents) -> tuple[FormatName, ...]:
+    """The formats that are written beside an artifact: all that are wanted but its own, which is always written."""
+    own = contents.method in {DENSE, compressed_tensors.TARGET.name}
+    return tuple(name for name in wanted if not (own and name == compressed_tensors.TARGET.name))
 
 
 def check_exports(formats: Sequence[FormatName], contents: Contents, *, variant: str) -> None:

@@ -101,6 +101,7 @@ CASES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
 }
 BY_HAND = {
     "vllm-fused", "sglang-fused", "vllm-experts", "sglang-experts", "transformers-gptq", "vllm-gptq-zero-points",
+    "transformers-fp8-block-experts",
 }  # fmt: skip
 """Rules for what no recipe writes."""
 

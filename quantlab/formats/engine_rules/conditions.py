@@ -190,6 +190,16 @@ def ragged_fp8_values(model: Contents) -> Finding | None:
     return _first(_fused_fp8(model, {"q+k+v"}), _has_ragged_rows)
 
 
+def fp8_block_experts(model: Contents) -> Finding | None:
+    """Routed experts of compressed-tensors are FP8 in several blocks of several rows or columns."""
+
+    def in_blocks(weight: Weight) -> bool:
+        grid = weight.layout == "float-quantized" and weight.number is not None
+        return grid and any(1 < count < size for size, count in _grid(weight))
+
+    return _first(_experts(model), in_blocks)
+
+
 def padded_by_marlin(model: Contents) -> Finding | None:
     """Packed linears whose sizes Marlin pads: neither (64 rows, 128 columns) nor (128, 64) divide them; experts: 64 rows."""
     for weight in model.kinds:
@@ -271,8 +281,10 @@ def _fp8(model: Contents) -> Iterator[Weight]:
 
 
 def _fused_fp8(model: Contents, names: Container[str | None]) -> Iterator[Weight]:
-    for weight in _fp8(model):
-        if weight.tensor.rule is not None and weight.tensor.rule.fused in names:
+    for weight in model.kinds:
+        number = weight.number
+        blocks = number is not None and not number.is_integer and not number.by_row and number.granularity.rows
+        if blocks and weight.tensor.rule is not None and weight.tensor.rule.fused in names:
             yield weight
 
 

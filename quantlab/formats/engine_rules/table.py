@@ -87,6 +87,10 @@ RULES: Final[tuple[Rule, ...]] = (
         conditions.ragged_fp8_misread, f"{_HF}finegrained_fp8.py", seen=True,
     ),
     Rule(
+        "transformers", "transformers-fp8-block-experts", "refuses", "experts in FP8 blocks of compressed-tensors",
+        conditions.fp8_block_experts, f"{_HF}compressed_tensors.py", seen=True,
+    ),
+    Rule(
         "transformers", "transformers-gptq", "refuses", "GPTQ without optimum and gptqmodel",
         conditions.gptq, "src/transformers/quantizers/quantizer_gptq.py",
     ),
