@@ -7,7 +7,7 @@ place for is known now; tokenizer, generation settings and held-out text are rea
 from importlib.util import find_spec
 
 from quantlab.calibration.corpus import sample_tokens
-from quantlab.checkpoint.tokenizer import check_token_settings
+from quantlab.checkpoint.tokenizer import check_token_settings, load_tokenizer
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.suite import load_suite
 from quantlab.exports.writers.onnx import engine_python
@@ -46,6 +46,9 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
         from quantlab.runtime.load import read_generation_config
 
         read_generation_config(source.directory)
+        for peer in plan.peers:
+            load_tokenizer(peer.checkpoint.directory)
+            read_generation_config(peer.checkpoint.directory)
         suite = load_suite(recipe.resolve(wanted.suite))
         check_suite_text(suite, source.directory, plan.architecture.context_length(source.config))
 

@@ -180,7 +180,7 @@ def _dtype_of(stored: StoredWeights) -> torch.dtype | Literal["auto"]:
 
 def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected: Tensor) -> Check:
     name = "transformers loads it, logits equal to the dequantized reference"
-    judged = verdict_of("transformers", contents_of(stored))
+    judged = verdict_of("transformers", contents_of(stored.reader.checkpoint))
     if judged.prevented:
         reasons = "; ".join(one.rule.text for one in judged.objections if one.rule.kind in PREVENTS)
         return Check(name, "not applicable", f"transformers {reasons}")

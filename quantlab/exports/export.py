@@ -69,7 +69,7 @@ def open_artifact(directory: Path) -> OpenArtifact:
         )
     stored = StoredWeights(Reader(open_checkpoint(directory)))
     digest = hashlib.sha256((directory / _MANIFEST).read_bytes()).hexdigest()
-    return OpenArtifact(directory, manifest["key"], digest, stored, contents_of(stored))
+    return OpenArtifact(directory, manifest["key"], digest, stored, contents_of(stored.reader.checkpoint))
 
 
 def export(

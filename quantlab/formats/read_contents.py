@@ -1,25 +1,26 @@
-"""The contents of a checkpoint, from its headers."""
+"""The contents of a checkpoint, from its headers. Does not import torch."""
 
 from quantlab.architectures.config import size_of
 from quantlab.architectures.detect import detect
+from quantlab.checkpoint.index import Checkpoint
 from quantlab.formats.contents import Contents, Weight, method_of
-from quantlab.formats.stored import StoredWeights
+from quantlab.formats.layouts import description_of, logical_names
 
 
-def contents_of(stored: StoredWeights) -> Contents:
+def contents_of(checkpoint: Checkpoint) -> Contents:
     """The contents of a checkpoint; reads no weights.
 
     Raises:
         ArtifactError, CheckpointError: its family is unknown, or its tensors contradict its config.json.
     """
-    checkpoint = stored.reader.checkpoint
+    description, tensors = description_of(checkpoint), checkpoint.tensors
     architecture, layers = detect(checkpoint.config), size_of(checkpoint.config, "num_hidden_layers")
     weights = []
-    for name in stored.names():
+    for name in logical_names(tensors):
         tensor = architecture.classify(name, hidden_layers=layers)
-        one = stored.stored(name)
+        one = description.stored(name, tensors) if description and name.endswith(".weight") else None
         if one is None:
-            entry = checkpoint.tensors[name]
+            entry = tensors[name]
             weights.append(Weight(tensor, entry.shape, None, "dense", entry.dtype))
         else:
             weights.append(Weight(tensor, one.shape, one.number, one.layout, one.scale.dtype))

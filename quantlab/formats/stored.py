@@ -10,7 +10,7 @@ from quantlab.checkpoint.reader import TORCH_DTYPES, Reader
 from quantlab.errors import CheckpointError
 from quantlab.formats.codecs.table import CODECS
 from quantlab.formats.layout import Stored
-from quantlab.formats.layouts import NUMBERS, OTHER_PARTS, description_of, method_of
+from quantlab.formats.layouts import description_of, logical_names, method_of
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import NumberFormat
 
@@ -56,13 +56,8 @@ class StoredWeights:
         self.description = description_of(reader.checkpoint)
 
     def names(self) -> Iterator[str]:
-        """Logical names: one per tensor, but one per weight for the tensors of a quantized weight."""
-        for name in self._tensors:
-            prefix, _, part = name.rpartition(".")
-            if part in NUMBERS:
-                yield f"{prefix}.weight"
-            elif not name.endswith(OTHER_PARTS):
-                yield name
+        """Logical names, see `logical_names`."""
+        return logical_names(self._tensors)
 
     def stored(self, name: str) -> Stored | None:
         """How the weight `name` is stored, None if it is not quantized.

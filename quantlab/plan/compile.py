@@ -5,7 +5,7 @@ import fnmatch
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from quantlab.architectures.architecture import DEFAULT_TARGETS, Architecture
 from quantlab.architectures.config import Config
@@ -23,6 +23,7 @@ from quantlab.plan.exports import check_exports, formats_beside
 from quantlab.plan.folds import check_folds_of_fewer_experts, fold_notes, mark_folds
 from quantlab.plan.memory import calibrated_peak_memory, peak_memory
 from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, VariantPlan
+from quantlab.plan.peers import check_peer
 from quantlab.plan.serving import check_serving_rules, serving_notes, tensor_parallel_sizes
 from quantlab.plan.source import FLOATING, SourceWeight, survey
 from quantlab.recipe.algorithms import ExpertRemoval, Rtn
@@ -37,18 +38,22 @@ _NO_NUMBER = {"corpus", "memory", "dtype"}
 AnyPass = Cast | Quantize | Prune
 
 
-def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str = "") -> Plan:
+def compile_plan(
+    recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str = "", peers: Mapping[str, Checkpoint] | None = None
+) -> Plan:
     """Plan every variant of a recipe.
 
     Args:
         recipe: the validated recipe.
         checkpoint: the source, headers only.
         corpus_sha256: hash of the calibration text; part of the key of every variant that uses it.
+        peers: the recipe's peers by name, headers only; None for none.
 
     Raises:
         CheckpointError: the source is incomplete or not supported, or its config.json cannot be right.
-        PlanError: a pass matches no tensor, no engine could serve the result, a format cannot express it, or a calibration sample is longer than the model's
-            context.
+        ArtifactError: a peer has numbers that are not read.
+        PlanError: a peer is another model, a pass matches no tensor, no engine could serve the result, a format cannot
+            express it, or a calibration sample is longer than the model's context.
     """
     checkpoint = understood(checkpoint)
     architecture = detect(checkpoint.config)
@@ -75,7 +80,8 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
                 checkpoint=checkpoint,
             )
         )
-    return Plan(checkpoint, architecture, tuple(variants))
+    found = (check_peer(name, peer, checkpoint) for name, peer in (peers or {}).items())
+    return Plan(checkpoint, architecture, tuple(variants), tuple(found))
 
 
 def describe(passes: Sequence[AnyPass]) -> str:

@@ -305,6 +305,9 @@ class Recipe(Strict):
     """Required by calibrated algorithms only."""
     variants: dict[VariantName, Variant] = Field(min_length=1)
     """Name -> passes in order of application, or `{passes: […], format: …}`."""
+    peers: dict[VariantName, str] = Field(default_factory=dict)
+    """Name -> directory of the same model as another tool wrote it, relative to the recipe. It is measured like a variant, as a row
+    of its own, and not made."""
     evaluate: Evaluate | None = None
     """Without it, `run` makes the artifacts and measures nothing."""
 
@@ -316,6 +319,20 @@ class Recipe(Strict):
                 "a variant cannot be called `source`, the name of the unchanged checkpoint; choose another name"
             )
         return variants
+
+    @model_validator(mode="after")
+    def _check_peers(self) -> "Recipe":
+        for name in self.peers:
+            if name == "source" or name in self.variants:
+                raise ValueError(f"the peer {name} has the name of another row; choose another name")
+        if self.peers and self.evaluate is None:
+            raise ValueError("peers are only measured; add `evaluate: {suite: FILE.yaml}`, or remove `peers`")
+        return self
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of all rows of the matrix, in order."""
+        return ("source", *self.variants, *self.peers)
 
     @property
     def calibrated(self) -> bool:

@@ -61,7 +61,7 @@ def logits(directory: Path, *, dtype: torch.dtype) -> Tensor:
 def finding_of(name: str, directory: Path) -> Finding | None:
     """What a rule finds in a checkpoint."""
     (rule,) = (rule for rule in RULES if rule.name == name)
-    return rule.finds(contents_of(weights_of(directory)))
+    return rule.finds(contents_of(open_checkpoint(directory)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -234,7 +234,7 @@ _OF_A_LAYER = {
 
 
 def _contents(directory: Path) -> Contents:
-    return contents_of(StoredWeights(Reader(open_checkpoint(directory))))
+    return contents_of(open_checkpoint(directory))
 
 
 def test_the_keys_of_the_reference_model(tmp_path: Path) -> None:
@@ -410,5 +410,5 @@ def test_without_the_package_the_error_says_how_to_install_it(
     monkeypatch.setattr(writer, "import_module", missing)
     stored = StoredWeights(Reader(open_checkpoint(checkpoints["llama"])))
     with pytest.raises(ArtifactError, match=r"pip install 'quantlab\[gguf\]'"):
-        writer.write(stored, contents_of(stored), tmp_path, lambda _: None)
+        writer.write(stored, contents_of(stored.reader.checkpoint), tmp_path, lambda _: None)
     assert np.array_equal(sorted(tmp_path.iterdir()), [])

@@ -114,7 +114,7 @@ def test_the_plan_knows_what_the_artifact_contains(checkpoints: dict[str, Path],
     family, passes = VARIANTS["mixed"]
     artifact = make_artifact(checkpoints[family], passes, tmp_path)
     plan = compile_plan(load_recipe(tmp_path / "variant.yaml").recipe, open_checkpoint(checkpoints[family]))
-    planned, found = contents_of_variant(plan, plan.variants[0]), contents_of(weights_of(artifact))
+    planned, found = contents_of_variant(plan, plan.variants[0]), contents_of(open_checkpoint(artifact))
     assert planned.weights == found.weights
     assert planned.config == found.config
 
@@ -144,6 +144,6 @@ def test_scales_that_float16_rounds_are_counted_and_those_it_loses_are_refused()
 
 
 def test_rows_that_do_not_fill_a_word_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    contents = contents_of(weights_of(make_artifact(checkpoints["llama"], "[{quantize: int4_g128}]", tmp_path)))
+    contents = contents_of(open_checkpoint(make_artifact(checkpoints["llama"], "[{quantize: int4_g128}]", tmp_path)))
     narrow = dataclasses.replace(contents.quantized[0], shape=(12, 128))
     assert "12 rows do not fill words of 8" in (TARGET.refuses(dataclasses.replace(contents, weights=(narrow,))) or "")

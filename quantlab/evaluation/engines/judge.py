@@ -163,9 +163,9 @@ class Judge:
     def _by_rules(self, name: EngineName) -> str:
         """What the rules of an engine say about the files, with the version that was read."""
         if self._judged.format in {DENSE, *(method.word for method in METHODS)}:
-            model = contents_of(stored_weights(self._judged.directory))
+            model = contents_of(open_checkpoint(self._judged.directory))
         else:
-            model = replace(contents_of(stored_weights(self._artifact)), method=self._judged.format)
+            model = replace(contents_of(open_checkpoint(self._artifact)), method=self._judged.format)
         found = next(one for one in verdicts(model) if one.engine.name == name)
         return f"{found.engine.label}: {found.text}"
 

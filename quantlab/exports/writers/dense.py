@@ -35,7 +35,7 @@ def write_expanded(stored: StoredWeights, directory: Path, *, exact: bool = Fals
     Raises:
         ArtifactError: a file cannot be written.
     """
-    _write_weights(stored, contents_of(stored), directory, lambda _: None, exact=exact)
+    _write_weights(stored, contents_of(stored.reader.checkpoint), directory, lambda _: None, exact=exact)
 
 
 def expanded(stored: StoredWeights, name: str, *, exact: bool) -> Tensor:
