@@ -25,7 +25,8 @@ from quantlab.exports.gguf.refusal import RefusalError
 from quantlab.exports.gguf.rotary import interleaved, read_rotary
 from quantlab.exports.gguf.target import TARGET, plan_file
 from quantlab.exports.gguf.tensors import NAMES, BlockType, plan_tensors
-from quantlab.exports.gguf.tokenizer import TokenType, read_vocabulary
+from quantlab.exports.gguf.token_types import TokenType
+from quantlab.exports.gguf.tokenizer import read_vocabulary
 from quantlab.exports.writers import gguf as writer
 from quantlab.exports.writers.gguf_blocks import Rounded, block_bytes
 from quantlab.formats.contents import Contents, Weight
@@ -319,7 +320,7 @@ def _with_tokenizer(tmp_path: Path, **changes: Any) -> Path:
     [
         ({"pre_tokenizer": _pre_tokenizer(r"\d+", bytes_with_regex=True)}, r"these steps: \d+ > the pattern of GPT-2"),
         ({"normalizer": {"type": "Lowercase"}}, "does not normalise text, the tokenizer does: Lowercase"),
-        ({"model": {"byte_fallback": True}}, "in the style of sentencepiece"),
+        ({"model": {"byte_fallback": True}}, "replaces spaces by ▁ and does nothing else"),
         ({"model": {"type": "WordPiece"}}, "of type WordPiece"),
     ],
 )

@@ -21,6 +21,7 @@ from quantlab.evaluation.speed.metrics import Timed
 from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.suite import SpeedSuite
 from quantlab.files import read_json
+from quantlab.formats.compressed_layouts import PACKED
 from quantlab.formats.compressed_tensors import QuantizationConfig, describe
 from quantlab.formats.contents import described_linears
 from quantlab.formats.dtype import dtype_of, stated_dtype
@@ -158,7 +159,7 @@ def layout_of(directory: Path, *, own_shape: bool = False) -> Layout:
     if description is not None and not isinstance(description, QuantizationConfig):
         # GPTQ's tensors state the formats; the runtime holds them as it holds those of compressed-tensors
         weights = contents_of(understood(open_checkpoint(directory))).weights
-        description = describe(described_linears(weights, lambda weight: weight.layout))
+        description = describe(described_linears(weights, lambda _: PACKED.name))
     dtype = stated_dtype(config, where=where) or dtype_of(open_checkpoint(directory))
     return Layout(dtype, description, _config_of(config) if own_shape else "")
 

@@ -97,6 +97,7 @@ def _add(library: ModuleType, writer: Any, entry: Entry) -> None:  # noqa: ANN40
         "bool": (types.BOOL,),
         "strings": (types.ARRAY, types.STRING),
         "int32s": (types.ARRAY, types.INT32),
+        "float32s": (types.ARRAY, types.FLOAT32),
     }
     value = list(entry.value) if isinstance(entry.value, tuple) else entry.value
     writer.add_key_value(entry.key, value, *kinds[entry.kind])
