@@ -114,6 +114,8 @@ def plan(
             )
         if ledger == variant.name:
             _out.print(show.ledger_table(variant))
+    for peer in compiled.peers:
+        _out.print(f"{peer.name}: measured, not made: {peer.description}", highlight=False, markup=False)
 
 
 @app.command()
@@ -220,7 +222,7 @@ def report(
             check_unchanged(directory / record.artifact)
     copies = [directory / name for name in (".recipe.yaml", "recipe.yaml") if (directory / name).is_file()]
     for copy in copies[:1]:  # the second name is that of results kept in a repository
-        order = ["source", *load_recipe(copy).recipe.variants]
+        order = load_recipe(copy).recipe.rows
         records.sort(key=lambda record: order.index(record.variant) if record.variant in order else len(order))
     claims = directory / CLAIMS_NAME
     matrix = write_report(records, directory, claims=claims if claims.is_file() else None)
@@ -334,7 +336,8 @@ def _interruptible() -> Iterator[None]:
 def _compile(path: Path) -> tuple[LoadedRecipe, Plan]:
     loaded = load_recipe(path)
     source, corpus = _open_source(loaded), loaded.corpus_sha256()
-    return loaded, compile_plan(loaded.recipe, source, corpus_sha256=corpus)
+    peers = {name: open_checkpoint(loaded.resolve(directory)) for name, directory in loaded.recipe.peers.items()}
+    return loaded, compile_plan(loaded.recipe, source, corpus_sha256=corpus, peers=peers)
 
 
 def _open_source(recipe: LoadedRecipe) -> Checkpoint:

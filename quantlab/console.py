@@ -243,6 +243,16 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             }
             for variant in plan.variants
         ],
+        "peers": [
+            {
+                "peer": peer.name,
+                "description": peer.description,
+                "directory": str(peer.checkpoint.directory),
+                "method": peer.method,
+                "producer": peer.producer,
+            }
+            for peer in plan.peers
+        ],
     }
 
 

@@ -8,7 +8,7 @@ each lm-eval task is answered.
 from importlib.util import find_spec
 
 from quantlab.calibration.corpus import sample_tokens
-from quantlab.checkpoint.tokenizer import check_token_settings
+from quantlab.checkpoint.tokenizer import check_token_settings, load_tokenizer
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.processes.messages import Progress
 from quantlab.evaluation.suite import load_suite
@@ -56,6 +56,9 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan, progress: Progress, *
         from quantlab.runtime.load import read_generation_config
 
         read_generation_config(source.directory)
+        for peer in plan.peers:
+            load_tokenizer(peer.checkpoint.directory)
+            read_generation_config(peer.checkpoint.directory)
         suite = load_suite(recipe.resolve(wanted.suite))
         check_suite_text(suite, source.directory, plan.architecture.context_length(source.config))
         check_lm_eval_tasks(suite, time_limit=time_limit, progress=progress)

@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 
 from quantlab import console as show
+from quantlab.checkpoint.index import Checkpoint
 from quantlab.evaluation.evaluate import RECORDS, evaluate
 from quantlab.evaluation.manifest import weights_sha256
-from quantlab.evaluation.record import Pass, Record
+from quantlab.evaluation.record import Foreign, Pass, Record
 from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
 from quantlab.evaluation.suite import load_suite
 from quantlab.exports.export import export, open_artifact
@@ -194,8 +195,16 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
         artifacts.append(
             EvaluatedArtifact(variant.name, variant.description, artifact, f"artifacts/{variant.name}", digest, passes)
         )
-    weights = weights_sha256(source.files, directory.path / SOURCE_HASHES)
-    digest = hashlib.sha256(f"{source.fingerprint()} {weights}".encode()).hexdigest()
+    for peer in plan.peers:
+        digest = _hash_of(peer.checkpoint, directory.path / f".peer-{peer.name}.json")
+        foreign = Foreign(method=peer.method, producer=peer.producer)
+        path = recipe.recipe.peers[peer.name]
+        artifacts.append(
+            EvaluatedArtifact(
+                peer.name, peer.description, peer.checkpoint.directory, path, digest, passes=(), foreign=foreign
+            )
+        )
+    digest = _hash_of(source, directory.path / SOURCE_HASHES)
     as_it_is = EvaluatedArtifact("source", "the checkpoint as it is", source.directory, recipe.recipe.model, digest)
     return EvaluationRequest(
         directory=directory.path,
@@ -211,6 +220,12 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
         gpu=name_of(how.device),
         side_by_side=cells_at_once([artifact.directory for artifact in (as_it_is, *artifacts)], how.device),
     )
+
+
+def _hash_of(checkpoint: Checkpoint, known: Path) -> str:
+    """Hash of a checkpoint's config, headers and weights; `known` caches the hashes of its shards."""
+    weights = weights_sha256(checkpoint.files, known)
+    return hashlib.sha256(f"{checkpoint.fingerprint()} {weights}".encode()).hexdigest()
 
 
 def _as_recorded(step: Cast | Quantize | Prune) -> Pass:

@@ -156,7 +156,8 @@ def _prepare(request: EvaluationRequest, progress: Progress) -> _Evaluation:
             fix="use one of: " + ", ".join(artifact.variant for artifact in request.artifacts),
         )
     for artifact in request.artifacts:
-        check_unchanged(artifact.directory)
+        if artifact.foreign is None:
+            check_unchanged(artifact.directory)
     suite = load_suite(request.suite)
     bridged = any(not task.ours for task in suite.suite.tasks)
     versions = hardware.versions() | (hardware.version_of("lm-eval") if bridged else {})
@@ -316,13 +317,14 @@ def _of_speed(failures: Mapping[str, str], variant: str) -> tuple[Failure, ...]:
 
 def _record(evaluation: _Evaluation, artifact: EvaluatedArtifact, found: ArtifactResults) -> Record:
     request, suite = evaluation.request, evaluation.suite
-    manifest = read_manifest(artifact.directory)
+    manifest = read_manifest(artifact.directory) if artifact.foreign is None else {}
     return Record(
         recipe=request.recipe,
         recipe_sha256=request.recipe_sha256,
         variant=artifact.variant,
         description=artifact.description,
         passes=artifact.passes,
+        foreign=artifact.foreign,
         artifact=artifact.artifact,
         artifact_sha256=artifact.artifact_sha256,
         baseline=request.baseline,
@@ -347,7 +349,7 @@ def _record(evaluation: _Evaluation, artifact: EvaluatedArtifact, found: Artifac
         tasks=tuple(found.tasks[number] for number in sorted(found.tasks)),
         attention=found.attention,
         matrix_errors=matrix_errors(manifest),
-        engines=read_verdicts(artifact.directory),
+        engines=read_verdicts(artifact.directory) if artifact.foreign is None else (),
     )
 
 

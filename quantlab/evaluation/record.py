@@ -173,6 +173,15 @@ class Pass(Frozen):
         return self.operation, self.setting
 
 
+class Foreign(Frozen):
+    """An artifact that another tool made."""
+
+    method: str
+    """Its `quant_method`, "dense" if it has none."""
+    producer: str = ""
+    """The program, with its version, that its files name; empty if they name none."""
+
+
 class Failure(Frozen):
     """A cell that could not be measured."""
 
@@ -190,11 +199,13 @@ class Record(Frozen):
     description: str
     """The passes in one line of text: "int4_g128 (rtn)"."""
     passes: tuple[Pass, ...] = ()
-    """The passes as data; empty for an unchanged checkpoint."""
+    """The passes as data; empty for an unchanged checkpoint and for what another tool made."""
+    foreign: Foreign | None = None
+    """None for what quantlab made, and for `source`."""
     artifact: str
     """Directory of the artifact, relative to the run's directory; the checkpoint's own for `source`."""
     artifact_sha256: str
-    """Hash of the artifact's manifest; of the checkpoint's configuration and weights for `source`."""
+    """Hash of the artifact's manifest; of the checkpoint's configuration and weights for `source` and for what another tool made."""
     baseline: str
     """The variant that losses are relative to."""
     baseline_sha256: str = ""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantlab.evaluation.record import Pass
+from quantlab.evaluation.record import Foreign, Pass
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class EvaluatedArtifact:
         artifact: the same directory as written in records, relative to the run's directory.
         artifact_sha256: hash of its manifest; for `source`, hash of the checkpoint's configuration and weights.
         passes: the passes as data; empty for an unchanged checkpoint.
+        foreign: who made it, if another tool did.
     """
 
     variant: str
@@ -25,6 +26,7 @@ class EvaluatedArtifact:
     artifact: str
     artifact_sha256: str
     passes: tuple[Pass, ...] = ()
+    foreign: Foreign | None = None
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.engines.judged import EXPORT_NAME
 from quantlab.evaluation.engines.verdict import VERDICTS_NAME
-from quantlab.evaluation.held_model import held_model
 from quantlab.exports.writers.dense import write_expanded
 from quantlab.files import read_json
 from quantlab.formats.engine_rules.rule import PREVENTS
 from quantlab.formats.engine_rules.table import verdict_of
+from quantlab.formats.read_contents import contents_of
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import INT8
@@ -180,7 +180,7 @@ def _dtype_of(stored: StoredWeights) -> torch.dtype | Literal["auto"]:
 
 def _check_transformers(stored: StoredWeights, checkpoint: Checkpoint, expected: Tensor) -> Check:
     name = "transformers loads it, logits equal to the dequantized reference"
-    judged = verdict_of("transformers", held_model(stored))
+    judged = verdict_of("transformers", contents_of(stored.reader.checkpoint))
     if judged.prevented:
         reasons = "; ".join(one.rule.text for one in judged.objections if one.rule.kind in PREVENTS)
         return Check(name, "not applicable", f"transformers {reasons}")

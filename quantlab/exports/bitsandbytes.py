@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantlab.architectures.architecture import QUANTIZABLE_ROLES
-from quantlab.exports.target import Contents, Weight
+from quantlab.formats.contents import Contents, Weight
 from quantlab.formats.layout import StoredTensor
 from quantlab.numerics.number_format import ROW
 from quantlab.recipe.schemes import FormatName

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from quantlab.exports.target import Contents
+from quantlab.formats.contents import Contents
 from quantlab.recipe.schemes import FormatName
 
 

@@ -16,12 +16,13 @@ from typing import Any, Final
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError
-from quantlab.exports.contents import contents_of
-from quantlab.exports.target import Contents, Progress
+from quantlab.exports.target import Progress
 from quantlab.exports.targets import TARGETS
 from quantlab.exports.writers.table import WRITERS
 from quantlab.files import read_json, write_atomically, write_error
 from quantlab.fingerprint import code_fingerprint
+from quantlab.formats.contents import Contents
+from quantlab.formats.read_contents import contents_of
 from quantlab.formats.stored import StoredWeights
 from quantlab.hardware import version_of
 from quantlab.recipe.schemes import FormatName
@@ -68,7 +69,7 @@ def open_artifact(directory: Path) -> OpenArtifact:
         )
     stored = StoredWeights(Reader(open_checkpoint(directory)))
     digest = hashlib.sha256((directory / _MANIFEST).read_bytes()).hexdigest()
-    return OpenArtifact(directory, manifest["key"], digest, stored, contents_of(stored))
+    return OpenArtifact(directory, manifest["key"], digest, stored, contents_of(stored.reader.checkpoint))
 
 
 def export(

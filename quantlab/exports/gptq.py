@@ -1,16 +1,10 @@
 """The format `gptq`: the layout of AutoGPTQ and its successor GPTQModel. Does not import torch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
-from quantlab.exports.target import Contents, Weight
+from quantlab.formats.contents import Contents, Weight, described_linears
 from quantlab.formats.gptq import GptqConfig, describe, layout_for
-from quantlab.formats.layout import Linear
-from quantlab.recipe.schemes import FormatName
-
-_UNQUANTIZED_TOO: Final = ("router", "lm_head")
-"""Roles of linears that no rule calls linear, because they are never quantized."""
+from quantlab.recipe.schemes import FormatName, LayoutName
 
 
 @dataclass(frozen=True)
@@ -42,21 +36,9 @@ TARGET = Gptq()
 
 def description(contents: Contents) -> GptqConfig:
     """The description of an artifact in this format, which does not refuse it."""
-    layers = contents.config["num_hidden_layers"]
-    return describe([_linear(weight, contents, layers) for weight in _linears(contents, layers)])
+    return describe(described_linears(contents.weights, _layout))
 
 
-def _linears(contents: Contents, layers: int) -> Sequence[Weight]:
-    """The weights of linears, quantized or not."""
-    found = []
-    for weight in contents.weights:
-        rule = contents.architecture.classify(weight.name, hidden_layers=layers).rule
-        if weight.name.endswith(".weight") and rule and (rule.linear or weight.role in _UNQUANTIZED_TOO):
-            found.append(weight)
-    return found
-
-
-def _linear(weight: Weight, contents: Contents, layers: int) -> Linear:
-    layer = contents.architecture.classify(weight.name, hidden_layers=layers).layer
-    layout = "dense" if weight.number is None else layout_for(weight.number).name
-    return Linear(weight.module, weight.role, layer or 0, weight.number, layout)
+def _layout(weight: Weight) -> LayoutName:
+    assert weight.number is not None, "it is quantized"
+    return layout_for(weight.number).name

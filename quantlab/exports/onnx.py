@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantlab.exports.target import Contents, Weight
+from quantlab.formats.contents import Contents, Weight
 from quantlab.recipe.schemes import FormatName
 
 LARGEST_BLOCK = 128

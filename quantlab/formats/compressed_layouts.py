@@ -61,7 +61,7 @@ class IntQuantized:
 
 @dataclass(frozen=True)
 class FloatQuantized:
-    """FP8 e4m3 values; read only."""
+    """FP8 e4m3 values."""
 
     name: LayoutName = "float-quantized"
     parts: tuple[str, ...] = ("weight", "weight_scale")

@@ -2,7 +2,7 @@
 
 `pack-quantized` stores int32 words: weight_packed, weight_scale, weight_shape, and where there are zero points
 weight_zero_point [N b / 32, G], packed along the rows. `int-quantized` stores int8: weight, weight_scale; `float-quantized` the
-same with FP8 e4m3, and is only read. The description names linears by class ("Linear") or by regular expression, and the ones to
+same with FP8 e4m3; no scheme has it, but an export does. The description names linears by class ("Linear") or by regular expression, and the ones to
 leave alone. The same description is what our runtime reads back, so an artifact of ours and one made elsewhere take the same path.
 """
 

@@ -1,6 +1,6 @@
 """All layouts, and detection of a checkpoint's layout from headers and config.json. Does not import torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from quantlab.checkpoint.index import Checkpoint
@@ -19,6 +19,16 @@ NUMBERS: Final[tuple[str, ...]] = tuple(dict.fromkeys(layout.parts[0] for layout
 OTHER_PARTS: Final[tuple[str, ...]] = tuple(
     f".{part}" for layout in LAYOUTS.values() for part in layout.parts if part not in NUMBERS
 )
+
+
+def logical_names(tensors: Iterable[str]) -> Iterator[str]:
+    """Names of the weights: one per tensor, but one per weight for the tensors of a quantized weight."""
+    for name in tensors:
+        prefix, _, part = name.rpartition(".")
+        if part in NUMBERS:
+            yield f"{prefix}.weight"
+        elif not name.endswith(OTHER_PARTS):
+            yield name
 
 
 def method_of_layout(name: LayoutName) -> Method:

@@ -10,7 +10,7 @@ from quantlab.checkpoint.reader import TORCH_DTYPES, Reader
 from quantlab.errors import CheckpointError
 from quantlab.formats.codecs.table import CODECS
 from quantlab.formats.layout import Stored
-from quantlab.formats.layouts import NUMBERS, OTHER_PARTS, description_of, method_of
+from quantlab.formats.layouts import description_of, logical_names, method_of
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import NumberFormat
 
@@ -56,13 +56,8 @@ class StoredWeights:
         self.description = description_of(reader.checkpoint)
 
     def names(self) -> Iterator[str]:
-        """Logical names: one per tensor, but one per weight for the tensors of a quantized weight."""
-        for name in self._tensors:
-            prefix, _, part = name.rpartition(".")
-            if part in NUMBERS:
-                yield f"{prefix}.weight"
-            elif not name.endswith(OTHER_PARTS):
-                yield name
+        """Logical names, see `logical_names`."""
+        return logical_names(self._tensors)
 
     def stored(self, name: str) -> Stored | None:
         """How the weight `name` is stored, None if it is not quantized.
@@ -137,9 +132,19 @@ class StoredWeights:
                     fix="use the config.json of the original release",
                 )
             return tensor
-        parts = {part.name: self._read(part.name) for part in stored.parts}
-        matrix = CODECS[stored.layout].decode(name, parts, stored.number)
+        matrix = self.read_quantized(name)
         return matrix if stored.number.is_integer else matrix.dequantize(torch.bfloat16)
+
+    def read_quantized(self, name: str) -> QuantizedMatrix:
+        """The quantized weight `name` as it is stored, FP8 too.
+
+        Raises:
+            ArtifactError, CheckpointError: as `read`.
+        """
+        stored = self.stored(name)
+        assert stored is not None, f"{name} is quantized"
+        parts = {part.name: self._read(part.name) for part in stored.parts}
+        return CODECS[stored.layout].decode(name, parts, stored.number)
 
     def read_dense(self, name: str, dtype: torch.dtype) -> Tensor:
         """The weight `name` in floating point, independent of its layout; the reference for packed computations."""

@@ -5,7 +5,7 @@ import fnmatch
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from quantlab.architectures.architecture import DEFAULT_TARGETS, Architecture
 from quantlab.architectures.config import Config
@@ -17,12 +17,14 @@ from quantlab.formats.dtype import dtype_of, dtype_of_weights
 from quantlab.formats.engine_rules.table import verdicts
 from quantlab.formats.layouts import LAYOUTS
 from quantlab.formats.understood import understood
+from quantlab.plan.contents import planned_contents
 from quantlab.plan.experts import kept_experts, removal_notes, without_experts
-from quantlab.plan.exports import check_exports
+from quantlab.plan.exports import check_exports, formats_beside
 from quantlab.plan.folds import check_folds_of_fewer_experts, fold_notes, mark_folds
 from quantlab.plan.memory import calibrated_peak_memory, peak_memory
 from quantlab.plan.model import Block, Outcome, Plan, Shard, Step, VariantPlan
-from quantlab.plan.serving import check_serving_rules, held_model, serving_notes, tensor_parallel_sizes
+from quantlab.plan.peers import check_peer
+from quantlab.plan.serving import check_serving_rules, serving_notes, tensor_parallel_sizes
 from quantlab.plan.source import FLOATING, SourceWeight, survey
 from quantlab.recipe.algorithms import ExpertRemoval, Rtn
 from quantlab.recipe.schema import Calibration, Cast, NOfM, Prune, Quantize, Recipe, Variant
@@ -36,18 +38,22 @@ _NO_NUMBER = {"corpus", "memory", "dtype"}
 AnyPass = Cast | Quantize | Prune
 
 
-def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str = "") -> Plan:
+def compile_plan(
+    recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str = "", peers: Mapping[str, Checkpoint] | None = None
+) -> Plan:
     """Plan every variant of a recipe.
 
     Args:
         recipe: the validated recipe.
         checkpoint: the source, headers only.
         corpus_sha256: hash of the calibration text; part of the key of every variant that uses it.
+        peers: the recipe's peers by name, headers only; None for none.
 
     Raises:
         CheckpointError: the source is incomplete or not supported, or its config.json cannot be right.
-        PlanError: a pass matches no tensor, no engine could serve the result, a format cannot express it, or a calibration sample is longer than the model's
-            context.
+        ArtifactError: a peer has numbers that are not read.
+        PlanError: a peer is another model, a pass matches no tensor, no engine could serve the result, a format cannot
+            express it, or a calibration sample is longer than the model's context.
     """
     checkpoint = understood(checkpoint)
     architecture = detect(checkpoint.config)
@@ -71,13 +77,11 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
                 weights,
                 calibration=calibration,
                 seed=seed,
-                architecture=architecture,
-                config=config,
+                checkpoint=checkpoint,
             )
         )
-    plan = Plan(checkpoint, architecture, tuple(variants))
-    check_exports(plan)
-    return plan
+    found = (check_peer(name, peer, checkpoint) for name, peer in (peers or {}).items())
+    return Plan(checkpoint, architecture, tuple(variants), tuple(found))
 
 
 def describe(passes: Sequence[AnyPass]) -> str:
@@ -118,10 +122,11 @@ def _plan_variant(
     *,
     calibration: Calibration | None,
     seed: str,
-    architecture: Architecture,
-    config: Config,
+    checkpoint: Checkpoint,
 ) -> VariantPlan:
     passes = wanted.passes
+    architecture = detect(checkpoint.config)
+    config = architecture.read(checkpoint.config)
     cast = next((step.cast for step in passes if isinstance(step, Cast)), None)
     changes = [step for step in passes if not isinstance(step, Cast)]
     steps = [_plan_step(weight, _applied(changes, weight, variant=name), cast) for weight in weights]
@@ -136,12 +141,15 @@ def _plan_variant(
     if removal is not None and calibration is not None and calibration.propagate == "quantized":
         check_folds_of_fewer_experts(steps, variant=name)
     stored = [step for step in steps if step.outputs]
-    model = held_model(stored, architecture)
-    check_serving_rules(stored, model, variant=name)
+    dtype = cast or dtype_of_weights(weight.entry for weight in weights)
+    contents = planned_contents(stored, checkpoint, architecture, dtype=dtype, experts=kept)
+    check_serving_rules(stored, contents, variant=name)
+    exports = formats_beside(wanted.format, contents)
+    check_exports(exports, contents, variant=name)
     return VariantPlan(
         name=name,
         description=describe(passes),
-        dtype=cast or dtype_of_weights(weight.entry for weight in weights),
+        dtype=dtype,
         blocks=_blocks(steps),
         calibration=calibration,
         removal=removal,
@@ -150,9 +158,9 @@ def _plan_variant(
         recipe_key=hashlib.sha256(f"{LARGEST_SHARD} {seed} {what}".encode()).hexdigest(),
         peak_memory_bytes=calibrated_peak_memory(steps, calibration) if calibration else peak_memory(steps),
         tensor_parallel=tensor_parallel_sizes(stored, heads=config["num_attention_heads"]),
-        engines=verdicts(model),
+        engines=verdicts(contents),
         notes=(*serving_notes(stored), *fold_notes(steps), *removal_notes(steps, kept=kept)),
-        exports=wanted.format,
+        exports=exports,
     )
 
 

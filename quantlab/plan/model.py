@@ -181,12 +181,32 @@ class VariantPlan:
 
 
 @dataclass(frozen=True)
+class Peer:
+    """A directory with the same model that another tool wrote; it is measured, not made.
+
+    Attributes:
+        name: of its row.
+        checkpoint: its config and headers.
+        description: its formats and its producer in one line.
+        method: its `quant_method`, "dense" if it has none.
+        producer: the program, with its version, that its files name; empty if they name none.
+    """
+
+    name: str
+    checkpoint: Checkpoint = field(repr=False)
+    description: str
+    method: str
+    producer: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """A recipe compiled against a checkpoint."""
 
     checkpoint: Checkpoint
     architecture: Architecture
     variants: tuple[VariantPlan, ...]
+    peers: tuple[Peer, ...] = ()
 
     @property
     def source_bytes(self) -> int:

@@ -7,9 +7,8 @@ stands in `quantlab.formats.engine_rules`; here is what refuses a recipe, and wh
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from quantlab.architectures.architecture import Architecture
 from quantlab.errors import PlanError
-from quantlab.formats.engine_rules.rule import HeldModel, HeldWeight, method_of
+from quantlab.formats.contents import Contents
 from quantlab.formats.engine_rules.table import RULES
 from quantlab.formats.layouts import method_of_layout
 from quantlab.plan.model import Step
@@ -19,12 +18,12 @@ from quantlab.recipe.schemes import SCHEMES, Scheme
 _TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 
 
-def check_serving_rules(steps: Sequence[Step], model: HeldModel, *, variant: str) -> None:
+def check_serving_rules(steps: Sequence[Step], contents: Contents, *, variant: str) -> None:
     """Check that engines can serve the planned artifact.
 
     Args:
         steps: the steps that store something.
-        model: what they store, see `held_model`.
+        contents: what they store.
         variant: its name.
 
     Raises:
@@ -45,16 +44,7 @@ def check_serving_rules(steps: Sequence[Step], model: HeldModel, *, variant: str
                     fix=f"leave it alone with `ignore: [{step.tensor.name.removesuffix('.weight')}]`, or prune a share",
                 )
     _check_methods(steps, variant=variant)
-    _check_blocking_rules(model, variant=variant)
-
-
-def held_model(steps: Sequence[Step], architecture: Architecture) -> HeldModel:
-    """The planned artifact as the rules of engines know it."""
-    weights = tuple(
-        HeldWeight(step.tensor, step.source.shape, step.scheme.format if step.scheme else None, step.layout)
-        for step in steps
-    )
-    return HeldModel(architecture.class_name, method_of(weights), weights)
+    _check_blocking_rules(contents, variant=variant)
 
 
 def tensor_parallel_sizes(steps: Iterable[Step], *, heads: int) -> tuple[int, ...]:
@@ -114,10 +104,10 @@ def _check_methods(steps: Sequence[Step], *, variant: str) -> None:
         )
 
 
-def _check_blocking_rules(model: HeldModel, *, variant: str) -> None:
+def _check_blocking_rules(contents: Contents, *, variant: str) -> None:
     """Refuse what the rules of engines rule out in every engine that has kernels for it."""
     for rule in RULES:
-        finding = rule.finds(model) if rule.blocks else None
+        finding = rule.finds(contents) if rule.blocks else None
         if finding is not None:
             raise PlanError(
                 rule.blocks.format(subject=finding.subject),

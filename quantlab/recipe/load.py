@@ -82,7 +82,7 @@ def load_recipe(path: Path) -> LoadedRecipe:
     """
     recipe, content = load_document(path, Recipe, kind="recipe")
     if recipe.evaluate is not None:
-        baselines = ["source", *recipe.variants]
+        baselines = recipe.rows
         if recipe.evaluate.baseline not in baselines:
             raise RecipeError(
                 "the baseline is not a variant",
@@ -94,6 +94,7 @@ def load_recipe(path: Path) -> LoadedRecipe:
     paths = [
         recipe.model,
         *([recipe.calibration.corpus] if recipe.calibration else []),
+        *recipe.peers.values(),
         *([recipe.evaluate.suite] if recipe.evaluate else []),
         *([recipe.evaluate.claims] if recipe.evaluate and recipe.evaluate.claims else []),
     ]

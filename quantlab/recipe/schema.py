@@ -215,22 +215,19 @@ def _check_order(passes: tuple[Cast | Quantize | Prune, ...]) -> tuple[Cast | Qu
 
 Passes = Annotated[tuple[Pass, ...], AfterValidator(_check_order)]
 
-OWN_FORMAT = "compressed-tensors"
-"""The word for the artifact itself, which is always written."""
-
 
 def _formats(value: object) -> object:
-    """Parse one word or a list of words; the word for the artifact itself adds nothing."""
+    """Parse one word or a list of words."""
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list | tuple):
         return value
-    known = (OWN_FORMAT, *get_args(FormatName))
+    known = get_args(FormatName)
     for word in words:
         if word not in known:
             raise ValueError(f"unknown format `{word}`; {nearest(str(word), known)}")
         if words.count(word) > 1:
             raise ValueError(f"`{word}` is listed twice; name every format once")
-    return tuple(word for word in words if word != OWN_FORMAT)
+    return tuple(words)
 
 
 class Variant(Strict):
@@ -239,8 +236,8 @@ class Variant(Strict):
     passes: Passes
     """In order of application."""
     format: tuple[FormatName, ...] = ()
-    """One word or a list: exports beside the artifact, from the same integers. `compressed-tensors` is the artifact itself,
-    which is always written."""
+    """One word or a list: exports beside the artifact, from the same numbers. `compressed-tensors` is the artifact itself, which is
+    always written; for `fp8_block`, whose artifact has DeepSeek's own layout, it is an export."""
 
     check_formats = field_validator("format", mode="before")(_formats)
 
@@ -308,6 +305,9 @@ class Recipe(Strict):
     """Required by calibrated algorithms only."""
     variants: dict[VariantName, Variant] = Field(min_length=1)
     """Name -> passes in order of application, or `{passes: […], format: …}`."""
+    peers: dict[VariantName, str] = Field(default_factory=dict)
+    """Name -> directory of the same model as another tool wrote it, relative to the recipe. It is measured like a variant, as a row
+    of its own, and not made."""
     evaluate: Evaluate | None = None
     """Without it, `run` makes the artifacts and measures nothing."""
 
@@ -319,6 +319,20 @@ class Recipe(Strict):
                 "a variant cannot be called `source`, the name of the unchanged checkpoint; choose another name"
             )
         return variants
+
+    @model_validator(mode="after")
+    def _check_peers(self) -> "Recipe":
+        for name in self.peers:
+            if name == "source" or name in self.variants:
+                raise ValueError(f"the peer {name} has the name of another row; choose another name")
+        if self.peers and self.evaluate is None:
+            raise ValueError("peers are only measured; add `evaluate: {suite: FILE.yaml}`, or remove `peers`")
+        return self
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of all rows of the matrix, in order."""
+        return ("source", *self.variants, *self.peers)
 
     @property
     def calibrated(self) -> bool:

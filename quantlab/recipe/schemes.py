@@ -14,7 +14,7 @@ SchemeName = Literal[
 ]  # fmt: skip
 LayoutName = Literal["dense", "pack-quantized", "int-quantized", "float-quantized", "gptq", "gptq_v2", "fp8-blocks"]
 """Layouts of a weight on disk; `quantlab.formats.layouts` has an object for each."""
-FormatName = Literal["dense", "gptq", "gguf", "onnx", "bnb-int8", "bnb-nf4", "bnb-nf4-double"]
+FormatName = Literal["compressed-tensors", "dense", "gptq", "gguf", "onnx", "bnb-int8", "bnb-nf4", "bnb-nf4-double"]
 """Formats of other programs that an artifact can be written in; `quantlab.exports.targets` has an object for each."""
 DefaultGrid = Literal["absmax", "signed", "minmax"]
 DefaultClip = Literal["none", "mse"]

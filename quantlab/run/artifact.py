@@ -12,10 +12,10 @@ from typing import Any
 from quantlab.checkpoint.index import INDEX_NAME
 from quantlab.errors import ArtifactError
 from quantlab.files import read_json, write_atomically
-from quantlab.formats.layout import Description, Linear
+from quantlab.formats.contents import described_linears
 from quantlab.formats.layouts import method_of_layout
 from quantlab.hardware import processor, version_of
-from quantlab.plan.config import artifact_config
+from quantlab.plan.contents import contents_of_variant
 from quantlab.plan.model import LedgerEntry, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.run.companions import companions
@@ -111,39 +111,14 @@ def manifest_is_whole(artifact: Path) -> bool:
 
 def patched_config(plan: Plan, variant: VariantPlan) -> dict[str, Any]:
     """The config.json of an artifact, with the description of its quantized weights."""
-    config = artifact_config(plan, variant)
-    quantization = quantization_config(variant)
-    if quantization is not None:
-        config["quantization_config"] = quantization.to_json()
+    contents = contents_of_variant(plan, variant)
+    config = dict(contents.config)
+    if contents.quantized:
+        method = method_of_layout(contents.quantized[0].layout)
+        assert method.describe is not None, f"{method.word} is only read"
+        linears = described_linears(contents.weights, lambda weight: weight.layout)
+        config["quantization_config"] = method.describe(linears).to_json()
     return config
-
-
-def quantization_config(variant: VariantPlan) -> Description | None:
-    """The description of the quantized weights for engines; None if nothing is quantized."""
-    linears = [
-        Linear(
-            step.tensor.name.removesuffix(".weight"),
-            step.tensor.role,
-            step.tensor.layer or 0,
-            step.scheme.format if step.scheme else None,
-            step.layout,
-        )
-        for step in variant.steps
-        if step.outputs
-        and step.tensor.name.endswith(".weight")
-        and step.tensor.rule is not None
-        and (step.tensor.rule.linear or step.tensor.role == "router")
-    ]
-    if not variant.layouts:
-        return None
-    routers = {linear.layer for linear in linears if linear.role == "router"}
-    if routers and not any(linear.role == "shared_experts" for linear in linears):
-        # transformers builds linears without elements for zero shared experts, which are not quantized either
-        module = f"model.layers.{min(routers)}.mlp.shared_experts.down_proj"
-        linears.append(Linear(module, "shared_experts", min(routers), None, "dense"))
-    method = method_of_layout(variant.layouts[0])
-    assert method.describe is not None, f"{method.word} is only read"
-    return method.describe(linears)
 
 
 def _index(variant: VariantPlan) -> dict[str, Any]:

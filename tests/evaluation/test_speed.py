@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantlab.errors import CheckpointError, EvaluationError
+from quantlab.errors import CheckpointError
 from quantlab.evaluation.machine import energy
 from quantlab.evaluation.processes.messages import ModelTimings, SpeedRequest, SpeedResult
 from quantlab.evaluation.speed import models
@@ -26,11 +26,13 @@ from quantlab.evaluation.speed.models import Layout, ModelBuilder, layout_name, 
 from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.speed.rates import speeds_of
 from quantlab.evaluation.suite import SpeedSuite, load_suite
+from quantlab.exports.export import export
 from quantlab.formats.compressed_tensors import Group, QuantizationConfig
 from quantlab.recipe.schemes import SCHEMES
 from quantlab.runtime.modules.linear import PackedLinear
 from quantlab.runtime.twin import random_twin
 from tests.checkpoints import FP8, all_linears
+from tests.exports.artifacts import make_artifact
 from tests.runtime.tiny import FAMILIES, quantize, write_checkpoint
 
 FP16 = Layout("float16", None)
@@ -66,9 +68,13 @@ def test_a_layout_nobody_computes_with_is_an_error(tmp_path: Path) -> None:
     directory = write_config(tmp_path / "awq", quantization_config={"quant_method": "awq"})
     with pytest.raises(CheckpointError, match=r"does not read[^$]*awq"):
         layout_of(directory)
-    directory = write_config(tmp_path / "gptq", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(EvaluationError, match=r"cannot be measured[^$]*gptq"):
-        layout_of(directory)
+
+
+def test_a_layout_of_gptq_is_that_of_the_same_formats(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    """The formats that GPTQ's tensors state, of every linear: the runtime holds them as those of compressed-tensors."""
+    artifact = make_artifact(checkpoints["deepseek_v2"], "[{quantize: int4_g64, targets: [routed_experts]}]", tmp_path)
+    export(artifact, "gptq", tmp_path / "gptq", lambda _: None)
+    assert layout_of(tmp_path / "gptq") == layout_of(artifact)
 
 
 def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path: Path, suite: Path) -> None:

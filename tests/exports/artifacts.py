@@ -8,11 +8,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import open_checkpoint
+from quantlab.formats.contents import Weight
 from quantlab.plan.compile import compile_plan
 from quantlab.recipe.load import load_recipe
+from quantlab.recipe.schemes import SCHEMES, SchemeName
 from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import make_artifacts
+from tests.checkpoints import CONFIGS
 
 
 def make_artifact(checkpoint: Path, passes: str, root: Path, *, name: str = "variant") -> Path:
@@ -36,3 +40,12 @@ def with_tokenizer(checkpoint: Path, target: Path) -> Path:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "w1"}
     (target / "tokenizer_config.json").write_text(json.dumps(settings))
     return target
+
+
+def weight(name: str, shape: tuple[int, ...], *, scheme: SchemeName | None = None, dtype: str = "BF16") -> Weight:
+    """A weight of a tiny DeepSeek-V3, as a format sees it."""
+    config = CONFIGS["deepseek_v3"]
+    tensor = detect(config).classify(name, hidden_layers=config["num_hidden_layers"])
+    if scheme is None:
+        return Weight(tensor, shape, None, "dense", dtype)
+    return Weight(tensor, shape, SCHEMES[scheme].format, SCHEMES[scheme].layout, dtype)

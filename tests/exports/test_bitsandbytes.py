@@ -4,7 +4,6 @@ import json
 import math
 import os
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,11 @@ from quantlab.checkpoint.index import open_checkpoint
 from quantlab.errors import ArtifactError
 from quantlab.exports.bitsandbytes import NF4, NF4_DOUBLE
 from quantlab.exports.export import export, open_artifact
-from quantlab.exports.target import Weight
 from quantlab.exports.targets import TARGETS
 from quantlab.exports.writers.bitsandbytes import int8_tensors, nf4_tensors
+from quantlab.formats.contents import Weight
 from quantlab.recipe.schemes import FormatName
-from tests.exports.artifacts import make_artifact
+from tests.exports.artifacts import make_artifact, weight
 from tests.exports.golden.weights import weight as golden_weight
 
 GOLDEN = Path(__file__).parent / "golden" / "bitsandbytes.safetensors"
@@ -37,7 +36,7 @@ def golden(name: str) -> dict[str, Tensor]:
 
 
 def layout(matrix: Tensor) -> Weight:
-    return Weight("weight", "attention", None, "BF16", tuple(matrix.shape))
+    return weight("weight", tuple(matrix.shape))
 
 
 def same_state(ours: Tensor, theirs: Tensor) -> bool:
@@ -57,7 +56,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def test_int8_is_what_bitsandbytes_stores() -> None:
     matrix = golden_weight(25, 40)
     matrix[1, 0] = 0.5
-    ours = int8_tensors(replace(layout(matrix), name="x.weight"), matrix)
+    ours = int8_tensors(weight("x.weight", tuple(matrix.shape)), matrix)
     assert_same({name.removeprefix("x."): tensor for name, tensor in ours.items()}, golden("int8"))
 
 
@@ -113,7 +112,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 def test_weights_beyond_float16_are_refused() -> None:
     with pytest.raises(ArtifactError, match="too large for bitsandbytes' int8"):
-        int8_tensors(Weight("x.weight", "attention", None, "BF16", (1, 2)), torch.tensor([[1e6, 1.0]]))
+        int8_tensors(weight("x.weight", (1, 2)), torch.tensor([[1e6, 1.0]]))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8_weight"])

@@ -18,7 +18,6 @@ from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError
-from quantlab.exports.contents import contents_of
 from quantlab.exports.export import export
 from quantlab.exports.gguf.pre_tokenizers import NAMES as PRE_TOKENIZERS
 from quantlab.exports.gguf.pre_tokenizers import name_of
@@ -26,15 +25,16 @@ from quantlab.exports.gguf.refusal import RefusalError
 from quantlab.exports.gguf.rotary import interleaved, read_rotary
 from quantlab.exports.gguf.target import TARGET, plan_file
 from quantlab.exports.gguf.tensors import NAMES, BlockType, plan_tensors
-from quantlab.exports.gguf.tokenizer import TokenType, read_vocabulary
-from quantlab.exports.target import Contents, Weight
+from quantlab.exports.gguf.token_types import TokenType
+from quantlab.exports.gguf.tokenizer import read_vocabulary
 from quantlab.exports.writers import gguf as writer
 from quantlab.exports.writers.gguf_blocks import Rounded, block_bytes
+from quantlab.formats.contents import Contents, Weight
+from quantlab.formats.read_contents import contents_of
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
-from quantlab.recipe.schemes import SCHEMES
 from tests.checkpoints import CONFIGS
-from tests.exports.artifacts import make_artifact
+from tests.exports.artifacts import make_artifact, weight
 
 REFERENCE = Path(__file__).parents[2] / "eval" / "reference" / "deepseek-v3-mini"
 _TARGETS = "targets: [routed_experts, shared_experts, dense_mlp, attention, kv_b]"
@@ -235,7 +235,7 @@ _OF_A_LAYER = {
 
 
 def _contents(directory: Path) -> Contents:
-    return contents_of(StoredWeights(Reader(open_checkpoint(directory))))
+    return contents_of(open_checkpoint(directory))
 
 
 def test_the_keys_of_the_reference_model(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def _with_tokenizer(tmp_path: Path, **changes: Any) -> Path:
     [
         ({"pre_tokenizer": _pre_tokenizer(r"\d+", bytes_with_regex=True)}, r"these steps: \d+ > the pattern of GPT-2"),
         ({"normalizer": {"type": "Lowercase"}}, "does not normalise text, the tokenizer does: Lowercase"),
-        ({"model": {"byte_fallback": True}}, "in the style of sentencepiece"),
+        ({"model": {"byte_fallback": True}}, "replaces spaces by ▁ and does nothing else"),
         ({"model": {"type": "WordPiece"}}, "of type WordPiece"),
     ],
 )
@@ -373,37 +373,31 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(
     family: str, fields: Mapping[str, Any], reason: str, tmp_path: Path
 ) -> None:
     config = {name: value for name, value in {**CONFIGS[family], **fields}.items() if value is not None}
-    contents = Contents(detect(config), config, (), tmp_path)
+    contents = Contents(detect(config), config, (), tmp_path, "dense")
     refusal = TARGET.refuses(contents)
     assert refusal is not None
     assert reason in refusal
 
 
 @pytest.mark.parametrize(
-    ("weight", "reason"),
+    ("stored", "reason"),
     [
         (
-            Weight("model.layers.0.mlp.up_proj.weight", "dense_mlp", SCHEMES["int8"].format, "BF16", (64, 48)),
+            weight("model.layers.0.mlp.up_proj.weight", (64, 48), scheme="int8"),
             "do not divide 48",
         ),
-        (Weight("model.layers.0.self_attn.o_proj.bias", "attention", None, "BF16", (128,)), "no place for"),
-        (Weight("model.layers.0.self_attn.secret", "other", None, "BF16", (128,)), "has no place in GGUF"),
-        (Weight("lm_head.weight", "lm_head", None, "F64", (384, 128)), "no type for F64"),
+        (weight("model.layers.0.self_attn.o_proj.bias", (128,)), "no place for"),
+        (weight("model.layers.0.self_attn.secret", (128,)), "has no place in GGUF"),
+        (weight("lm_head.weight", (384, 128), dtype="F64"), "no type for F64"),
         (
-            Weight(
-                "model.layers.1.mlp.experts.0.up_proj.weight",
-                "routed_experts",
-                SCHEMES["int4_g32"].format,
-                "BF16",
-                (128, 128),
-            ),
+            weight("model.layers.1.mlp.experts.0.up_proj.weight", (128, 128), scheme="int4_g32"),
             "expert 1 is missing",
         ),
     ],
 )
-def test_weights_without_a_place_or_type_are_refused(weight: Weight, reason: str, tmp_path: Path) -> None:
+def test_weights_without_a_place_or_type_are_refused(stored: Weight, reason: str, tmp_path: Path) -> None:
     config = {**CONFIGS["deepseek_v3"], "attention_bias": True}
-    refusal = TARGET.refuses(Contents(detect(config), config, (weight,), tmp_path))
+    refusal = TARGET.refuses(Contents(detect(config), config, (stored,), tmp_path, "dense"))
     assert refusal is not None
     assert reason in refusal
 
@@ -417,5 +411,5 @@ def test_without_the_package_the_error_says_how_to_install_it(
     monkeypatch.setattr(writer, "import_module", missing)
     stored = StoredWeights(Reader(open_checkpoint(checkpoints["llama"])))
     with pytest.raises(ArtifactError, match=r"pip install 'quantlab\[gguf\]'"):
-        writer.write(stored, contents_of(stored), tmp_path, lambda _: None)
+        writer.write(stored, contents_of(stored.reader.checkpoint), tmp_path, lambda _: None)
     assert np.array_equal(sorted(tmp_path.iterdir()), [])

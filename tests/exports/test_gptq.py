@@ -12,16 +12,15 @@ import torch
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
 from quantlab.errors import ArtifactError, PlanError
-from quantlab.exports.contents import contents_of
 from quantlab.exports.export import export
 from quantlab.exports.gptq import TARGET
-from quantlab.exports.target import Weight
 from quantlab.exports.writers.gptq import _Scales
+from quantlab.formats.read_contents import contents_of
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.plan.compile import compile_plan
 from quantlab.recipe.load import load_recipe
-from tests.exports.artifacts import make_artifact
+from tests.exports.artifacts import make_artifact, weight
 
 VARIANTS = {
     "whole": ("llama", "[{quantize: int4_g128}]"),
@@ -110,12 +109,12 @@ def test_the_plan_refuses_what_it_cannot_express(
 
 def test_the_plan_knows_what_the_artifact_contains(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """What `refuses` sees before the artifact exists is what it sees afterwards."""
-    from quantlab.plan.exports import planned_contents
+    from quantlab.plan.contents import contents_of_variant
 
     family, passes = VARIANTS["mixed"]
     artifact = make_artifact(checkpoints[family], passes, tmp_path)
     plan = compile_plan(load_recipe(tmp_path / "variant.yaml").recipe, open_checkpoint(checkpoints[family]))
-    planned, found = planned_contents(plan, plan.variants[0]), contents_of(weights_of(artifact))
+    planned, found = contents_of_variant(plan, plan.variants[0]), contents_of(open_checkpoint(artifact))
     assert planned.weights == found.weights
     assert planned.config == found.config
 
@@ -133,18 +132,18 @@ def test_the_key_of_an_artifact_does_not_depend_on_its_formats(checkpoints: dict
 
 
 def test_scales_that_float16_rounds_are_counted_and_those_it_loses_are_refused() -> None:
-    weight = Weight("m.weight", "attention", None, "BF16", (1, 4))
+    one = weight("m.weight", (1, 4))
     scales = _Scales()
     exact = torch.tensor([[1.0, 0.0078125]], dtype=torch.bfloat16)
-    assert torch.equal(scales.to_float16(weight, exact).float(), exact.float())
-    scales.to_float16(weight, torch.tensor([[1.0078125 * 2**-18, 1.0]], dtype=torch.bfloat16))
+    assert torch.equal(scales.to_float16(one, exact).float(), exact.float())
+    scales.to_float16(one, torch.tensor([[1.0078125 * 2**-18, 1.0]], dtype=torch.bfloat16))
     assert (scales.counts["all"], scales.counts["rounded"]) == (4, 1)
     for lost in (1e-9, 1e6):
         with pytest.raises(ArtifactError, match="outside the range of float16"):
-            scales.to_float16(weight, torch.tensor([[lost, 1.0]], dtype=torch.bfloat16))
+            scales.to_float16(one, torch.tensor([[lost, 1.0]], dtype=torch.bfloat16))
 
 
 def test_rows_that_do_not_fill_a_word_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    contents = contents_of(weights_of(make_artifact(checkpoints["llama"], "[{quantize: int4_g128}]", tmp_path)))
+    contents = contents_of(open_checkpoint(make_artifact(checkpoints["llama"], "[{quantize: int4_g128}]", tmp_path)))
     narrow = dataclasses.replace(contents.quantized[0], shape=(12, 128))
     assert "12 rows do not fill words of 8" in (TARGET.refuses(dataclasses.replace(contents, weights=(narrow,))) or "")

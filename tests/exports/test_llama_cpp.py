@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.checkpoint.reader import Reader
-from quantlab.exports.contents import contents_of
 from quantlab.exports.writers.gguf import write
+from quantlab.formats.read_contents import contents_of
 from quantlab.formats.stored import StoredWeights
 from quantlab.runtime.load import load
 from tests.checkpoints import CONFIGS
@@ -70,7 +70,7 @@ def test_llama_cpp_cuts_text_into_the_tokens_of_the_tokenizer(tmp_path: Path) ->
     from tokenizers import Tokenizer
 
     stored = StoredWeights(Reader(open_checkpoint(REFERENCE)))
-    write(stored, contents_of(stored), tmp_path, lambda _: None)
+    write(stored, contents_of(stored.reader.checkpoint), tmp_path, lambda _: None)
     lines = (ROOT / "eval" / "corpora" / "calibration.jsonl").read_text(encoding="utf-8").splitlines()[:40]
     texts = [json.loads(line)["text"][:600] for line in lines]
     texts += ["1234567 a's  b\n\n\tc — naïve 北京 ‘x’ {}[]()<>!?", "\r\n  \r\n 3.14…", "🚀🚀 e\u0301"]
@@ -100,7 +100,7 @@ def _as_float32(checkpoint: Path, directory: Path, fields: dict[str, Any]) -> Pa
     """A copy of a checkpoint in float32 without multi-token-prediction layers: llama.cpp rounds no inputs of float32 matrices."""
     directory.mkdir()
     stored = StoredWeights(Reader(open_checkpoint(checkpoint)))
-    contents = contents_of(stored)
+    contents = contents_of(stored.reader.checkpoint)
     names = [weight.name for weight in contents.weights if weight.role != "mtp"]
     tensors = {name: stored.read_dense(name, torch.float32).contiguous() for name in names}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -124,7 +124,7 @@ def _ours(checkpoint: Path, documents: list[list[int]]) -> NDArray[np.float64]:
 def _theirs(checkpoint: Path, documents: list[list[int]], directory: Path) -> NDArray[np.float64]:
     (directory / "gguf").mkdir()
     stored = StoredWeights(Reader(open_checkpoint(checkpoint)))
-    write(stored, contents_of(stored), directory / "gguf", lambda _: None)
+    write(stored, contents_of(stored.reader.checkpoint), directory / "gguf", lambda _: None)
     request = {
         "model": str(directory / "gguf"),
         "dtype": "float32",

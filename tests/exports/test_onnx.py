@@ -19,11 +19,11 @@ from quantlab.cli import app
 from quantlab.engine_pythons import MARK, engines_directory, variable_of
 from quantlab.errors import ArtifactError, PlanError
 from quantlab.evaluation.engines.engine import ENGINES
-from quantlab.exports.contents import contents_of
 from quantlab.exports.export import export
 from quantlab.exports.onnx import TARGET, block_of
 from quantlab.exports.scripts.onnx_graph import restate_rope
 from quantlab.exports.writers.onnx import ENGINE, n_bits
+from quantlab.formats.read_contents import contents_of
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.plan.compile import compile_plan
@@ -124,7 +124,7 @@ def test_one_scale_per_row_is_repeated_over_blocks_of_a_power_of_two(
     columns: int, block: int | None, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     artifact = make_artifact(checkpoints["llama"], "[{quantize: int8_weight}]", tmp_path)
-    contents = contents_of(StoredWeights(Reader(open_checkpoint(artifact))))
+    contents = contents_of(open_checkpoint(artifact))
     assert TARGET.refuses(contents) is None
     weight = dataclasses.replace(contents.quantized[0], shape=(128, columns))
     refused = TARGET.refuses(dataclasses.replace(contents, weights=(weight,)))
@@ -148,7 +148,7 @@ def test_one_scale_per_row_is_repeated_over_blocks_of_a_power_of_two(
 def test_rotary_frequencies_that_depend_on_the_length_are_refused(
     config: dict, refused: bool, checkpoints: dict[str, Path]
 ) -> None:
-    contents = contents_of(StoredWeights(Reader(open_checkpoint(checkpoints["llama"]))))
+    contents = contents_of(open_checkpoint(checkpoints["llama"]))
     contents = dataclasses.replace(contents, config={**contents.config, **config})
     assert ("depend on the length of the text" in (TARGET.refuses(contents) or "")) == refused
 
@@ -191,7 +191,7 @@ def test_the_writer_in_an_installed_environment(passes: str, checkpoints: dict[s
     done: list[int] = []
     notes = export(artifact, "onnx", tmp_path / "onnx", done.append)
     stored = StoredWeights(Reader(open_checkpoint(artifact)))
-    contents = contents_of(stored)
+    contents = contents_of(stored.reader.checkpoint)
     assert sum(done) == contents.elements
     found = load_file(kept)
     for weight in contents.quantized:

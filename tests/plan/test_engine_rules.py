@@ -11,12 +11,12 @@ import pytest
 
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.console import plan_json
-from quantlab.formats.engine_rules.rule import HeldModel
+from quantlab.formats.contents import Contents
 from quantlab.formats.engine_rules.table import ENGINES, RULES, verdicts
 from quantlab.numerics.number_format import INT8, ROW, NumberFormat
 from quantlab.plan.compile import compile_plan
+from quantlab.plan.contents import contents_of_variant
 from quantlab.plan.model import Plan, VariantPlan
-from quantlab.plan.serving import held_model
 from quantlab.recipe.load import load_recipe
 from tests.true_shapes import DISTILL_7B, QWEN3_8B, V2_LITE, V3, write_headers
 
@@ -101,6 +101,7 @@ CASES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
 }
 BY_HAND = {
     "vllm-fused", "sglang-fused", "vllm-experts", "sglang-experts", "transformers-gptq", "vllm-gptq-zero-points",
+    "transformers-fp8-block-experts",
 }  # fmt: skip
 """Rules for what no recipe writes."""
 
@@ -121,9 +122,8 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], t
     return planned
 
 
-def model_of(planned: tuple[Plan, VariantPlan]) -> HeldModel:
-    plan, variant = planned
-    return held_model([step for step in variant.steps if step.outputs], plan.architecture)
+def model_of(planned: tuple[Plan, VariantPlan]) -> Contents:
+    return contents_of_variant(*planned)
 
 
 def test_every_rule_has_its_case() -> None:
@@ -179,7 +179,7 @@ def test_gptq_layouts(planned: dict[tuple[str, str], tuple[Plan, VariantPlan]]) 
         weights = tuple(
             replace(weight, number=number, layout="gptq") if weight.number else weight for weight in model.weights
         )
-        found = verdicts(HeldModel(model.class_name, "gptq", weights))
+        found = verdicts(replace(model, weights=weights, method="gptq"))
         assert {one.engine.name for one in found if not one.reads_method} == {"tensorrt-llm", "llama.cpp"}
         return {one.rule.name for verdict in found for one in verdict.objections}
 

@@ -74,8 +74,16 @@ def test_each_reach_of_v3_is_what_it_says(plans: dict[str, Plan]) -> None:
     rest = ("attention", "shared_experts", "dense_mlp")
     assert "kv_b" in kept
     assert by_role[0] == {"routed_experts": {"int4_g128"}} | {role: {None} for role in rest} | kept
-    assert by_role[1] == {"routed_experts": {"int4_g128"}} | {role: {"int8"} for role in rest} | kept
-    assert by_role[2] == {role: {"int4_g128"} for role in ("routed_experts", *rest)} | kept
+    in_part = {"attention": {"int8_weight", None}}  # q_a_proj and kv_a_proj_with_mqa stay 16 bits
+    assert by_role[1] == {"routed_experts": {"int4_g128"}} | {role: {"int8_weight"} for role in rest} | in_part | kept
+    in_part = {"attention": {"int4_g128", None}}
+    assert by_role[2] == {role: {"int4_g128"} for role in ("routed_experts", *rest)} | in_part | kept
+
+
+def test_gpu_engines_take_every_variant_of_v3_by_their_rules(plans: dict[str, Plan]) -> None:
+    for variant in plans["deepseek-v3"].variants:
+        verdicts = {verdict.engine.name: verdict for verdict in variant.engines}
+        assert not any(verdicts[name].prevented for name in ("transformers", "vllm", "sglang")), variant.name
 
 
 def test_int4_experts_of_v3(plans: dict[str, Plan]) -> None:

@@ -38,10 +38,12 @@ from quantlab.evaluation.engines.own import Computed, compute, multiplied_in_flo
 from quantlab.evaluation.engines.process import EngineFailure, EngineResult, Wanted, run_engine
 from quantlab.evaluation.engines.text import TOKENS, JudgedText, judged_text
 from quantlab.evaluation.engines.verdict import EngineVerdict, manifest_sha256, read_verdicts
-from quantlab.evaluation.held_model import held_model
 from quantlab.exports.writers.dense import write_expanded
 from quantlab.fingerprint import code_fingerprint
+from quantlab.formats.contents import DENSE
 from quantlab.formats.engine_rules.table import verdicts
+from quantlab.formats.layouts import METHODS
+from quantlab.formats.read_contents import contents_of
 from quantlab.numerics.number_format import INT8
 from quantlab.recipe.schema import EngineName
 
@@ -160,9 +162,10 @@ class Judge:
 
     def _by_rules(self, name: EngineName) -> str:
         """What the rules of an engine say about the files, with the version that was read."""
-        model = held_model(stored_weights(self._artifact))
-        if self._judged.export_sha256:
-            model = replace(model, method=self._judged.format)
+        if self._judged.format in {DENSE, *(method.word for method in METHODS)}:
+            model = contents_of(open_checkpoint(self._judged.directory))
+        else:
+            model = replace(contents_of(open_checkpoint(self._artifact)), method=self._judged.format)
         found = next(one for one in verdicts(model) if one.engine.name == name)
         return f"{found.engine.label}: {found.text}"
 

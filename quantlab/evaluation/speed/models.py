@@ -16,14 +16,18 @@ import torch
 from transformers import PreTrainedModel
 
 from quantlab.checkpoint.index import open_checkpoint
-from quantlab.errors import EvaluationError, QuantlabError
+from quantlab.errors import QuantlabError
 from quantlab.evaluation.speed.metrics import Timed
 from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.suite import SpeedSuite
 from quantlab.files import read_json
-from quantlab.formats.compressed_tensors import QuantizationConfig
+from quantlab.formats.compressed_layouts import PACKED
+from quantlab.formats.compressed_tensors import QuantizationConfig, describe
+from quantlab.formats.contents import described_linears
 from quantlab.formats.dtype import dtype_of, stated_dtype
 from quantlab.formats.layouts import description_in
+from quantlab.formats.read_contents import contents_of
+from quantlab.formats.understood import understood
 from quantlab.runtime.device import free_bytes
 from quantlab.runtime.inventory import weight_bytes
 from quantlab.runtime.load import load, needed_bytes
@@ -144,7 +148,6 @@ def layout_of(directory: Path, *, own_shape: bool = False) -> Layout:
         own_shape: whether the layout includes the checkpoint's shape.
 
     Raises:
-        EvaluationError: the runtime does not compute with the checkpoint's layout.
         ArtifactError: config.json names an unknown dtype.
         CheckpointError: it names none, and the weights cannot be read.
     """
@@ -154,12 +157,9 @@ def layout_of(directory: Path, *, own_shape: bool = False) -> Layout:
     if description is not None and not any(number.is_integer for number in description.formats):
         description = None
     if description is not None and not isinstance(description, QuantizationConfig):
-        raise EvaluationError(
-            "the speed of this layout cannot be measured",
-            where=where,
-            found=str(config["quantization_config"]["quant_method"]),
-            fix="use a checkpoint that is not quantized, fp8 or compressed-tensors",
-        )
+        # GPTQ's tensors state the formats; the runtime holds them as it holds those of compressed-tensors
+        weights = contents_of(understood(open_checkpoint(directory))).weights
+        description = describe(described_linears(weights, lambda _: PACKED.name))
     dtype = stated_dtype(config, where=where) or dtype_of(open_checkpoint(directory))
     return Layout(dtype, description, _config_of(config) if own_shape else "")
 

@@ -12,9 +12,9 @@ from quantlab.exports.gguf.refusal import RefusalError
 from quantlab.exports.gguf.rotary import Rotary, read_rotary
 from quantlab.exports.gguf.tensors import ARCHITECTURES, BlockType, GgufTensor
 from quantlab.exports.gguf.tokenizer import Vocabulary
-from quantlab.exports.target import Contents
+from quantlab.formats.contents import Contents
 
-Kind = Literal["string", "uint32", "float32", "bool", "strings", "int32s"]
+Kind = Literal["string", "uint32", "float32", "bool", "strings", "int32s", "float32s"]
 _FILE_TYPES: Final[Mapping[BlockType, int]] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 _QUANTIZATION_VERSION: Final = 2
 _GATING: Final = {"softmax": 1, "sigmoid": 2}
@@ -69,14 +69,16 @@ def vocabulary_entries(vocabulary: Vocabulary | None) -> tuple[Entry, ...]:
     template = vocabulary.chat_template
     templates = template if isinstance(template, Mapping) else {} if template is None else {"default": template}
     return (
-        Entry("tokenizer.ggml.model", "string", "gpt2"),
+        Entry("tokenizer.ggml.model", "string", vocabulary.model),
         Entry("tokenizer.ggml.pre", "string", vocabulary.pre),
         Entry("tokenizer.ggml.tokens", "strings", vocabulary.tokens),
         Entry("tokenizer.ggml.token_type", "int32s", tuple(map(int, vocabulary.types))),
-        Entry("tokenizer.ggml.merges", "strings", vocabulary.merges),
+        *([Entry("tokenizer.ggml.merges", "strings", vocabulary.merges)] if vocabulary.model == "gpt2" else []),
+        *([Entry("tokenizer.ggml.scores", "float32s", vocabulary.scores)] if vocabulary.scores else []),
         *(Entry(f"tokenizer.ggml.{word}_token_id", "uint32", token) for word, token in vocabulary.special.items()),
         Entry("tokenizer.ggml.add_bos_token", "bool", vocabulary.adds_beginning),
         Entry("tokenizer.ggml.add_eos_token", "bool", False),
+        *([Entry("tokenizer.ggml.add_space_prefix", "bool", vocabulary.spaces.prefixes)] if vocabulary.spaces else []),
         *(
             Entry("tokenizer.chat_template" + ("" if each == "default" else f".{each}"), "string", text)
             for each, text in templates.items()

@@ -8,7 +8,7 @@ from quantlab.exports.gguf.metadata import Entry, model_entries, rotary_of, voca
 from quantlab.exports.gguf.refusal import RefusalError
 from quantlab.exports.gguf.tensors import ARCHITECTURES, GgufTensor, plan_tensors
 from quantlab.exports.gguf.tokenizer import Vocabulary, read_vocabulary
-from quantlab.exports.target import Contents
+from quantlab.formats.contents import Contents
 from quantlab.recipe.schemes import FormatName
 
 
@@ -56,6 +56,8 @@ def plan_file(contents: Contents) -> GgufPlan:
 def _vocabulary_notes(vocabulary: Vocabulary | None) -> Sequence[str]:
     if vocabulary is None:
         return ("the artifact has no tokenizer: llama.cpp runs the file on token numbers alone",)
+    if vocabulary.spaces is not None and vocabulary.spaces.at_the_start_alone:
+        return ("llama.cpp puts a space after special tokens within a text, too; the tokenizer only at the start",)
     if vocabulary.normalised:
         return ("the tokenizer normalises text to NFC, llama.cpp does not: give it normalised text",)
     return ()

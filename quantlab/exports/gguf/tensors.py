@@ -14,7 +14,7 @@ from quantlab.architectures.config import Config
 from quantlab.architectures.layer import GroupedAttention, LatentAttention, MixtureOfExperts
 from quantlab.exports.gguf.refusal import RefusalError
 from quantlab.exports.gguf.rotary import interleaved
-from quantlab.exports.target import Contents, Weight
+from quantlab.formats.contents import Contents, Weight
 from quantlab.numerics.number_format import NumberFormat
 
 BlockType = Literal["Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32"]
@@ -155,14 +155,13 @@ def plan_tensors(contents: Contents) -> TensorPlan:
     if architecture.name not in ARCHITECTURES:
         raise RefusalError(f"the family {architecture.name} is not written as GGUF")
     config = architecture.read(contents.config)
-    stacks: dict[str, list[tuple[ModelTensor, Weight]]] = {}
+    stacks: dict[str, list[Weight]] = {}
     left_out = []
     for weight in contents.weights:
-        tensor = architecture.classify(weight.name, hidden_layers=config["num_hidden_layers"])
-        if _is_left_out(tensor, config):
+        if _is_left_out(weight.tensor, config):
             left_out.append(weight.name)
         else:
-            stacks.setdefault(_target(tensor), []).append((tensor, weight))
+            stacks.setdefault(_target(weight.tensor), []).append(weight)
     tensors = [made for name, stack in stacks.items() for made in _made(name, stack, contents, config)]
     for made in tensors:
         if len(made.name.encode()) > MOST_NAME_BYTES:
@@ -195,10 +194,9 @@ def _target(tensor: ModelTensor) -> str:
     return f"{NAMES[module].format(layer=tensor.layer)}.{part}"
 
 
-def _made(
-    name: str, stack: Sequence[tuple[ModelTensor, Weight]], contents: Contents, config: Config
-) -> Iterator[GgufTensor]:
-    tensor, weight = stack[0]
+def _made(name: str, stack: Sequence[Weight], contents: Contents, config: Config) -> Iterator[GgufTensor]:
+    weight = stack[0]
+    tensor = weight.tensor
     assert tensor.rule is not None, "it has a target"
     if tensor.rule.pattern == _LATENT_UP:
         yield from _latent_halves(tensor, weight, config)
@@ -209,7 +207,7 @@ def _made(
     if tensor.expert is None:
         yield GgufTensor(name, kind, weight.shape, (weight.name,), rows)
         return
-    by_expert = {each.expert: other for each, other in stack}
+    by_expert = {other.tensor.expert: other for other in stack}
     for expert in range(config["n_routed_experts"]):
         other = by_expert.get(expert)
         if other is None or _type_of(other) != kind or other.shape != weight.shape:

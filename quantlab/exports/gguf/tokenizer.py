@@ -1,56 +1,55 @@
-"""The tokenizer of an artifact as GGUF stores it: tokens with their types, merges, special tokens and chat template.
+"""The tokenizer of an artifact as GGUF stores it: tokens with their types, merges or scores, special tokens and chat template.
 
-Byte-level BPE alone: the tokenizers of DeepSeek, Llama 3 and Qwen. Those in the style of sentencepiece are refused.
+Two kinds of BPE, both read from tokenizer.json: byte-level (DeepSeek, Llama 3, Qwen; llama.cpp's `gpt2`), and in the style of
+sentencepiece (Llama 2; llama.cpp's `llama`). Unigram models are refused: llama.cpp's `llama` merges, they choose the likeliest cut.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from quantlab.checkpoint.tokenizer import load_tokenizer
 from quantlab.exports.gguf.pre_tokenizers import name_of
 from quantlab.exports.gguf.refusal import RefusalError
+from quantlab.exports.gguf.sentencepiece import Spaces, scored_tokens, spaces_of
+from quantlab.exports.gguf.token_types import TokenType
 from quantlab.files import read_json
 
 _OTHER_FILES: Final = ("tokenizer.model", "vocab.json", "spiece.model", "tiktoken.model", "qwen.tiktoken")
 """Vocabularies of other tokenizers than tokenizer.json."""
 
 
-class TokenType(IntEnum):
-    """What a token is, by GGUF's numbers."""
-
-    NORMAL = 1
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-
-
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE tokenizer.
+    """A BPE tokenizer.
 
     Attributes:
+        model: llama.cpp's name of its kind.
         pre: llama.cpp's name of its pre-tokenizer.
-        tokens: text of every token of the model's vocabulary, in order; bytes are spelled as GPT-2's printable characters.
+        tokens: text of every token of the model's vocabulary, in order; in `gpt2`, bytes are spelled as GPT-2's printable characters.
         types: their types. Special tokens are control tokens; other added tokens are user-defined, which llama.cpp finds in every
             text, as tokenizers does.
-        merges: pairs of tokens, the first merged first, each with a space between the two.
-        special: token numbers by GGUF's words: "bos", "eos", "eot", "padding".
+        merges: of `gpt2`: pairs of tokens, the first merged first, each with a space between the two.
+        scores: of `llama`: one per token; the highest is merged first.
+        spaces: of `llama`: what it does with spaces.
+        special: token numbers by GGUF's words: "bos", "eos", "eot", "padding", "unknown".
         adds_beginning: whether the beginning-of-sequence token is put before a text.
         normalised: whether tokenizer.json normalises text to NFC, which llama.cpp does not.
         chat_template: Jinja; templates by their names if there are several; None without one.
     """
 
+    model: Literal["gpt2", "llama"]
     pre: str
     tokens: tuple[str, ...] = field(repr=False)
     types: tuple[TokenType, ...] = field(repr=False)
-    merges: tuple[str, ...] = field(repr=False)
     special: Mapping[str, int]
     adds_beginning: bool
-    normalised: bool
     chat_template: str | Mapping[str, str] | None = field(repr=False)
+    merges: tuple[str, ...] = field(default=(), repr=False)
+    scores: tuple[float, ...] = field(default=(), repr=False)
+    spaces: Spaces | None = None
+    normalised: bool = False
 
 
 def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | None:
@@ -71,8 +70,8 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | 
             raise RefusalError(f"the tokenizer is {other} without a tokenizer.json; save one with transformers")
         return None
     content = read_json(path)
-    _check_kind(content)
-    pre = name_of(content)
+    read = _scored if (content.get("model") or {}).get("byte_fallback") else _byte_level
+    found = read(content, config["vocab_size"])
     tokenizer, prefix = load_tokenizer(directory)
     settings = _optional(directory / "tokenizer_config.json")
     beginning = _token(tokenizer.token_to_id, settings, config, "bos")
@@ -80,38 +79,56 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | 
         raise RefusalError(
             f"llama.cpp puts the token `bos` before a text or nothing; the tokenizer puts {list(prefix)}"
         )
-    tokens, types = _tokens(content, config["vocab_size"])
     generation = _optional(directory / "generation_config.json")
     special = {
         "bos": beginning,
         **_ends(_token(tokenizer.token_to_id, settings, config, "eos"), config, generation),
         "padding": _token(tokenizer.token_to_id, settings, config, "pad"),
+        **found.special,
     }
-    return Vocabulary(
-        pre,
-        tokens,
-        types,
-        tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]),
-        {name: token for name, token in special.items() if token is not None},
-        bool(prefix),
-        "NFC" in str(content.get("normalizer")),
-        _chat_template(directory, settings),
+    return replace(
+        found,
+        special={name: token for name, token in special.items() if token is not None},
+        adds_beginning=bool(prefix),
+        chat_template=_chat_template(directory, settings),
     )
+
+
+def _byte_level(content: Mapping[str, Any], size: int) -> Vocabulary:
+    """A byte-level tokenizer without its special tokens and template."""
+    _check_kind(content)
+    tokens, types = _tokens(content, size)
+    merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"])
+    normalised = "NFC" in str(content.get("normalizer"))
+    return Vocabulary("gpt2", name_of(content), tokens, types, {}, False, None, merges=merges, normalised=normalised)
+
+
+def _scored(content: Mapping[str, Any], size: int) -> Vocabulary:
+    """A tokenizer in the style of sentencepiece, without its special tokens but the unknown one, and without its template."""
+    _check_type(content)
+    spaces, found = spaces_of(content), scored_tokens(content, size)
+    unknown = content["model"]["vocab"].get(content["model"].get("unk_token"))
+    special = {} if unknown is None else {"unknown": unknown}
+    return Vocabulary(
+        "llama", "default", found.texts, found.types, special, False, None, scores=found.scores, spaces=spaces
+    )
+
+
+def _check_type(content: Mapping[str, Any]) -> None:
+    """Raise an error for a tokenizer that is not BPE as llama.cpp computes it."""
+    model = content.get("model") or {}
+    kind = model.get("type")
+    if kind != "BPE":
+        raise RefusalError(f"the tokenizer is of type {kind}; only BPE is written")
+    for word in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(word):
+            raise RefusalError(f"llama.cpp's BPE has no {word}, the tokenizer has {model[word]!r}")
 
 
 def _check_kind(content: Mapping[str, Any]) -> None:
     """Raise an error for a tokenizer that is not byte-level BPE as llama.cpp computes it."""
-    model, normalizer = content.get("model") or {}, content.get("normalizer")
-    kind = model.get("type")
-    if kind != "BPE":
-        raise RefusalError(f"the tokenizer is of type {kind}; only byte-level BPE is written")
-    if model.get("byte_fallback"):
-        raise RefusalError(
-            "the tokenizer is BPE in the style of sentencepiece (byte_fallback); only byte-level BPE is written"
-        )
-    for word in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(word):
-            raise RefusalError(f"llama.cpp's byte-level BPE has no {word}, the tokenizer has {model[word]!r}")
+    _check_type(content)
+    normalizer = content.get("normalizer")
     steps = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, dict) else []
     other = [step.get("type") for step in steps if step.get("type") != "NFC"]
     if other:

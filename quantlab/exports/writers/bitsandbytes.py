@@ -9,9 +9,10 @@ from quantlab.algorithms.llm_int8 import RowwiseInt8, to_rowwise_int8
 from quantlab.algorithms.nf4 import LEVELS, nest, nested_levels, to_normal_floats
 from quantlab.errors import ArtifactError
 from quantlab.exports.bitsandbytes import BLOCK, INT8, NF4, NF4_DOUBLE, Bitsandbytes, quant_state
-from quantlab.exports.target import Contents, Progress, Weight
+from quantlab.exports.target import Progress
 from quantlab.exports.writers.checkpoint import Planned, carry_companions, write_json, write_shards
 from quantlab.exports.writers.writer import Written
+from quantlab.formats.contents import Contents, Weight
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from quantlab.checkpoint.index import INDEX_NAME
 from quantlab.checkpoint.writer import ShardWriter
-from quantlab.exports.target import Progress, Weight
+from quantlab.exports.target import Progress
 from quantlab.files import read_json, write_atomically, write_error
+from quantlab.formats.contents import Weight
 from quantlab.formats.layout import StoredTensor, stored_bytes
 
 LARGEST_SHARD: Final = 5_000_000_000

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from quantlab.checkpoint.reader import DTYPE_NAMES
-from quantlab.exports.contents import contents_of
-from quantlab.exports.target import Contents, Progress, Weight
+from quantlab.exports.target import Progress
 from quantlab.exports.writers.checkpoint import Planned, carry_companions, write_json, write_shards
 from quantlab.exports.writers.writer import Written
-from quantlab.formats.codecs.table import CODECS
+from quantlab.formats.contents import Contents, Weight
+from quantlab.formats.read_contents import contents_of
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 
@@ -35,15 +35,14 @@ def write_expanded(stored: StoredWeights, directory: Path, *, exact: bool = Fals
     Raises:
         ArtifactError: a file cannot be written.
     """
-    _write_weights(stored, contents_of(stored), directory, lambda _: None, exact=exact)
+    _write_weights(stored, contents_of(stored.reader.checkpoint), directory, lambda _: None, exact=exact)
 
 
 def expanded(stored: StoredWeights, name: str, *, exact: bool) -> Tensor:
     """One weight in floating point; see `write_expanded`. Weights that are not quantized keep their dtype."""
     held = stored.stored(name)
     if exact and held is not None and not held.number.is_integer:  # `read` rounds it to bfloat16
-        parts = {part.name: stored.reader.read(part.name) for part in held.parts}
-        return CODECS[held.layout].decode(name, parts, held.number).dequantize(torch.float32)
+        return stored.read_quantized(name).dequantize(torch.float32)
     weight = stored.read(name)
     if not isinstance(weight, QuantizedMatrix):
         return weight

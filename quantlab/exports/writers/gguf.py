@@ -14,10 +14,11 @@ from quantlab.errors import ArtifactError
 from quantlab.exports.gguf.metadata import Entry
 from quantlab.exports.gguf.target import GgufPlan, plan_file
 from quantlab.exports.gguf.tensors import ROTARY_DIVISORS, GgufTensor, HeadRows
-from quantlab.exports.target import Contents, Progress
+from quantlab.exports.target import Progress
 from quantlab.exports.writers.gguf_blocks import Rounded, block_bytes, float_bytes
 from quantlab.exports.writers.writer import Written
 from quantlab.files import write_error
+from quantlab.formats.contents import Contents
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 
@@ -96,6 +97,7 @@ def _add(library: ModuleType, writer: Any, entry: Entry) -> None:  # noqa: ANN40
         "bool": (types.BOOL,),
         "strings": (types.ARRAY, types.STRING),
         "int32s": (types.ARRAY, types.INT32),
+        "float32s": (types.ARRAY, types.FLOAT32),
     }
     value = list(entry.value) if isinstance(entry.value, tuple) else entry.value
     writer.add_key_value(entry.key, value, *kinds[entry.kind])

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from quantlab.errors import ArtifactError
 from quantlab.exports.gptq import description
-from quantlab.exports.target import Contents, Progress, Weight
+from quantlab.exports.target import Progress
 from quantlab.exports.writers.checkpoint import Planned, carry_companions, write_json, write_shards
 from quantlab.exports.writers.writer import Written
 from quantlab.formats.codecs.table import encode
+from quantlab.formats.contents import Contents, Weight
 from quantlab.formats.gptq import layout_for
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix

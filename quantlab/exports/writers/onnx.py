@@ -21,10 +21,11 @@ from quantlab.engine_pythons import clean_environment, find_python, variable_of
 from quantlab.errors import ArtifactError
 from quantlab.exports.onnx import block_of
 from quantlab.exports.scripts import onnx_graph
-from quantlab.exports.target import Contents, Progress
+from quantlab.exports.target import Progress
 from quantlab.exports.writers.checkpoint import carry_companions
 from quantlab.exports.writers.dense import write_expanded
 from quantlab.exports.writers.writer import Written
+from quantlab.formats.contents import Contents
 from quantlab.formats.stored import StoredWeights
 from quantlab.numerics.integer import QuantizedMatrix
 

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Final
 
-from quantlab.exports.writers import bitsandbytes, dense, gguf, gptq, onnx
+from quantlab.exports.writers import bitsandbytes, compressed_tensors, dense, gguf, gptq, onnx
 from quantlab.exports.writers.writer import Write
 from quantlab.recipe.schemes import FormatName
 
 WRITERS: Final[Mapping[FormatName, Write]] = {
+    "compressed-tensors": compressed_tensors.write,
     "dense": dense.write,
     "gptq": gptq.write,
     "gguf": gguf.write,

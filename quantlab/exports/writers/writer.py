@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from quantlab.exports.target import Contents, Progress
+from quantlab.exports.target import Progress
+from quantlab.formats.contents import Contents
 from quantlab.formats.stored import StoredWeights
 
 

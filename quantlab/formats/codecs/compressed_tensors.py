@@ -29,7 +29,7 @@ def encode_packed(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
 
 
 def encode_plain(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
-    """The tensors of `int-quantized` for the weight `name`, in the order of its layout."""
+    """The tensors of `int-quantized`, or of FP8 values of `float-quantized`, for the weight `name`, in the order of its layout."""
     return {name: matrix.q, name.removesuffix("weight") + "weight_scale": matrix.scale}
 
 

@@ -18,18 +18,18 @@ class Codec:
     """Encoder and decoder of a layout.
 
     Attributes:
-        encode: weight name and matrix -> its tensors by name, in the order of the layout; None for layouts that are only read.
+        encode: weight name and matrix -> its tensors by name, in the order of the layout.
         decode: weight name, its tensors by name and its format -> the matrix.
     """
 
-    encode: Callable[[str, QuantizedMatrix], dict[str, Tensor]] | None
+    encode: Callable[[str, QuantizedMatrix], dict[str, Tensor]]
     decode: Callable[[str, Mapping[str, Tensor], NumberFormat], QuantizedMatrix]
 
 
 CODECS: Final[Mapping[LayoutName, Codec]] = {
     "pack-quantized": Codec(compressed_tensors.encode_packed, compressed_tensors.decode),
     "int-quantized": Codec(compressed_tensors.encode_plain, compressed_tensors.decode),
-    "float-quantized": Codec(None, compressed_tensors.decode_floats),
+    "float-quantized": Codec(compressed_tensors.encode_plain, compressed_tensors.decode_floats),
     "gptq": Codec(partial(gptq.encode, zero_offset=1), partial(gptq.decode, zero_offset=1)),
     "gptq_v2": Codec(partial(gptq.encode, zero_offset=0), partial(gptq.decode, zero_offset=0)),
     "fp8-blocks": Codec(fp8_blocks.encode, fp8_blocks.decode),
@@ -41,6 +41,4 @@ def encode(layout: LayoutName, name: str, weight: Tensor | QuantizedMatrix) -> d
     if isinstance(weight, Tensor):
         assert layout == "dense", "a layout of quantized weights stores matrices with scales"
         return {name: weight}
-    codec = CODECS[layout]
-    assert codec.encode is not None, f"{layout} is only read"
-    return codec.encode(name, weight)
+    return CODECS[layout].encode(name, weight)

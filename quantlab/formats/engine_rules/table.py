@@ -5,8 +5,9 @@ Re-read the files when a version changes: rules go stale in both directions.
 
 from typing import Final
 
+from quantlab.formats.contents import DENSE, Contents
 from quantlab.formats.engine_rules import conditions
-from quantlab.formats.engine_rules.rule import DENSE, Engine, EngineName, HeldModel, Objection, Rule, Verdict
+from quantlab.formats.engine_rules.rule import Engine, EngineName, Objection, Rule, Verdict
 
 _ALL: Final = frozenset({DENSE, "compressed-tensors", "fp8", "gptq"})
 
@@ -84,6 +85,10 @@ RULES: Final[tuple[Rule, ...]] = (
         "transformers", "transformers-smaller-fp8", "misreads",
         "ragged FP8 blocks: it divides the matrix into equal blocks, smaller than config.json says",
         conditions.ragged_fp8_misread, f"{_HF}finegrained_fp8.py", seen=True,
+    ),
+    Rule(
+        "transformers", "transformers-fp8-block-experts", "refuses", "experts in FP8 blocks of compressed-tensors",
+        conditions.fp8_block_experts, f"{_HF}compressed_tensors.py", seen=True,
     ),
     Rule(
         "transformers", "transformers-gptq", "refuses", "GPTQ without optimum and gptqmodel",
@@ -206,14 +211,14 @@ RULES: Final[tuple[Rule, ...]] = (
 )  # fmt: skip
 
 
-def verdict_of(name: EngineName, model: HeldModel) -> Verdict:
+def verdict_of(name: EngineName, model: Contents) -> Verdict:
     """What the rules of one engine say about a checkpoint."""
     found = ((rule, rule.finds(model)) for rule in RULES if rule.engine == name)
     objections = tuple(Objection(rule, finding) for rule, finding in found if finding is not None)
     return Verdict(ENGINES[name], model.method, objections)
 
 
-def verdicts(model: HeldModel) -> tuple[Verdict, ...]:
+def verdicts(model: Contents) -> tuple[Verdict, ...]:
     """What the rules of every engine say about a checkpoint, in the order of the table."""
     used = (engine for engine in ENGINES.values() if model.experts or not engine.experts_only)
     return tuple(verdict_of(engine.name, model) for engine in used)

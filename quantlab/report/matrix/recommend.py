@@ -268,7 +268,9 @@ def _simplest(best: _Judged, others: Iterable[_Judged]) -> _Judged:
 
 
 def _is_alike(simpler: _Judged, other: _Judged) -> bool:
-    """Whether `other` has more passes but no measurable difference."""
+    """Whether `other` has more passes but no measurable difference. Other tools' artifacts have no passes to count."""
+    if simpler.row.record.foreign is not None or other.row.record.foreign is not None:
+        return False
     if not same_layout(simpler.row, other.row) or simpler.passes >= other.passes:
         return False
     return not _differs(simpler, other)

@@ -133,6 +133,7 @@ def row_as_json(row: Row, rows: Sequence[Row]) -> dict[str, object]:
         "variant": record.variant,
         "description": record.description,
         "passes": record.passes,
+        "foreign": record.foreign,
         "artifact": record.artifact,
         "artifact_sha256": record.artifact_sha256,
         "record": row.link,

@@ -226,6 +226,12 @@ def _speed_notes(matrix: Matrix) -> list[str]:
 def notes(matrix: Matrix) -> tuple[str, ...]:
     """Explanations that a reader of the tables needs."""
     found = [INTERVALS]
+    foreign = [(row.variant, row.record.foreign) for row in matrix.rows if row.record.foreign is not None]
+    if foreign:
+        named = "; ".join(
+            f"{name} ({one.method}; {one.producer or 'its files name no program'})" for name, one in foreign
+        )
+        found.append(f"Made by other tools, only measured by quantlab: {named}.")
     if any(tested(row) for row in matrix.rows):
         found.append(HOLM_NOTE)
     if any(row.noise for row in matrix.rows):
