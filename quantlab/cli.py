@@ -35,6 +35,7 @@ from quantlab.report.leaderboard.files import write_leaderboard
 from quantlab.report.leaderboard.terminal import print_leaderboard
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.terminal import print_matrix
+from quantlab.shipped_commands import recipes
 from quantlab.version import VERSION
 
 app = typer.Typer(
@@ -44,9 +45,15 @@ app = typer.Typer(
 )
 
 app.command()(verify)
+app.command()(recipes)
 app.add_typer(engines, name="engines")
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+RecipeArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="The recipe, a YAML file, or a name of `quantlab recipes`.", show_default=False
+    ),
+]
 OutOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Output directory.", show_default="runs/NAME-OF-THE-RECIPE")
 ]
@@ -140,10 +147,10 @@ def run(
     """Make and measure every artifact of a recipe and print the matrix. Run again after an interruption to continue."""
     started = time.monotonic()
     loaded, compiled = _compile(recipe)
-    if loaded.recipe.evaluate is not None:
-        load_suite(loaded.resolve(loaded.recipe.evaluate.suite))  # report errors in it before the long work
-        if loaded.recipe.evaluate.claims is not None:
-            load_claims(loaded.resolve(loaded.recipe.evaluate.claims))
+    if loaded.suite is not None:
+        load_suite(loaded.suite)  # report errors in it before the long work
+    if loaded.claims is not None:
+        load_claims(loaded.claims)
     from quantlab.preflight import check_before_running  # imports torch, which `plan` and `--help` do without
     from quantlab.run.loop import Settings
     from quantlab.runtime.device import find_device
@@ -193,7 +200,7 @@ def evaluate_artifacts(
             "the recipe does not say what to measure",
             where=str(recipe),
             found="no `evaluate`",
-            fix="add `evaluate: {suite: eval/suites/quick.yaml}`",
+            fix="add `evaluate: {suite: quick}`",
         )
     from quantlab.preflight import check_before_running  # imports torch
     from quantlab.runtime.device import find_device
@@ -333,6 +340,7 @@ def _interruptible() -> Iterator[None]:
 
 def _compile(path: Path) -> tuple[LoadedRecipe, Plan]:
     loaded = load_recipe(path)
+    _ = loaded.suite, loaded.claims  # an unknown name is an error now
     source, corpus = _open_source(loaded), loaded.corpus_sha256()
     return loaded, compile_plan(loaded.recipe, source, corpus_sha256=corpus)
 
@@ -341,7 +349,7 @@ def _open_source(recipe: LoadedRecipe) -> Checkpoint:
     if recipe.hub_id is not None:
         model, revision = recipe.hub_id
         return open_checkpoint(download(model, revision=revision))
-    return open_checkpoint(recipe.resolve(recipe.recipe.model))
+    return open_checkpoint(recipe.model)
 
 
 def _directory(recipe: LoadedRecipe, out: Path | None) -> Path:

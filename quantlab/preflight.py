@@ -26,8 +26,8 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
         EvaluationError: the held-out text or an item of a task cannot be used, or is longer than the model's context.
     """
     _check_packages(plan)
-    source, calibration, wanted = plan.checkpoint, recipe.recipe.calibration, recipe.recipe.evaluate
-    if wanted is not None or any(variant.calibration for variant in plan.variants):
+    source, calibration, suite = plan.checkpoint, recipe.recipe.calibration, recipe.suite
+    if suite is not None or any(variant.calibration for variant in plan.variants):
         from quantlab.runtime.skeleton import check_tensors  # imports transformers, which other recipes do without
 
         shapes = {step.tensor.name: tuple(step.source.shape) for step in plan.variants[0].steps}
@@ -41,13 +41,12 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
             length=calibration.length,
             seed=calibration.seed,
         )
-    if wanted is not None:
+    if suite is not None:
         from quantlab.evaluation.text import check_suite_text
         from quantlab.runtime.load import read_generation_config
 
         read_generation_config(source.directory)
-        suite = load_suite(recipe.resolve(wanted.suite))
-        check_suite_text(suite, source.directory, plan.architecture.context_length(source.config))
+        check_suite_text(load_suite(suite), source.directory, plan.architecture.context_length(source.config))
 
 
 def _check_packages(plan: Plan) -> None:

@@ -132,8 +132,7 @@ def _measure(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
     with show.progress_bars(console, quiet=how.quiet) as bars:
         records = evaluate(request, progress=show.StageBars(bars))
     records = _judged(recipe, plan, directory, records, how, console=console)
-    claims = recipe.recipe.evaluate.claims if recipe.recipe.evaluate else None
-    return write_report(records, directory.path, claims=recipe.resolve(claims) if claims else None)
+    return write_report(records, directory.path, claims=recipe.claims)
 
 
 def _judged(
@@ -153,7 +152,8 @@ def _judged(
     from quantlab.evaluation.engines.record_verdicts import judge_run, write_record
 
     artifacts = [directory.artifact(variant.name) for variant in plan.variants]
-    suite = load_suite(recipe.resolve(wanted.suite))
+    assert recipe.suite is not None, "a recipe that evaluates has a suite"
+    suite = load_suite(recipe.suite)
     with console.status("other engines") if not how.quiet else nullcontext() as status:
         tell = (lambda text: status.update(text)) if status is not None else (lambda _: None)
         judging = Judging(source=plan.checkpoint.directory, corpus=suite.corpus, reuse=how.reuse, tell=tell)
@@ -174,6 +174,7 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
 
     wanted = recipe.recipe.evaluate
     assert wanted is not None, "asked only of recipes that evaluate"
+    assert recipe.suite is not None, "asked only of recipes that evaluate"
     source = plan.checkpoint
     artifacts = []
     for variant in plan.variants:
@@ -190,7 +191,7 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
         directory=directory.path,
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
-        suite=recipe.resolve(wanted.suite),
+        suite=recipe.suite,
         baseline=wanted.baseline,
         artifacts=(as_it_is, *artifacts),
         reuse=how.reuse,

@@ -290,11 +290,11 @@ class Evaluate(Strict):
     """How each artifact is measured."""
 
     suite: str
-    """A file of eval/suites; path relative to the recipe."""
+    """The name of a suite (`quantlab recipes` lists them), or a path relative to the recipe."""
     baseline: str = "source"
     """Reference of all losses: `source`, the checkpoint at its native precision, or a variant."""
     claims: str | None = None
-    """A file of eval/claims to check against the matrix; path relative to the recipe."""
+    """Claims to check against the matrix: a name, or a path relative to the recipe."""
     verify: tuple[EngineName, ...] = ()
     """Engines that load each artifact and must compute what quantlab's runtime computes; see `quantlab engines`."""
 
@@ -303,7 +303,8 @@ class Recipe(Strict):
     """One source model, several variants, one evaluation."""
 
     model: str
-    """A directory with config.json and safetensors, relative to the recipe, or a Hugging Face id with @revision."""
+    """A directory with config.json and safetensors, relative to the recipe, a Hugging Face id with @revision, or the name of a
+    model that comes with quantlab."""
     calibration: Calibration | None = None
     """Required by calibrated algorithms only."""
     variants: dict[VariantName, Variant] = Field(min_length=1)

@@ -75,7 +75,7 @@ def write_recipe(directory: Path, model: Path, variants: str, *, calibration: st
 
 def run(recipe: Path, out: Path) -> RunDirectory:
     loaded = load_recipe(recipe)
-    source = open_checkpoint(loaded.resolve(loaded.recipe.model))
+    source = open_checkpoint(loaded.model)
     plan = compile_plan(loaded.recipe, source, corpus_sha256=loaded.corpus_sha256())
     check_before_running(loaded, plan)
     directory = RunDirectory(out)
