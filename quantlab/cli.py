@@ -14,6 +14,7 @@ from rich.console import Console
 from quantlab import console as show
 from quantlab.checkpoint.hub import download
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
+from quantlab.doctor import doctor
 from quantlab.documents import nearest
 from quantlab.engine_commands import JsonOption, QuietOption, engines, verify
 from quantlab.errors import ArtifactError, QuantlabError, RecipeError
@@ -46,6 +47,7 @@ app = typer.Typer(
 
 app.command()(verify)
 app.command()(recipes)
+app.command()(doctor)
 app.add_typer(engines, name="engines")
 
 RecipeArgument = Annotated[
