@@ -12,8 +12,6 @@ import typer
 from rich.console import Console
 
 from quantlab import console as show
-from quantlab.checkpoint.hub import download
-from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.doctor import doctor
 from quantlab.documents import nearest
 from quantlab.engine_commands import JsonOption, QuietOption, engines, verify
@@ -37,6 +35,7 @@ from quantlab.report.leaderboard.terminal import print_leaderboard
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.terminal import print_matrix
 from quantlab.shipped_commands import recipes
+from quantlab.source import DiskOption, open_source, size_in_bytes
 from quantlab.version import VERSION
 
 app = typer.Typer(
@@ -127,7 +126,10 @@ def plan(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.", show_default=False)],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="Directory with config.json and safetensors, or org/name@revision.", show_default=False),
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Show the contents of a checkpoint: family, roles, dtypes or schemes, parameters, bytes."""
@@ -135,13 +137,14 @@ def inspect(
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0913 - options of a command
     recipe: RecipeArgument,
     out: OutOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace artifacts made from another recipe or on another device.")
     ] = False,
     device: DeviceOption = "auto",
+    disk: DiskOption = None,
     time_limit: TimeLimitOption = 3600.0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -161,7 +164,7 @@ def run(
     directory = _directory(loaded, out)
     found = find_device(device)
     check_before_running(loaded, compiled)
-    settings = Settings(device=found, overwrite=overwrite)
+    settings = Settings(device=found, overwrite=overwrite, disk=None if disk is None else size_in_bytes(disk))
     with _interruptible():
         made = make(loaded, compiled, directory, settings, console=_err, quiet=quiet or as_json)
         exports = export_artifacts(compiled, directory, console=_err, quiet=quiet or as_json)
@@ -343,15 +346,8 @@ def _interruptible() -> Iterator[None]:
 def _compile(path: Path) -> tuple[LoadedRecipe, Plan]:
     loaded = load_recipe(path)
     _ = loaded.suite, loaded.claims  # an unknown name is an error now
-    source, corpus = _open_source(loaded), loaded.corpus_sha256()
+    source, corpus = open_source(loaded), loaded.corpus_sha256()
     return loaded, compile_plan(loaded.recipe, source, corpus_sha256=corpus)
-
-
-def _open_source(recipe: LoadedRecipe) -> Checkpoint:
-    if recipe.hub_id is not None:
-        model, revision = recipe.hub_id
-        return open_checkpoint(download(model, revision=revision))
-    return open_checkpoint(recipe.model)
 
 
 def _directory(recipe: LoadedRecipe, out: Path | None) -> Path:

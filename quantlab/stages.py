@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from quantlab import console as show
+from quantlab.checkpoint.hub import HubShards
 from quantlab.evaluation.evaluate import RECORDS, evaluate
 from quantlab.evaluation.manifest import weights_sha256
 from quantlab.evaluation.record import Pass, Record
@@ -115,8 +116,11 @@ def measure(recipe: LoadedRecipe, plan: Plan, out: Path, how: Measuring, *, cons
     Raises:
         ArtifactError: an artifact is missing, or was made from another recipe, or another run uses the directory.
         EvaluationError: the suite's text cannot be read.
+        CheckpointError: a shard of the source cannot be fetched from the hub.
     """
     directory = RunDirectory(out)
+    if isinstance(plan.checkpoint.shards, HubShards):
+        plan.checkpoint.shards.fetch_all()  # the source is measured, too
     with directory.locked():
         return _measure(recipe, plan, directory, how, console=console)
 

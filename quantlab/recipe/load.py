@@ -10,7 +10,7 @@ from quantlab.errors import RecipeError
 from quantlab.recipe.schema import Recipe
 from quantlab.shipped import Kind, locate
 
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
+_HUB_ID = re.compile(r"^(?!\.)[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,15 @@ class LoadedRecipe:
     @property
     def hub_id(self) -> tuple[str, str | None] | None:
         """Hugging Face id and revision of the model; None if it is a local directory."""
-        model = self.recipe.model
-        if not _HUB_ID.match(model) or (self.path.parent / model).exists():
-            return None
-        name, _, revision = model.partition("@")
-        return name, revision or None
+        return hub_id(self.recipe.model, beside=self.path.parent)
+
+
+def hub_id(word: str, *, beside: Path) -> tuple[str, str | None] | None:
+    """Id and revision of `org/name@revision`; None if a word has another form, or is the path of something."""
+    if not _HUB_ID.match(word) or (beside / word).exists():
+        return None
+    name, _, revision = word.partition("@")
+    return name, revision or None
 
 
 def load_recipe(path: Path) -> LoadedRecipe:

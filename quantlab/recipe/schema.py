@@ -305,6 +305,9 @@ class Recipe(Strict):
     model: str
     """A directory with config.json and safetensors, relative to the recipe, a Hugging Face id with @revision, or the name of a
     model that comes with quantlab."""
+    keep_source: bool = Field(default=True, strict=True)
+    """For a model of the Hugging Face hub: keep its shards in the hub's cache. With false a run deletes them after their use, and
+    `quantlab run --disk SIZE` bounds the space that they take at a time."""
     calibration: Calibration | None = None
     """Required by calibrated algorithms only."""
     variants: dict[VariantName, Variant] = Field(min_length=1)
@@ -325,6 +328,14 @@ class Recipe(Strict):
     def calibrated(self) -> bool:
         """Whether an algorithm of some variant needs activations."""
         return any(step.calibrated for variant in self.variants.values() for step in variant.passes)
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "Recipe":
+        if not self.keep_source and self.evaluate is not None:
+            raise ValueError(
+                "`evaluate` measures the source too, and `keep_source: false` deletes it; remove one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_calibration(self) -> "Recipe":
