@@ -23,6 +23,7 @@ from quantlab.inspection import inspect_checkpoint
 from quantlab.plan.compile import compile_plan
 from quantlab.plan.model import Plan
 from quantlab.plan.source import survey
+from quantlab.push import push
 from quantlab.recipe.load import LoadedRecipe, load_recipe
 from quantlab.recipe.schemes import FormatName
 from quantlab.report.claims.check import load_claims
@@ -47,6 +48,7 @@ app = typer.Typer(
 app.command()(verify)
 app.command()(recipes)
 app.command()(doctor)
+app.command()(push)
 app.add_typer(engines, name="engines")
 
 RecipeArgument = Annotated[

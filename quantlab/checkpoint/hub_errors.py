@@ -45,11 +45,12 @@ def retried(call: Callable[[], T], *, where: str, attempts: int = ATTEMPTS) -> T
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of its HTTP client
 
     _without_bars()
+    caught: tuple[type[Exception], ...] = (HTTPError, HFValidationError, OSError, RuntimeError, *_of_storage())
     wait = FIRST_WAIT
     for attempt in range(1, attempts + 1):
         try:
             return call()
-        except (HTTPError, HFValidationError, OSError) as error:
+        except caught as error:
             told = explained(error)
             if attempt == attempts or not told.passing:
                 raise CheckpointError(
@@ -61,6 +62,14 @@ def retried(call: Callable[[], T], *, where: str, attempts: int = ATTEMPTS) -> T
         time.sleep(min(wait if told.wait is None else max(told.wait, wait), _LONGEST_WAIT))
         wait *= 2
     raise AssertionError("the last attempt returns or raises")
+
+
+def _of_storage() -> tuple[type[Exception], ...]:
+    """What the library raises when its transfers with the storage (Xet) fail, beside RuntimeError; older versions have no type for it."""
+    from huggingface_hub import errors
+
+    found = getattr(errors, "XetDownloadError", None)
+    return () if found is None else (found,)
 
 
 def _without_bars() -> None:
@@ -113,6 +122,12 @@ def explained(error: BaseException | None) -> Explanation:
                 )
             case errors.HfHubHTTPError():
                 return _of_status(one, site)
+    if any(isinstance(one, (RuntimeError, *_of_storage())) for one in chain):
+        return Explanation(
+            "the storage of the hub fails",
+            f"look whether {site} works, or set HF_HUB_DISABLE_XET=1; then run the same command again: what was transferred is kept",
+            passing=True,
+        )
     http = [one for one in chain if isinstance(one, HTTPError | ConnectionError | TimeoutError)]
     if http or any(isinstance(one, errors.LocalEntryNotFoundError) for one in chain):
         return Explanation(
