@@ -13,6 +13,7 @@ from quantlab.checkpoint.hub import open_hub_model
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.cli import app
 from quantlab.errors import ArtifactError, CheckpointError, QuantlabError
+from quantlab.evaluation.engines.judged import find_source
 from quantlab.evaluation.engines.verdict import EngineVerdict
 from quantlab.evaluation.record import Record
 from quantlab.plan.compile import compile_plan
@@ -22,7 +23,7 @@ from quantlab.report.matrix.card_results import usage, with_results
 from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import make_artifacts
 from tests.checkpoints import make_checkpoint
-from tests.fake_model_hub import Fault, Hub, Repo, running, use
+from tests.fake_model_hub import COMMIT, Fault, Hub, Repo, running, use
 from tests.report.conftest import rich  # noqa: F401 - a fixture
 
 SOURCE_CARD = "---\nlicense: other\nlicense_name: deepseek\nlicense_link: LICENSE-MODEL\n---\n\n# A model\n"
@@ -197,3 +198,14 @@ def test_engines_that_agree_have_a_block_of_use(rich: list[Record]) -> None:  # 
     assert "vllm serve" not in text
     assert usage(rich[0].model_copy(update={"engines": ()})) == []
     assert 'from_pretrained("me/x", dtype="auto")' in card_for_hub(text, "me/x", base_model=None)
+
+
+def test_the_source_of_an_artifact_is_found_in_the_cache_of_the_hub(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = made.parents[2] / "hf"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    found = find_source(made)
+    assert found is not None
+    assert found.is_relative_to(cache)
+    assert found.name == COMMIT

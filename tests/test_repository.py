@@ -172,5 +172,17 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 @pytest.mark.slow
 def test_help_names_every_verb() -> None:
     done = subprocess.run([sys.executable, "-m", "quantlab", "--help"], capture_output=True, text=True, check=True)
-    for verb in ("plan", "run", "eval", "report", "compare", "leaderboard", "inspect", "verify", "recipes", "doctor", "push"):
+    for verb in (
+        "plan",
+        "run",
+        "eval",
+        "report",
+        "compare",
+        "leaderboard",
+        "inspect",
+        "verify",
+        "recipes",
+        "doctor",
+        "push",
+    ):
         assert re.search(rf"^\W*{verb} ", done.stdout, flags=re.MULTILINE)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from quantlab.checkpoint.index import open_checkpoint
 from quantlab.errors import RecipeError
+from quantlab.evaluation.engines.judged import find_source
 from quantlab.evaluation.suite import load_suite
 from quantlab.recipe.load import load_recipe
 from quantlab.shipped import Kind, description, locate, names
@@ -113,3 +115,12 @@ def test_a_wheel_runs_by_name_from_an_empty_folder(tmp_path: Path) -> None:
     )
     quantlab("run", "mine.yaml", "--device", "cpu", "--quiet")
     assert (empty / "runs" / "mine" / "artifacts" / "w4a16" / "manifest.json").is_file()
+
+
+def test_the_source_of_an_artifact_is_found_by_its_name(tmp_path: Path) -> None:
+    model = names("model")["deepseek-v3-mini"]
+    artifact = tmp_path / "run" / "artifacts" / "w4a16"
+    artifact.mkdir(parents=True)
+    source = {"model": "deepseek-v3-mini", "fingerprint": open_checkpoint(model).fingerprint()}
+    (artifact / "manifest.json").write_text(json.dumps({"source": source}))
+    assert find_source(artifact) == model

@@ -164,6 +164,15 @@ def open_hub_model(repo: str, *, revision: str | None) -> Checkpoint:
     return open_checkpoint(directory, HubShards(model, directory, sizes, begins))
 
 
+def cached_snapshot(repo: str, commit: str) -> Path | None:
+    """The directory of a commit in the hub's cache, which may hold some of its files; None without one."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    found = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / commit
+    return found if found.is_dir() else None
+
+
 def _listed(repo: str, revision: str | None, where: str) -> list[str] | None:
     """The files of a repository; None if the hub is out of reach.
 
