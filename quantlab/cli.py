@@ -12,8 +12,7 @@ import typer
 from rich.console import Console
 
 from quantlab import console as show
-from quantlab.checkpoint.hub import download
-from quantlab.checkpoint.index import Checkpoint, open_checkpoint
+from quantlab.doctor import doctor
 from quantlab.documents import nearest
 from quantlab.engine_commands import JsonOption, QuietOption, engines, verify
 from quantlab.errors import ArtifactError, QuantlabError, RecipeError
@@ -24,6 +23,7 @@ from quantlab.inspection import inspect_checkpoint
 from quantlab.plan.compile import compile_plan
 from quantlab.plan.model import Plan
 from quantlab.plan.source import survey
+from quantlab.push import push
 from quantlab.recipe.load import LoadedRecipe, load_recipe
 from quantlab.recipe.schemes import FormatName
 from quantlab.report.claims.check import load_claims
@@ -35,6 +35,8 @@ from quantlab.report.leaderboard.files import write_leaderboard
 from quantlab.report.leaderboard.terminal import print_leaderboard
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.terminal import print_matrix
+from quantlab.shipped_commands import recipes
+from quantlab.source import DiskOption, open_peers, open_source, size_in_bytes
 from quantlab.version import VERSION
 
 app = typer.Typer(
@@ -44,9 +46,17 @@ app = typer.Typer(
 )
 
 app.command()(verify)
+app.command()(recipes)
+app.command()(doctor)
+app.command()(push)
 app.add_typer(engines, name="engines")
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+RecipeArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="The recipe, a YAML file, or a name of `quantlab recipes`.", show_default=False
+    ),
+]
 OutOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Output directory.", show_default="runs/NAME-OF-THE-RECIPE")
 ]
@@ -120,7 +130,10 @@ def plan(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.", show_default=False)],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="Directory with config.json and safetensors, or org/name@revision.", show_default=False),
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Show the contents of a checkpoint: family, roles, dtypes or schemes, parameters, bytes."""
@@ -128,13 +141,14 @@ def inspect(
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0913 - options of a command
     recipe: RecipeArgument,
     out: OutOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace artifacts made from another recipe or on another device.")
     ] = False,
     device: DeviceOption = "auto",
+    disk: DiskOption = None,
     time_limit: TimeLimitOption = 3600.0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -142,10 +156,10 @@ def run(
     """Make and measure every artifact of a recipe and print the matrix. Run again after an interruption to continue."""
     started = time.monotonic()
     loaded, compiled = _compile(recipe)
-    if loaded.recipe.evaluate is not None:
-        load_suite(loaded.resolve(loaded.recipe.evaluate.suite))  # report errors in it before the long work
-        if loaded.recipe.evaluate.claims is not None:
-            load_claims(loaded.resolve(loaded.recipe.evaluate.claims))
+    if loaded.suite is not None:
+        load_suite(loaded.suite)  # report errors in it before the long work
+    if loaded.claims is not None:
+        load_claims(loaded.claims)
     from quantlab.run.loop import Settings  # imports torch, which `plan` and `--help` do without
     from quantlab.runtime.device import find_device
     from quantlab.stages import Measuring, check, export_artifacts, make, measure
@@ -154,7 +168,7 @@ def run(
     found = find_device(device)
     with _interruptible():
         check(loaded, compiled, time_limit=time_limit, console=_err, quiet=quiet or as_json)
-    settings = Settings(device=found, overwrite=overwrite)
+    settings = Settings(device=found, overwrite=overwrite, disk=None if disk is None else size_in_bytes(disk))
     with _interruptible():
         made = make(loaded, compiled, directory, settings, console=_err, quiet=quiet or as_json)
         exports = export_artifacts(compiled, directory, console=_err, quiet=quiet or as_json)
@@ -195,7 +209,7 @@ def evaluate_artifacts(
             "the recipe does not say what to measure",
             where=str(recipe),
             found="no `evaluate`",
-            fix="add `evaluate: {suite: eval/suites/quick.yaml}`",
+            fix="add `evaluate: {suite: quick}`",
         )
     from quantlab.runtime.device import find_device
     from quantlab.stages import Measuring, check, measure
@@ -335,16 +349,9 @@ def _interruptible() -> Iterator[None]:
 
 def _compile(path: Path) -> tuple[LoadedRecipe, Plan]:
     loaded = load_recipe(path)
-    source, corpus = _open_source(loaded), loaded.corpus_sha256()
-    peers = {name: open_checkpoint(loaded.resolve(directory)) for name, directory in loaded.recipe.peers.items()}
-    return loaded, compile_plan(loaded.recipe, source, corpus_sha256=corpus, peers=peers)
-
-
-def _open_source(recipe: LoadedRecipe) -> Checkpoint:
-    if recipe.hub_id is not None:
-        model, revision = recipe.hub_id
-        return open_checkpoint(download(model, revision=revision))
-    return open_checkpoint(recipe.resolve(recipe.recipe.model))
+    _ = loaded.suite, loaded.claims  # an unknown name is an error now
+    source, corpus = open_source(loaded), loaded.corpus_sha256()
+    return loaded, compile_plan(loaded.recipe, source, corpus_sha256=corpus, peers=open_peers(loaded))
 
 
 def _directory(recipe: LoadedRecipe, out: Path | None) -> Path:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from quantlab.files import cache_directory
+
 MARK: Final = "quantlab-engine.json"
 """File that is written last into an environment."""
 NOT_PASSED_ON: Final = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSTARTUP")
@@ -40,7 +42,7 @@ class Environment:
 
 def engines_directory() -> Path:
     """Where environments are installed: `quantlab/engines` in the user's cache (`XDG_CACHE_HOME`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantlab" / "engines"
+    return cache_directory() / "engines"
 
 
 def variable_of(stem: str) -> str:

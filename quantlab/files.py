@@ -1,4 +1,4 @@
-"""Small files: strict JSON reading and atomic writing."""
+"""Small files: strict JSON reading and atomic writing; the place of the cache."""
 
 import json
 import os
@@ -10,6 +10,11 @@ from typing import Any
 from quantlab.errors import ArtifactError, CheckpointError, QuantlabError
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def cache_directory() -> Path:
+    """Where quantlab keeps what it can make or fetch again: `quantlab` in the user's cache (`XDG_CACHE_HOME`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantlab"
 
 
 def read_json(path: Path) -> dict[str, Any]:

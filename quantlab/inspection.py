@@ -11,19 +11,25 @@ from quantlab import console as show
 from quantlab.architectures.architecture import Architecture
 from quantlab.architectures.config import size_of
 from quantlab.architectures.detect import detect
-from quantlab.checkpoint.index import Checkpoint, open_checkpoint
+from quantlab.checkpoint.index import Checkpoint
 from quantlab.formats.layouts import description_of, method_of
 from quantlab.formats.understood import understood
 from quantlab.plan.source import survey
+from quantlab.source import open_model
 
 
 def inspect_checkpoint(directory: Path, out: Console, *, as_json: bool) -> None:
-    """Print family, roles, dtypes or schemes, parameters and bytes.
+    """Print family, roles, dtypes or schemes, parameters and bytes, from headers alone.
+
+    Args:
+        directory: of the checkpoint, or the id of a model on the hub.
+        out: where tables are printed.
+        as_json: print JSON on standard output instead.
 
     Raises:
         ArtifactError, CheckpointError: the checkpoint cannot be read.
     """
-    opened = understood(open_checkpoint(directory))
+    opened = understood(open_model(directory))
     architecture = detect(opened.config)
     method = method_of(opened)
     if method is not None and not method.is_source:

@@ -36,8 +36,8 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan, progress: Progress, *
             lm-eval does not know a task, or cannot load its data.
     """
     _check_packages(plan)
-    source, calibration, wanted = plan.checkpoint, recipe.recipe.calibration, recipe.recipe.evaluate
-    if wanted is not None or any(variant.calibration for variant in plan.variants):
+    source, calibration, suite = plan.checkpoint, recipe.recipe.calibration, recipe.suite
+    if suite is not None or any(variant.calibration for variant in plan.variants):
         from quantlab.runtime.skeleton import check_tensors  # imports transformers, which other recipes do without
 
         shapes = {step.tensor.name: tuple(step.source.shape) for step in plan.variants[0].steps}
@@ -51,7 +51,7 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan, progress: Progress, *
             length=calibration.length,
             seed=calibration.seed,
         )
-    if wanted is not None:
+    if suite is not None:
         from quantlab.evaluation.text import check_suite_text
         from quantlab.runtime.load import read_generation_config
 
@@ -59,9 +59,9 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan, progress: Progress, *
         for peer in plan.peers:
             load_tokenizer(peer.checkpoint.directory)
             read_generation_config(peer.checkpoint.directory)
-        suite = load_suite(recipe.resolve(wanted.suite))
-        check_suite_text(suite, source.directory, plan.architecture.context_length(source.config))
-        check_lm_eval_tasks(suite, time_limit=time_limit, progress=progress)
+        found = load_suite(suite)
+        check_suite_text(found, source.directory, plan.architecture.context_length(source.config))
+        check_lm_eval_tasks(found, time_limit=time_limit, progress=progress)
 
 
 def _check_packages(plan: Plan) -> None:

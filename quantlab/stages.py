@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from quantlab import console as show
+from quantlab.checkpoint.hub import HubShards
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.evaluation.evaluate import RECORDS, evaluate
 from quantlab.evaluation.manifest import weights_sha256
@@ -127,8 +128,11 @@ def measure(recipe: LoadedRecipe, plan: Plan, out: Path, how: Measuring, *, cons
     Raises:
         ArtifactError: an artifact is missing, or was made from another recipe, or another run uses the directory.
         EvaluationError: the suite's text cannot be read.
+        CheckpointError: a shard of the source cannot be fetched from the hub.
     """
     directory = RunDirectory(out)
+    if isinstance(plan.checkpoint.shards, HubShards):
+        plan.checkpoint.shards.fetch_all()  # the source is measured, too
     with directory.locked():
         return _measure(recipe, plan, directory, how, console=console)
 
@@ -144,8 +148,7 @@ def _measure(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
     with show.progress_bars(console, quiet=how.quiet) as bars:
         records = evaluate(request, progress=show.StageBars(bars))
     records = _judged(recipe, plan, directory, records, how, console=console)
-    claims = recipe.recipe.evaluate.claims if recipe.recipe.evaluate else None
-    return write_report(records, directory.path, claims=recipe.resolve(claims) if claims else None)
+    return write_report(records, directory.path, claims=recipe.claims)
 
 
 def _judged(
@@ -165,7 +168,8 @@ def _judged(
     from quantlab.evaluation.engines.record_verdicts import judge_run, write_record
 
     artifacts = [directory.artifact(variant.name) for variant in plan.variants]
-    suite = load_suite(recipe.resolve(wanted.suite))
+    assert recipe.suite is not None, "a recipe that evaluates has a suite"
+    suite = load_suite(recipe.suite)
     with console.status("other engines") if not how.quiet else nullcontext() as status:
         tell = (lambda text: status.update(text)) if status is not None else (lambda _: None)
         judging = Judging(source=plan.checkpoint.directory, corpus=suite.corpus, reuse=how.reuse, tell=tell)
@@ -186,6 +190,7 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
 
     wanted = recipe.recipe.evaluate
     assert wanted is not None, "asked only of recipes that evaluate"
+    assert recipe.suite is not None, "asked only of recipes that evaluate"
     source = plan.checkpoint
     artifacts = []
     for variant in plan.variants:
@@ -210,7 +215,7 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
         directory=directory.path,
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
-        suite=recipe.resolve(wanted.suite),
+        suite=recipe.suite,
         baseline=wanted.baseline,
         artifacts=(as_it_is, *artifacts),
         reuse=how.reuse,

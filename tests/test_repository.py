@@ -35,14 +35,14 @@ def test_there_is_something_to_try() -> None:
 def test_every_recipe_finds_what_it_names(path: Path) -> None:
     loaded = load_recipe(path)
     if loaded.hub_id is None:  # recipes of hub models are planned from headers in tests/plan
-        plan = compile_plan(loaded.recipe, open_checkpoint(loaded.resolve(loaded.recipe.model)))
+        plan = compile_plan(loaded.recipe, open_checkpoint(loaded.model))
         assert [variant.name for variant in plan.variants] == list(loaded.recipe.variants)
     if loaded.recipe.calibration is not None:
-        assert loaded.resolve(loaded.recipe.calibration.corpus).is_file()
-    if loaded.recipe.evaluate is not None:
-        load_suite(loaded.resolve(loaded.recipe.evaluate.suite))
-        if loaded.recipe.evaluate.claims is not None:
-            load_claims(loaded.resolve(loaded.recipe.evaluate.claims))
+        assert loaded.resolve(loaded.recipe.calibration.corpus, "corpus").is_file()
+    if loaded.suite is not None:
+        load_suite(loaded.suite)
+    if loaded.claims is not None:
+        load_claims(loaded.claims)
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
@@ -172,5 +172,17 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 @pytest.mark.slow
 def test_help_names_every_verb() -> None:
     done = subprocess.run([sys.executable, "-m", "quantlab", "--help"], capture_output=True, text=True, check=True)
-    for verb in ("plan", "run", "eval", "report", "compare", "leaderboard", "inspect", "verify"):
+    for verb in (
+        "plan",
+        "run",
+        "eval",
+        "report",
+        "compare",
+        "leaderboard",
+        "inspect",
+        "verify",
+        "recipes",
+        "doctor",
+        "push",
+    ):
         assert re.search(rf"^\W*{verb} ", done.stdout, flags=re.MULTILINE)

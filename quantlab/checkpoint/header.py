@@ -18,6 +18,8 @@ DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
+PREFIX_BYTES = 8
+"""Bytes before the header, which hold its length."""
 _LONGEST_HEADER = 100_000_000
 _POINTER = b"version "
 """The first bytes of a Git LFS pointer, which stands for a file that was not downloaded."""
@@ -59,29 +61,59 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if prefix == _POINTER:
-                raise _damaged(path, "it is a pointer of Git LFS", f"{size} bytes, which only name the file")
-            if len(prefix) < 8 or length > size - 8 or length > _LONGEST_HEADER:
-                raise _damaged(
-                    path, "its header is longer than the file", f"a header of {length} bytes in a file of {size} bytes"
-                )
-            raw = file.read(length)
+            begin = file.read(PREFIX_BYTES)
+            begin += file.read(header_length(path, begin, size=size))
     except OSError as error:
         raise CheckpointError(
             "a shard cannot be read", where=str(path), found=error.strerror, fix="download the shard again"
         ) from error
+    return parse_header(path, begin, size=size)
+
+
+def header_length(path: Path, begin: bytes, *, size: int) -> int:
+    """The length of a file's header in bytes, which follows the prefix.
+
+    Args:
+        path: of the file, for messages and entries; it need not exist.
+        begin: its first bytes, at least the prefix.
+        size: of the whole file, in bytes.
+
+    Raises:
+        CheckpointError: the file cannot have such a header.
+    """
+    prefix = begin[:PREFIX_BYTES]
+    length = int.from_bytes(prefix, "little")
+    if prefix == _POINTER:
+        raise _damaged(path, "it is a pointer of Git LFS", f"{size} bytes, which only name the file")
+    if len(prefix) < PREFIX_BYTES or length > size - PREFIX_BYTES or length > _LONGEST_HEADER:
+        raise _damaged(
+            path, "its header is longer than the file", f"a header of {length} bytes in a file of {size} bytes"
+        )
+    return length
+
+
+def parse_header(path: Path, begin: bytes, *, size: int) -> dict[str, TensorEntry]:
+    """The tensors of one file from its first bytes: prefix and header.
+
+    Args:
+        path: of the file, for messages and entries; it need not exist.
+        begin: at least prefix and header.
+        size: of the whole file, in bytes.
+
+    Raises:
+        CheckpointError: the bytes do not begin a well-formed safetensors file.
+    """
+    data_start = PREFIX_BYTES + header_length(path, begin, size=size)
     try:
-        content = json.loads(raw)
+        content = json.loads(begin[PREFIX_BYTES:data_start])
     except (ValueError, RecursionError) as error:
         raise _damaged(path, "its header is not JSON", str(error)) from error
     if not isinstance(content, dict):
         raise _damaged(path, "its header is not a JSON object", type(content).__name__)
     content.pop("__metadata__", None)
-    entries = [_entry(path, name, fields, data_start=8 + length) for name, fields in content.items()]
+    entries = [_entry(path, name, fields, data_start=data_start) for name, fields in content.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
-    _check_layout(path, entries, data_start=8 + length, size=size)
+    _check_layout(path, entries, data_start=data_start, size=size)
     return {entry.name: entry for entry in entries}
 
 

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantlab.checkpoint.header import TensorEntry, read_header
+from quantlab.checkpoint.header import TensorEntry
+from quantlab.checkpoint.shards import LocalShards, Shards
 from quantlab.checkpoint.unindexed import check_whole, complete_set, merged_shards
 from quantlab.errors import CheckpointError
 from quantlab.files import read_json
@@ -24,11 +25,13 @@ class Checkpoint:
         directory: its path.
         config: contents of config.json.
         tensors: every tensor by name.
+        shards: the files that hold them.
     """
 
     directory: Path
     config: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, TensorEntry] = field(repr=False)
+    shards: Shards = field(repr=False, compare=False)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -46,8 +49,12 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, shards: Shards | None = None) -> Checkpoint:
     """Read the config and every header of a checkpoint.
+
+    Args:
+        directory: with config.json, the index and the small files.
+        shards: the files with the weights; by default those of the directory.
 
     Raises:
         CheckpointError: the directory or its safetensors are missing, index and shards contradict each other, or the
@@ -72,27 +79,30 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             found=repr(quantization)[:120],
             fix="use the config.json of the original release",
         )
-    return Checkpoint(directory, config, _tensors(directory))
+    shards = shards or LocalShards(directory)
+    return Checkpoint(directory, config, _tensors(directory, shards), shards)
 
 
-def _tensors(directory: Path) -> dict[str, TensorEntry]:
+def _tensors(directory: Path, shards: Shards) -> dict[str, TensorEntry]:
     """The tensors of the index, of the single file, or of a complete set of shards."""
-    single = directory / SINGLE_NAME
+    names = shards.names()
     if (directory / INDEX_NAME).is_file():
-        tensors = _indexed_tensors(directory)
-        shards = sorted({entry.file.name for entry in tensors.values()} - {SINGLE_NAME})
-        if single.is_file() and shards:
+        tensors = _indexed_tensors(directory, shards, names)
+        others = sorted({entry.file.name for entry in tensors.values()} - {SINGLE_NAME})
+        if SINGLE_NAME in names and others:
             raise CheckpointError(
                 f"the directory holds two sets of weights: {SINGLE_NAME}, and the shards of {INDEX_NAME}",
                 where=str(directory),
-                found=f"{SINGLE_NAME} beside {shards[0]}" + (f" and {len(shards) - 1} more" if shards[1:] else ""),
+                found=f"{SINGLE_NAME} beside {others[0]}" + (f" and {len(others) - 1} more" if others[1:] else ""),
                 fix=f"delete one of them: transformers would read {SINGLE_NAME}, other engines the index",
             )
         return tensors
-    return read_header(single) if single.is_file() else merged_shards(complete_set(directory))
+    if SINGLE_NAME in names:
+        return shards.header(SINGLE_NAME)
+    return merged_shards(shards, complete_set(directory, names))
 
 
-def _indexed_tensors(directory: Path) -> dict[str, TensorEntry]:
+def _indexed_tensors(directory: Path, shards: Shards, names: Collection[str]) -> dict[str, TensorEntry]:
     weight_map = read_json(directory / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(
@@ -101,7 +111,10 @@ def _indexed_tensors(directory: Path) -> dict[str, TensorEntry]:
             found=type(weight_map).__name__,
             fix="download the index again",
         )
-    headers = {file: read_header(_shard_path(directory, file)) for file in sorted(set(weight_map.values()))}
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        _check_shard(directory, file, names)
+    headers = {file: shards.header(file) for file in files}
     tensors: dict[str, TensorEntry] = {}
     for name, file in weight_map.items():
         if name not in headers[file]:
@@ -131,8 +144,8 @@ def _indexed_tensors(directory: Path) -> dict[str, TensorEntry]:
     return tensors
 
 
-def _shard_path(directory: Path, file: str) -> Path:
-    """The path of a shard named in the index; the name must be a plain file name."""
+def _check_shard(directory: Path, file: str, names: Collection[str]) -> None:
+    """Refuse a shard named in the index that is not a plain file name, or not there."""
     if Path(file).name != file or file in {"", ".", ".."}:
         raise CheckpointError(
             "the index names a file outside the checkpoint",
@@ -140,7 +153,7 @@ def _shard_path(directory: Path, file: str) -> Path:
             found=repr(file),
             fix="shards must be in the directory of the index; download it from the original release",
         )
-    path = directory / file
-    if not path.is_file():
-        raise CheckpointError("a shard is missing", where=str(path), found="no such file", fix="download the shard")
-    return path
+    if file not in names:
+        raise CheckpointError(
+            "a shard is missing", where=str(directory / file), found="no such file", fix="download the shard"
+        )

@@ -5,6 +5,7 @@ the checkpoint.
 """
 
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -87,4 +88,4 @@ class Reader:
                 found=f"no {name}",
                 fix="download the complete checkpoint",
             )
-        return read_entry(entry)
+        return read_entry(replace(entry, file=self.checkpoint.shards.path(entry.file.name)))

@@ -16,8 +16,12 @@ _HEAD: Final = "lm_head.weight"
 _CHUNK: Final = 1 << 24
 
 
-def check_tied_head(checkpoint: Checkpoint) -> None:
+def check_tied_head(checkpoint: Checkpoint, *, fetch: bool = True) -> None:
     """Compare the stored head of a checkpoint with tied embeddings; reads both tensors once, nothing without a head.
+
+    Args:
+        checkpoint: the checkpoint.
+        fetch: whether files that are still on a hub are fetched for it; otherwise only those that are here are compared.
 
     Raises:
         CheckpointError: config.json ties them and they differ, or they cannot be read.
@@ -27,7 +31,11 @@ def check_tied_head(checkpoint: Checkpoint) -> None:
         return
     if (head.dtype, head.shape) != (embeddings.dtype, embeddings.shape):
         found = f"{head.dtype} {list(head.shape)}, embeddings {embeddings.dtype} {list(embeddings.shape)}"
-    elif any(one != other for one, other in zip(_chunks(head), _chunks(embeddings), strict=True)):
+    elif not fetch and not all(checkpoint.shards.is_here(entry.file.name) for entry in (head, embeddings)):
+        return
+    elif any(
+        one != other for one, other in zip(_chunks(checkpoint, head), _chunks(checkpoint, embeddings), strict=True)
+    ):
         found = "other values than the embeddings have"
     else:
         return
@@ -39,12 +47,12 @@ def check_tied_head(checkpoint: Checkpoint) -> None:
     )
 
 
-def _chunks(entry: TensorEntry) -> Iterator[bytes]:
-    """The bytes of a tensor."""
+def _chunks(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[bytes]:
+    """The bytes of a tensor; the file is opened for every chunk, because a file of a hub is here until the next is asked for."""
     try:
-        with entry.file.open("rb") as file:
-            file.seek(entry.offset)
-            for start in range(0, entry.nbytes, _CHUNK):
+        for start in range(0, entry.nbytes, _CHUNK):
+            with checkpoint.shards.path(entry.file.name).open("rb") as file:
+                file.seek(entry.offset + start)
                 yield file.read(min(_CHUNK, entry.nbytes - start))
     except OSError as error:
         raise CheckpointError(

@@ -5,11 +5,12 @@ there once.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final
 
-from quantlab.checkpoint.header import TensorEntry, read_header
+from quantlab.checkpoint.header import TensorEntry
+from quantlab.checkpoint.shards import Shards
 from quantlab.errors import CheckpointError
 
 _SHARD: Final = re.compile(r"(?P<name>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
@@ -42,14 +43,18 @@ def check_whole(directory: Path) -> None:
         )
 
 
-def complete_set(directory: Path) -> list[Path]:
+def complete_set(directory: Path, names: Collection[str]) -> list[str]:
     """The shards of a directory without an index and without a single file, in order.
+
+    Args:
+        directory: of the checkpoint.
+        names: of its safetensors files.
 
     Raises:
         CheckpointError: there is no complete set of them, or more than one.
     """
-    found = sorted(path for path in directory.glob("*.safetensors") if path.is_file())
-    matches = [(path, match) for path in found if (match := _SHARD.fullmatch(path.name))]
+    found = sorted(names)
+    matches = [(name, match) for name in found if (match := _SHARD.fullmatch(name))]
     sets = sorted({(match["name"], int(match["count"])) for _, match in matches})
     if len(sets) != 1:
         raise _no_weights(directory, found)
@@ -66,22 +71,22 @@ def complete_set(directory: Path) -> list[Path]:
             + (f"without number {named}" if missing else "one of them twice"),
             fix="download the missing shards, and the index model.safetensors.index.json",
         )
-    return [path for path, _ in sorted(matches, key=lambda pair: int(pair[1]["number"]))]
+    return [name for name, _ in sorted(matches, key=lambda pair: int(pair[1]["number"]))]
 
 
-def merged_shards(shards: Sequence[Path]) -> dict[str, TensorEntry]:
-    """The tensors of all shards.
+def merged_shards(shards: Shards, names: Sequence[str]) -> dict[str, TensorEntry]:
+    """The tensors of all shards of a set.
 
     Raises:
         CheckpointError: a shard is damaged, or two of them hold a tensor of the same name.
     """
     tensors: dict[str, TensorEntry] = {}
-    for shard in shards:
-        header = read_header(shard)
+    for shard in names:
+        header = shards.header(shard)
         for name in header.keys() & tensors.keys():
             raise CheckpointError(
                 "two shards hold the same tensor, and there is no index that chooses",
-                where=str(shard),
+                where=str(shards.directory / shard),
                 found=f"{name}, also in {tensors[name].file.name}",
                 fix="download the index model.safetensors.index.json of the same release",
             )
@@ -89,13 +94,13 @@ def merged_shards(shards: Sequence[Path]) -> dict[str, TensorEntry]:
     return tensors
 
 
-def _no_weights(directory: Path, found: Sequence[Path]) -> CheckpointError:
+def _no_weights(directory: Path, found: Sequence[str]) -> CheckpointError:
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if found:
         return CheckpointError(
             "the directory contains safetensors files, but not those of a model",
             where=str(directory),
-            found=_listed([path.name for path in found]),
+            found=_listed(found),
             fix="a model is model.safetensors, or shards with model.safetensors.index.json or with names "
             "<name>-00001-of-00004.safetensors; rename a single file to model.safetensors",
         )

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from quantlab.documents import load_document, nearest
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.tasks.offline import LoadedTask, Task, load_task
+from quantlab.shipped import locate
 
 
 class _Strict(BaseModel):
@@ -220,7 +221,7 @@ class LoadedSuite:
 
     @property
     def corpus(self) -> Path:
-        return (self.path.parent / self.suite.text.corpus).resolve()
+        return _corpus(self.path, self.suite)
 
     def definitions(self, task: SuiteTask) -> Path | None:
         """Directory of the additional task files of an lm-eval task; None if it names none."""
@@ -252,7 +253,7 @@ def load_suite(path: Path) -> LoadedSuite:
         EvaluationError: the corpus or the items of a task cannot be read, or a task does not have the requested metric.
     """
     suite, content = load_document(path, Suite, kind="suite")
-    corpus = (path.parent / suite.text.corpus).resolve()
+    corpus = _corpus(path, suite)
     try:
         text = corpus.read_bytes()
     except OSError as error:
@@ -269,6 +270,11 @@ def load_suite(path: Path) -> LoadedSuite:
             digest.update(tasks[wanted.task].sha256.encode())
             _check_metric(wanted, tasks[wanted.task].task, path)
     return LoadedSuite(path, suite, digest.hexdigest(), tasks)
+
+
+def _corpus(path: Path, suite: Suite) -> Path:
+    """The held-out text: a path relative to the suite, or the name of a corpus that comes with quantlab."""
+    return locate(suite.text.corpus, "corpus", beside=path.parent, where=f"{path}, text.corpus")
 
 
 def _check_metric(wanted: SuiteTask, task: Task, path: Path) -> None:

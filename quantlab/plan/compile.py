@@ -60,7 +60,7 @@ def compile_plan(
     config = architecture.read(checkpoint.config)
     _check_length(recipe.calibration, architecture, config)
     weights = survey(checkpoint, architecture)
-    check_tied_head(checkpoint)
+    check_tied_head(checkpoint, fetch=False)
     dtype_of(checkpoint)  # the source is measured in it
     fingerprint = checkpoint.fingerprint()
     variants = []

@@ -8,8 +8,9 @@ from pathlib import Path
 from quantlab.documents import load_document, nearest
 from quantlab.errors import RecipeError
 from quantlab.recipe.schema import Recipe
+from quantlab.shipped import Kind, locate
 
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
+_HUB_ID = re.compile(r"^(?!\.)[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,35 @@ class LoadedRecipe:
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
-    def resolve(self, path: str) -> Path:
-        """Resolve a path in the recipe, which is relative to the recipe's directory."""
-        return (self.path.parent / path).resolve()
+    def resolve(self, word: str, kind: Kind) -> Path:
+        """Resolve a word of the recipe: a path relative to the recipe's directory, or the name of something that comes with quantlab.
+
+        Raises:
+            RecipeError: it is neither.
+        """
+        return locate(word, kind, beside=self.path.parent, where=str(self.path))
+
+    @property
+    def model(self) -> Path:
+        """The directory of the model, if `hub_id` is None."""
+        return self.resolve(self.recipe.model, "model")
+
+    @property
+    def suite(self) -> Path | None:
+        """The suite's file, None if nothing is measured."""
+        return None if self.recipe.evaluate is None else self.resolve(self.recipe.evaluate.suite, "suite")
+
+    @property
+    def claims(self) -> Path | None:
+        """The file of claims, None if there is none."""
+        claims = self.recipe.evaluate.claims if self.recipe.evaluate else None
+        return None if claims is None else self.resolve(claims, "claims")
 
     @property
     def corpus(self) -> Path | None:
         """The calibration text, None if no variant is calibrated."""
         calibration = self.recipe.calibration
-        return None if calibration is None or not self.recipe.calibrated else self.resolve(calibration.corpus)
+        return None if calibration is None or not self.recipe.calibrated else self.resolve(calibration.corpus, "corpus")
 
     def corpus_sha256(self) -> str:
         """sha256 of the calibration text, empty if no variant is calibrated.
@@ -52,7 +73,7 @@ class LoadedRecipe:
         """
         if self.recipe.calibration is None:
             return ""
-        corpus = self.resolve(self.recipe.calibration.corpus)
+        corpus = self.resolve(self.recipe.calibration.corpus, "corpus")
         try:
             content = corpus.read_bytes()
         except OSError as error:
@@ -67,19 +88,27 @@ class LoadedRecipe:
     @property
     def hub_id(self) -> tuple[str, str | None] | None:
         """Hugging Face id and revision of the model; None if it is a local directory."""
-        model = self.recipe.model
-        if self.resolve(model).exists() or not _HUB_ID.match(model):
-            return None
-        name, _, revision = model.partition("@")
-        return name, revision or None
+        return hub_id(self.recipe.model, beside=self.path.parent)
+
+
+def hub_id(word: str, *, beside: Path) -> tuple[str, str | None] | None:
+    """Id and revision of `org/name@revision`; None if a word has another form, or is the path of something."""
+    if not _HUB_ID.match(word) or (beside / word).exists():
+        return None
+    name, _, revision = word.partition("@")
+    return name, revision or None
 
 
 def load_recipe(path: Path) -> LoadedRecipe:
     """Read and check a recipe.
 
+    Args:
+        path: its file, or the name of one that comes with quantlab.
+
     Raises:
         RecipeError: the file cannot be read, is not YAML, or is not a valid recipe.
     """
+    path = path if path.exists() else locate(str(path), "recipe", beside=Path(), where="RECIPE")
     recipe, content = load_document(path, Recipe, kind="recipe")
     if recipe.evaluate is not None:
         baselines = recipe.rows
@@ -100,7 +129,7 @@ def load_recipe(path: Path) -> LoadedRecipe:
     ]
     for name in paths:
         try:
-            loaded.resolve(name).exists()
+            (path.parent / name).exists()
         except (OSError, ValueError) as error:
             raise RecipeError(
                 "a path cannot be used",

@@ -287,11 +287,11 @@ class Evaluate(Strict):
     """How each artifact is measured."""
 
     suite: str
-    """A file of eval/suites; path relative to the recipe."""
+    """The name of a suite (`quantlab recipes` lists them), or a path relative to the recipe."""
     baseline: str = "source"
     """Reference of all losses: `source`, the checkpoint at its native precision, or a variant."""
     claims: str | None = None
-    """A file of eval/claims to check against the matrix; path relative to the recipe."""
+    """Claims to check against the matrix: a name, or a path relative to the recipe."""
     verify: tuple[EngineName, ...] = ()
     """Engines that load each artifact and must compute what quantlab's runtime computes; see `quantlab engines`."""
 
@@ -300,7 +300,11 @@ class Recipe(Strict):
     """One source model, several variants, one evaluation."""
 
     model: str
-    """A directory with config.json and safetensors, relative to the recipe, or a Hugging Face id with @revision."""
+    """A directory with config.json and safetensors, relative to the recipe, a Hugging Face id with @revision, or the name of a
+    model that comes with quantlab."""
+    keep_source: bool = Field(default=True, strict=True)
+    """For a model of the Hugging Face hub: keep its shards in the hub's cache. With false a run deletes them after their use, and
+    `quantlab run --disk SIZE` bounds the space that they take at a time."""
     calibration: Calibration | None = None
     """Required by calibrated algorithms only."""
     variants: dict[VariantName, Variant] = Field(min_length=1)
@@ -338,6 +342,14 @@ class Recipe(Strict):
     def calibrated(self) -> bool:
         """Whether an algorithm of some variant needs activations."""
         return any(step.calibrated for variant in self.variants.values() for step in variant.passes)
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "Recipe":
+        if not self.keep_source and self.evaluate is not None:
+            raise ValueError(
+                "`evaluate` measures the source too, and `keep_source: false` deletes it; remove one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_calibration(self) -> "Recipe":

@@ -139,7 +139,7 @@ def _manifest(
         "description": variant.description,
         "key": making.identity.key,
         "identity": making.identity.written(),
-        "source": {"model": recipe.recipe.model, "fingerprint": plan.checkpoint.fingerprint()},
+        "source": _source(plan, recipe),
         "recipe": {"name": recipe.name, "sha256": recipe.sha256, "text": recipe.content.decode()},
         "versions": {
             "quantlab": VERSION,
@@ -167,6 +167,14 @@ def _manifest(
     # one line per tensor keeps a ledger of 90,000 entries readable with text tools
     lines = ",\n".join("  " + json.dumps(entry) for entry in ledger)
     return f'{json.dumps(head, indent=1)[:-2]},\n "ledger": [\n{lines}\n ]\n}}\n'.encode()
+
+
+def _source(plan: Plan, recipe: LoadedRecipe) -> dict[str, str]:
+    """The source as the recipe names it, its fingerprint, and its commit if it is of a hub."""
+    commit = plan.checkpoint.shards.commit
+    return {"model": recipe.recipe.model, "fingerprint": plan.checkpoint.fingerprint()} | (
+        {} if commit is None else {"commit": commit}
+    )
 
 
 def _numbering(block: FinishedBlock, plan: Plan) -> tuple[int, ...]:

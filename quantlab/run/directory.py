@@ -51,6 +51,10 @@ class RunDirectory:
         """Directory of the results that unfinished variants share."""
         return self.path / ".work" / "shared"
 
+    def source(self, commit: str) -> Path:
+        """Directory of the shards that a run fetches from a hub and does not keep."""
+        return self.path / ".work" / "source" / commit
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the directory for this run; at the end .work/ is removed unless it contains unfinished work.

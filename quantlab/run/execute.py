@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 from quantlab.checkpoint.reader import Reader
+from quantlab.checkpoint.tied import check_tied_head
 from quantlab.files import write_atomically
 from quantlab.formats.stored import StoredWeights
 from quantlab.plan.model import Plan, VariantPlan
@@ -13,7 +13,7 @@ from quantlab.run.directory import RunDirectory
 from quantlab.run.float16_range import check_float16_range
 from quantlab.run.identity import identify
 from quantlab.run.loop import Progress, Settings, run_variant
-from quantlab.run.weights import read_finite
+from quantlab.run.source import streamed_source
 
 RECIPE_COPY = ".recipe.yaml"
 """Copy of the recipe in the output directory; `quantlab report` reads the order of rows from it."""
@@ -56,7 +56,6 @@ def make_artifacts(
         CheckpointError: a weight cannot be read, is not finite or too large for the dtype it is stored in.
         PlanError: the disk is too small.
     """
-    made, kept = [], []
     with directory.locked():
         states = {
             variant.name: directory.state(
@@ -69,16 +68,16 @@ def make_artifacts(
         sharing = sum(variant.uses_unchanged_model for variant in plan.variants if variant.name not in complete)
         settings = replace(settings, shared_bytes=free // 2 if sharing > 1 else 0)
         source = StoredWeights(Reader(plan.checkpoint))
-        check_float16_range(
-            (variant for variant in plan.variants if variant.name not in complete), partial(read_finite, source=source)
-        )
-        for variant in plan.variants:
-            if variant.name in complete:
-                directory.tidy(variant)
-                kept.append(variant.name)
-            else:
-                run_variant(plan, variant, recipe, directory, announce(variant), settings)
-                made.append(variant.name)
+        missing = [variant for variant in plan.variants if variant.name not in complete]
+        kept = [variant.name for variant in plan.variants if variant.name in complete]
+        with streamed_source(plan, missing, recipe, directory, budget=settings.disk):
+            check_tied_head(plan.checkpoint)
+            check_float16_range(missing, source)
+            for variant in plan.variants:
+                if variant.name in complete:
+                    directory.tidy(variant)
+                else:
+                    run_variant(plan, variant, recipe, directory, announce(variant), settings)
         write_atomically(directory.path / RECIPE_COPY, recipe.content)
     outdated = tuple(name for name, state in states.items() if state == "outdated")
-    return MadeArtifacts(tuple(made), outdated, tuple(kept))
+    return MadeArtifacts(tuple(variant.name for variant in missing), outdated, tuple(kept))

@@ -9,21 +9,21 @@ from typing import Final
 
 import torch
 
-from quantlab.checkpoint.reader import read_entry
 from quantlab.errors import CheckpointError
+from quantlab.formats.stored import StoredWeights
 from quantlab.plan.model import Step, VariantPlan
-from quantlab.run.weights import Read
+from quantlab.run.weights import read_finite
 
 _LARGEST: Final = torch.finfo(torch.float16).max
 _LARGEST_FP8: Final = torch.finfo(torch.float8_e4m3fn).max
 
 
-def check_float16_range(variants: Iterable[VariantPlan], read: Read) -> None:
+def check_float16_range(variants: Iterable[VariantPlan], source: StoredWeights) -> None:
     """Refuse variants that store a weight of the source in float16 which is too large for it.
 
     Args:
         variants: the variants that are about to be made.
-        read: reads the source weight of a step.
+        source: the weights of the source.
 
     Raises:
         CheckpointError: a weight is too large, cannot be read or is not finite.
@@ -37,13 +37,15 @@ def check_float16_range(variants: Iterable[VariantPlan], read: Read) -> None:
             narrowed = step.dtype == "F16" and step.source.dtype != "F16" and step.outputs
             if narrowed and step.tensor.name not in checked:
                 checked.add(step.tensor.name)
-                _check(step, read, variant=variant.name)
+                _check(step, source, variant=variant.name)
 
 
-def _check(step: Step, read: Read, *, variant: str) -> None:
-    if step.scale is not None and read_entry(step.scale).float().abs().max().item() * _LARGEST_FP8 <= _LARGEST:
-        return
-    weight = read(step)
+def _check(step: Step, source: StoredWeights, *, variant: str) -> None:
+    if step.scale is not None:
+        scale = source.reader.read(step.scale.name).float().abs().max().item()
+        if scale * _LARGEST_FP8 <= _LARGEST:
+            return
+    weight = read_finite(step, source)
     largest = weight.abs().max().item() if weight.numel() else 0.0
     if largest > _LARGEST:
         raise CheckpointError(

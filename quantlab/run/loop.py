@@ -34,6 +34,7 @@ from quantlab.run.artifact import Making, finish_artifact
 from quantlab.run.directory import RunDirectory, make_directory
 from quantlab.run.identity import identify
 from quantlab.run.journal import FileRecord, FinishedBlock, Journal, journal_identity
+from quantlab.run.source import reached
 from quantlab.run.weights import BlockWeights, read_finite
 
 Progress = Callable[[int], None]
@@ -48,11 +49,13 @@ class Settings:
         device: device of calibration; part of the identity of calibrated artifacts.
         overwrite: replace artifacts and unfinished work of other recipes instead of raising an error.
         shared_bytes: disk space for the results that calibrated variants share.
+        disk: bytes that shards of a hub may take at a time; None for all of them.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     overwrite: bool = False
     shared_bytes: int = 0
+    disk: int | None = None
 
 
 def run_variant(
@@ -88,6 +91,7 @@ def run_variant(
         resources = Resources(directory.work(variant.name), directory.shared, settings.shared_bytes, settings.device)
         calibrated = CalibratedRun(plan, variant, tokens, read, resources)
     for block in variant.blocks:
+        reached(plan.checkpoint, variant, block)
         if journal.has(block.name):
             progress(block.source_bytes)
         elif calibrated is not None and calibrated.has(block):

@@ -8,6 +8,7 @@ from quantlab.passes.apply import WeightReport
 from quantlab.plan.model import Plan, Step, VariantPlan
 from quantlab.recipe.algorithms import Awq, Gptq, PruneAlgorithm, QuantizeAlgorithm, Rtn, SparseGpt, Wanda
 from quantlab.recipe.load import LoadedRecipe
+from quantlab.run.card_metadata import front_matter
 
 CARD_NAME = "README.md"
 MEASURED_START, MEASURED_END = "<!-- measured by quantlab -->", "<!-- end of what was measured -->"
@@ -35,7 +36,7 @@ def model_card(
         calibrated_on: device and dtype of calibration; empty without calibration.
     """
     sections = [
-        _front_matter(variant),
+        front_matter(plan, variant, recipe),
         f"# {variant.name}: {variant.description}\n",
         f"Made by quantlab from `{recipe.recipe.model}` ({plan.architecture.class_name}) with the recipe `{recipe.name}` (below). "
         "`manifest.json` contains the hash of every file except this one, and the outcome of every tensor.\n",
@@ -54,11 +55,6 @@ def model_card(
     sections.append("## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits) + "\n")
     sections.append(f"## Recipe\n\n~~~yaml\n{recipe.content.decode().rstrip()}\n~~~\n")
     return "\n".join(section for section in sections if section)
-
-
-def _front_matter(variant: VariantPlan) -> str:
-    tags = ["deepseek", "quantlab", *(["compressed-tensors"] if _quantized(variant) else [])]
-    return "---\nlibrary_name: transformers\ntags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---\n"
 
 
 def _quantized(variant: VariantPlan) -> list[Step]:

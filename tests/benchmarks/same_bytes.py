@@ -63,7 +63,12 @@ def recipes(directory: Path) -> dict[str, Path]:
             path = directory / f"{family}-{propagate}.yaml"
             path.write_text(f"model: {model}\ncalibration: {calibration}\nvariants:\n{VARIANTS}{more}")
             found[path.stem] = path
-    text = (ROOT / "recipes" / "quickstart.yaml").read_text().replace("../eval", str(ROOT / "eval"))
+    text = (ROOT / "recipes" / "quickstart.yaml").read_text()
+    for name, place in (
+        ("deepseek-v3-mini", "eval/reference/deepseek-v3-mini"),
+        ("builtin", "eval/corpora/calibration.jsonl"),
+    ):
+        text = text.replace(name, str(ROOT / place))  # older checkouts know no names
     path = directory / "quickstart.yaml"
     path.write_text("\n".join(line for line in text.splitlines() if not line.startswith("evaluate:")) + "\n")
     return {**found, "quickstart": path}

@@ -31,7 +31,7 @@ def directory(checkpoints: dict[str, Path], tmp_path: Path) -> RunDirectory:
 
 def run(directory: RunDirectory) -> list[Export]:
     loaded = load_recipe(directory.path.parent / "recipe.yaml")
-    plan = compile_plan(loaded.recipe, open_checkpoint(loaded.resolve(loaded.recipe.model)))
+    plan = compile_plan(loaded.recipe, open_checkpoint(loaded.model))
     make_artifacts(plan, loaded, directory, lambda _: lambda _: None)
     return write_exports(plan, directory, lambda _, __: lambda _: None)
 

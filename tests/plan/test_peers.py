@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from quantlab.checkpoint.index import open_checkpoint
 from quantlab.errors import ArtifactError, CheckpointError, PlanError, QuantlabError, RecipeError
 from quantlab.exports.export import export
 from quantlab.plan.compile import compile_plan
 from quantlab.plan.model import Peer
 from quantlab.recipe.load import load_recipe
+from quantlab.source import open_peers, open_source
 from tests.checkpoints import make_checkpoint
 from tests.exports.artifacts import make_artifact
 
@@ -39,8 +39,7 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def planned(model: Path, peer: Path, root: Path) -> Peer:
     (root / "recipe.yaml").write_text(RECIPE.format(model=model, peer=peer))
     loaded = load_recipe(root / "recipe.yaml")
-    opened = {name: open_checkpoint(loaded.resolve(path)) for name, path in loaded.recipe.peers.items()}
-    (found,) = compile_plan(loaded.recipe, open_checkpoint(model), peers=opened).peers
+    (found,) = compile_plan(loaded.recipe, open_source(loaded), peers=open_peers(loaded)).peers
     return found
 
 

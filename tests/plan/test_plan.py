@@ -30,7 +30,7 @@ ALL = """\
 
 def make_plan(recipe: Path) -> Plan:
     loaded = load_recipe(recipe)
-    return compile_plan(loaded.recipe, open_checkpoint(loaded.resolve(loaded.recipe.model)))
+    return compile_plan(loaded.recipe, open_checkpoint(loaded.model))
 
 
 @pytest.fixture(params=["llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3"])

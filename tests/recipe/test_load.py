@@ -84,7 +84,7 @@ def test_a_good_recipe(tmp_path: Path) -> None:
     loaded = load_recipe(path)
     assert list(loaded.recipe.variants) == ["fp16", "int8", "w4a16-experts", "pruned-8-w4a16"]
     assert loaded.recipe.variants["pruned-8-w4a16"].passes[0].prune == 0.08
-    assert loaded.resolve(loaded.recipe.model) == (tmp_path / "model").resolve()
+    assert loaded.model == (tmp_path / "model").resolve()
     assert loaded.hub_id is None
     assert loaded.content == GOOD.encode()
 

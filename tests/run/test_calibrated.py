@@ -75,9 +75,9 @@ def write_recipe(directory: Path, model: Path, variants: str, *, calibration: st
 
 def run(recipe: Path, out: Path) -> RunDirectory:
     loaded = load_recipe(recipe)
-    source = open_checkpoint(loaded.resolve(loaded.recipe.model))
+    source = open_checkpoint(loaded.model)
     plan = compile_plan(loaded.recipe, source, corpus_sha256=loaded.corpus_sha256())
-    check_before_running(loaded, plan)
+    check_before_running(loaded, plan, lambda *_: None, time_limit=100)
     directory = RunDirectory(out)
     make_artifacts(plan, loaded, directory, lambda _: lambda _: None)
     return directory

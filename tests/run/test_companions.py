@@ -71,4 +71,4 @@ def test_small_files_of_a_killed_run_are_replaced(checkpoints: dict[str, Path], 
 
 
 def test_the_hub_is_asked_for_all_of_them() -> None:
-    assert [name for name in CARRIED if not any(fnmatch(name, pattern) for pattern in hub._WANTED)] == []
+    assert [name for name in CARRIED if not any(fnmatch(name, pattern) for pattern in hub._SMALL)] == []

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 def variants_of(recipe: Path) -> dict[str, VariantPlan]:
     loaded = load_recipe(recipe)
-    source = open_checkpoint(loaded.resolve(loaded.recipe.model))
+    source = open_checkpoint(loaded.model)
     plan = compile_plan(loaded.recipe, source, corpus_sha256=loaded.corpus_sha256())
     return {variant.name: variant for variant in plan.variants}
 

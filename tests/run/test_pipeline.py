@@ -33,7 +33,7 @@ FAMILIES = ["llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3"]
 
 def run(recipe: Path, out: Path) -> RunDirectory:
     loaded = load_recipe(recipe)
-    plan = compile_plan(loaded.recipe, open_checkpoint(loaded.resolve(loaded.recipe.model)))
+    plan = compile_plan(loaded.recipe, open_checkpoint(loaded.model))
     directory = RunDirectory(out)
     make_artifacts(plan, loaded, directory, lambda _: lambda _: None)
     return directory

@@ -1,17 +1,19 @@
 """What is judged: an artifact, or an export of it whose reference is the artifact; and the source model it was made from."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from quantlab.checkpoint.hub import cached_snapshot
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.errors import ArtifactError, CheckpointError, EvaluationError
 from quantlab.evaluation.engines.verdict import manifest_sha256
 from quantlab.evaluation.manifest import read_manifest
 from quantlab.files import read_json
 from quantlab.formats.layouts import method_of
+from quantlab.shipped import names
 
 EXPORT_NAME: Final = "export.json"
 
@@ -103,13 +105,25 @@ def find_source(artifact: Path, given: Path | None = None) -> Path | None:
                 fix=f"give the directory of {source.get('model', 'its source')}",
             )
         return given
-    run = artifact.absolute().parent.parent
-    for base in (Path.cwd(), Path.cwd() / "recipes", run, run.parent):
-        candidate = base / str(source.get("model", ""))
-        if source.get("model") and (candidate / "config.json").is_file():
+    for candidate in _places(artifact, source) if source.get("model") else ():
+        if (candidate / "config.json").is_file():
             try:
                 if open_checkpoint(candidate).fingerprint() == source.get("fingerprint"):
                     return candidate.resolve()
             except (CheckpointError, ArtifactError):
                 continue  # something else lies there
     return None
+
+
+def _places(artifact: Path, source: Mapping[str, str]) -> Iterator[Path]:
+    """Where the source of an artifact may be: near it, among the models that come with quantlab, or in the cache of the hub."""
+    run, model = artifact.absolute().parent.parent, source["model"]
+    for base in (Path.cwd(), Path.cwd() / "recipes", run, run.parent):
+        yield base / model
+    known = names("model")
+    if model in known:
+        yield known[model]
+    if "commit" in source:
+        cached = cached_snapshot(model.partition("@")[0], source["commit"])
+        if cached is not None:
+            yield cached

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantlab.evaluation.speed.metrics import TIMED_WORDS
+from quantlab.report.matrix.card_results import usage, with_results
 from quantlab.report.matrix.columns import columns
 from quantlab.report.matrix.engine_table import NUMBERS, engine_line
 from quantlab.report.matrix.markdown import cell_text, escaped, table_line
@@ -31,7 +32,7 @@ def filled_cards(matrix: Matrix, directory: Path) -> Iterator[tuple[Path, str]]:
         before, start, rest = text.partition(START + "\n")
         _, end, after = rest.partition(END + "\n")
         if start and end:
-            yield card, f"{before}{start}{measured_section(matrix, row)}{end}{after}"
+            yield card, f"{with_results(before, row.record)}{start}{measured_section(matrix, row)}{end}{after}"
 
 
 def _hashes_its_card(artifact: Path) -> bool:
@@ -75,5 +76,6 @@ def measured_section(matrix: Matrix, row: Row) -> str:
         *([f"Speed: {TIMED_WORDS[row.speed.timed].head}, {escaped(row.speed.twin)}."] if row.speed else []),
         *(f"Not measured: {failure.cell}: {escaped(failure.reason)}" for failure in row.failures),
         *_engines(row),
+        *usage(row.record),
     ]
     return "\n".join(about) + "\n"

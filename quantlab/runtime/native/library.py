@@ -28,6 +28,7 @@ from typing import Final
 
 import torch  # noqa: F401 - loads the OpenMP runtime that the kernels call
 
+from quantlab.files import cache_directory
 from quantlab.runtime.processor import flags
 
 SWITCH: Final = "QUANTLAB_NATIVE"
@@ -56,6 +57,8 @@ _COMPLETE: Final = _Set(
 _PRODUCTS: Final = _Set(
     frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c"), ("expand.c", "products256.c")
 )
+INSTRUCTIONS: Final = _COMPLETE.instructions | _PRODUCTS.instructions
+"""The flags in /proc/cpuinfo that choose a set of kernels."""
 _HEADERS: Final = ("kernels.h", "simd.h", "simd256.h", "work.h")
 _FLAGS: Final = ("-O2", "-std=gnu11", "-fPIC")
 _SECONDS: Final = 120
@@ -95,7 +98,7 @@ def _loaded() -> _Loaded:
         return _Loaded(None, False, f"torch's kernels (this processor has no {missing[0]})")
     reason = f"this processor has no {missing[0]}" if missing else f"{SWITCH}=avx2"
     used = "native kernels" if complete else f"native products of quantized matrices with AVX2 ({reason})"
-    compiler = _compiler()
+    compiler = find_compiler()
     if compiler is None:
         return _Loaded(None, False, "torch's kernels (no C compiler found: install gcc or set CC)")
     try:
@@ -108,7 +111,8 @@ def _loaded() -> _Loaded:
     return _Loaded(loaded, complete, used)
 
 
-def _compiler() -> str | None:
+def find_compiler() -> str | None:
+    """The path of the C compiler that builds the kernels: `CC`, else the first of cc, gcc and clang; None without one."""
     chosen = os.environ.get("CC")
     names = (chosen,) if chosen else ("cc", "gcc", "clang")
     return next((path for name in names if (path := shutil.which(name))), None)
@@ -121,7 +125,7 @@ def _built(compiler: str, kernels: _Set) -> Path:
     digest = hashlib.sha256(repr((compiler, identity.st_size, identity.st_mtime_ns, _FLAGS, kernels.options)).encode())
     for name in (*kernels.sources, *_HEADERS):
         digest.update((sources / name).read_bytes())
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantlab"
+    directory = cache_directory()
     target = directory / f"kernels-{digest.hexdigest()[:16]}.so"
     if target.is_file():
         return target
