@@ -35,6 +35,7 @@ from quantlab.report.leaderboard.files import write_leaderboard
 from quantlab.report.leaderboard.terminal import print_leaderboard
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.terminal import print_matrix
+from quantlab.texts.locate import Commits, with_located_text
 from quantlab.version import VERSION
 
 app = typer.Typer(
@@ -92,7 +93,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show the plan of a recipe, from headers alone: sizes, memory, the outcome of every tensor, rules of engines."""
-    _, compiled = _compile(recipe)
+    _, compiled, _ = _compile(recipe)
     names = [variant.name for variant in compiled.variants]
     if ledger is not None and ledger not in names:
         raise RecipeError(
@@ -139,7 +140,7 @@ def run(
 ) -> None:
     """Make and measure every artifact of a recipe and print the matrix. Run again after an interruption to continue."""
     started = time.monotonic()
-    loaded, compiled = _compile(recipe)
+    loaded, compiled, commits = _compile(recipe, out)
     if loaded.recipe.evaluate is not None:
         load_suite(loaded.resolve(loaded.recipe.evaluate.suite))  # report errors in it before the long work
         if loaded.recipe.evaluate.claims is not None:
@@ -151,7 +152,8 @@ def run(
 
     directory = _directory(loaded, out)
     found = find_device(device)
-    check_before_running(loaded, compiled)
+    check_before_running(loaded, compiled, directory)
+    commits.keep()
     settings = Settings(device=found, overwrite=overwrite)
     with _interruptible():
         made = make(loaded, compiled, directory, settings, console=_err, quiet=quiet or as_json)
@@ -187,7 +189,7 @@ def evaluate_artifacts(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the artifacts made by `run` and print the matrix."""
-    loaded, compiled = _compile(recipe)
+    loaded, compiled, commits = _compile(recipe, out)
     if loaded.recipe.evaluate is None:
         raise RecipeError(
             "the recipe does not say what to measure",
@@ -199,8 +201,9 @@ def evaluate_artifacts(
     from quantlab.runtime.device import find_device
     from quantlab.stages import Measuring, measure
 
-    check_before_running(loaded, compiled)
     directory = _directory(loaded, out)
+    check_before_running(loaded, compiled, directory)
+    commits.keep()
     how = Measuring(device=find_device(device), time_limit=time_limit, reuse=not again, quiet=quiet or as_json)
     with _interruptible():
         matrix = measure(loaded, compiled, directory, how, console=_err)
@@ -331,10 +334,12 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _compile(path: Path) -> tuple[LoadedRecipe, Plan]:
+def _compile(path: Path, out: Path | None = None) -> tuple[LoadedRecipe, Plan, Commits]:
+    """The recipe with its datasets located, its plan, and the commits of the datasets."""
     loaded = load_recipe(path)
-    source, corpus = _open_source(loaded), loaded.corpus_sha256()
-    return loaded, compile_plan(loaded.recipe, source, corpus_sha256=corpus)
+    source, commits = _open_source(loaded), Commits(_directory(loaded, out))
+    loaded = with_located_text(loaded, source.directory, commits)
+    return loaded, compile_plan(loaded.recipe, source, corpus_sha256=loaded.corpus_sha256()), commits
 
 
 def _open_source(recipe: LoadedRecipe) -> Checkpoint:

@@ -5,8 +5,10 @@ place for is known now; tokenizer, generation settings and held-out text are rea
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from quantlab.calibration.corpus import sample_tokens
+from quantlab.calibration.drawn import draw_text
 from quantlab.checkpoint.tokenizer import check_token_settings
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.suite import load_suite
@@ -16,8 +18,13 @@ from quantlab.plan.model import Plan
 from quantlab.recipe.load import LoadedRecipe
 
 
-def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
+def check_before_running(recipe: LoadedRecipe, plan: Plan, run: Path) -> None:
     """Check that the checkpoint can be computed with and evaluated, as far as the recipe asks for it.
+
+    Args:
+        recipe: the recipe, with its datasets located.
+        plan: the compiled recipe.
+        run: the run's directory; text that is drawn from datasets is kept there if nothing else is wrong.
 
     Raises:
         ArtifactError: the runtime does not know the model, or a package that writes a format is not installed.
@@ -33,6 +40,9 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
         shapes = {step.tensor.name: tuple(step.source.shape) for step in plan.variants[0].steps}
         check_tensors(source.config, shapes, where=str(source.directory))
     check_token_settings(source.directory, source.config)
+    drawn = None
+    if recipe.datasets is not None and calibration is not None:
+        drawn = draw_text(recipe.datasets, calibration, source.directory, run)
     if recipe.corpus is not None and calibration is not None:
         sample_tokens(
             recipe.corpus,
@@ -48,6 +58,8 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
         read_generation_config(source.directory)
         suite = load_suite(recipe.resolve(wanted.suite))
         check_suite_text(suite, source.directory, plan.architecture.context_length(source.config))
+    if drawn is not None:
+        drawn.keep()
 
 
 def _check_packages(plan: Plan) -> None:

@@ -27,11 +27,12 @@ from quantlab.plan.source import FLOATING, SourceWeight, survey
 from quantlab.recipe.algorithms import ExpertRemoval, Rtn
 from quantlab.recipe.schema import Calibration, Cast, NOfM, Prune, Quantize, Recipe, Variant
 from quantlab.recipe.schemes import DTYPE_WORDS, SCHEMES, FloatDtype
+from quantlab.recipe.texts import TextChoices
 
 LARGEST_SHARD = 5_000_000_000
 _WIDE = {"F32", "F64"}
-_NO_NUMBER = {"corpus", "memory", "dtype"}
-"""Calibration fields excluded from a recipe's key: the text is hashed by content, the dtype belongs to the device."""
+_NO_NUMBER = {"corpus", "dataset", "mix", "memory", "dtype", *TextChoices.model_fields}
+"""Calibration fields excluded from a recipe's key: `corpus_sha256` stands for the text, the dtype belongs to the device."""
 
 AnyPass = Cast | Quantize | Prune
 
@@ -42,7 +43,7 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
     Args:
         recipe: the validated recipe.
         checkpoint: the source, headers only.
-        corpus_sha256: hash of the calibration text; part of the key of every variant that uses it.
+        corpus_sha256: hash of what decides the calibration text; part of the key of every variant that uses it.
 
     Raises:
         CheckpointError: the source is incomplete or not supported, or its config.json cannot be right.

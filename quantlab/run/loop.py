@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from quantlab.calibration.corpus import sample_tokens
+from quantlab.calibration.drawn import DrawnText, draw_text
 from quantlab.checkpoint.reader import Reader
 from quantlab.checkpoint.writer import ShardWriter
 from quantlab.formats.codecs.table import encode
@@ -77,7 +78,11 @@ def run_variant(
         identity.difference(begun) == "code" or (settings.overwrite and begun["key"] != identity.key)
     ):
         directory.tidy(variant)
-    tokens = _calibration_tokens(plan, variant, recipe)  # report unusable text before anything is written
+    tokens, drawn = _calibration_tokens(
+        plan, variant, recipe, directory
+    )  # report unusable text before anything is written
+    if drawn is not None:
+        drawn.keep()
     make_directory(shards)
     journal = Journal(directory.journal(variant.name), shards, identity=identity)
     read = partial(read_finite, source=source)
@@ -99,23 +104,29 @@ def run_variant(
         else:
             journal.commit(write_block(block, BlockWeights(block, read), shards, progress))
     blocks = journal.finished([block.name for block in variant.blocks])
-    finish_artifact(Making(plan, variant, recipe, identity), shards, blocks)
+    finish_artifact(Making(plan, variant, recipe, identity, drawn.written() if drawn else {}), shards, blocks)
     directory.publish(variant)
 
 
-def _calibration_tokens(plan: Plan, variant: VariantPlan, recipe: LoadedRecipe) -> Tensor | None:
-    """The calibration text of a variant as tokens [samples, length]; None without calibration."""
+def _calibration_tokens(
+    plan: Plan, variant: VariantPlan, recipe: LoadedRecipe, directory: RunDirectory
+) -> tuple[Tensor | None, DrawnText | None]:
+    """The calibration text of a variant as tokens [samples, length], and as drawn from datasets; None without calibration."""
     calibration = variant.calibration
     if calibration is None:
-        return None
-    assert recipe.corpus is not None, "a calibrated variant has a corpus"
-    return sample_tokens(
+        return None, None
+    if recipe.datasets is not None:
+        drawn = draw_text(recipe.datasets, calibration, plan.checkpoint.directory, directory.path)
+        return drawn.tokens, drawn
+    assert recipe.corpus is not None, "a calibrated variant has a corpus or datasets"
+    tokens = sample_tokens(
         recipe.corpus,
         plan.checkpoint.directory,
         samples=calibration.samples,
         length=calibration.length,
         seed=calibration.seed,
     )
+    return tokens, None
 
 
 def write_block(block: Block, weights: BlockWeights, directory: Path, progress: Progress) -> FinishedBlock:

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from quantlab.passes.apply import WeightReport
 from quantlab.plan.model import Plan, Step, VariantPlan
@@ -23,6 +24,7 @@ def model_card(
     coverage: Mapping[str, Sequence[int]],
     *,
     calibrated_on: str,
+    sources: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The model card as Markdown.
 
@@ -33,6 +35,7 @@ def model_card(
         reports: reports on the changed weights, by name.
         coverage: calibration tokens per routed expert, by block.
         calibrated_on: device and dtype of calibration; empty without calibration.
+        sources: the datasets of the calibration, as in the manifest.
     """
     sections = [
         _front_matter(variant),
@@ -42,6 +45,7 @@ def model_card(
         f"## Measurements\n\n{MEASURED_START}\nNot measured yet.\n{MEASURED_END}\n",
         _roles_table(variant),
         _calibration_section(variant, coverage, calibrated_on),
+        _sources_section(sources),
         _errors_section(reports),
         _loading_section(variant),
         _engines_section(variant),
@@ -109,6 +113,18 @@ def _calibration_section(variant: VariantPlan, coverage: Mapping[str, Sequence[i
             "",
         ]
     return "\n".join(lines)
+
+
+def _sources_section(sources: Sequence[Mapping[str, Any]]) -> str:
+    if not sources:
+        return ""
+    rows = [
+        f"| {' '.join(filter(None, (one['dataset'], one['config'], one['split'])))} | {one['commit'][:12]} | {one['documents']:,} "
+        f"| {one['samples']:,} | {one['tokens']:,} |"
+        for one in sources
+    ]
+    head = ["| calibration text | commit or sha256 | documents | samples | tokens |", "|---|---|--:|--:|--:|"]
+    return "\n".join([*head, *rows, ""])
 
 
 def _shrinkage_note(variant: VariantPlan) -> str:
