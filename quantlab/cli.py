@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from quantlab.plan.compile import compile_plan
 from quantlab.plan.model import Plan
 from quantlab.plan.source import survey
 from quantlab.recipe.load import LoadedRecipe, load_recipe
+from quantlab.recipe.presets import PRESETS
 from quantlab.recipe.schemes import FormatName
 from quantlab.report.claims.check import load_claims
 from quantlab.report.comparison.compare import GRAMMAR
@@ -92,7 +94,11 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the plan of a recipe, from headers alone: sizes, memory, the outcome of every tensor, rules of engines."""
+    """Show the plan of a recipe, from headers alone: sizes, memory, the outcome of every tensor, rules of engines.
+
+    A recipe names its calibration text by `corpus: FILE.jsonl`, `dataset: NAME` or `mix: [{dataset: NAME, share: 0.3}, …]`. NAME is a Hugging Face
+    id, a file, a folder, or a preset; `quantlab datasets` lists the presets.
+    """
     _, compiled, _ = _compile(recipe)
     names = [variant.name for variant in compiled.variants]
     if ledger is not None and ledger not in names:
@@ -115,6 +121,15 @@ def plan(
             )
         if ledger == variant.name:
             _out.print(show.ledger_table(variant))
+
+
+@app.command()
+def datasets(as_json: JsonOption = False) -> None:
+    """List the datasets that recipes and suites can name by a short word, with the commits they are pinned to."""
+    if as_json:
+        typer.echo(json.dumps({name: asdict(preset) for name, preset in PRESETS.items()}, indent=1))
+    else:
+        show.print_presets(_out, PRESETS)
 
 
 @app.command()

@@ -65,7 +65,7 @@ class FakeHub:
         self._failures[dataset] = [(status, code, path)] * times
 
     def start(self) -> "FakeHub":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def stop(self) -> None:

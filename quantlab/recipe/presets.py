@@ -98,8 +98,3 @@ def with_preset(source: TextSource) -> TextSource:
         update={"dataset": preset.dataset}
         | {name: value for name, value in known.items() if getattr(source, name) is None}
     )
-
-
-def presets_text() -> str:
-    """The presets as one line of text for help."""
-    return "; ".join(f"`{name}`: {preset.about} ({preset.dataset})" for name, preset in PRESETS.items())

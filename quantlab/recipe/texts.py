@@ -30,7 +30,7 @@ class TextChoices(Strict):
     """A jinja file for messages, relative to the recipe; by default the checkpoint's own template."""
     special_tokens: SpecialTokens = "special"
     """How text that spells a token of the tokenizer's added vocabulary is read: as that token, or as plain `text`. Tokens of the
-    chat template itself are always tokens."""
+    chat template itself, and the tags of reasoning in messages, are always tokens."""
 
     @property
     def chosen(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ what serving it makes: the prompt with the generation prompt (`thinking` switche
 model would have written it, then what the template puts after an answer.
 
 **Spelled tokens.** With `special_tokens: text`, tokens of the added vocabulary that a message merely spells are read as plain text, those of
-the template as tokens. They are marked by private-use characters before rendering, and told apart after it (the same idea is in
+the template and the tags of reasoning as tokens. They are marked by private-use characters before rendering, and told apart after it (the same idea is in
 transformers' `mark_control_tokens`).
 """
 
@@ -56,7 +56,8 @@ class ChatTemplate:
     def __init__(self, template: str, tokens: Mapping[str, str], *, spelled: Sequence[str] = ()) -> None:
         self._template = _environment().from_string(template)
         self._tokens = dict(tokens)
-        texts = "|".join(re.escape(text) for text in sorted(spelled, key=lambda text: -len(text)))
+        marked = [text for text in sorted(spelled, key=lambda text: -len(text)) if text not in {_THINK, _END_THINK}]
+        texts = "|".join(map(re.escape, marked))
         self._spelled = re.compile(texts) if texts else None
         self._marked = re.compile(f"{_OPEN}({texts}){_CLOSE}|[{_OPEN}{_CLOSE}]")
 

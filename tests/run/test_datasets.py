@@ -1,0 +1,99 @@
+"""A run calibrated on datasets by name: what it writes, and that it continues without the hub."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from quantlab.cli import app
+from quantlab.errors import QuantlabError
+from tests.checkpoints import make_checkpoint
+from tests.evaluation.conftest import write_corpus, write_tokenizer
+from tests.fake_hub import FakeHub
+from tests.texts.conftest import hub, parquet  # noqa: F401 - a fixture
+
+RECIPE = """
+model: model
+calibration:
+  samples: 4
+  length: 16
+  mix:
+    - {dataset: me/corpus, share: 0.75}
+    - {dataset: calibration.jsonl, share: 0.25}
+variants:
+  a: [{quantize: int4_g32, algorithm: {name: gptq}}]
+"""
+
+
+@pytest.fixture
+def files(hub: FakeHub, tmp_path: Path) -> Path:  # noqa: F811
+    write_tokenizer(make_checkpoint(tmp_path / "model", "llama"))
+    write_corpus(tmp_path / "calibration.jsonl")
+    texts = [json.loads(line)["text"] for line in (tmp_path / "calibration.jsonl").read_text().splitlines()]
+    hub.datasets["me/corpus"] = {"train.parquet": parquet([{"text": text} for text in texts])}
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def run(files: Path, *options: str, verb: str = "run") -> str:
+    out = ("--out", str(files / "out"), "--device", "cpu") if verb == "run" else ()
+    result = CliRunner().invoke(app, [verb, str(files / "recipe.yaml"), *out, *options], catch_exceptions=False)
+    return result.output
+
+
+@pytest.mark.slow
+def test_a_run_on_datasets(files: Path, hub: FakeHub) -> None:  # noqa: F811
+    assert "a" in run(files, verb="plan")
+    run(files)
+    artifact = files / "out" / "artifacts" / "a"
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    calibration = manifest["calibration"]
+    first, second = calibration["sources"]
+    assert (first["dataset"], first["commit"], first["split"]) == ("me/corpus", hub.commit("me/corpus"), "train")
+    assert (first["samples"], first["tokens"], second["samples"]) == (3, 48, 1)
+    assert calibration["documents_sha256"]
+    assert "corpus" not in calibration
+    assert "datasets" in manifest["identity"]["versions"]
+    card = (artifact / "README.md").read_text()
+    assert f"| me/corpus train | {hub.commit('me/corpus')[:12]} |" in card
+
+    weights = {path.name: path.read_bytes() for path in artifact.glob("*.safetensors")}
+    shutil.rmtree(artifact)
+    hub.requests.clear()
+    hub.datasets["me/corpus"]["more.txt"] = b"another commit"
+    hub.fail("me/corpus", status=500)
+    run(files)  # from what the run kept
+    assert not [one for one in hub.requests if "me/corpus" in one]
+    assert {path.name: path.read_bytes() for path in artifact.glob("*.safetensors")} == weights
+    assert json.loads((artifact / "manifest.json").read_text()) == manifest
+
+
+def test_nothing_is_left_if_the_hub_refuses(files: Path, hub: FakeHub) -> None:  # noqa: F811
+    hub.fail("me/corpus", status=403, path="/revision/")
+    with pytest.raises(QuantlabError, match="the hub refuses access"):
+        run(files)
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "what"),
+    [
+        ("{samples: 4}", "no text is named"),
+        ("{corpus: a.jsonl, dataset: b}", "the text is named by `corpus` and `dataset`"),
+        ("{corpus: a.jsonl, split: test}", "`split` belongs to a text named by `dataset`"),
+        ("{mix: [{dataset: a, share: 1}], column: x}", "`column` belongs to each entry of `mix`"),
+        ("{mix: [{dataset: a, share: 0.5}, {dataset: b, share: 0.6}]}", "the shares of the mixture add up to 1.1"),
+        ("{mix: [{dataset: a}]}", "`share` is missing"),
+        ("{dataset: a, special_tokens: plain}", "unknown word"),
+        ("{dataset: a, splits: test}", "unknown key"),
+    ],
+)
+def test_a_section_that_names_no_text(files: Path, section: str, what: str) -> None:
+    head, _, rest = RECIPE.partition("calibration:")
+    (files / "recipe.yaml").write_text(f"{head}calibration: {section}\n{rest[rest.index('variants') :]}")
+    with pytest.raises(QuantlabError) as raised:
+        run(files, verb="plan")
+    assert raised.value.what.startswith(what)
+    assert raised.value.fix
