@@ -37,6 +37,7 @@ from quantlab.report.leaderboard.files import write_leaderboard
 from quantlab.report.leaderboard.terminal import print_leaderboard
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.terminal import print_matrix
+from quantlab.text_notes import keep_overlap, text_notes
 from quantlab.texts.locate import Commits, with_located_text
 from quantlab.version import VERSION
 
@@ -99,7 +100,7 @@ def plan(
     A recipe names its calibration text by `corpus: FILE.jsonl`, `dataset: NAME` or `mix: [{dataset: NAME, share: 0.3}, …]`. NAME is a Hugging Face
     id, a file, a folder, or a preset; `quantlab datasets` lists the presets.
     """
-    _, compiled, _ = _compile(recipe)
+    loaded, compiled, _ = _compile(recipe)
     names = [variant.name for variant in compiled.variants]
     if ledger is not None and ledger not in names:
         raise RecipeError(
@@ -112,6 +113,8 @@ def plan(
     _out.print(show.plan_table(compiled))
     _out.print(show.outcome_table(compiled))
     _out.print(show.rules_table(compiled))
+    for note in text_notes(loaded):
+        _out.print(note, highlight=False, markup=False)
     for variant in compiled.variants:
         for note in variant.notes:
             _out.print(f"{variant.name}: {note}", highlight=False, markup=False)
@@ -167,23 +170,27 @@ def run(
 
     directory = _directory(loaded, out)
     found = find_device(device)
-    check_before_running(loaded, compiled, directory)
-    commits.keep()
+    checked = check_before_running(loaded, compiled, directory, commits)
     settings = Settings(device=found, overwrite=overwrite)
     with _interruptible():
         made = make(loaded, compiled, directory, settings, console=_err, quiet=quiet or as_json)
         exports = export_artifacts(compiled, directory, console=_err, quiet=quiet or as_json)
+    keep_overlap(checked.overlap, directory)
     if not (quiet or as_json):
         show.print_artifacts(_err, made=made.made, outdated=made.outdated, kept=made.kept, directory=directory)
         for one in exports:
             show.print_export(_err, one.directory, one.notes, made=one.made)
+    if checked.overlap is not None and not (quiet or as_json):
+        _err.print(checked.overlap.text, style="dim", highlight=False, markup=False)
     if loaded.recipe.evaluate is None:
         if as_json:
             artifacts = [str(directory / "artifacts" / name) for name in loaded.recipe.variants]
             typer.echo(json.dumps({"artifacts": artifacts, "exports": [str(one.directory) for one in exports]}))
         return
     with _interruptible():
-        how = Measuring(device=found, time_limit=time_limit, reuse=True, quiet=quiet or as_json)
+        how = Measuring(
+            device=found, time_limit=time_limit, reuse=True, quiet=quiet or as_json, held_out=checked.held_out
+        )
         matrix = measure(loaded, compiled, directory, how, console=_err)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
     if not (quiet or as_json):
@@ -217,11 +224,11 @@ def evaluate_artifacts(
     from quantlab.stages import Measuring, measure
 
     directory = _directory(loaded, out)
-    check_before_running(loaded, compiled, directory)
-    commits.keep()
-    how = Measuring(device=find_device(device), time_limit=time_limit, reuse=not again, quiet=quiet or as_json)
+    checked = check_before_running(loaded, compiled, directory, commits)
+    how = Measuring(find_device(device), time_limit, not again, quiet or as_json, held_out=checked.held_out)
     with _interruptible():
         matrix = measure(loaded, compiled, directory, how, console=_err)
+    keep_overlap(checked.overlap, directory)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
     _exit_if_not_measured(matrix, loaded.recipe.evaluate.verify, shown=not (quiet or as_json))
 

@@ -94,12 +94,14 @@ class Measuring:
         time_limit: seconds that one measurement, or one task, may take.
         reuse: keep earlier records whose artifact, suite, baseline and hardware are unchanged.
         quiet: no progress bars.
+        held_out: held-out text that was drawn from the suite's datasets; None if it names a corpus.
     """
 
     device: torch.device
     time_limit: float
     reuse: bool = True
     quiet: bool = False
+    held_out: Path | None = None
 
 
 def measure(recipe: LoadedRecipe, plan: Plan, out: Path, how: Measuring, *, console: Console) -> Matrix:
@@ -153,7 +155,7 @@ def _judged(
     from quantlab.evaluation.engines.record_verdicts import judge_run, write_record
 
     artifacts = [directory.artifact(variant.name) for variant in plan.variants]
-    suite = load_suite(recipe.resolve(wanted.suite))
+    suite = load_suite(recipe.resolve(wanted.suite), held_out=how.held_out)
     with console.status("other engines") if not how.quiet else nullcontext() as status:
         tell = (lambda text: status.update(text)) if status is not None else (lambda _: None)
         judging = Judging(source=plan.checkpoint.directory, corpus=suite.corpus, reuse=how.reuse, tell=tell)
@@ -198,6 +200,7 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
         command=shlex.join(["quantlab", *sys.argv[1:]]),
         device=str(how.device),
         gpu=name_of(how.device),
+        held_out=how.held_out,
         side_by_side=cells_at_once([artifact.directory for artifact in (as_it_is, *artifacts)], how.device),
     )
 

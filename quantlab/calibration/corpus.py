@@ -37,8 +37,7 @@ def sample_tokens(corpus: Path, tokenizer_dir: Path, *, samples: int, length: in
         CalibrationError: the corpus cannot be read, has a malformed line, or is too short.
         CheckpointError: there is no usable tokenizer, its vocabulary is larger than the model's, or it cannot encode a text.
     """
-    lines = read_json_lines(corpus, fields=("text",), kind="calibration text", error=CalibrationError)
-    texts = [line["text"] for line in lines]
+    texts = [line["text"] for line in read_calibration_text(corpus)]
     tokenizer, prefix = load_tokenizer(tokenizer_dir)
     check_length(length, prefix, where=str(corpus))
     generator = torch.Generator().manual_seed(seed)
@@ -54,6 +53,15 @@ def sample_tokens(corpus: Path, tokenizer_dir: Path, *, samples: int, length: in
             fix="use fewer `samples`, a smaller `length`, or more text",
         )
     return torch.tensor(taken, dtype=torch.int64)
+
+
+def read_calibration_text(corpus: Path) -> list[dict[str, str]]:
+    """The documents of a corpus, each with its `text`.
+
+    Raises:
+        CalibrationError: the corpus cannot be read or has a malformed line.
+    """
+    return read_json_lines(corpus, fields=("text",), kind="calibration text", error=CalibrationError)
 
 
 def tokens_sha256(tokens: Tensor) -> str:

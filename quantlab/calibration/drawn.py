@@ -6,7 +6,7 @@ that is needed; those that were read are kept, so that a run that continues need
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from quantlab.recipe.texts import LocatedSource, LocatedText
 from quantlab.texts.document import Document, DrawnDocument, Encoder, read_documents, write_documents
 from quantlab.texts.locate import TEXTS, keep
 from quantlab.texts.rows import Reading, documents
+from quantlab.texts.shares import allotted
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def draw_text(text: LocatedText, calibration: Calibration, checkpoint: Path, run
     where = ", ".join(source.name for source in text.sources)
     check_length(calibration.length, prefix, where=where)
     encoder = Encoder(tokenizer, prefix)
-    counts = allotted([source.share for source in text.sources], calibration.samples)
+    shares = [source.share for source in text.sources]
+    counts = allotted(shares, calibration.samples, what="sample", where="calibration.mix", error=CalibrationError)
     path = run / TEXTS / f"calibration-{_key(text, calibration, checkpoint)[:16]}.jsonl"
     kept = _kept(path)
     drawn: list[DrawnDocument] = []
@@ -114,26 +116,6 @@ def draw_text(text: LocatedText, calibration: Calibration, checkpoint: Path, run
         drawn += [DrawnDocument(index, document) for document in used]
     content = write_documents(drawn) if kept is None else path.read_bytes()
     return DrawnText(path, content, tuple(drawn), torch.tensor(rows, dtype=torch.int64), counts, text.sources)
-
-
-def allotted(shares: Sequence[float], samples: int) -> tuple[int, ...]:
-    """Samples of every source: its share rounded down, the rest by largest remainder.
-
-    Raises:
-        CalibrationError: a source would give none.
-    """
-    exact = [share * samples for share in shares]
-    counts = [int(value + 1e-9) for value in exact]
-    for index in sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])[: samples - sum(counts)]:
-        counts[index] += 1
-    if 0 in counts:
-        raise CalibrationError(
-            "a share of the mixture gives no sample",
-            where=f"calibration.mix[{counts.index(0)}].share",
-            found=f"{shares[counts.index(0)]:g} of {samples} samples",
-            fix="use more `samples` or a larger share",
-        )
-    return tuple(counts)
 
 
 def _encoded(found: Iterator[Document], encoder: Encoder, used: list[Document]) -> Iterator[list[int]]:

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
-
-from quantlab.recipe.algorithms import Strict
+from pydantic import BaseModel, ConfigDict, Field
 
 SpecialTokens = Literal["special", "text"]
 TextColumn = str | tuple[str, str]
 
 
-class TextChoices(Strict):
+class TextChoices(BaseModel):
     """What is read of a dataset, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     config: str | None = None
     """The configuration (subset) of a dataset that has several."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantlab.calibration.corpus import sample_tokens
-from quantlab.calibration.drawn import DrawnText, allotted, draw_text
+from quantlab.calibration.drawn import DrawnText, draw_text
 from quantlab.errors import ArtifactError, CalibrationError
 from quantlab.recipe.schema import Calibration
 from quantlab.texts.locate import Commits, locate
@@ -53,12 +53,10 @@ def test_shares_are_exact(files: Path) -> None:
     assert sum(one.source == 0 for one in found.documents) == 4  # no row beyond those needed
 
 
-def test_remainders_are_allotted() -> None:
-    assert allotted([0.5, 0.3, 0.2], 10) == (5, 3, 2)
-    assert allotted([1 / 3, 1 / 3, 1 / 3], 10) == (4, 3, 3)
-    assert allotted([0.7, 0.2, 0.1], 7) == (5, 1, 1)
+def test_a_share_that_gives_no_sample(files: Path) -> None:
+    mix = [{"dataset": "long.jsonl", "share": 0.99}, {"dataset": "short.jsonl", "share": 0.01}]
     with pytest.raises(CalibrationError, match="gives no sample"):
-        allotted([0.99, 0.01], 10)
+        draw(files, mix=mix)
 
 
 def test_the_same_samples_again_and_from_what_is_kept(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

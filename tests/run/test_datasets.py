@@ -38,7 +38,7 @@ def files(hub: FakeHub, tmp_path: Path) -> Path:  # noqa: F811
 
 
 def run(files: Path, *options: str, verb: str = "run") -> str:
-    out = ("--out", str(files / "out"), "--device", "cpu") if verb == "run" else ()
+    out = ("--out", str(files / "out"), "--device", "cpu") if verb in {"run", "eval"} else ()
     result = CliRunner().invoke(app, [verb, str(files / "recipe.yaml"), *out, *options], catch_exceptions=False)
     return result.output
 
@@ -97,3 +97,38 @@ def test_a_section_that_names_no_text(files: Path, section: str, what: str) -> N
         run(files, verb="plan")
     assert raised.value.what.startswith(what)
     assert raised.value.fix
+
+
+MEASURED = """
+model: model
+calibration: {corpus: calibration.jsonl, samples: 4, length: 16}
+variants:
+  a: [{quantize: int4_g32, algorithm: {name: gptq}}]
+evaluate: {suite: suite.yaml}
+"""
+SUITE = """
+name: tiny
+version: 1
+text: {dataset: me/corpus, documents: 12, length: 24, tokens_per_domain: 600}
+served: {sequences: 2, prefix: 4, steps: 3, greedy_tokens: 4}
+"""
+
+
+@pytest.mark.slow
+def test_a_run_measured_on_a_dataset(files: Path, hub: FakeHub) -> None:  # noqa: F811
+    (files / "recipe.yaml").write_text(MEASURED)
+    (files / "suite.yaml").write_text(SUITE)
+    assert "`run` compares them when they are drawn" in run(files, verb="plan")
+    output = run(files)
+    assert "of 12 held-out documents share 13 words in a row" in output  # it is the same text
+    overlap = json.loads((files / "out" / "overlap.json").read_text())
+    assert overlap["shared_documents"] == overlap["documents"] - sum(len(one.split()) < 13 for one in kept(files))
+    record = json.loads((files / "out" / "records" / "a.json").read_text())
+    assert record["quality"]["perplexity"]["value"] > 1
+    hub.fail("me/corpus", status=500)
+    run(files, verb="eval")  # from what the run kept
+
+
+def kept(files: Path) -> list[str]:
+    (path,) = (files / "out" / "texts").glob("held-out-*.jsonl")
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
