@@ -49,19 +49,15 @@ def overlap_of(calibration: Iterable[str], held_out: Iterable[str]) -> Overlap:
         calibration: its documents.
         held_out: its documents.
     """
-    owners: dict[tuple[str, ...], set[int]] = {}
-    count = 0
-    for index, text in enumerate(held_out):
-        count += 1
-        for run in _runs(text):
-            owners.setdefault(run, set()).add(index)
+    documents = [set(_runs(text)) for text in held_out]
+    known = set().union(*documents)
     shared: set[tuple[str, ...]] = set()
     for text in calibration:
-        shared.update(run for run in _runs(text) if run in owners)
-    touched = {index for run in shared for index in owners[run]}
-    return Overlap(count, len(touched), len(owners), len(shared), " ".join(min(shared)) if shared else "")
+        shared.update(known.intersection(_runs(text)))
+    touched = sum(not document.isdisjoint(shared) for document in documents)
+    return Overlap(len(documents), touched, len(known), len(shared), " ".join(min(shared)) if shared else "")
 
 
 def _runs(text: str) -> Iterator[tuple[str, ...]]:
-    words = [word.lower() for word in _WORD.findall(text)]
-    return (tuple(words[start : start + WORDS]) for start in range(len(words) - WORDS + 1))
+    words = _WORD.findall(text.lower())
+    return zip(*(words[start:] for start in range(WORDS)), strict=False)
