@@ -71,7 +71,9 @@ class DrawnText:
         return {"sources": sources, "documents_sha256": hashlib.sha256(self.content).hexdigest()}
 
 
-def draw_text(text: LocatedText, calibration: Calibration, checkpoint: Path, run: Path) -> DrawnText:
+def draw_text(
+    text: LocatedText, calibration: Calibration, checkpoint: Path, run: Path, *, at_most: int | None = None
+) -> DrawnText:
     """Draw the samples of a calibration, or read those that a run kept.
 
     Args:
@@ -79,12 +81,16 @@ def draw_text(text: LocatedText, calibration: Calibration, checkpoint: Path, run
         calibration: samples, length and seed.
         checkpoint: the source checkpoint, for its tokenizer.
         run: the run's directory; nothing is written, see `DrawnText.keep`.
+        at_most: draw up to this number of samples in place of the calibration's; fewer are no error. The samples of a source begin
+            with those of a smaller number.
 
     Raises:
         CalibrationError: a dataset cannot be read or is too short, or a share gives no sample.
         CheckpointError: there is no usable tokenizer, or it cannot encode a text.
         ArtifactError: the kept file is damaged.
     """
+    if at_most is not None:
+        calibration = calibration.model_copy(update={"samples": at_most})
     tokenizer, prefix = load_tokenizer(checkpoint)
     where = ", ".join(source.name for source in text.sources)
     check_length(calibration.length, prefix, where=where)
@@ -95,6 +101,7 @@ def draw_text(text: LocatedText, calibration: Calibration, checkpoint: Path, run
     kept = _kept(path)
     drawn: list[DrawnDocument] = []
     rows: list[list[int]] = []
+    found_counts: list[int] = []
     for index, (source, count) in enumerate(zip(text.sources, counts, strict=True)):
         if kept is not None:
             found: Iterator[Document] = (one.document for one in kept if one.source == index)
@@ -105,17 +112,20 @@ def draw_text(text: LocatedText, calibration: Calibration, checkpoint: Path, run
         generator = torch.Generator().manual_seed(calibration.seed)
         windows = Windows(_encoded(found, encoder, used), prefix, length=calibration.length, generator=generator)
         taken = windows.draw(count)
-        if len(taken) < count:
+        if len(taken) < count and at_most is None:
             raise CalibrationError(
                 "the calibration text is too short",
                 where=f"dataset {source.name}",
                 found=f"{len(used)} documents, {windows.tokens} tokens: {len(taken)} samples of {calibration.length}, not {count}",
                 fix="use fewer `samples`, a smaller `length`, a smaller share, or more text",
             )
+        found_counts.append(len(taken))
         rows += taken
         drawn += [DrawnDocument(index, document) for document in used]
     content = write_documents(drawn) if kept is None else path.read_bytes()
-    return DrawnText(path, content, tuple(drawn), torch.tensor(rows, dtype=torch.int64), counts, text.sources)
+    return DrawnText(
+        path, content, tuple(drawn), torch.tensor(rows, dtype=torch.int64), tuple(found_counts), text.sources
+    )
 
 
 def _encoded(found: Iterator[Document], encoder: Encoder, used: list[Document]) -> Iterator[list[int]]:

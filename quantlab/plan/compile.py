@@ -55,6 +55,8 @@ def compile_plan(recipe: Recipe, checkpoint: Checkpoint, *, corpus_sha256: str =
     config = architecture.read(checkpoint.config)
     _check_length(recipe.calibration, architecture, config)
     weights = survey(checkpoint, architecture)
+    if recipe.calibration is not None and recipe.calibration.coverage is not None:
+        _check_experts(weights)
     check_tied_head(checkpoint)
     dtype_of(checkpoint)  # the source is measured in it
     fingerprint = checkpoint.fingerprint()
@@ -109,6 +111,17 @@ def _check_length(calibration: Calibration | None, architecture: Architecture, c
             where="calibration.length",
             found=f"{calibration.length} tokens, max_position_embeddings is {context}",
             fix=f"use a `length` of at most {context}",
+        )
+
+
+def _check_experts(weights: Sequence[SourceWeight]) -> None:
+    """Raise an error if coverage is asked of a model without routed experts."""
+    if not any(weight.tensor.role == "routed_experts" for weight in weights):
+        raise PlanError(
+            "the model has no routed experts to cover",
+            where="calibration.coverage",
+            found="a dense model",
+            fix="leave `coverage` out",
         )
 
 

@@ -276,6 +276,8 @@ class Calibration(TextChoices):
     """Tokens per sample, at most the model's context."""
     seed: int = Field(default=0, ge=0, strict=True)
     """Seed of the choice of samples."""
+    coverage: int | None = Field(default=None, gt=0, strict=True)
+    """Tokens that every routed expert is to have: samples of the datasets are added until it has them, up to eight times `samples`."""
     propagate: Literal["quantized", "original"] = "quantized"
     """Inputs of the next block: the outputs of the changed blocks, or those of the unchanged model."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -289,6 +291,8 @@ class Calibration(TextChoices):
         check_text(
             corpus=self.corpus, dataset=self.dataset, mix=self.mix, chosen=self.chosen, example="corpus: FILE.jsonl"
         )
+        if self.coverage is not None and self.corpus is not None:
+            raise ValueError("`coverage` adds samples of datasets; name the corpus by `dataset` in place of `corpus`")
         return self
 
     @property

@@ -64,9 +64,14 @@ def finish_artifact(making: Making, directory: Path, blocks: Sequence[FinishedBl
         (directory / name).parent.mkdir(exist_ok=True)
         write_atomically(directory / name, (plan.checkpoint.directory / name).read_bytes())
     coverage = {block.name: block.tokens_per_expert for block in blocks if block.tokens_per_expert}
-    text = making.text.get("sources", ())
     card = model_card(
-        plan, variant, making.recipe, reports, coverage, calibrated_on=calibrated_on(making.identity), sources=text
+        plan,
+        variant,
+        making.recipe,
+        reports,
+        coverage,
+        calibrated_on=calibrated_on(making.identity),
+        text=making.text,
     )
     write_atomically(directory / CARD_NAME, card.encode())
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):

@@ -24,7 +24,7 @@ def model_card(
     coverage: Mapping[str, Sequence[int]],
     *,
     calibrated_on: str,
-    sources: Sequence[Mapping[str, Any]] = (),
+    text: Mapping[str, Any],
 ) -> str:
     """The model card as Markdown.
 
@@ -35,8 +35,9 @@ def model_card(
         reports: reports on the changed weights, by name.
         coverage: calibration tokens per routed expert, by block.
         calibrated_on: device and dtype of calibration; empty without calibration.
-        sources: the datasets of the calibration, as in the manifest.
+        text: what the calibration drew from datasets, as in the manifest: `sources`, and `covered` if the recipe asks for coverage.
     """
+    sources = text.get("sources", ())
     sections = [
         _front_matter(variant),
         f"# {variant.name}: {variant.description}\n",
@@ -44,8 +45,9 @@ def model_card(
         "`manifest.json` contains the hash of every file except this one, and the outcome of every tensor.\n",
         f"## Measurements\n\n{MEASURED_START}\nNot measured yet.\n{MEASURED_END}\n",
         _roles_table(variant),
-        _calibration_section(variant, coverage, calibrated_on),
+        _calibration_section(variant, coverage, calibrated_on, sum(one["samples"] for one in sources)),
         _sources_section(sources),
+        _covered_section(text.get("covered")),
         _errors_section(reports),
         _loading_section(variant),
         _engines_section(variant),
@@ -89,14 +91,17 @@ def _roles_table(variant: VariantPlan) -> str:
     )
 
 
-def _calibration_section(variant: VariantPlan, coverage: Mapping[str, Sequence[int]], calibrated_on: str) -> str:
+def _calibration_section(
+    variant: VariantPlan, coverage: Mapping[str, Sequence[int]], calibrated_on: str, drawn: int
+) -> str:
     calibration = variant.calibration
     if calibration is None:
         return ""
-    tokens = calibration.samples * calibration.length
+    samples = drawn or calibration.samples
+    tokens = samples * calibration.length
     lines = [
         "## Calibration\n",
-        f"{calibration.samples} samples of {calibration.length} tokens ({tokens:,} in all), seed {calibration.seed}; the next block reads "
+        f"{samples} samples of {calibration.length} tokens ({tokens:,} in all), seed {calibration.seed}; the next block reads "
         f"the outputs of the {'changed blocks' if calibration.propagate == 'quantized' else 'unchanged model'}. "
         f"Computed on {calibrated_on}.\n",
     ]
@@ -125,6 +130,20 @@ def _sources_section(sources: Sequence[Mapping[str, Any]]) -> str:
     ]
     head = ["| calibration text | commit or sha256 | documents | samples | tokens |", "|---|---|--:|--:|--:|"]
     return "\n".join([*head, *rows, ""])
+
+
+def _covered_section(covered: Mapping[str, Any] | None) -> str:
+    """Whether every expert has the tokens that the recipe asks for."""
+    if covered is None:
+        return ""
+    few = sum(map(len, covered["uncovered"].values()))
+    reached = (
+        "every routed expert has them"
+        if not few
+        else f"{few} experts have fewer ({covered['ended']}): "
+        + "; ".join(f"{block}: {', '.join(experts)}" for block, experts in covered["uncovered"].items())
+    )
+    return f"Samples were added until every routed expert had {covered['wanted']} tokens of the unchanged model: {reached}.\n"
 
 
 def _shrinkage_note(variant: VariantPlan) -> str:
