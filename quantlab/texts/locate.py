@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from quantlab.checkpoint.tokenizer import read_chat_template
-from quantlab.errors import CalibrationError, QuantlabError
-from quantlab.files import read_json, write_atomically, write_error
+from quantlab.errors import ArtifactError, CalibrationError, QuantlabError
+from quantlab.files import write_atomically, write_error
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.presets import PRESETS, with_preset
 from quantlab.recipe.texts import LocatedSource, LocatedText, MixedSource, TextSource
@@ -47,12 +47,22 @@ class Commits:
         run: the run's directory; it may be missing.
 
     Raises:
-        CheckpointError: the file with the earlier answers is damaged.
+        ArtifactError: the file with the earlier answers is damaged.
     """
 
     def __init__(self, run: Path) -> None:
         self._path = run / TEXTS / "commits.json"
-        self.known: dict[str, str] = read_json(self._path) if self._path.is_file() else {}
+        self.known: dict[str, str] = {}
+        try:
+            if self._path.is_file():
+                self.known = {str(name): str(commit) for name, commit in json.loads(self._path.read_bytes()).items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                "the commits of datasets that the run found cannot be read",
+                where=str(self._path),
+                found=f"{type(error).__name__}: {error}",
+                fix="remove the file: the hub is asked again",
+            ) from error
 
     def keep(self) -> None:
         """Write the commits into the run's directory, if there are any.

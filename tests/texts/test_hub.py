@@ -1,13 +1,16 @@
 """Datasets of a hub: the commit, the same rows every time, and what the hub refuses. The hub is one on the loopback address."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import datasets.config
 import huggingface_hub.constants
 import pytest
+from typer.testing import CliRunner
 
-from quantlab.errors import CalibrationError
+from quantlab.cli import app
+from quantlab.errors import ArtifactError, CalibrationError
 from quantlab.recipe.presets import PRESETS, with_preset
 from quantlab.recipe.texts import LocatedText, MixedSource, TextSource
 from quantlab.texts.locate import Commits, locate
@@ -130,6 +133,39 @@ def test_a_hub_that_refuses(
 def test_a_hub_that_is_busy_for_a_moment(hub: FakeHub, checkpoint: Path, status: int) -> None:
     hub.fail("me/text", status=status, times=2)
     assert len(read(checkpoint, dataset="me/text", split="train_sft")) == 40
+
+
+@pytest.mark.parametrize(("status", "times"), [(503, 3), (429, 3), (0, 3)])
+def test_a_connection_that_breaks_while_files_are_read(
+    hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, status: int, times: int
+) -> None:
+    """The libraries try again; afterwards the error is one that says what to do."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 2)
+    whole = read(checkpoint, dataset="me/text", split="train_sft")
+    hub.fail("me/text", status=status, times=times, path="train_sft-1.parquet")
+    assert read(checkpoint, dataset="me/text", split="train_sft") == whole
+    hub.fail("me/text", status=status, path="train_sft-1.parquet")
+    with pytest.raises(CalibrationError) as raised:
+        read(checkpoint, dataset="me/text", split="train_sft")
+    assert raised.value.what.startswith("the hub ")
+    assert raised.value.fix
+
+
+def test_a_damaged_list_of_commits(tmp_path: Path) -> None:
+    path = tmp_path / "texts" / "commits.json"
+    path.parent.mkdir()
+    for content in ("{", "[]"):
+        path.write_text(content)
+        with pytest.raises(ArtifactError, match="remove the file"):
+            Commits(tmp_path)
+
+
+def test_the_command_that_lists_presets() -> None:
+    shown = CliRunner().invoke(app, ["datasets"]).output
+    assert all(name in shown and preset.dataset in shown for name, preset in PRESETS.items())
+    listed = json.loads(CliRunner().invoke(app, ["datasets", "--json"]).output)
+    assert listed["c4"]["revision"] == PRESETS["c4"].revision
 
 
 def test_no_network(hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
