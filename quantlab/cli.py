@@ -107,14 +107,14 @@ def plan(
             "the recipe has no such variant", where="--ledger", found=repr(ledger), fix=nearest(ledger, names)
         )
     if as_json:
-        typer.echo(json.dumps(show.plan_json(compiled), indent=1))
+        typer.echo(json.dumps({**show.plan_json(compiled), "text": list(text_notes(loaded))}, indent=1))
         return
     _out.print(show.checkpoint_table(survey(compiled.checkpoint, compiled.architecture)))
     _out.print(show.plan_table(compiled))
     _out.print(show.outcome_table(compiled))
     _out.print(show.rules_table(compiled))
     for note in text_notes(loaded):
-        _out.print(note, highlight=False, markup=False)
+        _out.print(note, highlight=False, markup=False, soft_wrap=True)
     for variant in compiled.variants:
         for note in variant.notes:
             _out.print(f"{variant.name}: {note}", highlight=False, markup=False)

@@ -45,7 +45,7 @@ class TextSource(TextChoices):
     """A dataset."""
 
     dataset: str = Field(min_length=1)
-    """A preset, a Hugging Face id, or a file or folder relative to the recipe."""
+    """A preset, a Hugging Face id, or a file or folder relative to the recipe. `./c4` is a folder, `c4` the preset."""
 
 
 class MixedSource(TextSource):

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from quantlab.checkpoint.index import open_checkpoint
 from quantlab.cli import app
 from quantlab.errors import QuantlabError
+from quantlab.plan.compile import compile_plan
+from quantlab.recipe.load import load_recipe
+from quantlab.texts.locate import Commits, with_located_text
 from tests.checkpoints import make_checkpoint
 from tests.evaluation.conftest import write_corpus, write_tokenizer
 from tests.fake_hub import FakeHub
@@ -75,6 +79,32 @@ def test_nothing_is_left_if_the_hub_refuses(files: Path, hub: FakeHub) -> None: 
     with pytest.raises(QuantlabError, match="the hub refuses access"):
         run(files)
     assert not (files / "out").exists()
+
+
+def test_the_key_is_what_decides_the_samples(files: Path) -> None:
+    (files / "copy.jsonl").write_bytes((files / "calibration.jsonl").read_bytes())
+    (files / "other.jsonl").write_text((files / "calibration.jsonl").read_text().replace("a", "b", 1))
+    (files / "t.jinja").write_text("{{ messages }}")
+
+    def key(section: str) -> str:
+        head, _, rest = RECIPE.partition("calibration:")
+        section += "" if "length" in section else ", length: 16"
+        path = files / "recipe.yaml"
+        path.write_text(f"{head}calibration: {{{section}}}\n{rest[rest.index('variants') :]}")
+        source = open_checkpoint(files / "model")
+        recipe = with_located_text(load_recipe(path), source.directory, Commits(files / "none"))
+        plan = compile_plan(recipe.recipe, source, corpus_sha256=recipe.corpus_sha256())
+        return plan.variants[0].recipe_key
+
+    first = key("dataset: calibration.jsonl")
+    same = ["dataset: copy.jsonl", "dataset: calibration.jsonl, split: train", "dataset: copy.jsonl, memory: 1 GB"]
+    assert {key(section) for section in same} == {first}
+    others = ["dataset: other.jsonl"] + [
+        f"dataset: calibration.jsonl, {field}"
+        for field in ("column: text", "special_tokens: text", "chat_template: t.jinja", "seed: 1", "samples: 5", "length: 17")
+    ]  # fmt: skip
+    keys = [key(section) for section in [*others, "corpus: calibration.jsonl"]]
+    assert len({first, *keys}) == len(keys) + 1
 
 
 @pytest.mark.parametrize(
