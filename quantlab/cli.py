@@ -35,8 +35,10 @@ from quantlab.report.leaderboard.files import write_leaderboard
 from quantlab.report.leaderboard.terminal import print_leaderboard
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.terminal import print_matrix
-from quantlab.shipped_commands import recipes
+from quantlab.shipped_commands import datasets, recipes
 from quantlab.source import DiskOption, open_peers, open_source, size_in_bytes
+from quantlab.text_notes import keep_overlap, text_notes
+from quantlab.texts.locate import Commits, with_located_text
 from quantlab.version import VERSION
 
 app = typer.Typer(
@@ -47,6 +49,7 @@ app = typer.Typer(
 
 app.command()(verify)
 app.command()(recipes)
+app.command()(datasets)
 app.command()(doctor)
 app.command()(push)
 app.add_typer(engines, name="engines")
@@ -101,20 +104,26 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the plan of a recipe, from headers alone: sizes, memory, the outcome of every tensor, rules of engines."""
-    _, compiled = _compile(recipe)
+    """Show the plan of a recipe, from headers alone: sizes, memory, the outcome of every tensor, rules of engines.
+
+    A recipe names its calibration text by `corpus: FILE.jsonl`, `dataset: NAME` or `mix: [{dataset: NAME, share: 0.3}, …]`. NAME is a Hugging Face
+    id, a file, a folder, or a preset; `quantlab datasets` lists the presets.
+    """
+    loaded, compiled, _ = _compile(recipe)
     names = [variant.name for variant in compiled.variants]
     if ledger is not None and ledger not in names:
         raise RecipeError(
             "the recipe has no such variant", where="--ledger", found=repr(ledger), fix=nearest(ledger, names)
         )
     if as_json:
-        typer.echo(json.dumps(show.plan_json(compiled), indent=1))
+        typer.echo(json.dumps({**show.plan_json(compiled), "text": list(text_notes(loaded))}, indent=1))
         return
     _out.print(show.checkpoint_table(survey(compiled.checkpoint, compiled.architecture)))
     _out.print(show.plan_table(compiled))
     _out.print(show.outcome_table(compiled))
     _out.print(show.rules_table(compiled))
+    for note in text_notes(loaded):
+        _out.print(note, highlight=False, markup=False, soft_wrap=True)
     for variant in compiled.variants:
         for note in variant.notes:
             _out.print(f"{variant.name}: {note}", highlight=False, markup=False)
@@ -155,7 +164,7 @@ def run(  # noqa: PLR0913 - options of a command
 ) -> None:
     """Make and measure every artifact of a recipe and print the matrix. Run again after an interruption to continue."""
     started = time.monotonic()
-    loaded, compiled = _compile(recipe)
+    loaded, compiled, commits = _compile(recipe, out)
     if loaded.suite is not None:
         load_suite(loaded.suite)  # report errors in it before the long work
     if loaded.claims is not None:
@@ -164,30 +173,32 @@ def run(  # noqa: PLR0913 - options of a command
     from quantlab.runtime.device import find_device
     from quantlab.stages import Measuring, check, export_artifacts, make, measure
 
-    directory = _directory(loaded, out)
-    found = find_device(device)
+    directory, found, silent = _directory(loaded, out), find_device(device), quiet or as_json
     with _interruptible():
-        check(loaded, compiled, time_limit=time_limit, console=_err, quiet=quiet or as_json)
+        checked = check(loaded, compiled, directory, commits, time_limit=time_limit, console=_err, quiet=silent)
     settings = Settings(device=found, overwrite=overwrite, disk=None if disk is None else size_in_bytes(disk))
     with _interruptible():
-        made = make(loaded, compiled, directory, settings, console=_err, quiet=quiet or as_json)
-        exports = export_artifacts(compiled, directory, console=_err, quiet=quiet or as_json)
-    if not (quiet or as_json):
+        made = make(loaded, compiled, directory, settings, console=_err, quiet=silent)
+        exports = export_artifacts(compiled, directory, console=_err, quiet=silent)
+    keep_overlap(checked.overlap, directory)
+    if not silent:
         show.print_artifacts(_err, made=made.made, outdated=made.outdated, kept=made.kept, directory=directory)
         for one in exports:
             show.print_export(_err, one.directory, one.notes, made=one.made)
+    if checked.overlap is not None and not silent:
+        _err.print(checked.overlap.text, style="dim", highlight=False, markup=False)
     if loaded.recipe.evaluate is None:
         if as_json:
             artifacts = [str(directory / "artifacts" / name) for name in loaded.recipe.variants]
             typer.echo(json.dumps({"artifacts": artifacts, "exports": [str(one.directory) for one in exports]}))
         return
     with _interruptible():
-        how = Measuring(device=found, time_limit=time_limit, reuse=True, quiet=quiet or as_json)
+        how = Measuring(device=found, time_limit=time_limit, reuse=True, quiet=silent, held_out=checked.held_out)
         matrix = measure(loaded, compiled, directory, how, console=_err)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
-    if not (quiet or as_json):
+    if not silent:
         _err.print(f"{time.monotonic() - started:.0f} s in all", style="dim")
-    _exit_if_not_measured(matrix, loaded.recipe.evaluate.verify, shown=not (quiet or as_json))
+    _exit_if_not_measured(matrix, loaded.recipe.evaluate.verify, shown=not silent)
 
 
 @app.command("eval")
@@ -203,7 +214,7 @@ def evaluate_artifacts(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the artifacts made by `run` and print the matrix."""
-    loaded, compiled = _compile(recipe)
+    loaded, compiled, commits = _compile(recipe, out)
     if loaded.recipe.evaluate is None:
         raise RecipeError(
             "the recipe does not say what to measure",
@@ -214,12 +225,13 @@ def evaluate_artifacts(
     from quantlab.runtime.device import find_device
     from quantlab.stages import Measuring, check, measure
 
+    directory, silent = _directory(loaded, out), quiet or as_json
     with _interruptible():
-        check(loaded, compiled, time_limit=time_limit, console=_err, quiet=quiet or as_json)
-    directory = _directory(loaded, out)
-    how = Measuring(device=find_device(device), time_limit=time_limit, reuse=not again, quiet=quiet or as_json)
+        checked = check(loaded, compiled, directory, commits, time_limit=time_limit, console=_err, quiet=silent)
+    how = Measuring(find_device(device), time_limit, not again, silent, held_out=checked.held_out)
     with _interruptible():
         matrix = measure(loaded, compiled, directory, how, console=_err)
+    keep_overlap(checked.overlap, directory)
     _show_matrix(matrix, directory, quiet=quiet, as_json=as_json)
     _exit_if_not_measured(matrix, loaded.recipe.evaluate.verify, shown=not (quiet or as_json))
 
@@ -347,11 +359,14 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _compile(path: Path) -> tuple[LoadedRecipe, Plan]:
+def _compile(path: Path, out: Path | None = None) -> tuple[LoadedRecipe, Plan, Commits]:
+    """The recipe with its datasets located, its plan, and the commits of the datasets."""
     loaded = load_recipe(path)
     _ = loaded.suite, loaded.claims  # an unknown name is an error now
-    source, corpus = open_source(loaded), loaded.corpus_sha256()
-    return loaded, compile_plan(loaded.recipe, source, corpus_sha256=corpus, peers=open_peers(loaded))
+    source, commits = open_source(loaded), Commits(_directory(loaded, out))
+    loaded = with_located_text(loaded, source.directory, commits)
+    plan = compile_plan(loaded.recipe, source, corpus_sha256=loaded.corpus_sha256(), peers=open_peers(loaded))
+    return loaded, plan, commits
 
 
 def _directory(recipe: LoadedRecipe, out: Path | None) -> Path:

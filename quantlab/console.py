@@ -1,7 +1,7 @@
 """Terminal output: tables of plans and checkpoints, progress bars, errors."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +15,7 @@ from quantlab.evaluation.engines.verdict import EngineVerdict
 from quantlab.formats.engine_rules.rule import Verdict
 from quantlab.plan.model import Outcome, Plan, VariantPlan
 from quantlab.plan.source import SourceWeight
+from quantlab.recipe.presets import Preset
 
 
 def size(count: float) -> str:
@@ -103,6 +104,14 @@ def engines_table(rows: Iterable[tuple[str, str, str, str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def print_presets(console: Console, presets: Mapping[str, Preset]) -> None:
+    """Print the datasets with short names: what they hold, and where they are on the hub."""
+    for name, one in presets.items():
+        place = ", ".join(part for part in (one.dataset, one.config, f"split {one.split}") if part)
+        console.print(Text.assemble((f"{name:<14}", "bold"), one.about), soft_wrap=True)
+        console.print(Text(f"{'':<14}{place}, commit {one.revision[:12]}", style="dim"), soft_wrap=True)
 
 
 def print_error(console: Console, error: QuantlabError) -> None:

@@ -22,7 +22,7 @@ from quantlab.evaluation.request import EvaluatedArtifact, EvaluationRequest
 from quantlab.evaluation.suite import load_suite
 from quantlab.exports.export import export, open_artifact
 from quantlab.plan.model import Plan, VariantPlan
-from quantlab.preflight import check_before_running
+from quantlab.preflight import Checked, check_before_running
 from quantlab.recipe.algorithms import Reap
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.recipe.schema import Cast, Prune, Quantize
@@ -35,19 +35,22 @@ from quantlab.run.execute import MadeArtifacts, make_artifacts
 from quantlab.run.exports import Export, write_exports
 from quantlab.run.loop import Settings
 from quantlab.runtime.device import name_of
+from quantlab.texts.locate import Commits
 
 SOURCE_HASHES = ".source.json"
 """File with the hashes of the source's shards, in the run's directory; records are valid while the hashes match."""
 
 
-def check(recipe: LoadedRecipe, plan: Plan, *, time_limit: float, console: Console, quiet: bool) -> None:
+def check(
+    recipe: LoadedRecipe, plan: Plan, out: Path, commits: Commits, *, time_limit: float, console: Console, quiet: bool
+) -> Checked:
     """Try everything that the recipe will need, with a progress bar where it takes longer.
 
     Raises:
         ArtifactError, CheckpointError, CalibrationError, EvaluationError: see `check_before_running`.
     """
     with show.progress_bars(console, quiet=quiet) as bars:
-        check_before_running(recipe, plan, show.StageBars(bars), time_limit=time_limit)
+        return check_before_running(recipe, plan, out, commits, progress=show.StageBars(bars), time_limit=time_limit)
 
 
 def make(
@@ -107,12 +110,14 @@ class Measuring:
         time_limit: seconds that one measurement, or one task, may take.
         reuse: keep earlier records whose artifact, suite, baseline and hardware are unchanged.
         quiet: no progress bars.
+        held_out: held-out text that was drawn from the suite's datasets; None if it names a corpus.
     """
 
     device: torch.device
     time_limit: float
     reuse: bool = True
     quiet: bool = False
+    held_out: Path | None = None
 
 
 def measure(recipe: LoadedRecipe, plan: Plan, out: Path, how: Measuring, *, console: Console) -> Matrix:
@@ -169,7 +174,7 @@ def _judged(
 
     artifacts = [directory.artifact(variant.name) for variant in plan.variants]
     assert recipe.suite is not None, "a recipe that evaluates has a suite"
-    suite = load_suite(recipe.suite)
+    suite = load_suite(recipe.suite, held_out=how.held_out)
     with console.status("other engines") if not how.quiet else nullcontext() as status:
         tell = (lambda text: status.update(text)) if status is not None else (lambda _: None)
         judging = Judging(source=plan.checkpoint.directory, corpus=suite.corpus, reuse=how.reuse, tell=tell)
@@ -223,6 +228,7 @@ def _request(recipe: LoadedRecipe, plan: Plan, directory: RunDirectory, how: Mea
         command=shlex.join(["quantlab", *sys.argv[1:]]),
         device=str(how.device),
         gpu=name_of(how.device),
+        held_out=how.held_out,
         side_by_side=cells_at_once([artifact.directory for artifact in (as_it_is, *artifacts)], how.device),
     )
 

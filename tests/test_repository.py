@@ -16,6 +16,7 @@ from quantlab.evaluation.suite import load_suite
 from quantlab.formats.layouts import description_of
 from quantlab.plan.compile import compile_plan
 from quantlab.recipe.load import load_recipe
+from quantlab.recipe.presets import PRESETS
 from quantlab.report.claims.check import load_claims
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,9 @@ def test_every_recipe_finds_what_it_names(path: Path) -> None:
         plan = compile_plan(loaded.recipe, open_checkpoint(loaded.model))
         assert [variant.name for variant in plan.variants] == list(loaded.recipe.variants)
     if loaded.recipe.calibration is not None:
-        assert loaded.resolve(loaded.recipe.calibration.corpus, "corpus").is_file()
+        corpus, sources = loaded.recipe.calibration.corpus, loaded.recipe.calibration.sources
+        assert corpus is None or loaded.resolve(corpus, "corpus").is_file()
+        assert all(source.dataset in PRESETS for source in sources)  # pinned to commits
     if loaded.suite is not None:
         load_suite(loaded.suite)
     if loaded.claims is not None:

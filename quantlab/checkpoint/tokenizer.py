@@ -109,6 +109,49 @@ def check_token_settings(directory: Path, config: Mapping[str, Any]) -> None:
                 )
 
 
+def read_chat_template(directory: Path) -> str:
+    """The chat template of a checkpoint, a jinja text; empty if it has none.
+
+    chat_template.jinja comes before the key of tokenizer_config.json, as in transformers; of several named templates the one
+    called `default` is taken.
+
+    Raises:
+        CheckpointError: a file cannot be read, or the template is no text.
+    """
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                "the chat template cannot be read", where=str(path), found=str(error), fix=_FIX
+            ) from error
+    path = directory / "tokenizer_config.json"
+    found = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    if not isinstance(found, str | None):
+        raise CheckpointError("the chat template is no text", where=str(path), found=repr(found)[:120], fix=_FIX)
+    return found or ""
+
+
+def named_tokens(directory: Path) -> dict[str, str]:
+    """The texts of a tokenizer's named tokens, for chat templates: `bos_token`, `eos_token` and the like.
+
+    Raises:
+        CheckpointError: tokenizer_config.json cannot be read.
+    """
+    path = directory / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    tokens = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name.endswith("_token") and not name.startswith("add_")
+    }
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}
+
+
 def _put_before_a_text(tokenizer: Tokenizer, path: Path) -> tuple[int, ...]:
     """The ids that the tokenizer's own template puts before a text, without those it puts after it."""
     for probe in _probes(tokenizer):

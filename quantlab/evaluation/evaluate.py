@@ -158,7 +158,7 @@ def _prepare(request: EvaluationRequest, progress: Progress) -> _Evaluation:
     for artifact in request.artifacts:
         if artifact.foreign is None:
             check_unchanged(artifact.directory)
-    suite = load_suite(request.suite)
+    suite = load_suite(request.suite, held_out=request.held_out)
     bridged = any(not task.ours for task in suite.suite.tasks)
     versions = hardware.versions() | (hardware.version_of("lm-eval") if bridged else {})
     evaluation = _Evaluation(request, suite, baselines[0], hardware.describe(request.gpu), versions, progress)

@@ -38,6 +38,7 @@ class EvaluationRequest:
         recipe: the recipe's name.
         recipe_sha256: hash of its file.
         suite: the suite's file.
+        held_out: held-out text that was drawn from the suite's datasets; None if it names a corpus.
         baseline: the variant that losses are relative to; one of the artifacts.
         artifacts: the artifacts to evaluate, in row order; the source checkpoint is first.
         reuse: whether records that are still valid are reused.
@@ -60,3 +61,4 @@ class EvaluationRequest:
     device: str = "cpu"
     gpu: str = ""
     side_by_side: int = 1
+    held_out: Path | None = None

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from quantlab.documents import load_document, nearest
 from quantlab.errors import EvaluationError
 from quantlab.evaluation.tasks.offline import LoadedTask, Task, load_task
+from quantlab.recipe.texts import MixedSource, TextChoices, TextSource, check_text, sources_of
 from quantlab.shipped import locate
 
 
@@ -17,11 +18,19 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class TextSuite(_Strict):
+class TextSuite(TextChoices):
     """The held-out text that quality is measured on."""
 
-    corpus: str
+    corpus: str | None = None
     """JSON lines with `id`, `domain` and `text`; path relative to the suite."""
+    dataset: str | None = Field(default=None, min_length=1)
+    """In place of `corpus`: a preset, a Hugging Face id, or a file or folder relative to the suite. It is one domain."""
+    mix: tuple[MixedSource, ...] = ()
+    """In place of `corpus`: several datasets, each a domain with its share of the documents."""
+    documents: int = Field(default=200, ge=5)
+    """Number of documents drawn from datasets."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the choice of documents from datasets."""
     length: int = Field(default=512, ge=8, le=1 << 18)
     """Tokens of one window, including a beginning-of-sequence token, at most the model's context."""
     tokens_per_domain: int = Field(gt=0)
@@ -31,6 +40,20 @@ class TextSuite(_Strict):
     KL is computed on every second, third … token; the record states this."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the activations. Routers amplify rounding errors, so float32 shows differences between artifacts best."""
+
+    @model_validator(mode="after")
+    def _check_text(self) -> "TextSuite":
+        check_text(
+            corpus=self.corpus, dataset=self.dataset, mix=self.mix, chosen=self.chosen, example="corpus: FILE.jsonl"
+        )
+        if any(source.special_tokens == "text" for source in self.sources):
+            raise ValueError("held-out text is read as models read it; leave `special_tokens` out")
+        return self
+
+    @property
+    def sources(self) -> tuple[TextSource, ...]:
+        """The datasets; none for a corpus."""
+        return sources_of(self, self.dataset, self.mix)
 
 
 class ServedSuite(_Strict):
@@ -210,18 +233,21 @@ class LoadedSuite:
     Attributes:
         path: the file.
         suite: its contents.
-        sha256: hash of the file, the corpus and the task files it names: equal hashes mean equal questions.
+        sha256: hash of the file, the held-out text and the task files it names: equal hashes mean equal questions.
         tasks: the offline tasks of the suite, by the path that the suite gives.
+        held_out: the file of held-out text; None if it is drawn from datasets and was not given.
     """
 
     path: Path
     suite: Suite
     sha256: str
     tasks: dict[str, LoadedTask]
+    held_out: Path | None
 
     @property
     def corpus(self) -> Path:
-        return _corpus(self.path, self.suite)
+        assert self.held_out is not None, "text of datasets is drawn before it is read"
+        return self.held_out
 
     def definitions(self, task: SuiteTask) -> Path | None:
         """Directory of the additional task files of an lm-eval task; None if it names none."""
@@ -245,36 +271,44 @@ class LoadedSuite:
         return f"{self.suite.name} {self.suite.version}"
 
 
-def load_suite(path: Path) -> LoadedSuite:
+def load_suite(path: Path, *, held_out: Path | None = None) -> LoadedSuite:
     """Read and check a suite.
+
+    Args:
+        path: the suite's file.
+        held_out: for a suite whose text is that of datasets, the documents drawn from them (`quantlab.evaluation.held_out`).
 
     Raises:
         RecipeError: the suite's or a task's file cannot be read, is not YAML, or has an invalid field.
         EvaluationError: the corpus or the items of a task cannot be read, or a task does not have the requested metric.
     """
     suite, content = load_document(path, Suite, kind="suite")
-    corpus = _corpus(path, suite)
-    try:
-        text = corpus.read_bytes()
-    except OSError as error:
-        raise EvaluationError(
-            "the held-out text cannot be read",
-            where=str(corpus),
-            found=error.strerror,
-            fix=f"correct `text.corpus` in {path}",
-        ) from error
+    corpus = held_out if suite.text.corpus is None else _corpus(path, suite.text.corpus)
+    text = b"" if corpus is None else _read_text(corpus, path)
     digest = hashlib.sha256(hashlib.sha256(content).digest() + hashlib.sha256(text).digest())
     tasks = {wanted.task: load_task(path.parent / wanted.task) for wanted in suite.tasks if wanted.ours}
     for wanted in suite.tasks:
         if wanted.ours:
             digest.update(tasks[wanted.task].sha256.encode())
             _check_metric(wanted, tasks[wanted.task].task, path)
-    return LoadedSuite(path, suite, digest.hexdigest(), tasks)
+    return LoadedSuite(path, suite, digest.hexdigest(), tasks, corpus)
 
 
-def _corpus(path: Path, suite: Suite) -> Path:
+def _read_text(corpus: Path, suite: Path) -> bytes:
+    try:
+        return corpus.read_bytes()
+    except OSError as error:
+        raise EvaluationError(
+            "the held-out text cannot be read",
+            where=str(corpus),
+            found=error.strerror,
+            fix=f"correct `text.corpus` in {suite}",
+        ) from error
+
+
+def _corpus(path: Path, word: str) -> Path:
     """The held-out text: a path relative to the suite, or the name of a corpus that comes with quantlab."""
-    return locate(suite.text.corpus, "corpus", beside=path.parent, where=f"{path}, text.corpus")
+    return locate(word, "corpus", beside=path.parent, where=f"{path}, text.corpus")
 
 
 def _check_metric(wanted: SuiteTask, task: Task, path: Path) -> None:

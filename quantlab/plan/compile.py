@@ -29,11 +29,12 @@ from quantlab.plan.source import FLOATING, SourceWeight, survey
 from quantlab.recipe.algorithms import ExpertRemoval, Rtn
 from quantlab.recipe.schema import Calibration, Cast, NOfM, Prune, Quantize, Recipe, Variant
 from quantlab.recipe.schemes import DTYPE_WORDS, SCHEMES, FloatDtype
+from quantlab.recipe.texts import TextChoices
 
 LARGEST_SHARD = 5_000_000_000
 _WIDE = {"F32", "F64"}
-_NO_NUMBER = {"corpus", "memory", "dtype"}
-"""Calibration fields excluded from a recipe's key: the text is hashed by content, the dtype belongs to the device."""
+_NO_NUMBER = {"corpus", "dataset", "mix", "memory", "dtype", *TextChoices.model_fields}
+"""Calibration fields excluded from a recipe's key: `corpus_sha256` stands for the text, the dtype belongs to the device."""
 
 AnyPass = Cast | Quantize | Prune
 
@@ -46,7 +47,7 @@ def compile_plan(
     Args:
         recipe: the validated recipe.
         checkpoint: the source, headers only.
-        corpus_sha256: hash of the calibration text; part of the key of every variant that uses it.
+        corpus_sha256: hash of what decides the calibration text; part of the key of every variant that uses it.
         peers: the recipe's peers by name, headers only; None for none.
 
     Raises:
@@ -60,6 +61,8 @@ def compile_plan(
     config = architecture.read(checkpoint.config)
     _check_length(recipe.calibration, architecture, config)
     weights = survey(checkpoint, architecture)
+    if recipe.calibration is not None and recipe.calibration.coverage is not None:
+        _check_experts(weights)
     check_tied_head(checkpoint, fetch=False)
     dtype_of(checkpoint)  # the source is measured in it
     fingerprint = checkpoint.fingerprint()
@@ -112,6 +115,17 @@ def _check_length(calibration: Calibration | None, architecture: Architecture, c
             where="calibration.length",
             found=f"{calibration.length} tokens, max_position_embeddings is {context}",
             fix=f"use a `length` of at most {context}",
+        )
+
+
+def _check_experts(weights: Sequence[SourceWeight]) -> None:
+    """Raise an error if coverage is asked of a model without routed experts."""
+    if not any(weight.tensor.role == "routed_experts" for weight in weights):
+        raise PlanError(
+            "the model has no routed experts to cover",
+            where="calibration.coverage",
+            found="a dense model",
+            fix="leave `coverage` out",
         )
 
 

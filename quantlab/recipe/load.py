@@ -8,6 +8,7 @@ from pathlib import Path
 from quantlab.documents import load_document, nearest
 from quantlab.errors import RecipeError
 from quantlab.recipe.schema import Recipe
+from quantlab.recipe.texts import LocatedText
 from quantlab.shipped import Kind, locate
 
 _HUB_ID = re.compile(r"^(?!\.)[\w.-]+/[\w.-]+(@[\w./-]+)?$")
@@ -21,11 +22,13 @@ class LoadedRecipe:
         path: the file.
         content: bytes of the file, which every artifact contains.
         recipe: the parsed recipe.
+        datasets: the datasets of its calibration, once they are located (`quantlab.texts.locate`); None for a corpus.
     """
 
     path: Path
     content: bytes
     recipe: Recipe
+    datasets: LocatedText | None = None
 
     @property
     def name(self) -> str:
@@ -61,18 +64,23 @@ class LoadedRecipe:
 
     @property
     def corpus(self) -> Path | None:
-        """The calibration text, None if no variant is calibrated."""
+        """The file of calibration text, None if no variant is calibrated or the text is that of datasets."""
         calibration = self.recipe.calibration
-        return None if calibration is None or not self.recipe.calibrated else self.resolve(calibration.corpus, "corpus")
+        if calibration is None or calibration.corpus is None or not self.recipe.calibrated:
+            return None
+        return self.resolve(calibration.corpus, "corpus")
 
     def corpus_sha256(self) -> str:
-        """sha256 of the calibration text, empty if no variant is calibrated.
+        """sha256 of what decides the calibration text: the corpus, or the located datasets. Empty if no variant is calibrated.
 
         Raises:
             RecipeError: the recipe names a file that cannot be read, even if no variant is calibrated.
         """
         if self.recipe.calibration is None:
             return ""
+        if self.recipe.calibration.corpus is None:
+            assert self.datasets is not None or not self.recipe.calibrated, "datasets are located before the plan"
+            return self.datasets.key if self.datasets is not None else ""
         corpus = self.resolve(self.recipe.calibration.corpus, "corpus")
         try:
             content = corpus.read_bytes()
@@ -99,6 +107,15 @@ def hub_id(word: str, *, beside: Path) -> tuple[str, str | None] | None:
     return name, revision or None
 
 
+def _text_paths(recipe: Recipe) -> list[str]:
+    """The paths, or names that could be paths, of the calibration text."""
+    if recipe.calibration is None:
+        return []
+    sources = recipe.calibration.sources
+    found = [recipe.calibration.corpus, *(name for one in sources for name in (one.dataset, one.chat_template))]
+    return [name for name in found if name is not None]
+
+
 def load_recipe(path: Path) -> LoadedRecipe:
     """Read and check a recipe.
 
@@ -122,7 +139,7 @@ def load_recipe(path: Path) -> LoadedRecipe:
     loaded = LoadedRecipe(path, content, recipe)
     paths = [
         recipe.model,
-        *([recipe.calibration.corpus] if recipe.calibration else []),
+        *_text_paths(recipe),
         *recipe.peers.values(),
         *([recipe.evaluate.suite] if recipe.evaluate else []),
         *([recipe.evaluate.claims] if recipe.evaluate and recipe.evaluate.claims else []),

@@ -29,6 +29,7 @@ from quantlab.recipe.algorithms import (
     Strict,
 )
 from quantlab.recipe.schemes import SCHEMES, FloatDtype, FormatName, SchemeName
+from quantlab.recipe.texts import MixedSource, TextChoices, TextSource, check_text, sources_of
 
 EngineName = Literal["transformers", "vllm", "llama.cpp", "gptqmodel", "onnxruntime", "sglang"]
 """Programs that load artifacts and can judge them."""
@@ -257,17 +258,23 @@ LONGEST = 1 << 18
 """Tokens of the longest calibration sample, for a model whose config.json does not state its context."""
 
 
-class Calibration(Strict):
+class Calibration(TextChoices):
     """The text whose activations calibrated algorithms use."""
 
-    corpus: str
+    corpus: str | None = None
     """JSON lines with a `text` field; path relative to the recipe."""
+    dataset: str | None = Field(default=None, min_length=1)
+    """In place of `corpus`: a preset, a Hugging Face id, or a file or folder relative to the recipe."""
+    mix: tuple[MixedSource, ...] = ()
+    """In place of `corpus`: several datasets, each with its share of the samples."""
     samples: int = Field(default=128, gt=0, strict=True)
     """Number of samples."""
     length: int = Field(default=512, gt=0, le=LONGEST, strict=True)
     """Tokens per sample, at most the model's context."""
     seed: int = Field(default=0, ge=0, strict=True)
     """Seed of the choice of samples."""
+    coverage: int | None = Field(default=None, gt=0, strict=True)
+    """Tokens that every routed expert is to have: samples of the datasets are added until it has them, up to eight times `samples`."""
     propagate: Literal["quantized", "original"] = "quantized"
     """Inputs of the next block: the outputs of the changed blocks, or those of the unchanged model."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -276,11 +283,31 @@ class Calibration(Strict):
     """Memory for hidden states, for example `4 GB`; beyond it they are kept in files of the output directory. Does not
     change any number."""
 
+    @model_validator(mode="after")
+    def _check_text(self) -> "Calibration":
+        check_text(
+            corpus=self.corpus, dataset=self.dataset, mix=self.mix, chosen=self.chosen, example="corpus: FILE.jsonl"
+        )
+        if self.coverage is not None and self.corpus is not None:
+            raise ValueError("`coverage` adds samples of datasets; name the corpus by `dataset` in place of `corpus`")
+        return self
+
+    @property
+    def sources(self) -> tuple[TextSource, ...]:
+        """The datasets; none for a corpus."""
+        return sources_of(self, self.dataset, self.mix)
+
     @property
     def memory_bytes(self) -> int:
         """`memory` in bytes."""
         number, unit = re.fullmatch(r"([\d.]+) ?([KMGT]?)B", self.memory).groups()  # type: ignore[union-attr]  # the pattern holds
         return int(float(number) * 1000 ** " KMGT".index(unit or " "))
+
+
+def unused_text_fields(calibration: Calibration) -> set[str]:
+    """The ways to name text that a calibration does not use: nothing is to be said of them."""
+    ways = {"corpus": {"corpus"}, "dataset": {"dataset", *TextChoices.model_fields}, "mix": {"mix"}}
+    return {name for way, names in ways.items() if not getattr(calibration, way) for name in names}
 
 
 class Evaluate(Strict):

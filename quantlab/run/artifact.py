@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from quantlab.hardware import processor, version_of
 from quantlab.plan.contents import contents_of_variant
 from quantlab.plan.model import LedgerEntry, Plan, Step, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
+from quantlab.recipe.schema import unused_text_fields
 from quantlab.run.companions import companions
 from quantlab.run.identity import Identity
 from quantlab.run.journal import FileRecord, FinishedBlock
@@ -36,12 +37,14 @@ class Making:
         variant: the plan of this artifact.
         recipe: the recipe file.
         identity: everything the artifact depends on.
+        text: what the calibration drew from datasets, for manifest and card; empty for a corpus.
     """
 
     plan: Plan
     variant: VariantPlan
     recipe: LoadedRecipe
     identity: Identity
+    text: Mapping[str, Any] = field(default_factory=dict)
 
 
 def finish_artifact(making: Making, directory: Path, blocks: Sequence[FinishedBlock]) -> None:
@@ -61,7 +64,15 @@ def finish_artifact(making: Making, directory: Path, blocks: Sequence[FinishedBl
         (directory / name).parent.mkdir(exist_ok=True)
         write_atomically(directory / name, (plan.checkpoint.directory / name).read_bytes())
     coverage = {block.name: block.tokens_per_expert for block in blocks if block.tokens_per_expert}
-    card = model_card(plan, variant, making.recipe, reports, coverage, calibrated_on=calibrated_on(making.identity))
+    card = model_card(
+        plan,
+        variant,
+        making.recipe,
+        reports,
+        coverage,
+        calibrated_on=calibrated_on(making.identity),
+        text=making.text,
+    )
     write_atomically(directory / CARD_NAME, card.encode())
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
@@ -151,7 +162,8 @@ def _manifest(
         "left_out": dict(left_out),
     }
     if variant.calibration is not None:
-        head["calibration"] = variant.calibration.model_dump() | {"corpus_sha256": recipe.corpus_sha256()}
+        known = variant.calibration.model_dump(exclude=unused_text_fields(variant.calibration))
+        head["calibration"] = known | {"corpus_sha256": recipe.corpus_sha256()} | dict(making.text)
         head["tokens_per_expert"] = {
             block.name: list(block.tokens_per_expert) for block in blocks if block.tokens_per_expert
         }

@@ -101,7 +101,9 @@ def is_current(variant: VariantPlan, written: Mapping[str, Any]) -> bool:
 
 
 def _identity(variant: VariantPlan, calibration: Computing | None) -> Identity:
-    packages = ("torch",) if calibration is None else ("torch", "transformers")
+    packages: tuple[str, ...] = ("torch",) if calibration is None else ("torch", "transformers")
+    if variant.calibration is not None and variant.calibration.sources:
+        packages += ("datasets",)  # it determines the order of the rows
     return Identity(variant.recipe_key, _making_code(variant, calibration), _versions(packages), calibration)
 
 

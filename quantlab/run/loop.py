@@ -15,7 +15,7 @@ lists the finished blocks, and the same command continues after them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from quantlab.calibration.corpus import sample_tokens
+from quantlab.calibration.drawn import DrawnText, draw_text
 from quantlab.checkpoint.reader import Reader
 from quantlab.checkpoint.writer import ShardWriter
 from quantlab.formats.codecs.table import encode
@@ -31,11 +32,12 @@ from quantlab.passes.apply import WeightReport
 from quantlab.plan.model import Block, Plan, VariantPlan
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.run.artifact import Making, finish_artifact
+from quantlab.run.coverage import Covered, Covering
 from quantlab.run.directory import RunDirectory, make_directory
 from quantlab.run.identity import identify
 from quantlab.run.journal import FileRecord, FinishedBlock, Journal, journal_identity
 from quantlab.run.source import reached
-from quantlab.run.weights import BlockWeights, read_finite
+from quantlab.run.weights import BlockWeights, Read, read_finite
 
 Progress = Callable[[int], None]
 """Called with the number of source bytes processed since the last call."""
@@ -80,10 +82,18 @@ def run_variant(
         identity.difference(begun) == "code" or (settings.overwrite and begun["key"] != identity.key)
     ):
         directory.tidy(variant)
-    tokens = _calibration_tokens(plan, variant, recipe)  # report unusable text before anything is written
+    tokens, drawn = _calibration_tokens(
+        plan, variant, recipe, directory
+    )  # report unusable text before anything is written
+    if drawn is not None:
+        drawn.keep()
     make_directory(shards)
     journal = Journal(directory.journal(variant.name), shards, identity=identity)
     read = partial(read_finite, source=source)
+    text = drawn.written() if drawn is not None else {}
+    if drawn is not None and variant.calibration is not None and variant.calibration.coverage is not None:
+        drawn, covered = _cover(plan, variant, recipe, directory, settings.device, drawn, read)
+        tokens, text = drawn.tokens, drawn.written() | {"covered": asdict(covered)}
     calibrated = None
     if tokens is not None:
         from quantlab.run.calibrated import CalibratedRun, Resources  # imports transformers, which takes seconds
@@ -103,23 +113,62 @@ def run_variant(
         else:
             journal.commit(write_block(block, BlockWeights(block, read), shards, progress))
     blocks = journal.finished([block.name for block in variant.blocks])
-    finish_artifact(Making(plan, variant, recipe, identity), shards, blocks)
+    finish_artifact(Making(plan, variant, recipe, identity, text), shards, blocks)
     directory.publish(variant)
 
 
-def _calibration_tokens(plan: Plan, variant: VariantPlan, recipe: LoadedRecipe) -> Tensor | None:
-    """The calibration text of a variant as tokens [samples, length]; None without calibration."""
+def _calibration_tokens(
+    plan: Plan, variant: VariantPlan, recipe: LoadedRecipe, directory: RunDirectory
+) -> tuple[Tensor | None, DrawnText | None]:
+    """The calibration text of a variant as tokens [samples, length], and as drawn from datasets; None without calibration."""
     calibration = variant.calibration
     if calibration is None:
-        return None
-    assert recipe.corpus is not None, "a calibrated variant has a corpus"
-    return sample_tokens(
+        return None, None
+    if recipe.datasets is not None:
+        drawn = draw_text(recipe.datasets, calibration, plan.checkpoint.directory, directory.path)
+        return drawn.tokens, drawn
+    assert recipe.corpus is not None, "a calibrated variant has a corpus or datasets"
+    tokens = sample_tokens(
         recipe.corpus,
         plan.checkpoint.directory,
         samples=calibration.samples,
         length=calibration.length,
         seed=calibration.seed,
     )
+    return tokens, None
+
+
+def _cover(
+    plan: Plan,
+    variant: VariantPlan,
+    recipe: LoadedRecipe,
+    directory: RunDirectory,
+    device: torch.device,
+    first: DrawnText,
+    read: Read,
+) -> tuple[DrawnText, Covered]:
+    """The samples of a calibration that asks for coverage, and how far it is reached."""
+    calibration, datasets = variant.calibration, recipe.datasets
+    assert calibration is not None
+    assert datasets is not None
+    steps = {step.tensor.name: step for step in variant.steps}
+
+    def draw(samples: int) -> DrawnText:
+        if samples == calibration.samples:
+            return first
+        found = draw_text(datasets, calibration, plan.checkpoint.directory, directory.path, at_most=samples)
+        found.keep()
+        return found
+
+    covering = Covering(
+        plan.checkpoint,
+        calibration,
+        device,
+        lambda name: read(steps[name]),
+        directory.work(variant.name),
+        directory.path,
+    )
+    return covering.cover(first, draw)
 
 
 def write_block(block: Block, weights: BlockWeights, directory: Path, progress: Progress) -> FinishedBlock:

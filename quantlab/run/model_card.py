@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from quantlab.passes.apply import WeightReport
 from quantlab.plan.model import Plan, Step, VariantPlan
@@ -24,6 +25,7 @@ def model_card(
     coverage: Mapping[str, Sequence[int]],
     *,
     calibrated_on: str,
+    text: Mapping[str, Any],
 ) -> str:
     """The model card as Markdown.
 
@@ -34,7 +36,9 @@ def model_card(
         reports: reports on the changed weights, by name.
         coverage: calibration tokens per routed expert, by block.
         calibrated_on: device and dtype of calibration; empty without calibration.
+        text: what the calibration drew from datasets, as in the manifest: `sources`, and `covered` if the recipe asks for coverage.
     """
+    sources = text.get("sources", ())
     sections = [
         front_matter(plan, variant, recipe),
         f"# {variant.name}: {variant.description}\n",
@@ -42,7 +46,9 @@ def model_card(
         "`manifest.json` contains the hash of every file except this one, and the outcome of every tensor.\n",
         f"## Measurements\n\n{MEASURED_START}\nNot measured yet.\n{MEASURED_END}\n",
         _roles_table(variant),
-        _calibration_section(variant, coverage, calibrated_on),
+        _calibration_section(variant, coverage, calibrated_on, sum(one["samples"] for one in sources)),
+        _sources_section(sources),
+        _covered_section(text.get("covered")),
         _errors_section(reports),
         _loading_section(variant),
         _engines_section(variant),
@@ -81,14 +87,17 @@ def _roles_table(variant: VariantPlan) -> str:
     )
 
 
-def _calibration_section(variant: VariantPlan, coverage: Mapping[str, Sequence[int]], calibrated_on: str) -> str:
+def _calibration_section(
+    variant: VariantPlan, coverage: Mapping[str, Sequence[int]], calibrated_on: str, drawn: int
+) -> str:
     calibration = variant.calibration
     if calibration is None:
         return ""
-    tokens = calibration.samples * calibration.length
+    samples = drawn or calibration.samples
+    tokens = samples * calibration.length
     lines = [
         "## Calibration\n",
-        f"{calibration.samples} samples of {calibration.length} tokens ({tokens:,} in all), seed {calibration.seed}; the next block reads "
+        f"{samples} samples of {calibration.length} tokens ({tokens:,} in all), seed {calibration.seed}; the next block reads "
         f"the outputs of the {'changed blocks' if calibration.propagate == 'quantized' else 'unchanged model'}. "
         f"Computed on {calibrated_on}.\n",
     ]
@@ -105,6 +114,32 @@ def _calibration_section(variant: VariantPlan, coverage: Mapping[str, Sequence[i
             "",
         ]
     return "\n".join(lines)
+
+
+def _sources_section(sources: Sequence[Mapping[str, Any]]) -> str:
+    if not sources:
+        return ""
+    rows = [
+        f"| {' '.join(filter(None, (one['dataset'], one['config'], one['split'])))} | {one['commit'][:12]} | {one['documents']:,} "
+        f"| {one['samples']:,} | {one['tokens']:,} |"
+        for one in sources
+    ]
+    head = ["| calibration text | commit or sha256 | documents | samples | tokens |", "|---|---|--:|--:|--:|"]
+    return "\n".join([*head, *rows, ""])
+
+
+def _covered_section(covered: Mapping[str, Any] | None) -> str:
+    """Whether every expert has the tokens that the recipe asks for."""
+    if covered is None:
+        return ""
+    few = sum(map(len, covered["uncovered"].values()))
+    reached = (
+        "every routed expert has them"
+        if not few
+        else f"{few} experts have fewer ({covered['ended']}): "
+        + "; ".join(f"{block}: {', '.join(experts)}" for block, experts in covered["uncovered"].items())
+    )
+    return f"Samples were added until every routed expert had {covered['wanted']} tokens of the unchanged model: {reached}.\n"
 
 
 def _shrinkage_note(variant: VariantPlan) -> str:

@@ -8,6 +8,7 @@ from quantlab.checkpoint.index import open_checkpoint
 from quantlab.plan.compile import compile_plan
 from quantlab.plan.model import Plan
 from quantlab.recipe.load import load_recipe
+from quantlab.texts.locate import Commits, with_located_text
 from tests.true_shapes import CODER_7B, DISTILL_7B, DISTILL_8B, LLM_7B, QWEN3_8B, V2_LITE, V3, write_headers
 
 pytestmark = pytest.mark.slow
@@ -33,17 +34,17 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
     directory = tmp_path_factory.mktemp("shapes")
     plans: dict[str, Plan] = {}
     for name, (config, shards) in MODELS.items():
-        if config is V3 and (directory / "v3").exists():
-            continue  # R1 has the shapes of V3
-        place = "v3" if config is V3 else name
-        checkpoint = open_checkpoint(write_headers(directory / place, config, shards=shards, fp8=config is V3))
-        recipe = load_recipe(RECIPES / f"{name}.yaml")
+        place = directory / ("v3" if config is V3 else name)  # R1 has the shapes of V3
+        if not place.exists():
+            write_headers(place, config, shards=shards, fp8=config is V3)
+        checkpoint = open_checkpoint(place)
+        recipe = with_located_text(load_recipe(RECIPES / f"{name}.yaml"), place, Commits(directory / "run"))
         plans[name] = compile_plan(recipe.recipe, checkpoint, corpus_sha256=recipe.corpus_sha256())
     return plans
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "deepseek-r1"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_recipe_fits_its_model(plans: dict[str, Plan], name: str) -> None:
     plan = plans[name]
     for variant in plan.variants:
@@ -56,10 +57,12 @@ def test_a_recipe_fits_its_model(plans: dict[str, Plan], name: str) -> None:
         assert variant.tensor_parallel[0] == 1
 
 
-def test_r1_differs_from_v3_by_its_name_alone() -> None:
+def test_r1_differs_from_v3_by_its_name_and_text_alone() -> None:
     v3, r1 = (load_recipe(RECIPES / f"{name}.yaml").recipe for name in ("deepseek-v3", "deepseek-r1"))
     assert r1.model == "deepseek-ai/DeepSeek-R1-0528"
-    assert r1.model_copy(update={"model": v3.model}) == v3
+    assert r1.calibration is not None
+    assert [source.dataset for source in r1.calibration.sources] == ["openr1", "ultrachat", "code", "multilingual"]
+    assert r1.model_copy(update={"model": v3.model, "calibration": v3.calibration}) == v3
 
 
 def test_each_reach_of_v3_is_what_it_says(plans: dict[str, Plan]) -> None:

@@ -26,6 +26,7 @@ from quantlab.preflight import check_before_running
 from quantlab.recipe.load import load_recipe
 from quantlab.run.directory import RunDirectory
 from quantlab.run.execute import make_artifacts
+from quantlab.texts.locate import Commits
 from tests.calibration.oracle import dense_weights, load_model, tokens, write_dense
 from tests.checkpoints import CONFIGS, make_checkpoint
 
@@ -77,7 +78,7 @@ def run(recipe: Path, out: Path) -> RunDirectory:
     loaded = load_recipe(recipe)
     source = open_checkpoint(loaded.model)
     plan = compile_plan(loaded.recipe, source, corpus_sha256=loaded.corpus_sha256())
-    check_before_running(loaded, plan, lambda *_: None, time_limit=100)
+    check_before_running(loaded, plan, out, Commits(out), progress=lambda *_: None, time_limit=100)
     directory = RunDirectory(out)
     make_artifacts(plan, loaded, directory, lambda _: lambda _: None)
     return directory

@@ -251,6 +251,7 @@ def _quality(
     request = QualityRequest(
         directory=directory,
         suite=context.suite.path,
+        held_out=context.suite.held_out,
         predictions=context.predictions,
         role=role,
         key=context.key,
@@ -282,6 +283,7 @@ def _served(
     request = ServedRequest(
         directory=directory,
         suite=context.suite.path,
+        held_out=context.suite.held_out,
         predictions=None if alone else context.predictions,
         device=context.device,
     )

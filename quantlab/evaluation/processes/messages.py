@@ -38,6 +38,8 @@ class QualityRequest(_Strict):
     """The artifact."""
     suite: Path
     """The suite."""
+    held_out: Path | None = None
+    """Held-out text that was drawn from the suite's datasets; None if it names a corpus."""
     predictions: Path
     """Directory of the baseline's predictions."""
     role: Role
@@ -65,6 +67,8 @@ class ServedRequest(_Strict):
     """The artifact."""
     suite: Path
     """The suite."""
+    held_out: Path | None = None
+    """Held-out text that was drawn from the suite's datasets; None if it names a corpus."""
     predictions: Path | None
     """Directory of the baseline's predictions; None for the baseline itself, or if there are none."""
     device: str = "cpu"

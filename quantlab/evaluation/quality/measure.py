@@ -42,7 +42,7 @@ def measure_quality(request: QualityRequest, progress: Progress) -> QualityResul
     Raises:
         QuantlabError: the artifact, its tokenizer or the text cannot be used.
     """
-    text = load_suite(request.suite)
+    text = load_suite(request.suite, held_out=request.held_out)
     suite = text.suite.text
     progress("loading", 0, 0)
     held_out = held_out_text(text, request.directory)

@@ -92,7 +92,7 @@ def measure_served(request: ServedRequest, progress: Progress) -> Served:
         QuantlabError: the artifact, its tokenizer or the text cannot be used, the float32 model does not fit into memory, or its
             logits are not finite.
     """
-    loaded = load_suite(request.suite)
+    loaded = load_suite(request.suite, held_out=request.held_out)
     suite, text = loaded.suite.served, loaded.suite.text
     held_out = held_out_text(loaded, request.directory)
     excerpts = choose(held_out, suite)
