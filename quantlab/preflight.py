@@ -7,7 +7,7 @@ place for is known now; tokenizer, generation settings and held-out text are rea
 from importlib.util import find_spec
 
 from quantlab.calibration.corpus import sample_tokens
-from quantlab.checkpoint.tokenizer import check_token_settings, load_tokenizer
+from quantlab.checkpoint.tokenizer import check_token_settings
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.suite import load_suite
 from quantlab.exports.writers.onnx import engine_python
@@ -42,15 +42,15 @@ def check_before_running(recipe: LoadedRecipe, plan: Plan) -> None:
             seed=calibration.seed,
         )
     if wanted is not None:
-        from quantlab.evaluation.text import check_suite_text
+        from quantlab.evaluation.text import check_same_tokens, check_suite_text
         from quantlab.runtime.load import read_generation_config
 
         read_generation_config(source.directory)
-        for peer in plan.peers:
-            load_tokenizer(peer.checkpoint.directory)
-            read_generation_config(peer.checkpoint.directory)
         suite = load_suite(recipe.resolve(wanted.suite))
         check_suite_text(suite, source.directory, plan.architecture.context_length(source.config))
+        for peer in plan.peers:
+            read_generation_config(peer.checkpoint.directory)
+            check_same_tokens(suite, source.directory, peer.checkpoint.directory)
 
 
 def _check_packages(plan: Plan) -> None:
