@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from quantlab.calibration.corpus import read_calibration_text, sample_tokens
 from quantlab.calibration.drawn import DrawnText, draw_text
-from quantlab.checkpoint.tokenizer import check_token_settings, load_tokenizer
+from quantlab.checkpoint.tokenizer import check_token_settings
 from quantlab.errors import ArtifactError
 from quantlab.evaluation.held_out import draw_held_out
 from quantlab.evaluation.processes.messages import Progress
@@ -87,7 +87,6 @@ def check_before_running(
 
         read_generation_config(source.directory)
         for peer in plan.peers:
-            load_tokenizer(peer.checkpoint.directory)
             read_generation_config(peer.checkpoint.directory)
         checked = _check_suite(suite, plan, run, commits, text)
         check_lm_eval_tasks(load_suite(suite, held_out=checked.held_out), time_limit=time_limit, progress=progress)
@@ -99,7 +98,7 @@ def check_before_running(
 
 def _check_suite(path: Path, plan: Plan, run: Path, commits: Commits, text: Sequence[str]) -> Checked:
     """Check a suite, keep the text that is drawn for it, and compare the text with that of the calibration."""
-    from quantlab.evaluation.text import check_suite_text
+    from quantlab.evaluation.text import check_same_tokens, check_suite_text
 
     source = plan.checkpoint
     suite = load_suite(path)
@@ -110,6 +109,8 @@ def _check_suite(path: Path, plan: Plan, run: Path, commits: Commits, text: Sequ
             file.write_bytes(drawn.content)
             suite = load_suite(path, held_out=file)
         check_suite_text(suite, source.directory, plan.architecture.context_length(source.config))
+        for peer in plan.peers:
+            check_same_tokens(suite, source.directory, peer.checkpoint.directory)
         overlap = overlap_of(text, (one.text for one in read_corpus(suite.corpus))) if text else None
     if drawn is not None:
         drawn.keep()

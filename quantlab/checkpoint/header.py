@@ -160,3 +160,22 @@ def _check_layout(path: Path, entries: list[TensorEntry], *, data_start: int, si
 
 def _damaged(path: Path, what: str, found: str) -> CheckpointError:
     return CheckpointError(f"a shard is damaged: {what}", where=str(path), found=found, fix="download the shard again")
+
+
+def bytes_of(entry: TensorEntry) -> bytes:
+    """The bytes of a tensor that describes others, a few at most.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with entry.file.open("rb") as opened:
+            opened.seek(entry.offset)
+            return opened.read(entry.nbytes)
+    except OSError as error:
+        raise CheckpointError(
+            "a tensor cannot be read",
+            where=f"{entry.file}, {entry.name}",
+            found=str(error.strerror),
+            fix="copy the file again",
+        ) from error

@@ -37,6 +37,27 @@ def check_suite_text(suite: LoadedSuite, directory: Path, context: int) -> None:
             check_length(texts, context or None)
 
 
+def check_same_tokens(suite: LoadedSuite, directory: Path, peer: Path) -> None:
+    """Check that the tokenizers of two checkpoints cut the held-out text into the same tokens, without which nothing can be compared.
+
+    Args:
+        suite: the suite.
+        directory: the source checkpoint.
+        peer: another tool's.
+
+    Raises:
+        EvaluationError: they do not.
+        CheckpointError: there is no usable tokenizer.
+    """
+    if held_out_text(suite, directory).sha256 != held_out_text(suite, peer).sha256:
+        raise EvaluationError(
+            "a peer and the recipe's model read the same text as different tokens",
+            where=str(peer),
+            found="the tokenizers differ",
+            fix=f"give a directory with the tokenizer files of {directory}",
+        )
+
+
 def _check_lengths(suite: LoadedSuite, context: int) -> None:
     """Raise an error if a measurement reads more tokens than its model's context."""
     served, speed = suite.suite.served, suite.suite.speed

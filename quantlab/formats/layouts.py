@@ -6,11 +6,11 @@ from typing import Any, Final
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.errors import CheckpointError
 from quantlab.files import read_json
-from quantlab.formats import compressed_tensors, fp8_blocks, gptq
+from quantlab.formats import bitsandbytes, compressed_tensors, fp8_blocks, gptq
 from quantlab.formats.layout import Dense, Description, Layout, Method
 from quantlab.recipe.schemes import LayoutName
 
-METHODS: Final[tuple[Method, ...]] = (compressed_tensors.METHOD, gptq.METHOD, fp8_blocks.METHOD)
+METHODS: Final[tuple[Method, ...]] = (compressed_tensors.METHOD, gptq.METHOD, fp8_blocks.METHOD, bitsandbytes.METHOD)
 LAYOUTS: Final[Mapping[LayoutName, Layout]] = {
     layout.name: layout for layout in (Dense(), *(layout for method in METHODS for layout in method.layouts))
 }

@@ -111,7 +111,7 @@ class StoredWeights:
         stored = self.stored(name)
         if stored is not None and stored.number.is_integer:
             return stored.numbers.nbytes + stored.scale.nbytes, stored.elements
-        elements = self._tensors[name].elements
+        elements = self.elements(name)
         return elements * dtype.itemsize, elements
 
     def read(self, name: str) -> Tensor | QuantizedMatrix:

@@ -27,6 +27,8 @@ class Element:
     layout: str = ""
 
     def __str__(self) -> str:
+        if self == NF4:
+            return "NF4"
         return f"int{self.bits}" if self.kind == "int" else f"FP{self.bits} {self.layout}"
 
 
@@ -34,6 +36,9 @@ INT4 = Element("int", 4)
 INT8 = Element("int", 8)
 E4M3 = Element("float", 8, "e4m3")
 """float8_e4m3fn: four bits of exponent, three of mantissa, no infinities; the largest number is 448."""
+
+NF4 = Element("float", 4, "nf4")
+"""Normal float: 16 levels, the quantiles of a normal distribution (QLoRA, arXiv:2305.14314)."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,8 @@ class NumberFormat:
         """Short name, for tables; schemes of the recipe use the same names."""
         if not self.is_integer:
             rows, columns = self.granularity.rows, self.granularity.columns
+            if self.element == NF4:
+                return f"nf4_g{columns}"
             if rows is None or columns is None:
                 return f"fp{self.bits}" + ("_tensor" if rows is None else "")
             return f"fp{self.bits}_block" if (rows, columns) == (128, 128) else f"fp{self.bits}_block_{rows}x{columns}"

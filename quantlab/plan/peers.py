@@ -7,6 +7,7 @@ from quantlab.architectures.detect import detect
 from quantlab.checkpoint.index import Checkpoint
 from quantlab.errors import PlanError
 from quantlab.files import read_json
+from quantlab.formats import bitsandbytes
 from quantlab.formats.contents import DENSE, Contents
 from quantlab.formats.read_contents import contents_of
 from quantlab.formats.understood import understood
@@ -66,6 +67,9 @@ def _description(contents: Contents, producer: str) -> str:
     dtypes = dict.fromkeys(weight.dtype for weight in contents.weights)
     numbers = ", ".join(formats or dtypes)
     written = "not quantized" if contents.method == DENSE else f"as {contents.method}"
+    if contents.method == bitsandbytes.METHOD.word and any(one.layout == "bnb-int8" for one in contents.quantized):
+        rounds = any(one.number and one.number.activations for one in contents.quantized)
+        written += "" if rounds else ", whose activations are not rounded here"
     return f"another tool's {numbers}, {written}; by {producer or 'a program that its files do not name'}"
 
 

@@ -12,7 +12,17 @@ FloatDtype = Literal["float16", "bfloat16"]
 SchemeName = Literal[
     "int8", "int8_weight", "int4_g128", "int4_g64", "int4_g32", "int4_g128_asym", "int4_g64_asym", "int4_g32_asym", "fp8_block"
 ]  # fmt: skip
-LayoutName = Literal["dense", "pack-quantized", "int-quantized", "float-quantized", "gptq", "gptq_v2", "fp8-blocks"]
+LayoutName = Literal[
+    "dense",
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "gptq",
+    "gptq_v2",
+    "fp8-blocks",
+    "bnb-int8",
+    "bnb-nf4",
+]
 """Layouts of a weight on disk; `quantlab.formats.layouts` has an object for each."""
 FormatName = Literal["compressed-tensors", "dense", "gptq", "gguf", "onnx", "bnb-int8", "bnb-nf4", "bnb-nf4-double"]
 """Formats of other programs that an artifact can be written in; `quantlab.exports.targets` has an object for each."""

@@ -88,11 +88,13 @@ def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path
     )
     mixed = odd.to_json()
     mixed["config_groups"]["group_0"]["targets"] = ["re:.*experts\\.[1-9]\\..*"]
+    levels = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     artifacts = {
         "fp16": write_config(tmp_path / "fp16", dtype="float16"),
         "pruned": write_config(tmp_path / "pruned", dtype="float16"),
         "w4a16": write_config(tmp_path / "w4a16", dtype="bfloat16", quantization_config=INT4.to_json()),
         "mixed": write_config(tmp_path / "mixed", dtype="bfloat16", quantization_config=mixed),
+        "levels": write_config(tmp_path / "levels", dtype="bfloat16", quantization_config=levels),
     }
     stages = []
     results = [
@@ -103,6 +105,7 @@ def test_artifacts_of_one_layout_share_a_twin_and_a_bad_one_fails_alone(tmp_path
         for process in range(3)
     ]
     assert all("different number formats" in result.failures["mixed"] for result in results)
+    assert all("nf4_g64, which the runtime expands" in result.failures["levels"] for result in results)
     assert all(SpeedResult.model_validate_json(result.model_dump_json()) == result for result in results)
     speed = load_suite(suite).suite.speed
     assert speed is not None

@@ -1,6 +1,7 @@
 """What a run needs is tried before its first block: exit code 1, where, found and fix, nothing in artifacts/."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,12 @@ from quantlab.evaluation.processes.worker_client import CellError, Worker
 from quantlab.evaluation.tasks.trial import try_tasks
 from quantlab.evaluation.verify import _check_finite
 from quantlab.formats.stored import StoredWeights
+from quantlab.plan.compile import compile_plan
+from quantlab.preflight import check_before_running
+from quantlab.recipe.load import load_recipe
 from quantlab.run import loop
 from quantlab.run.directory import RunDirectory
+from quantlab.texts.locate import Commits
 from tests.checkpoints import make_checkpoint
 from tests.run.test_calibrated import run, with_tokenizer, write_recipe
 
@@ -106,6 +111,30 @@ def test_it_is_known_before_the_first_block(
     assert found.exception.found
     assert found.exception.fix
     assert not (out / "artifacts").exists()
+
+
+def test_a_peer_with_another_tokenizer_is_known_before_the_first_block(recipe: Path, tmp_path: Path) -> None:
+    peer = shutil.copytree(tmp_path / "model", tmp_path / "peer")
+    recipe.write_text(recipe.read_text() + "peers: {other: peer}\n")
+    loaded = load_recipe(recipe)
+
+    def check() -> None:
+        plan = compile_plan(
+            loaded.recipe, open_checkpoint(tmp_path / "model"), peers={"other": open_checkpoint(tmp_path / "peer")}
+        )
+        run = tmp_path / "out"
+        check_before_running(loaded, plan, run, Commits(run), progress=lambda *_: None, time_limit=100)
+
+    check()
+    tokenizer = json.loads((peer / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["w1"], words["w2"] = words["w2"], words["w1"]
+    (peer / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(EvaluationError, match="as different tokens"):
+        check()
+    (peer / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        check()
 
 
 def test_a_weight_beyond_float16_is_known_before_calibration(

@@ -58,13 +58,13 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
     """Time the layouts of all artifacts, interleaved.
 
     Raises:
-        QuantlabError: the FP16 model cannot be built, so no ratio can be computed.
+        QuantlabError: the FP16 model cannot be built, so no ratio can be computed, or no artifact has a layout to time.
     """
     suite = load_suite(request.suite).suite.speed
     assert suite is not None, "the suite measures speed"
-    layouts = {
-        variant: layout_of(directory, own_shape=not suite.shape) for variant, directory in request.artifacts.items()
-    }
+    layouts, refused = _layouts(request, own_shape=not suite.shape)
+    if not layouts or request.only_prepare in refused:
+        raise refused[request.only_prepare or next(iter(refused))]
     fp16 = fp16_of(layouts.values(), request.source)
     directories = {fp16: request.source}
     for variant, layout in layouts.items():
@@ -97,10 +97,23 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedResult:
             for layout, timed_model in timed_models.items()
             for held in [weight_bytes(timed_model.model)]
         ),
-        failures={variant: str(reasons[layout]) for variant, layout in layouts.items() if layout in reasons},
+        failures={variant: str(error) for variant, error in refused.items()}
+        | {variant: str(reasons[layout]) for variant, layout in layouts.items() if layout in reasons},
         others=others,
         others_of_energy=others_of_energy,
     )
+
+
+def _layouts(request: SpeedRequest, *, own_shape: bool) -> tuple[dict[str, Layout], dict[str, QuantlabError]]:
+    """The layout of every artifact, or the error that one has none to time."""
+    layouts: dict[str, Layout] = {}
+    refused: dict[str, QuantlabError] = {}
+    for variant, directory in request.artifacts.items():
+        try:
+            layouts[variant] = layout_of(directory, own_shape=own_shape)
+        except QuantlabError as error:
+            refused[variant] = error
+    return layouts, refused
 
 
 def _built(

@@ -16,18 +16,19 @@ import torch
 from transformers import PreTrainedModel
 
 from quantlab.checkpoint.index import open_checkpoint
-from quantlab.errors import QuantlabError
+from quantlab.errors import EvaluationError, QuantlabError
 from quantlab.evaluation.speed.metrics import Timed
 from quantlab.evaluation.speed.own_layers import own_layers
 from quantlab.evaluation.suite import SpeedSuite
 from quantlab.files import read_json
-from quantlab.formats.compressed_layouts import PACKED
+from quantlab.formats.compressed_layouts import PACKED, PLAIN
 from quantlab.formats.compressed_tensors import QuantizationConfig, describe
 from quantlab.formats.contents import described_linears
 from quantlab.formats.dtype import dtype_of, stated_dtype
 from quantlab.formats.layouts import description_in
 from quantlab.formats.read_contents import contents_of
 from quantlab.formats.understood import understood
+from quantlab.numerics.number_format import NF4
 from quantlab.runtime.device import free_bytes
 from quantlab.runtime.inventory import weight_bytes
 from quantlab.runtime.load import load, needed_bytes
@@ -148,18 +149,29 @@ def layout_of(directory: Path, *, own_shape: bool = False) -> Layout:
         own_shape: whether the layout includes the checkpoint's shape.
 
     Raises:
+        EvaluationError: the runtime holds the layout only expanded, and its own programs do not.
         ArtifactError: config.json names an unknown dtype.
         CheckpointError: it names none, and the weights cannot be read.
     """
     where = str(directory / "config.json")
     config = read_json(directory / "config.json")
     description = description_in(config, where=where)
+    levels = next((one for one in description.formats if one.element == NF4), None) if description else None
+    if levels is not None:
+        raise EvaluationError(
+            "the speed of this layout cannot be measured",
+            where=where,
+            found=f"{levels.name}, which the runtime expands to 16 bits when it loads it",
+            fix="time it in the program that it was written for",
+        )
     if description is not None and not any(number.is_integer for number in description.formats):
         description = None
     if description is not None and not isinstance(description, QuantizationConfig):
-        # GPTQ's tensors state the formats; the runtime holds them as it holds those of compressed-tensors
+        # its tensors state the formats; the runtime holds them as it holds those of compressed-tensors
         weights = contents_of(understood(open_checkpoint(directory))).weights
-        description = describe(described_linears(weights, lambda _: PACKED.name))
+        description = describe(
+            described_linears(weights, lambda one: PLAIN.name if one.number and one.number.activations else PACKED.name)
+        )
     dtype = stated_dtype(config, where=where) or dtype_of(open_checkpoint(directory))
     return Layout(dtype, description, _config_of(config) if own_shape else "")
 

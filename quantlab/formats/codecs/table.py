@@ -7,7 +7,7 @@ from typing import Final
 
 from torch import Tensor
 
-from quantlab.formats.codecs import compressed_tensors, fp8_blocks, gptq
+from quantlab.formats.codecs import bitsandbytes, compressed_tensors, fp8_blocks, gptq
 from quantlab.numerics.integer import QuantizedMatrix
 from quantlab.numerics.number_format import NumberFormat
 from quantlab.recipe.schemes import LayoutName
@@ -18,11 +18,11 @@ class Codec:
     """Encoder and decoder of a layout.
 
     Attributes:
-        encode: weight name and matrix -> its tensors by name, in the order of the layout.
+        encode: weight name and matrix -> its tensors by name, in the order of the layout; None for layouts that are only read.
         decode: weight name, its tensors by name and its format -> the matrix.
     """
 
-    encode: Callable[[str, QuantizedMatrix], dict[str, Tensor]]
+    encode: Callable[[str, QuantizedMatrix], dict[str, Tensor]] | None
     decode: Callable[[str, Mapping[str, Tensor], NumberFormat], QuantizedMatrix]
 
 
@@ -32,6 +32,8 @@ CODECS: Final[Mapping[LayoutName, Codec]] = {
     "float-quantized": Codec(compressed_tensors.encode_plain, compressed_tensors.decode_floats),
     "gptq": Codec(partial(gptq.encode, zero_offset=1), partial(gptq.decode, zero_offset=1)),
     "gptq_v2": Codec(partial(gptq.encode, zero_offset=0), partial(gptq.decode, zero_offset=0)),
+    "bnb-int8": Codec(None, bitsandbytes.decode_integers),
+    "bnb-nf4": Codec(None, bitsandbytes.decode_levels),
     "fp8-blocks": Codec(fp8_blocks.encode, fp8_blocks.decode),
 }
 
@@ -41,4 +43,6 @@ def encode(layout: LayoutName, name: str, weight: Tensor | QuantizedMatrix) -> d
     if isinstance(weight, Tensor):
         assert layout == "dense", "a layout of quantized weights stores matrices with scales"
         return {name: weight}
-    return CODECS[layout].encode(name, weight)
+    codec = CODECS[layout]
+    assert codec.encode is not None, f"{layout} is only read"
+    return codec.encode(name, weight)
