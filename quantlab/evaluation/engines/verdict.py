@@ -31,18 +31,20 @@ class EngineModules(_Finite):
     """Scheme that the engine chose for them; None if it does not quantize them."""
     kernel: str | None = None
     """Kernel or backend that computes their products, if the engine says."""
+    dtype: str | None = None
+    """Dtype in which stacked experts are held and multiplied, if it is another than the engine was asked for."""
     count: int
     example: str = ""
     """Name of one of them."""
 
 
 class SingleLayer(_Finite):
-    """One linear, computed by the engine and by plain torch from the same inputs."""
+    """One linear, or the routed experts of a layer, computed by the engine and by plain torch from the same inputs."""
 
     module: str
     """Its name in the model."""
     difference: float
-    """Norm of the difference over the norm of the output; median over 16 tokens."""
+    """Norm of the difference over the norm of the output; median over 16 tokens, of experts the largest."""
     rule: str = ""
     """The rule for rounding its inputs under which plain torch computes the same; empty if there is none."""
 
@@ -64,7 +66,7 @@ class EngineVerdict(_Finite):
     dtype: str = ""
     """Dtype that the engine computed in."""
     weights: str = ""
-    """How the engine multiplies integers and scales, where that shows: "multiplied out in float32"."""
+    """How the engine multiplies integers and scales, where that shows: "multiplied out in float32", "routed experts in bfloat16"."""
     text: str = ""
     """The tokens: "24 documents of held-out text"."""
     tokens: int = 0
