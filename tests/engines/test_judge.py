@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from quantlab.errors import ArtifactError, EvaluationError
 from quantlab.evaluation.engines import engine as engines
-from quantlab.evaluation.engines.criteria import greedy_agreement
+from quantlab.evaluation.engines.criteria import Differences, Ground, criterion, greedy_agreement, outcome
 from quantlab.evaluation.engines.engine import ENGINES, Engine
 from quantlab.evaluation.engines.judge import Judge, Judging, Sources
 from quantlab.evaluation.engines.judged import find_source, judged_of
@@ -28,10 +28,12 @@ from quantlab.evaluation.engines.layers import (
     probe_inputs,
     stored_weights,
 )
-from quantlab.evaluation.engines.own import rounded
+from quantlab.evaluation.engines.own import Rounded, compute, rounded
 from quantlab.evaluation.engines.record_verdicts import judge_directory
 from quantlab.evaluation.engines.scripts import transformers as script
+from quantlab.evaluation.engines.text import judged_text
 from quantlab.evaluation.engines.verdict import EngineVerdict, manifest_sha256, read_verdicts, write_verdict
+from quantlab.evaluation.measured import Measured
 from quantlab.exports.writers.dense import expanded, write_expanded
 from tests.engines.conftest import ANSWER, WRITE
 from tests.evaluation.test_verify import make
@@ -302,3 +304,32 @@ def test_transformers_holds_packed_experts_in_the_dtype_of_their_scales(
     for name in outputs:
         outputs[name][3] *= 1.02
     assert {layer.rule for layer in compare_layers(artifact, inputs, outputs, dtype)} == {""}
+
+
+def found_with(*, rms: float, median: float, mean: float = 0.0) -> Differences:
+    return Differences(Measured(value=mean, low=mean - 1e-3, high=mean + 1e-3, n=100), rms, median, 1.0, None)
+
+
+def test_rounded_inputs_bound_the_median_and_the_mean_and_leave_single_tokens_to_routing() -> None:
+    ground = Ground("float32", inputs_dtype="float16", inputs_median=6e-4)
+    assert criterion(ground)[0] == pytest.approx(9e-4)
+    assert outcome(ground, found_with(rms=0.02, median=6.3e-4), ()) == ("agrees", "")
+    verdict, reason = outcome(ground, found_with(rms=0.02, median=1e-3), ())
+    assert (verdict, reason) == ("differs", "median 0.001 nats, at most 0.0009 are explained")
+    verdict, reason = outcome(ground, found_with(rms=0.02, median=6e-4, mean=0.002), ())
+    assert verdict == "differs"
+    assert reason.startswith("mean difference")
+
+
+@pytest.mark.slow
+def test_the_runtime_rounds_where_an_engine_does(checkpoints: dict[str, Path]) -> None:
+    source = checkpoints["deepseek_v2"]
+    text = judged_text(source, tokens=120)
+    plain = compute(source, text)
+    steps = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        for where in (Rounded(experts=dtype), Rounded(inputs=dtype)):
+            steps[dtype, where.experts is not None] = np.abs(compute(source, text, where=where).nll - plain.nll)
+    for experts in (True, False):
+        coarse, fine = np.median(steps[torch.bfloat16, experts]), np.median(steps[torch.float16, experts])
+        assert 1e-7 < fine < coarse / 3, "three bits more"

@@ -62,6 +62,7 @@ class Engine:
         probes_experts: whether it computes the routed experts of a layer too, without the router.
         activation_group: number of channels that share a scale where the engine rounds the inputs of every quantized matrix to int8
             whatever the artifact's scheme is; None if it follows the scheme.
+        rounds_inputs: whether it rounds the inputs of matrices of 16 bits to their dtype even if it computes in float32.
         systems, machines, pythons: platforms with a build; the last and first version of Python.
         environment: variables of its process.
         building: variables while its environment is installed.
@@ -79,6 +80,7 @@ class Engine:
     probes: bool = True
     probes_experts: bool = False
     activation_group: int | None = None
+    rounds_inputs: bool = False
     systems: frozenset[str] = frozenset({"Linux"})
     machines: frozenset[str] = _X86
     pythons: tuple[tuple[int, int], tuple[int, int]] = ((3, 10), (3, 13))
@@ -159,6 +161,7 @@ ENGINES: Final[Mapping[EngineName, Engine]] = {
             formats=("gguf",),
             probes=False,
             activation_group=32,
+            rounds_inputs=True,
             systems=frozenset({"Linux", "Darwin"}),
             machines=_X86 | _ARM,
             pythons=((3, 9), (3, 14)),

@@ -24,15 +24,17 @@ from quantlab.evaluation.engines.criteria import (
     criterion,
     differences,
     greedy_agreement,
+    median,
     outcome,
     rms,
 )
 from quantlab.evaluation.engines.engine import BY_RULES, ENGINES, Engine, model_of
 from quantlab.evaluation.engines.environments import find_environment, version_in
 from quantlab.evaluation.engines.judged import Judged
-from quantlab.evaluation.engines.layers import compare_layers, probe_inputs, stored_weights
+from quantlab.evaluation.engines.layers import compare_layers, left_unquantized, probe_inputs, stored_weights
 from quantlab.evaluation.engines.own import (
     Computed,
+    Rounded,
     compute,
     in_16_bits,
     multiplied_in_float32,
@@ -43,6 +45,7 @@ from quantlab.evaluation.engines.text import TOKENS, JudgedText, judged_text
 from quantlab.evaluation.engines.verdict import EngineVerdict, manifest_sha256, read_verdicts
 from quantlab.evaluation.held_model import held_model
 from quantlab.fingerprint import code_fingerprint
+from quantlab.formats.dtype import dtype_of
 from quantlab.formats.engine_rules.table import verdicts
 from quantlab.numerics.number_format import INT8
 from quantlab.recipe.schema import EngineName
@@ -50,12 +53,6 @@ from quantlab.recipe.schema import EngineName
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROMPTS: Final = 4
 _PREFILL, _DECODE = 128, 32
-_MERGED: Final[Mapping[str, tuple[str, ...]]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-"""Linears that engines merge into one."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +229,9 @@ class Judge:
             "modules": report.modules,
             "text": self._text.description,
             "tokens": len(result.nll),
-            "left_unquantized": None if report.unquantized is None else self._left_unquantized(report.unquantized),
+            "left_unquantized": None
+            if report.unquantized is None
+            else left_unquantized(self._artifact, report.unquantized),
         }
 
     def _compared(self, ground: Ground, result: EngineResult, about: dict[str, Any]) -> EngineVerdict:
@@ -269,6 +268,7 @@ class Judge:
             weights=weights,
             nll_difference=found.mean,
             nll_rms=found.rms,
+            nll_median=found.median,
             top1_agreement=found.top1,
             greedy_agreement=greedy,
             activation_rms=ground.activation_rms,
@@ -284,6 +284,9 @@ class Judge:
                 rounding, rounding_of = rms(own.nll - self._own.nll), "quantlab's runtime on the same artifact"
         activation = self._activation_rms(engine)
         wanted = activation is not None and engine.probes and bool(probe_inputs(self._artifact))
+        if engine.rounds_inputs and dtype == "float32" and not self._formats and self._dtype != "float32":
+            cast = compute(self._artifact, self._text, where=Rounded(inputs=_DTYPES[self._dtype]))
+            return Ground(dtype, inputs_dtype=self._dtype, inputs_median=median(cast.nll - self._own.nll))
         experts = next((one.dtype for one in result.report.modules if one.dtype not in (None, dtype)), None)
         if experts is None or dtype != "float32":
             return Ground(dtype, rounding, rounding_of, activation, wanted)
@@ -355,7 +358,7 @@ class Judge:
                     self._text,
                     prompts=self._prompts,
                     greedy_tokens=self._how.greedy_tokens,
-                    experts=_DTYPES[dtype],
+                    where=Rounded(experts=_DTYPES[dtype]),
                 )
         return self._in_experts[dtype]
 
@@ -365,7 +368,7 @@ class Judge:
             with without_rounded_activations(self._artifact) as same:
                 return rms(self._own.nll - compute(same, self._text).nll)
         if engine.activation_group is not None and self._formats:
-            rounded = compute(self._artifact, self._text, activation_group=engine.activation_group)
+            rounded = compute(self._artifact, self._text, where=Rounded(group=engine.activation_group))
             return rms(rounded.nll - self._own.nll)
         return None
 
@@ -376,21 +379,14 @@ class Judge:
         return frozenset(one for name in stored.names() if (one := stored.format_of(name)) is not None)
 
     @property
+    def _dtype(self) -> str:
+        """The dtype of the artifact's weights that are not quantized."""
+        return dtype_of(open_checkpoint(self._artifact))
+
+    @property
     def _rounds_to_int8(self) -> bool:
         return any(one.activations is not None and one.activations.element == INT8 for one in self._formats)
 
     @property
     def _rounds_to_float(self) -> bool:
         return any(one.activations is not None and one.activations.element != INT8 for one in self._formats)
-
-    def _left_unquantized(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of an engine's unquantized linears that the artifact holds quantized."""
-        stored = stored_weights(self._artifact)
-        planned = {name.removesuffix(".weight") for name in stored.names() if stored.format_of(name) is not None}
-        found = []
-        for name in names:
-            prefix, _, last = name.rpartition(".")
-            parts = {f"{prefix}.{part}" for part in _MERGED.get(last, (last,))}
-            if parts & planned or any(one.startswith(f"{name}.") for one in planned if last == "experts"):
-                found.append(name)
-        return tuple(found)

@@ -6,7 +6,7 @@ to float rounding, but for rows in which a value lies on the edge of a step, whi
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +32,12 @@ EXPERTS: Final = ".mlp.experts"
 """End of the name of the routed experts of a layer, which engines hold as one module."""
 _ROUNDING: Final[Mapping[str, float]] = {"float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Bound on the relative difference by the dtype of the outputs: some roundings of one output."""
+_MERGED: Final[Mapping[str, tuple[str, ...]]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+"""Linears that engines merge into one."""
 NOT_ROUNDED: Final = "activations not rounded"
 ABSMAX_127: Final = "activations rounded by absmax / 127"
 ABSMAX_127_5: Final = "activations rounded by absmax / 127.5"
@@ -161,3 +167,16 @@ def _difference(output: Tensor, expected: Tensor, *, quantile: float = 0.5) -> f
         return float("inf")
     found = float(((output - expected).norm(dim=1) / expected.norm(dim=1)).quantile(quantile, interpolation="lower"))
     return float("inf") if math.isnan(found) else found
+
+
+def left_unquantized(artifact: Path, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of an engine's unquantized linears that the artifact holds quantized."""
+    stored = stored_weights(artifact)
+    planned = {name.removesuffix(".weight") for name in stored.names() if stored.format_of(name) is not None}
+    found = []
+    for name in names:
+        prefix, _, last = name.rpartition(".")
+        parts = {f"{prefix}.{part}" for part in _MERGED.get(last, (last,))}
+        if parts & planned or any(one.startswith(f"{name}.") for one in planned if last == "experts"):
+            found.append(name)
+    return tuple(found)

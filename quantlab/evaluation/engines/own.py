@@ -47,6 +47,21 @@ class Computed:
     greedy: NDArray[np.int64] | None = None
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """Where an engine rounds and quantlab's runtime does not.
+
+    Attributes:
+        group: channels that share a scale where the inputs of every quantized matrix are rounded to int8; None for no rounding.
+        experts: of a checkpoint that is not quantized, dtype of the weights, inputs, products and gates of the routed experts.
+        inputs: of a checkpoint that is not quantized, dtype of the inputs of all its matrices.
+    """
+
+    group: int | None = None
+    experts: torch.dtype | None = None
+    inputs: torch.dtype | None = None
+
+
 @torch.inference_mode()
 def compute(
     directory: Path,
@@ -55,8 +70,7 @@ def compute(
     dtype: torch.dtype = torch.float32,
     prompts: tuple[tuple[int, ...], ...] = (),
     greedy_tokens: int = 0,
-    activation_group: int | None = None,
-    experts: torch.dtype | None = None,
+    where: Rounded | None = None,
 ) -> Computed:
     """Load a checkpoint with quantlab's runtime and compute the texts.
 
@@ -66,19 +80,14 @@ def compute(
         dtype: dtype of the activations.
         prompts: token ids to continue greedily.
         greedy_tokens: tokens of each continuation.
-        activation_group: rounds the inputs of every quantized matrix to int8 with a scale per this many channels; None computes
-            them as the artifact says.
-        experts: of a checkpoint that is not quantized, rounds the weights, inputs, products and gates of the routed experts to this
-            dtype; None computes them in `dtype`.
+        where: rounds where an engine does; None computes what the artifact says.
 
     Raises:
         QuantlabError: the checkpoint cannot be loaded.
     """
     model = load(directory, dtype=dtype)
-    if activation_group is not None:
-        _round_inputs(model, activation_group)
-    if experts is not None:
-        _round_experts(model, experts)
+    if where is not None:
+        _round(model, where)
     nll, top = [], []
     for document in text.documents:
         ids = torch.tensor([document])
@@ -151,6 +160,15 @@ def in_16_bits(source: Path) -> Iterator[tuple[Path, str]]:
         yield directory, f"the source model's {stored.method} weights were expanded to 16 bits"
 
 
+def _round(model: PreTrainedModel, where: Rounded) -> None:
+    if where.group is not None:
+        _round_inputs(model, where.group)
+    if where.experts is not None:
+        _round_experts(model, where.experts)
+    if where.inputs is not None:
+        _round_to(model, where.inputs)
+
+
 def _round_inputs(model: PreTrainedModel, group: int) -> None:
     """Let every bank of quantized matrices of a model read rounded inputs."""
     for module in model.modules():
@@ -162,6 +180,21 @@ def _products_of_rounded(
     products: Callable[[Tensor, RowGroups], Tensor], group: int, x: Tensor, groups: RowGroups
 ) -> Tensor:
     return products(rounded(x, 127.0, group=group), groups)
+
+
+def _round_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let every linear and bank of a float32 model read inputs rounded to a dtype."""
+    for module in model.modules():
+        if isinstance(module, DenseMatrices):
+            module.products = partial(_products_of_cast, module.products, dtype)  # type: ignore[method-assign]
+        elif isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (_in_steps_of(dtype, inputs[0]),))
+
+
+def _products_of_cast(
+    products: Callable[[Tensor, RowGroups], Tensor], dtype: torch.dtype, x: Tensor, groups: RowGroups
+) -> Tensor:
+    return products(_in_steps_of(dtype, x), groups)
 
 
 class _Rounding(nn.Module):

@@ -75,6 +75,8 @@ class EngineVerdict(_Finite):
     """Mean of the engine's negative log-likelihood minus that of quantlab's runtime in float32, nats per token, over documents."""
     nll_rms: float | None = None
     """Root mean square of the same difference, nats."""
+    nll_median: float | None = None
+    """Median of its absolute values, nats."""
     top1_agreement: float | None = None
     """Share of tokens with the same most likely token."""
     greedy_agreement: float | None = None
