@@ -251,6 +251,9 @@ class Judge:
         if result.greedy is not None and own.greedy is not None:
             greedy = greedy_agreement(result.greedy, own.greedy)
         decided, reason = outcome(ground, found, about["layers"])
+        if decided == "differs" and result.report.rounded:
+            names = result.report.rounded
+            reason += f"; it rounds {len(names)} tensors that are not quantized, the first is {names[0]}"
         if decided == "differs" and self._rounds_to_float:
             decided = "not here"
             reason = f"quantlab's runtime does not round activations to FP8, as the engine may: {reason}"

@@ -99,6 +99,8 @@ class EngineVerdict(_Finite):
     """Tensors of the files that the engine does not use."""
     replaced: tuple[str, ...] = ()
     """Products of the engine that plain torch computed in its place."""
+    rounded: tuple[str, ...] = ()
+    """Tensors that are not quantized and that the engine holds in fewer digits than the files."""
     load_seconds: float | None = None
     peak_memory_bytes: int | None = None
     """Of the engine's process."""

@@ -115,6 +115,7 @@ def _details(found: EngineVerdict) -> list[str]:
         ("left unquantized against the plan", _names(found.left_unquantized or ())),
         ("without a tensor", _names(found.missing)),
         ("tensors not used", _names(found.unexpected)),
+        ("rounded on loading", _names(found.rounded)),
         ("computed by plain torch instead of the engine", _names(found.replaced)),
         ("notes", "; ".join(found.notes)),
         ("hardware", found.hardware),
