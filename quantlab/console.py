@@ -93,7 +93,11 @@ def print_verdict(console: Console, verdict: EngineVerdict) -> None:
         f"greedy {100 * verdict.greedy_agreement:.1f} %" if verdict.greedy_agreement is not None else "",
         f"{verdict.tokens:,} tokens" if verdict.tokens else "",
     ]
-    words = (verdict.weights and f"weights: {verdict.weights}", verdict.criterion and f"criterion: {verdict.criterion}")
+    words = (
+        verdict.source_note and f"source: {verdict.source_note}",
+        verdict.weights and f"weights: {verdict.weights}",
+        verdict.criterion and f"criterion: {verdict.criterion}",
+    )
     for text in (", ".join(filter(None, numbers)), *words):
         if text:
             console.print(Text(" " * 15 + text, style="dim"), soft_wrap=True)
