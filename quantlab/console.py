@@ -88,12 +88,18 @@ def print_verdict(console: Console, verdict: EngineVerdict) -> None:
     )
     numbers = [
         f"rms {verdict.nll_rms:.2g} nats" if verdict.nll_rms is not None else "",
+        f"median {verdict.nll_median:.2g}" if verdict.nll_median is not None else "",
         f"source {verdict.source_nll_rms:.2g}" if verdict.source_nll_rms is not None else "",
         f"top-1 {100 * verdict.top1_agreement:.2f} %" if verdict.top1_agreement is not None else "",
         f"greedy {100 * verdict.greedy_agreement:.1f} %" if verdict.greedy_agreement is not None else "",
         f"{verdict.tokens:,} tokens" if verdict.tokens else "",
     ]
-    for text in (", ".join(filter(None, numbers)), verdict.criterion and f"criterion: {verdict.criterion}"):
+    words = (
+        verdict.source_note and f"source: {verdict.source_note}",
+        verdict.weights and f"weights: {verdict.weights}",
+        verdict.criterion and f"criterion: {verdict.criterion}",
+    )
+    for text in (", ".join(filter(None, numbers)), *words):
         if text:
             console.print(Text(" " * 15 + text, style="dim"), soft_wrap=True)
 

@@ -1,5 +1,6 @@
 """The Python that runs an engine, and installing one."""
 
+import fcntl
 import os
 import sys
 from collections.abc import Callable
@@ -114,6 +115,15 @@ def test_installing_writes_the_mark_last_and_a_second_time_does_nothing(installa
     assert (found.python, found.origin) == (python, "installed")
     assert install(installable, told.append, on=LINUX) == python
     assert "is installed in" in told[-1]
+
+
+def test_two_installations_of_an_engine_do_not_meet(installable: Engine, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    with (cache / f"{installable.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(EvaluationError, match="is being installed by another process"):
+            install(installable, lambda _: None, on=LINUX)
+    assert not (cache / installable.name).exists()
 
 
 @pytest.mark.slow

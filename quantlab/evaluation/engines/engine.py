@@ -5,7 +5,8 @@ contradict each other, through a script that imports nothing of quantlab: `PYTHO
 
 **Request.** `model` (a directory or file), `dtype` ("float32", "bfloat16", "float16"), `threads`, `documents` (token ids of every
 text), `greedy` ({"prompts": token ids, "tokens": count} or null), `speed` ({"prefill": tokens, "decode": tokens} or null), `probes`
-(null, or a safetensors file: name of a linear -> inputs F32 [T, K] to compute with it), `options` (of the engine's script).
+(null, or a safetensors file: name of a linear -> inputs F32 [T, K] to compute with it; of the experts of a layer, row t by expert t
+modulo their number), `options` (of the engine's script).
 
 **Result.** `result.safetensors`: `nll` F32 and `top` I64 [all documents' tokens but their first]: negative log-likelihood in nats of
 every token, and the most likely token in its place; `greedy` I64 [prompts, tokens], -1 after an end; `probe.NAME` F32 [T, N].
@@ -58,8 +59,10 @@ class Engine:
         seconds: seconds after which it is ended, for one model.
         runs: False for an engine that cannot be installed beside others: it is judged by its rules alone.
         probes: whether its script computes single linears.
+        probes_experts: whether it computes the routed experts of a layer too, without the router.
         activation_group: number of channels that share a scale where the engine rounds the inputs of every quantized matrix to int8
             whatever the artifact's scheme is; None if it follows the scheme.
+        rounds_inputs: whether it rounds the inputs of matrices of 16 bits to their dtype even if it computes in float32.
         systems, machines, pythons: platforms with a build; the last and first version of Python.
         environment: variables of its process.
         building: variables while its environment is installed.
@@ -75,7 +78,9 @@ class Engine:
     seconds: float = 1800.0
     runs: bool = True
     probes: bool = True
+    probes_experts: bool = False
     activation_group: int | None = None
+    rounds_inputs: bool = False
     systems: frozenset[str] = frozenset({"Linux"})
     machines: frozenset[str] = _X86
     pythons: tuple[tuple[int, int], tuple[int, int]] = ((3, 10), (3, 13))
@@ -127,6 +132,7 @@ ENGINES: Final[Mapping[EngineName, Engine]] = {
             package="transformers",
             module="transformers",
             formats=("compressed-tensors", "fp8", "dense", "bnb-int8", "bnb-nf4", "bnb-nf4-double"),
+            probes_experts=True,
             systems=frozenset({"Linux", "Darwin"}),
             machines=_X86 | _ARM,
             pythons=((3, 10), (3, 14)),
@@ -155,6 +161,7 @@ ENGINES: Final[Mapping[EngineName, Engine]] = {
             formats=("gguf",),
             probes=False,
             activation_group=32,
+            rounds_inputs=True,
             systems=frozenset({"Linux", "Darwin"}),
             machines=_X86 | _ARM,
             pythons=((3, 9), (3, 14)),

@@ -8,6 +8,7 @@ mark counts as absent and is removed by the next installation.
 installer with these options (`--no-deps`). What must not be replaced by later steps is pinned in each.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -101,8 +103,8 @@ def install(engine: Engine, tell: Callable[[str], None], *, on: Platform | None 
         The environment's Python.
 
     Raises:
-        EvaluationError: there is no build for the platform, the installer failed, or the installed engine cannot be imported.
-            Nothing is left behind.
+        EvaluationError: there is no build for the platform, another installation of the engine is running, the installer failed, or
+            the installed engine cannot be imported. Nothing is left behind.
     """
     reason = engine.no_build(on or this_platform())
     if reason is None and not engine.requirements.is_file():
@@ -114,6 +116,29 @@ def install(engine: Engine, tell: Callable[[str], None], *, on: Platform | None 
             found=reason,
             fix=f"run it elsewhere, or name a Python that has it: {engine.variable}=PATH",
         )
+    with _alone(engine):
+        return _installed(engine, tell)
+
+
+@contextmanager
+def _alone(engine: Engine) -> Iterator[None]:
+    """Hold the engine's lock: a second installation would remove the folder that the first one fills."""
+    path = engines_directory() / f"{engine.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EvaluationError(
+                "the engine is being installed by another process",
+                where=str(path),
+                found="its lock is held",
+                fix="wait until it is installed",
+            ) from error
+        yield
+
+
+def _installed(engine: Engine, tell: Callable[[str], None]) -> Path:
     directory = engines_directory() / engine.name
     wanted = hashlib.sha256(engine.requirements.read_bytes()).hexdigest()
     mark = _mark_of(directory)
@@ -122,7 +147,6 @@ def install(engine: Engine, tell: Callable[[str], None], *, on: Platform | None 
         return python_of(directory)
     shutil.rmtree(directory, ignore_errors=True)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
         python = _fill(engine, directory, tell)
         write_atomically(directory / MARK, json.dumps({"engine": engine.name, "requirements_sha256": wanted}).encode())
     except BaseException:

@@ -5,9 +5,7 @@ of model at all on this machine: if not, no verdict on an artifact is possible h
 """
 
 import hashlib
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +17,6 @@ import torch
 from quantlab import hardware
 from quantlab.checkpoint.index import open_checkpoint
 from quantlab.engine_pythons import Environment
-from quantlab.errors import QuantlabError
 from quantlab.evaluation.engines.criteria import (
     FLOAT32_RMS,
     SOURCE_FACTOR,
@@ -27,20 +24,28 @@ from quantlab.evaluation.engines.criteria import (
     criterion,
     differences,
     greedy_agreement,
+    median,
     outcome,
     rms,
 )
 from quantlab.evaluation.engines.engine import BY_RULES, ENGINES, Engine, model_of
 from quantlab.evaluation.engines.environments import find_environment, version_in
 from quantlab.evaluation.engines.judged import Judged
-from quantlab.evaluation.engines.layers import compare_layers, probe_inputs, stored_weights
-from quantlab.evaluation.engines.own import Computed, compute, multiplied_in_float32, without_rounded_activations
+from quantlab.evaluation.engines.layers import compare_layers, left_unquantized, probe_inputs, stored_weights
+from quantlab.evaluation.engines.own import (
+    Computed,
+    Rounded,
+    compute,
+    in_16_bits,
+    multiplied_in_float32,
+    without_rounded_activations,
+)
 from quantlab.evaluation.engines.process import EngineFailure, EngineResult, Wanted, run_engine
 from quantlab.evaluation.engines.text import TOKENS, JudgedText, judged_text
 from quantlab.evaluation.engines.verdict import EngineVerdict, manifest_sha256, read_verdicts
-from quantlab.exports.writers.dense import write_expanded
 from quantlab.fingerprint import code_fingerprint
 from quantlab.formats.contents import DENSE
+from quantlab.formats.dtype import dtype_of
 from quantlab.formats.engine_rules.table import verdicts
 from quantlab.formats.layouts import METHODS
 from quantlab.formats.read_contents import contents_of
@@ -50,12 +55,6 @@ from quantlab.recipe.schema import EngineName
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROMPTS: Final = 4
 _PREFILL, _DECODE = 128, 32
-_MERGED: Final[Mapping[str, tuple[str, ...]]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-"""Linears that engines merge into one."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,7 @@ class Judge:
     def __init__(self, judged: Judged, how: Judging, sources: Sources | None = None) -> None:
         self._judged, self._how, self._sources = judged, how, sources or Sources()
         self._artifact = judged.artifact
+        self._in_experts: dict[str, Computed] = {}
 
     def verdict(self, name: EngineName) -> EngineVerdict:
         """The verdict of one engine.
@@ -201,7 +201,7 @@ class Judge:
         if source.wrong is not None:
             return EngineVerdict(**about, verdict="not here", reason=source.wrong)
         self._how.tell(f"{engine.name}: {self._judged.directory.name}")
-        inputs = probe_inputs(self._artifact) if engine.probes else {}
+        inputs = probe_inputs(self._artifact, experts=engine.probes_experts) if engine.probes else {}
         wanted = Wanted(
             model=model_of(engine, self._judged.directory),
             dtype=self._how.dtype,
@@ -220,8 +220,9 @@ class Judge:
         if not_finite:
             reason = f"{not_finite:,} of {len(result.nll):,} log-probabilities are not finite"
             return EngineVerdict(**about, verdict="differs", reason=reason)
-        layers = compare_layers(self._artifact, inputs, result.probes, result.report.dtype)
-        return self._compared(engine, result, about | {"layers": layers}, source)
+        ground = self._ground(engine, result, source)
+        layers = compare_layers(self._artifact, inputs, result.probes, ground.dtype_of)
+        return self._compared(ground, result, about | {"layers": layers})
 
     def _described(self, result: EngineResult) -> dict[str, Any]:
         """The fields of a verdict that an engine reports itself."""
@@ -231,15 +232,19 @@ class Judge:
             "modules": report.modules,
             "text": self._text.description,
             "tokens": len(result.nll),
-            "left_unquantized": None if report.unquantized is None else self._left_unquantized(report.unquantized),
+            "left_unquantized": None
+            if report.unquantized is None
+            else left_unquantized(self._artifact, report.unquantized),
         }
 
-    def _compared(
-        self, engine: Engine, result: EngineResult, about: dict[str, Any], source: SourceFound
-    ) -> EngineVerdict:
+    def _compared(self, ground: Ground, result: EngineResult, about: dict[str, Any]) -> EngineVerdict:
         """The verdict on finite results."""
-        ground = self._ground(engine, result.report.dtype, source)
         own, weights = self._own, ""
+        if ground.experts_rms is not None:
+            own, weights = (
+                self._with_experts_in(ground.experts_dtype),
+                f"routed experts in {ground.experts_dtype}, other linears in float32",
+            )
         found = differences(result, own.nll, own.top, self._text)
         if found.rms > FLOAT32_RMS and self._formats and ground.is_exact:
             exact = differences(result, self._exact.nll, self._exact.top, self._text)
@@ -249,6 +254,9 @@ class Judge:
         if result.greedy is not None and own.greedy is not None:
             greedy = greedy_agreement(result.greedy, own.greedy)
         decided, reason = outcome(ground, found, about["layers"])
+        if decided == "differs" and result.report.rounded:
+            names = result.report.rounded
+            reason += f"; it rounds {len(names)} tensors that are not quantized, the first is {names[0]}"
         if decided == "differs" and self._rounds_to_float:
             decided = "not here"
             reason = f"quantlab's runtime does not round activations to FP8, as the engine may: {reason}"
@@ -266,14 +274,15 @@ class Judge:
             weights=weights,
             nll_difference=found.mean,
             nll_rms=found.rms,
+            nll_median=found.median,
             top1_agreement=found.top1,
             greedy_agreement=greedy,
             activation_rms=ground.activation_rms,
         )
 
-    def _ground(self, engine: Engine, dtype: str, source: SourceFound) -> Ground:
+    def _ground(self, engine: Engine, result: EngineResult, source: SourceFound) -> Ground:
         """What the criterion rests on."""
-        rounding, rounding_of = None, ""
+        dtype, rounding, rounding_of = result.report.dtype, None, ""
         if dtype != "float32":
             rounding, rounding_of = source.rms, f"the source model in {engine.name}"
             if rounding is None:
@@ -281,7 +290,16 @@ class Judge:
                 rounding, rounding_of = rms(own.nll - self._own.nll), "quantlab's runtime on the same artifact"
         activation = self._activation_rms(engine)
         wanted = activation is not None and engine.probes and bool(probe_inputs(self._artifact))
-        return Ground(dtype, rounding, rounding_of, activation, wanted)
+        if engine.rounds_inputs and dtype == "float32" and not self._formats and self._dtype != "float32":
+            cast = compute(self._artifact, self._text, where=Rounded(inputs=_DTYPES[self._dtype]))
+            return Ground(dtype, inputs_dtype=self._dtype, inputs_median=median(cast.nll - self._own.nll))
+        experts = next((one.dtype for one in result.report.modules if one.dtype not in (None, dtype)), None)
+        if experts is None or dtype != "float32":
+            return Ground(dtype, rounding, rounding_of, activation, wanted)
+        changed = rms(self._with_experts_in(experts).nll - self._exact.nll)
+        if activation is not None:
+            return Ground(dtype, changed, f"routed experts in {experts}", activation, wanted, experts)
+        return Ground(dtype, experts_dtype=experts, experts_rms=changed)
 
     def _source(self, engine: Engine, environment: Environment) -> SourceFound:
         """What the engine does with the source model."""
@@ -297,7 +315,7 @@ class Judge:
         return self._sources.found[key]
 
     def _source_in(self, engine: Engine, environment: Environment, source: Path) -> SourceFound:
-        with _in_16_bits(source) as (directory, note):
+        with in_16_bits(source) as (directory, note):
             wanted = Wanted(directory, self._how.dtype, hardware.threads(), self._text.documents)
             result = run_engine(engine, environment, wanted, seconds=self._how.seconds or engine.seconds)
         if isinstance(result, EngineFailure):
@@ -337,13 +355,26 @@ class Judge:
         with multiplied_in_float32(self._artifact) as same:
             return compute(same, self._text, prompts=self._prompts, greedy_tokens=self._how.greedy_tokens)
 
+    def _with_experts_in(self, dtype: str) -> Computed:
+        """The same with routed experts computed in another dtype."""
+        if dtype not in self._in_experts:
+            with multiplied_in_float32(self._artifact) as same:
+                self._in_experts[dtype] = compute(
+                    same,
+                    self._text,
+                    prompts=self._prompts,
+                    greedy_tokens=self._how.greedy_tokens,
+                    where=Rounded(experts=_DTYPES[dtype]),
+                )
+        return self._in_experts[dtype]
+
     def _activation_rms(self, engine: Engine) -> float | None:
         """What rounding activations changes, nats; None if nothing rounds them."""
         if self._rounds_to_int8:
             with without_rounded_activations(self._artifact) as same:
                 return rms(self._own.nll - compute(same, self._text).nll)
         if engine.activation_group is not None and self._formats:
-            rounded = compute(self._artifact, self._text, activation_group=engine.activation_group)
+            rounded = compute(self._artifact, self._text, where=Rounded(group=engine.activation_group))
             return rms(rounded.nll - self._own.nll)
         return None
 
@@ -354,45 +385,14 @@ class Judge:
         return frozenset(one for name in stored.names() if (one := stored.format_of(name)) is not None)
 
     @property
+    def _dtype(self) -> str:
+        """The dtype of the artifact's weights that are not quantized."""
+        return dtype_of(open_checkpoint(self._artifact))
+
+    @property
     def _rounds_to_int8(self) -> bool:
         return any(one.activations is not None and one.activations.element == INT8 for one in self._formats)
 
     @property
     def _rounds_to_float(self) -> bool:
         return any(one.activations is not None and one.activations.element != INT8 for one in self._formats)
-
-    def _left_unquantized(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of an engine's unquantized linears that the artifact holds quantized."""
-        stored = stored_weights(self._artifact)
-        planned = {name.removesuffix(".weight") for name in stored.names() if stored.format_of(name) is not None}
-        found = []
-        for name in names:
-            prefix, _, last = name.rpartition(".")
-            parts = {f"{prefix}.{part}" for part in _MERGED.get(last, (last,))}
-            if parts & planned or any(one.startswith(f"{name}.") for one in planned if last == "experts"):
-                found.append(name)
-        return tuple(found)
-
-
-@contextmanager
-def _in_16_bits(source: Path) -> Iterator[tuple[Path, str]]:
-    """A source model as engines read it: its own directory, or its weights expanded to 16 bits if they are quantized."""
-    stored = stored_weights(source)
-    if stored.description is None:
-        yield source, ""
-        return
-    with tempfile.TemporaryDirectory(prefix="quantlab-engine-") as temporary:
-        directory = Path(temporary)
-        try:
-            write_expanded(stored, directory)
-        except OSError as error:
-            raise QuantlabError(
-                "the source model cannot be expanded to 16 bits",
-                where=temporary,
-                found=error.strerror,
-                fix="free space, or set TMPDIR to a larger disk",
-            ) from error
-        for path in source.iterdir():
-            if path.suffix in (".json", ".model", ".jinja", ".txt") and not (directory / path.name).exists():
-                (directory / path.name).symlink_to(path.absolute())
-        yield directory, f"the source model's {stored.method} weights were expanded to 16 bits"

@@ -51,6 +51,8 @@ class EngineReport(BaseModel):
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
+    """Tensors that are not quantized and that the engine holds in fewer digits than the files."""
     peak_memory_bytes: int | None = None
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None

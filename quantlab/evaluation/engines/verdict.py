@@ -31,18 +31,20 @@ class EngineModules(_Finite):
     """Scheme that the engine chose for them; None if it does not quantize them."""
     kernel: str | None = None
     """Kernel or backend that computes their products, if the engine says."""
+    dtype: str | None = None
+    """Dtype in which stacked experts are held and multiplied, if it is another than the engine was asked for."""
     count: int
     example: str = ""
     """Name of one of them."""
 
 
 class SingleLayer(_Finite):
-    """One linear, computed by the engine and by plain torch from the same inputs."""
+    """One linear, or the routed experts of a layer, computed by the engine and by plain torch from the same inputs."""
 
     module: str
     """Its name in the model."""
     difference: float
-    """Norm of the difference over the norm of the output; median over 16 tokens."""
+    """Norm of the difference over the norm of the output; median over 16 tokens, of experts the largest."""
     rule: str = ""
     """The rule for rounding its inputs under which plain torch computes the same; empty if there is none."""
 
@@ -64,7 +66,7 @@ class EngineVerdict(_Finite):
     dtype: str = ""
     """Dtype that the engine computed in."""
     weights: str = ""
-    """How the engine multiplies integers and scales, where that shows: "multiplied out in float32"."""
+    """How the engine multiplies integers and scales, where that shows: "multiplied out in float32", "routed experts in bfloat16"."""
     text: str = ""
     """The tokens: "24 documents of held-out text"."""
     tokens: int = 0
@@ -73,6 +75,8 @@ class EngineVerdict(_Finite):
     """Mean of the engine's negative log-likelihood minus that of quantlab's runtime in float32, nats per token, over documents."""
     nll_rms: float | None = None
     """Root mean square of the same difference, nats."""
+    nll_median: float | None = None
+    """Median of its absolute values, nats."""
     top1_agreement: float | None = None
     """Share of tokens with the same most likely token."""
     greedy_agreement: float | None = None
@@ -95,6 +99,8 @@ class EngineVerdict(_Finite):
     """Tensors of the files that the engine does not use."""
     replaced: tuple[str, ...] = ()
     """Products of the engine that plain torch computed in its place."""
+    rounded: tuple[str, ...] = ()
+    """Tensors that are not quantized and that the engine holds in fewer digits than the files."""
     load_seconds: float | None = None
     peak_memory_bytes: int | None = None
     """Of the engine's process."""

@@ -94,7 +94,9 @@ def engine_line(row: Row, found: EngineVerdict) -> EngineLine:
 def _details(found: EngineVerdict) -> list[str]:
     """What the numbers of a verdict do not say."""
     modules = "; ".join(
-        f"{one.count} {one.module}: {one.scheme or 'not quantized'}" + (f", {one.kernel}" if one.kernel else "")
+        f"{one.count} {one.module}: {one.scheme or 'not quantized'}"
+        + (f", {one.kernel}" if one.kernel else "")
+        + (f", in {one.dtype}" if one.dtype else "")
         for one in found.modules
     )
     layers = "; ".join(
@@ -109,10 +111,11 @@ def _details(found: EngineVerdict) -> list[str]:
         ("source", found.source_note),
         ("weights", found.weights),
         ("modules", modules),
-        ("single linears", layers),
+        ("single modules", layers),
         ("left unquantized against the plan", _names(found.left_unquantized or ())),
         ("without a tensor", _names(found.missing)),
         ("tensors not used", _names(found.unexpected)),
+        ("rounded on loading", _names(found.rounded)),
         ("computed by plain torch instead of the engine", _names(found.replaced)),
         ("notes", "; ".join(found.notes)),
         ("hardware", found.hardware),

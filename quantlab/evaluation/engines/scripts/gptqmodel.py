@@ -39,7 +39,7 @@ def main() -> None:
     started = time.monotonic()
     model, notes = load(Path(request["model"]), request["dtype"])
     seconds = time.monotonic() - started
-    missing, unexpected = compared(model, Path(request["model"]))
+    missing, unexpected, rounded = compared(model, Path(request["model"]))
     with torch.inference_mode():
         tensors = probe(model, request.get("probes"))
         tensors |= score(model, request["documents"])
@@ -60,6 +60,7 @@ def main() -> None:
         "missing": missing,
         "unexpected": unexpected,
         "replaced": [],
+        "rounded": rounded,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "prefill_tokens_per_second": prefill,
         "decode_tokens_per_second": decode,
@@ -98,17 +99,19 @@ def widen(model: Any) -> None:
     model.config.dtype = torch.float32
 
 
-def compared(model: Any, path: Path) -> tuple[list[str], list[str]]:
-    """Names of the model's parameters and buffers that the checkpoint lacks, and of its tensors that the model lacks.
-
-    The loader of GPTQModel reports neither.
+def compared(model: Any, path: Path) -> tuple[list[str], list[str], list[str]]:
+    """Names of the model's parameters and buffers that the checkpoint lacks, of its tensors that the model lacks, and of those that the
+    model holds with other values: its loader rounds float32 to the dtype of the others, and reports none of this.
     """
+    state = model.state_dict()
+    wide = float32_tensors(path)
+    rounded = sorted(name for name, tensor in wide.items() if name in state and not (state[name] == tensor).all())
     stored = stored_names(path)
-    held = {name for name, tensor in model.state_dict().items() if tensor.numel()}
+    held = {name for name, tensor in state.items() if tensor.numel()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
     if not model.config.tie_word_embeddings:
         tied = set()
-    return sorted(held - stored - tied), sorted(stored - held)
+    return sorted(held - stored - tied), sorted(stored - held), rounded
 
 
 def stored_names(path: Path) -> set[str]:
@@ -120,6 +123,19 @@ def stored_names(path: Path) -> set[str]:
         with safe_open(file, "pt") as opened:
             names |= set(opened.keys())
     return names
+
+
+def float32_tensors(path: Path) -> dict[str, Any]:
+    """A checkpoint's float32 tensors by name."""
+    import torch
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+        found |= {name: tensor for name, tensor in tensors.items() if tensor.dtype == torch.float32}
+    return found
 
 
 def kernels(model: Any) -> tuple[list[dict[str, Any]], list[str]]:

@@ -20,8 +20,8 @@ _PACKAGES = ("llama-cpp-python", "gguf", "numpy", "safetensors")
 _SPEED_REPEATS = 3
 _UBATCH = 512
 """Tokens computed at once, llama.cpp's default."""
-_WARNING = 3
-"""Level of warnings in llama.cpp's log; errors are above it."""
+_KEPT = (3, 4)
+"""Levels of warnings and errors in llama.cpp's log; above them are the dots of its progress."""
 _FLOAT32, _NO_FLASH = 0, 0
 """Numbers of GGML_TYPE_F32 and of LLAMA_FLASH_ATTN_TYPE_DISABLED."""
 
@@ -36,7 +36,7 @@ class Log:
 
     def _keep(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace").strip()
-        if level >= _WARNING and line:
+        if level in _KEPT and line:
             self.lines.append(line)
 
     def last(self) -> str:

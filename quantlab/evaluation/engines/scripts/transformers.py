@@ -81,7 +81,14 @@ def schemes(model: Any) -> tuple[list[dict[str, Any]], list[str] | None]:
         if isinstance(module, torch.nn.Linear) or hasattr(module, "quantization_scheme") or stacked:
             groups.setdefault((type(module).__name__, scheme_of(module)), []).append(name)
     found = [
-        {"module": kind, "scheme": scheme, "kernel": None, "count": len(names), "example": names[0]}
+        {
+            "module": kind,
+            "scheme": scheme,
+            "kernel": None,
+            "dtype": stacked_dtype(model, names[0]),
+            "count": len(names),
+            "example": names[0],
+        }
         for (kind, scheme), names in groups.items()
     ]
     method = getattr(model.config, "quantization_config", None)
@@ -92,6 +99,13 @@ def schemes(model: Any) -> tuple[list[dict[str, Any]], list[str] | None]:
     return found, sorted(
         name for (_, scheme), names in groups.items() if scheme is None for name in names if name in linears
     )
+
+
+def stacked_dtype(model: Any, name: str) -> str | None:
+    """The dtype of stacked experts if it is not the model's: packed ones are expanded in the dtype of their scales."""
+    module = model.get_submodule(name)
+    dtypes = {one.dtype for one in module.parameters(recurse=False) if one.ndim == 3} - {model.dtype}
+    return str(dtypes.pop()).removeprefix("torch.") if dtypes else None
 
 
 def scheme_of(module: Any) -> str | None:
@@ -110,16 +124,25 @@ def scheme_of(module: Any) -> str | None:
 
 
 def probe(model: Any, path: str | None) -> dict[str, Any]:
-    """The outputs of single linears for given inputs, float32."""
+    """The outputs of single linears and experts for given inputs, float32."""
     if path is None:
         return {}
     from safetensors.torch import load_file
 
     found = {}
     for name, inputs in load_file(path).items():
-        output = model.get_submodule(name)(inputs.to(model.dtype)[None])[0]
+        module, x = model.get_submodule(name), inputs.to(model.dtype)
+        output = experts(module, x) if hasattr(module, "num_experts") else module(x[None])[0]
         found[f"probe.{name}"] = output.float().contiguous()
     return found
+
+
+def experts(module: Any, x: Any) -> Any:
+    """The outputs of routed experts: row t by expert t modulo their number."""
+    import torch
+
+    index = torch.arange(len(x))[:, None] % module.num_experts
+    return module(x, index, torch.ones(len(x), 1))
 
 
 def score(model: Any, documents: list[list[int]]) -> dict[str, Any]:
