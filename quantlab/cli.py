@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from rich.console import Console
 from quantlab import console as show
 from quantlab.checkpoint.hub import download
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
+from quantlab.dataset_commands import datasets
 from quantlab.documents import nearest
 from quantlab.engine_commands import JsonOption, QuietOption, engines, verify
 from quantlab.errors import ArtifactError, QuantlabError, RecipeError
@@ -26,7 +26,6 @@ from quantlab.plan.compile import compile_plan
 from quantlab.plan.model import Plan
 from quantlab.plan.source import survey
 from quantlab.recipe.load import LoadedRecipe, load_recipe
-from quantlab.recipe.presets import PRESETS
 from quantlab.recipe.schemes import FormatName
 from quantlab.report.claims.check import load_claims
 from quantlab.report.comparison.compare import GRAMMAR
@@ -48,6 +47,7 @@ app = typer.Typer(
 )
 
 app.command()(verify)
+app.command()(datasets)
 app.add_typer(engines, name="engines")
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
@@ -124,15 +124,6 @@ def plan(
             )
         if ledger == variant.name:
             _out.print(show.ledger_table(variant))
-
-
-@app.command()
-def datasets(as_json: JsonOption = False) -> None:
-    """List the datasets that recipes and suites can name by a short word, with the commits they are pinned to."""
-    if as_json:
-        typer.echo(json.dumps({name: asdict(preset) for name, preset in PRESETS.items()}, indent=1))
-    else:
-        show.print_presets(_out, PRESETS)
 
 
 @app.command()
