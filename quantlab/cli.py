@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from quantlab import console as show
+from quantlab.dataset_commands import datasets
 from quantlab.doctor import doctor
 from quantlab.documents import nearest
 from quantlab.engine_commands import JsonOption, QuietOption, engines, verify
@@ -35,7 +36,7 @@ from quantlab.report.leaderboard.files import write_leaderboard
 from quantlab.report.leaderboard.terminal import print_leaderboard
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.terminal import print_matrix
-from quantlab.shipped_commands import datasets, recipes
+from quantlab.shipped_commands import recipes
 from quantlab.source import DiskOption, open_peers, open_source, size_in_bytes
 from quantlab.text_notes import keep_overlap, text_notes
 from quantlab.texts.locate import Commits, with_located_text

@@ -1,16 +1,13 @@
-"""The commands that list what recipes and suites know by name."""
+"""The command that lists what comes with quantlab."""
 
 import json
-from dataclasses import asdict
 from typing import get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from quantlab import console as show
 from quantlab.engine_commands import JsonOption
-from quantlab.recipe.presets import PRESETS
 from quantlab.shipped import Kind, description, names
 
 _HEADINGS: dict[Kind, str] = {
@@ -37,11 +34,3 @@ def recipes(as_json: JsonOption = False) -> None:
         for name, one in listed[kind].items():
             table.add_row(name, one["description"])
         console.print(table, "")
-
-
-def datasets(as_json: JsonOption = False) -> None:
-    """List the datasets that recipes and suites can name by a short word, with the commits they are pinned to."""
-    if as_json:
-        typer.echo(json.dumps({name: asdict(preset) for name, preset in PRESETS.items()}, indent=1))
-    else:
-        show.print_presets(Console(), PRESETS)

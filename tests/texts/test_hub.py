@@ -135,6 +135,7 @@ def test_a_hub_that_is_busy_for_a_moment(hub: FakeHub, checkpoint: Path, status:
     assert len(read(checkpoint, dataset="me/text", split="train_sft")) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("status", "times"), [(503, 3), (429, 3), (0, 3)])
 def test_a_connection_that_breaks_while_files_are_read(
     hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, status: int, times: int
