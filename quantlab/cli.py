@@ -36,7 +36,7 @@ from quantlab.report.leaderboard.terminal import print_leaderboard
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.terminal import print_matrix
 from quantlab.shipped_commands import recipes
-from quantlab.source import DiskOption, open_source, size_in_bytes
+from quantlab.source import DiskOption, described, open_source, size_in_bytes
 from quantlab.version import VERSION
 
 app = typer.Typer(
@@ -111,6 +111,8 @@ def plan(
     if as_json:
         typer.echo(json.dumps(show.plan_json(compiled), indent=1))
         return
+    if about := described(compiled.checkpoint):
+        _out.print(about, highlight=False, markup=False)
     _out.print(show.checkpoint_table(survey(compiled.checkpoint, compiled.architecture)))
     _out.print(show.plan_table(compiled))
     _out.print(show.outcome_table(compiled))
