@@ -37,7 +37,7 @@ from quantlab.report.leaderboard.terminal import print_leaderboard
 from quantlab.report.matrix.matrix import Matrix
 from quantlab.report.matrix.terminal import print_matrix
 from quantlab.shipped_commands import recipes
-from quantlab.source import DiskOption, open_peers, open_source, size_in_bytes
+from quantlab.source import DiskOption, described, open_peers, open_source, size_in_bytes
 from quantlab.text_notes import keep_overlap, text_notes
 from quantlab.texts.locate import Commits, with_located_text
 from quantlab.version import VERSION
@@ -119,6 +119,8 @@ def plan(
     if as_json:
         typer.echo(json.dumps({**show.plan_json(compiled), "text": list(text_notes(loaded))}, indent=1))
         return
+    if about := described(compiled.checkpoint):
+        _out.print(about, highlight=False, markup=False)
     _out.print(show.checkpoint_table(survey(compiled.checkpoint, compiled.architecture)))
     _out.print(show.plan_table(compiled))
     _out.print(show.outcome_table(compiled))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantlab.checkpoint.hub import open_hub_model
+from quantlab.checkpoint.hub import HubShards, open_hub_model
 from quantlab.checkpoint.index import Checkpoint, open_checkpoint
 from quantlab.errors import RecipeError
 from quantlab.recipe.load import LoadedRecipe, hub_id
@@ -52,6 +52,17 @@ def open_model(word: Path) -> Checkpoint:
     """
     model = hub_id(str(word), beside=Path())
     return open_checkpoint(word) if model is None else open_hub_model(model[0], revision=model[1])
+
+
+def described(checkpoint: Checkpoint) -> str:
+    """Where the shards of a model of the hub are, and how large they are; empty for a directory."""
+    shards = checkpoint.shards
+    if not isinstance(shards, HubShards):
+        return ""
+    here = sum(size for name, size in shards.sizes.items() if shards.is_here(name))
+    total = sum(shards.sizes.values())
+    rest = f", {here / 1e9:,.3g} GB of it in the hub's cache" if here else ""
+    return f"{shards.model.repo} at commit {shards.model.commit}: {len(shards.sizes)} files, {total / 1e9:,.3g} GB{rest}; `run` fetches them"
 
 
 def size_in_bytes(text: str) -> int:

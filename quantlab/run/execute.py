@@ -70,7 +70,8 @@ def make_artifacts(
         source = StoredWeights(Reader(plan.checkpoint))
         missing = [variant for variant in plan.variants if variant.name not in complete]
         kept = [variant.name for variant in plan.variants if variant.name in complete]
-        with streamed_source(plan, missing, recipe, directory, budget=settings.disk):
+        room = free - settings.shared_bytes
+        with streamed_source(plan, missing, recipe, directory, budget=settings.disk, room=room):
             check_tied_head(plan.checkpoint)
             check_float16_range(missing, source)
             for variant in plan.variants:

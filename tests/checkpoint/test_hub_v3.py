@@ -35,5 +35,6 @@ def test_a_plan_of_v3_takes_seconds_and_megabytes(tmp_path: Path) -> None:
         assert len(hub.asked("/cdn/", "GET")) == 163
         assert hub.sent <= BYTES
     assert "w4a16-experts" in done.stdout
+    assert "163 files, 689 GB" in " ".join(done.stdout.split())
     assert seconds <= SECONDS
     assert not list((tmp_path / "hf").rglob("*.safetensors"))

@@ -157,10 +157,10 @@ def test_a_partial_shard_of_an_earlier_run_is_not_used(hub: Hub, tmp_path: Path,
 
 
 def test_a_budget_that_is_too_small_is_told_before_any_work(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="more disk than it may take") as caught:
+    with pytest.raises(PlanError, match="more disk than there is for it") as caught:
         _make(tmp_path, "hub", f"model: org/model\nkeep_source: false\n{VARIANTS}", None, 1000)
     assert "one block" in (caught.value.found or "")
-    with pytest.raises(PlanError, match="more disk than it may take") as caught:
+    with pytest.raises(PlanError, match="more disk than there is for it") as caught:
         _make(tmp_path, "hub", f"model: org/model\n{VARIANTS}", None, 200_000)
     assert "keep_source: false" in (caught.value.fix or "")
     assert not (tmp_path / "hub" / "artifacts").exists()
