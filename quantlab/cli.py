@@ -280,9 +280,7 @@ def compare(
 def leaderboard(
     directories: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="DIR...", help="Output directories of runs, or directories of records.", show_default=False
-        ),
+        typer.Argument(metavar="DIR...", help="Output directories of runs, or of their records.", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output directory.")] = Path("leaderboard"),
     quiet: QuietOption = False,

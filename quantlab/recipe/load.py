@@ -146,7 +146,9 @@ def load_recipe(path: Path) -> LoadedRecipe:
     ]
     for name in paths:
         try:
-            (path.parent / name).exists()
+            (path.parent / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # a name, or whoever reads the file says that it is not there
         except (OSError, ValueError) as error:
             raise RecipeError(
                 "a path cannot be used",

@@ -255,13 +255,16 @@ def test_transformers_judges_every_family_and_scheme(
         assert not found.missing
         assert not found.left_unquantized
         if variant != "int8":
-            assert (found.verdict, found.top1_agreement) == ("agrees", 1.0), found.reason
+            assert found.verdict == "agrees", found.reason
             if "deepseek" in family:
+                assert found.nll_median is not None
+                assert found.nll_median < 1e-5, "all but the tokens after a value that rounds the other way: 5e-7 seen"
                 assert found.weights == "routed experts in bfloat16, other linears in float32"
                 assert "single experts equal from the same inputs" in found.criterion
                 assert {layer.rule for layer in found.layers if layer.module.endswith(EXPERTS)} == {NOT_ROUNDED}
             else:
                 assert bool(found.weights) == (variant != "fp16")
+                assert found.top1_agreement == 1.0
         elif family == "deepseek_v3":
             assert found.verdict == "refuses", "transformers 5 reads no int8 experts"
         else:  # its rule for rounding activations is another one, which mean and rms hide

@@ -1,4 +1,4 @@
-"""quantlab's runtime as an engine of `engines.py`: loads a model, times it, and reports as the scripts of engines do."""
+"""quantlab's runtime as an engine of `engine_speed.py`: loads a model, times it, and reports as the scripts of engines do."""
 
 import json
 import resource

@@ -7,7 +7,7 @@ rounds; a ratio is the median over the rounds of quantlab's rate divided by the 
 
 Random weights are as fast as trained ones. The head is in 16 bits everywhere. Models, artifacts and exports stay in WORK.
 
-    python tests/benchmarks/engines.py --work WORK --engine-python llama.cpp=ENV/bin/python --engine-python vllm=ENV/bin/python
+    python tests/benchmarks/engine_speed.py --work WORK --engine-python llama.cpp=ENV/bin/python --engine-python vllm=ENV/bin/python
 """
 
 import argparse
@@ -180,7 +180,7 @@ def page(
     lines = [
         "# Engines side by side on the CPU",
         "",
-        f"Written by `tests/benchmarks/engines.py`; {processor()}, {options.threads} threads, load average {load} at the end; "
+        f"Written by `tests/benchmarks/engine_speed.py`; {processor()}, {options.threads} threads, load average {load} at the end; "
         f"{', '.join(versions)}. Random llama of size {options.size}, activations in bfloat16, prompt of {options.prefill} tokens, "
         f"{options.decode} decoded tokens, one sequence, medians of {options.rounds} rounds. In parentheses: quantlab's number divided "
         "by the engine's.",
