@@ -48,13 +48,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-app.command()(verify)
-app.command()(recipes)
-app.command()(datasets)
-app.command()(doctor)
-app.command()(push)
-app.add_typer(engines, name="engines")
-
 RecipeArgument = Annotated[
     Path,
     typer.Argument(
@@ -339,6 +332,11 @@ def _format(word: str) -> FormatName:
     if found is None:
         raise ArtifactError("unknown format", where="--format", found=repr(word), fix=nearest(word, list(TARGETS)))
     return found
+
+
+for command in (verify, push, recipes, datasets, doctor):  # after those above, in the order of --help
+    app.command()(command)
+app.add_typer(engines, name="engines")
 
 
 def main() -> None:
